@@ -1,0 +1,3 @@
+"""lmlab trains, measures and compares language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,249 @@
+"""The only room that sees a config: composes it, checks it, and builds objects from it.
+
+Nothing heavy is imported here at the top: `--help` and `--cfg job` come through.
+"""
+
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lmlab.errors import UserError, first_line, nearest, shown_plainly
+
+PACKAGE = Path(__file__).parent
+# Beside the package in a checkout, inside it when installed.
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+
+
+def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
+    """Compose `conf/<name>.yaml` with the command line and call `job` with it, plainly failing."""
+    debug = "debug=true" in sys.argv
+    # Hydra then raises instead of printing, and what it raises is explained here.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    def plain_job(cfg: DictConfig) -> Any:
+        with shown_plainly(debug):
+            return job(cfg)
+
+    with shown_plainly(debug):
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error, name)) from error
+
+
+def explain(error: Exception, name: str) -> str:
+    """What Hydra found wrong, with the nearest right name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    missing = getattr(error, "missing_cfg_file", None)
+    options = getattr(error, "options", None)
+    if missing and options:
+        group, _, option = str(missing).rpartition("/")
+        return f'{group}={option}: no such option.{nearest(option, options)} Options: {", ".join(sorted(options))}.'
+    if lines and lines[0].startswith(("Could not override", "Key '")):
+        wrong = lines[0].split("'")[1]
+        return f'there is no key "{wrong}".{nearest(wrong, known_keys(name))}'
+    return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
+
+
+def known_keys(name: str) -> set[str]:
+    """Groups, and dotted keys of the config that the command line's group choices compose."""
+    groups = {path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir()}
+    chosen = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose(name, chosen)
+    return groups | set(dotted(cfg))
+
+
+def dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys in a config."""
+    for key in node:
+        yield f"{prefix}{key}"
+        value = node._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            yield from dotted(value, f"{prefix}{key}.")
+
+
+def freeze(cfg: DictConfig) -> DictConfig:
+    """The config with every interpolation resolved: what the run directory keeps and ranks read."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
+    try:
+        return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"the config does not resolve: {first_line(error)}") from error
+
+
+def read_config(run_dir: Path) -> DictConfig:
+    """The composed config of a run directory."""
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def target(block: DictConfig, key: str) -> Callable[..., Any]:
+    """What a block's `_target_` names."""
+    name = block.get("_target_")
+    if name is None:
+        raise UserError(f"{key} has no _target_: it is a new block, or its name is misspelt.")
+    try:
+        return hydra.utils.get_object(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}._target_={name} can't be imported: {first_line(error)}") from error
+
+
+def arguments(function: Callable[..., Any], block: DictConfig, key: str, **given: Any) -> dict[str, Any]:
+    """A block's values as arguments of a function, unknown keys refused.
+
+    `given` are those that lmlab supplies: passed on where the function takes them.
+    """
+    parameters = inspect.signature(function).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    values: dict[str, Any] = OmegaConf.to_container(block)  # type: ignore[assignment]
+    values.pop("_target_", None)
+    theirs = [name for name in parameters if name not in given]
+    for name in values:
+        if name in given or not (anything or name in parameters):
+            raise UserError(f'there is no key "{key}.{name}".{nearest(name, theirs)} Keys: {", ".join(theirs)}.')
+    values |= {name: value for name, value in given.items() if anything or name in parameters}
+    for name, parameter in parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name not in values:
+            raise UserError(f"{key}.{name} has to be given: add {key}.{name}=… to the command.")
+    return values
+
+
+def build(block: DictConfig, key: str, **given: Any) -> Any:
+    """Call a block's target with its values."""
+    function = target(block, key)
+    return function(**arguments(function, block, key, **given))
+
+
+def check(cfg: DictConfig, name: str) -> None:
+    """Refuse what is wrong at the top of a config: keys an experiment file made up, numbers, devices."""
+    known = set(OmegaConf.load(CONF / f"{name}.yaml")) - {"defaults", "hydra"}  # type: ignore[arg-type]
+    known |= {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "experiment"}
+    for key in cfg:
+        if key not in known:
+            raise UserError(f'there is no key "{key}".{nearest(str(key), known)} Keys: {", ".join(sorted(known))}.')
+    for key in ("seed", "num_workers", "batch_size"):
+        if not isinstance(cfg[key], int) or cfg[key] < (key == "batch_size"):
+            raise UserError(f"{key} is a whole number{' over 0' if key == 'batch_size' else ''}, not {cfg[key]}.")
+    check_devices(cfg.trainer)
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that are not there and precisions they do not have."""
+    import torch
+
+    precision, devices = str(trainer.precision), trainer.devices
+    if precision not in PRECISIONS:
+        raise UserError(
+            f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'
+        )
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"trainer.devices is a number of devices, 1 or more, not {devices}.")
+    gpus = torch.cuda.device_count()
+    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and gpus > 0)
+    if on_gpu and devices > gpus:
+        raise UserError(
+            f"trainer.devices={devices} GPUs asked for, and this machine has {gpus}.\n"
+            f"Use trainer=cpu, or trainer.devices={max(gpus, 1)} or less."
+        )
+    if not on_gpu and precision == "16-mixed":
+        raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
+
+
+def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[int, int]:
+    """Optimizer steps of the run, and between two validations.
+
+    Epochs run on into one another: a batch may hold the end of one and the start of the
+    next, so n epochs are ⌈n · blocks / batch_size⌉ full steps.
+    """
+    steps = trainer.max_steps
+    if steps is None or steps < 1:
+        if trainer.max_epochs is None or trainer.max_epochs <= 0:
+            raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
+        steps = math.ceil(trainer.max_epochs * blocks / batch_size)
+    interval = trainer.val_check_interval
+    if isinstance(interval, float):
+        interval = max(1, round(interval * blocks / batch_size))
+    if interval < 1:
+        raise UserError(f"trainer.val_check_interval counts epochs (1.0) or steps (100), not {interval}.")
+    return steps, min(interval, steps)
+
+
+def prepare_data(cfg: DictConfig) -> Any:
+    """The `Prepared` data of a config: from the cache where it is there."""
+    from lmlab.data.preprocess import Preprocessing, prepare
+
+    corpus = build(cfg.data, "data")
+    choices = Preprocessing(**arguments(Preprocessing, cfg.preprocess, "preprocess"))
+    learned = "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters
+    return prepare(
+        corpus,
+        choices,
+        lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
+        OmegaConf.to_container(cfg.tokenizer) if learned else None,
+        Path(cfg.cache_dir).expanduser(),
+    )
+
+
+def build_model(cfg: DictConfig, data: Any) -> tuple[Any, Any]:
+    """The objective and the model of a config, checked against the data."""
+    import torch
+
+    from lmlab.models.loading import check
+
+    objective = build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    torch.manual_seed(cfg.seed)
+    model = build(cfg.model, "model", tokenizer=data.tokenizer, causal=objective.causal)
+    check(model, data.tokenizer, cfg.preprocess.block_size, objective.causal)
+    return objective, model
+
+
+def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> Any:
+    """The Lightning trainer of a config, with its callbacks and loggers.
+
+    `steps` and `interval` (between validations) count optimizer steps.
+    """
+    import lightning as L
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from lmlab.training.checkpoint import AtomicCheckpoints
+
+    callbacks = [build(block, f"callbacks.{name}") for name, block in cfg.callbacks.items() if block]
+    options = arguments(L.Trainer, cfg.trainer, "trainer") | {
+        "max_epochs": 1,  # one long row of batches; see data/sampler.py
+        "max_steps": steps,
+        "val_check_interval": interval * cfg.trainer.accumulate_grad_batches,
+        "check_val_every_n_epoch": None,
+    }
+    # Loggers last: nothing that can be refused comes after W&B has begun a run.
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
+    loggers = [build(block, f"logger.{name}", **given) for name, block in cfg.logger.items() if block]
+    try:
+        return L.Trainer(
+            **options,
+            callbacks=callbacks,
+            # Null would make Lightning add a logger of its own.
+            logger=loggers or False,
+            plugins=[AtomicCheckpoints()],
+            default_root_dir=cfg.run_dir,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {first_line(error)}") from error

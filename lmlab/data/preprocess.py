@@ -1,0 +1,339 @@
+"""The guide's steps: split, flatten, tokenize, group_texts (guide, "Preprocess").
+
+By default they lose nothing: no truncation, an end-of-text token after each document,
+blocks that run on across documents, and a short last block. The ledger proves it.
+
+The tokens of a split lie in one flat int32 file; a document is a length, a block a pair
+of bounds in it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from filelock import FileLock
+from torch.utils.data import Dataset as TorchDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lmlab.data.sources import Corpus, fingerprint
+from lmlab.data.tokenizers import content_hash
+from lmlab.errors import UserError, nearest
+
+FORMAT = 1  # Goes into every cache key: raised when the steps below change their output.
+RECORDS_PER_CALL = 1000  # What the tokenizer gets at once; memory stays flat in the corpus.
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The choices that turn records into blocks."""
+
+    block_size: int = 128
+    """Positions of a block."""
+    join: str | None = None
+    """Joins the texts of one record into one document; null makes each a document."""
+    end_of_text: bool = True
+    """Put the end-of-text token after each document."""
+    special_tokens: bool = False
+    """Let the tokenizer add its own special tokens to each document, as the guide does."""
+    truncation: bool = False
+    """Cut documents at the tokenizer's longest input, as the guide does."""
+    drop_remainder_every: int | None = None
+    """Group so many documents at a time and drop what does not fill a block; null loses nothing."""
+    test_size: float = 0.1
+    """Share of the records held out for validation where the source has no such split."""
+    split_seed: int = 0
+    """Decides which records are held out; apart from `seed`, so that seeds share one split."""
+    max_records: int | None = None
+    """Use only so many of the training records."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise UserError(f"preprocess.block_size must be at least 2, not {self.block_size}.")
+        if not 0 < self.test_size < 1:
+            raise UserError(f"preprocess.test_size is a share between 0 and 1, not {self.test_size}.")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where every document, byte and token of one split went."""
+
+    documents: int
+    bytes: int
+    """UTF-8 bytes of the documents."""
+    tokens: int
+    """All tokens of the documents, special and end-of-text ones included, before any is lost."""
+    blocks: int
+    tokens_dropped: int
+    tokens_truncated: int
+
+
+class Blocks(TorchDataset):
+    """The blocks of one split: slices of one flat buffer of token ids.
+
+    Item i is an int32 array [T], T at most the block size.
+    """
+
+    def __init__(self, path: Path, bounds: np.ndarray):
+        """`path` of the raw int32 ids, `bounds` [blocks, 2] int64: first and past-the-last token."""
+        self.path, self.bounds = path, bounds
+        self.tokens = np.memmap(path, np.int32, "r")
+
+    def __reduce__(self) -> tuple:
+        # A worker maps the file again; pickling the map would copy the corpus.
+        return Blocks, (self.path, self.bounds)
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start, end = self.bounds[index]
+        return self.tokens[start:end]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training needs of the data."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Blocks
+    validation: Blocks
+    ledger: dict[str, Ledger]
+    data_fingerprint: str
+    tokenizer_hash: str
+
+
+def split(corpus: Corpus, choices: Preprocessing) -> DatasetDict:
+    """Hold out validation records, unless the source brought some (guide, `train_test_split`)."""
+    train = corpus.train
+    if choices.max_records is not None:
+        train = train.select(range(min(choices.max_records, len(train))))
+    if len(train) == 0:
+        raise UserError("the data set is empty: no record to train on (check data.train and data.filter).")
+    if corpus.validation is not None:
+        parts = DatasetDict(train=train, validation=corpus.validation)
+    elif round(len(train) * choices.test_size) >= 1 and len(train) >= 2:
+        halves = train.train_test_split(test_size=choices.test_size, seed=choices.split_seed)
+        parts = DatasetDict(train=halves["train"], validation=halves["test"])
+    else:
+        parts = DatasetDict(train=train, validation=train.select([]))
+    if len(parts["validation"]) == 0:
+        raise UserError(
+            f"the validation split is empty: {len(train)} records at preprocess.test_size={choices.test_size}.\n"
+            "Raise preprocess.test_size, name data.validation, "
+            "or cut the text into more records (data.document=line or paragraph)."
+        )
+    return parts
+
+
+def flatten(records: Dataset, path: str) -> Iterator[list[str]]:
+    """The texts of each record, by the dotted path of the text (guide, `flatten`).
+
+    Works for a struct of lists (`answers: {text: [...]}`) and for a list of structs
+    (`answers: [{text: ...}]`) alike.
+    """
+    top, *rest = path.split(".")
+    if top not in records.column_names:
+        raise no_such_text(records, path)
+    for start in range(0, len(records), RECORDS_PER_CALL):
+        for value in records[start : start + RECORDS_PER_CALL][top]:
+            try:
+                yield list(texts_at(value, rest))
+            except (KeyError, TypeError):
+                raise no_such_text(records, path) from None
+
+
+def texts_at(value: Any, path: list[str]) -> Iterator[str]:
+    if value is None:
+        return
+    if isinstance(value, list):
+        for item in value:
+            yield from texts_at(item, path)
+    elif path:
+        yield from texts_at(value[path[0]], path[1:])
+    elif isinstance(value, str):
+        yield value
+    else:
+        raise TypeError
+
+
+def no_such_text(records: Dataset, path: str) -> UserError:
+    found = sorted(set(text_paths("", records.features)))
+    return UserError(
+        f'data.text={path}: no text there.{nearest(path, found)} Texts are at: {", ".join(found) or "nowhere"}.'
+    )
+
+
+def text_paths(prefix: str, feature: Any) -> Iterator[str]:
+    """The dotted paths of all strings in a data set's features."""
+    if isinstance(feature, dict):
+        for name, inner in feature.items():
+            yield from text_paths(f"{prefix}.{name}" if prefix else name, inner)
+    elif isinstance(feature, (list, tuple)):
+        yield from text_paths(prefix, feature[0])
+    elif hasattr(feature, "feature"):
+        yield from text_paths(prefix, feature.feature)
+    elif getattr(feature, "dtype", None) in ("string", "large_string"):
+        yield prefix
+
+
+def tokenize(
+    records: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, choices: Preprocessing
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Join the texts of a record, and turn each document into ids (guide, `preprocess_function`).
+
+    Yields:
+        per document: ids [T] int32, its UTF-8 bytes, and how many tokens truncation cost.
+    """
+    if choices.join is not None:
+        documents = (choices.join.join(texts) for texts in records)
+    else:
+        documents = (text for texts in records for text in texts)
+    end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
+    options = {"add_special_tokens": choices.special_tokens, "verbose": False}
+    while batch := list(islice(documents, RECORDS_PER_CALL)):
+        rows = tokenizer(batch, **options)["input_ids"]
+        for text, ids in zip(batch, rows, strict=True):
+            full = len(ids)
+            if choices.truncation and full > tokenizer.model_max_length:
+                ids = tokenizer(text, truncation=True, **options)["input_ids"]
+            ids = np.array(ids + (end if ids else []), np.int32)
+            yield ids, len(text.encode("utf-8", "surrogatepass")), full + (len(end) if full else 0) - len(ids)
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            return token
+    raise UserError(
+        "the tokenizer has no end-of-text token to put between documents.\n"
+        "Set preprocess.end_of_text=false to run documents together."
+    )
+
+
+def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int | None = None) -> np.ndarray:
+    """Cut the documents, laid end to end, into blocks (guide, `group_texts`).
+
+    Args:
+        lengths: [documents] tokens of each.
+        block_size: tokens of a block.
+        drop_remainder_every: documents per group; what does not fill a block at the end
+            of a group is dropped. None makes one group of all and keeps a short last block.
+
+    Returns:
+        [blocks, 2] int64: the first token of each block and the one past its last.
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    total = ends[-1]
+    if drop_remainder_every is None:
+        starts = np.arange(0, total, block_size, dtype=np.int64)
+        return np.stack([starts, np.minimum(starts + block_size, total)], axis=1)
+    edges = [*ends[:-1:drop_remainder_every], total]
+    starts = np.concatenate(
+        [np.arange(a, b - block_size + 1, block_size, dtype=np.int64) for a, b in zip(edges, edges[1:])]
+    )
+    return np.stack([starts, starts + block_size], axis=1)
+
+
+def prepare(
+    corpus: Corpus,
+    choices: Preprocessing,
+    make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
+    tokenizer_key: Any,
+    cache: Path,
+) -> Prepared:
+    """All the steps, each kept in the cache under a key of all that went into it.
+
+    Args:
+        make_tokenizer: from the training texts to a tokenizer.
+        tokenizer_key: the tokenizer's own settings, as plain values; None when it does
+            not depend on the texts and needs no keeping.
+        cache: a directory for every run's prepared data.
+    """
+    parts = split(corpus, choices)
+    held_out = [choices.test_size, choices.split_seed, choices.max_records]
+    if tokenizer_key is None:
+        tokenizer = make_tokenizer([])
+    else:
+        key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
+        texts = (text for texts in flatten(parts["train"], corpus.text) for text in texts)
+        folder = kept(cache / f"tokenizer-{key}", lambda place: make_tokenizer(texts).save_pretrained(place))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    hashed = content_hash(tokenizer)
+    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, asdict(choices), hashed)
+
+    def write(place: Path) -> None:
+        for name, records in parts.items():
+            write_split(place, name, flatten(records, corpus.text), tokenizer, choices)
+
+    folder = kept(cache / f"blocks-{key}", write)
+    loaded = {name: read_split(folder, name) for name in parts}
+    return Prepared(
+        tokenizer,
+        loaded["train"][0],
+        loaded["validation"][0],
+        {name: ledger for name, (_, ledger) in loaded.items()},
+        corpus.fingerprint,
+        hashed,
+    )
+
+
+def kept(place: Path, write: Callable[[Path], Any]) -> Path:
+    """`place`, written by `write` if it is not there yet: whole or not at all.
+
+    Of several processes one writes and the others wait.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            beside = place.with_name(f".{place.name}.partial")
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            try:
+                write(beside)
+                os.replace(beside, place)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+    return place
+
+
+def write_split(
+    place: Path,
+    name: str,
+    records: Iterable[list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    choices: Preprocessing,
+) -> None:
+    """Tokens, blocks and ledger of one split, as files in `place`."""
+    lengths: list[int] = []
+    size = truncated = 0
+    with (place / f"{name}.tokens").open("wb") as tokens:
+        for ids, n_bytes, lost in tokenize(records, tokenizer, choices):
+            tokens.write(ids.tobytes())
+            lengths.append(len(ids))
+            size += n_bytes
+            truncated += lost
+    total = sum(lengths)
+    if total == 0:
+        raise UserError(f"the {name} split gives no token: its {len(lengths)} texts are empty (check data.text).")
+    bounds = group_texts(np.array(lengths), choices.block_size, choices.drop_remainder_every)
+    if len(bounds) == 0:
+        raise UserError(
+            f"the {name} split gives no block: {total} tokens, none fills preprocess.block_size={choices.block_size}.\n"
+            "Lower the block size, or set preprocess.drop_remainder_every=null to keep short blocks."
+        )
+    in_blocks = int((bounds[:, 1] - bounds[:, 0]).sum())
+    ledger = Ledger(len(lengths), size, total + truncated, len(bounds), total - in_blocks, truncated)
+    (place / f"{name}.blocks").write_bytes(bounds.tobytes())
+    (place / f"{name}.ledger.json").write_text(json.dumps(asdict(ledger)))
+
+
+def read_split(folder: Path, name: str) -> tuple[Blocks, Ledger]:
+    bounds = np.fromfile(folder / f"{name}.blocks", np.int64).reshape(-1, 2)
+    return Blocks(folder / f"{name}.tokens", bounds), Ledger(**json.loads((folder / f"{name}.ledger.json").read_text()))

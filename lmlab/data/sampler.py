@@ -1,0 +1,104 @@
+"""Stateless order: which sample each position of the run holds (promise 1).
+
+The run is one endless row of samples: epoch after epoch, each epoch a permutation drawn
+from (seed, epoch). Step t takes samples t·B … (t+1)·B - 1 of that row, B the global
+batch; accumulation and ranks only slice it. Nothing here remembers anything, so starting
+at step t costs no more than starting at 0.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from lmlab.errors import UserError
+
+# The epoch of evaluation masks: one no training run reaches.
+EVALUATION = 2**63
+
+
+class Draw(NamedTuple):
+    """One sample of a batch."""
+
+    index: int
+    """The block."""
+    epoch: int
+    """With the seed and the index, decides the mask."""
+    scored: bool = True
+    """False for a block that only fills an evaluation batch up: no position of it counts."""
+
+
+@lru_cache(maxsize=2)  # A batch may lie across the edge of two epochs.
+def order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The permutation [size] of one epoch."""
+    # The counter keeps this stream apart from the masks', which count samples in its last word.
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0])).permutation(size)
+
+
+def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
+    """`count` samples of the run from position `first` on, of a corpus of `size` blocks."""
+    return [
+        Draw(int(order(seed, place // size, size)[place % size]), place // size)
+        for place in range(first, first + count)
+    ]
+
+
+class TrainSampler:
+    """Yields the batches one rank takes, from `start` on: `accumulate` of them per step.
+
+    Each item is (number, draws): the count of batches before it in the whole run, and
+    the samples of this rank.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        start: int = 0,
+    ):
+        """`size` blocks in all; `batch_size` samples per step over everything; `start` counts batches."""
+        shares = world_size * accumulate
+        if batch_size % shares:
+            raise UserError(
+                f"batch_size={batch_size} does not divide over {world_size} devices × "
+                f"{accumulate} accumulated batches: it must be a multiple of {shares}."
+            )
+        self.size, self.batch_size, self.steps, self.seed = size, batch_size, steps, seed
+        self.rank, self.world_size, self.accumulate, self.start = rank, world_size, accumulate, start
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
+        share = self.batch_size // (self.world_size * self.accumulate)
+        for number in range(self.start, self.steps * self.accumulate):
+            step, part = divmod(number, self.accumulate)
+            first = step * self.batch_size + (part * self.world_size + self.rank) * share
+            yield number, draws(self.seed, first, share, self.size)
+
+
+class EvaluationSampler:
+    """Yields every block once over all ranks, in order; each rank gets as many batches.
+
+    A rank that would run dry gets an unscored block instead, so that all take part in the
+    same collectives and nothing is counted twice (promise 2).
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        """`size` blocks in all; `batch_size` of them per rank and batch."""
+        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.size // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
+        for number in range(len(self)):
+            first = (number * self.world_size + self.rank) * self.batch_size
+            indices = range(first, min(first + self.batch_size, self.size))
+            yield number, [Draw(i, EVALUATION) for i in indices] or [Draw(0, EVALUATION, scored=False)]

@@ -1,0 +1,189 @@
+"""Where records come from (guide, "Load ELI5 dataset").
+
+A source is a function that returns a `Corpus`. A new hub or file data set needs only a
+YAML file; an odd source is one more function here, or anywhere importable.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lmlab.errors import UserError, first_line, from_hub, nearest
+
+SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
+BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Records, the dotted path of the text in them, and a hash of where they came from."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    text: str
+    fingerprint: str
+
+
+def fingerprint(*parts: Any) -> str:
+    """A hash of plain values: equal for equal content, on any machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_sample(text: str = "answers.text") -> Corpus:
+    """The corpus that ships with lmlab, in the ELI5 schema."""
+    content = SAMPLE.read_bytes()
+    records = datasets.Dataset.from_list([json.loads(line) for line in content.splitlines()])
+    return Corpus(records, None, text, fingerprint("sample", hashlib.sha256(content).hexdigest()))
+
+
+def load_hub(
+    path: str,
+    text: str,
+    name: str | None = None,
+    revision: str | None = None,
+    train: str = "train",
+    validation: str | None = None,
+    filter: dict[str, Any] | None = None,
+) -> Corpus:
+    """A data set of the Hugging Face hub, or a local directory laid out like one.
+
+    Args:
+        path: hub id, such as `dany0407/eli5_category`, or a directory.
+        text: dotted path of the text in a record.
+        name: the configuration, where the data set has several.
+        revision: branch, tag or commit; give a commit for a figure to be repeated.
+        train: split or slice of it, such as `train[:5000]`.
+        validation: the same; without it a share of `train` is held out.
+        filter: keep the records whose column has this value, or one of these values.
+    """
+    splits = [train] if validation is None else [train, validation]
+    with from_hub(f'data set "{path}"', "data.path"):
+        loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
+    # The cache fingerprint of a builder names the repository's commit and files.
+    source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
+    kept = [select(part, filter or {}) for part in loaded]
+    return Corpus(kept[0], kept[1] if validation else None, text, source)
+
+
+def select(records: datasets.Dataset, wanted: dict[str, Any]) -> datasets.Dataset:
+    """The records whose columns hold the wanted value, or one of the wanted values."""
+    for column, value in wanted.items():
+        if column not in records.column_names:
+            raise UserError(
+                f'data.filter names the column "{column}", which is not there.'
+                f"{nearest(column, records.column_names)} Columns: {', '.join(records.column_names)}."
+            )
+        values = value if isinstance(value, list) else [value]
+        records = records.select([i for i, found in enumerate(records[column]) if found in values])
+    return records
+
+
+def load_files(
+    train: str | Sequence[str],
+    text: str = "text",
+    validation: str | Sequence[str] | None = None,
+    document: str = "file",
+) -> Corpus:
+    """Local files: txt, jsonl, json, csv, parquet, each also gzipped (`.gz`).
+
+    Args:
+        train: a path or glob, or a list of them.
+        text: dotted path of the text in a record; plain text files have only `text`.
+        validation: the same as `train`; without it a share of `train` is held out.
+        document: what one document of a plain text file is: `file`, `line` or
+            `paragraph` (separated by a blank line).
+    """
+    if document not in SAMPLE_BY:
+        raise UserError(
+            f'data.document is one of {", ".join(SAMPLE_BY)}, not "{document}".{nearest(document, SAMPLE_BY)}'
+        )
+    files = {"train": find(train, "train")}
+    if validation is not None:
+        files["validation"] = find(validation, "validation")
+    everything = [file for part in files.values() for file in part]
+    builder = builder_for(everything)
+    options = {"sample_by": SAMPLE_BY[document]} if builder == "text" else {}
+    names = {part: [str(file) for file in found] for part, found in files.items()}
+    try:
+        loaded = datasets.load_dataset(builder, data_files=names, **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        raise UserError(fault(everything, builder) or f"could not read the data: {reason(error)}") from error
+    contents = {part: [digest(file) for file in found] for part, found in files.items()}
+    return Corpus(
+        loaded["train"], loaded.get("validation"), text, fingerprint("files", builder, document, contents)
+    )
+
+
+def find(patterns: str | Sequence[str], part: str) -> list[Path]:
+    """The files that paths or globs name, in sorted order."""
+    found: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise UserError(f'data.{part}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
+        found += files
+    return found
+
+
+def builder_for(files: list[Path]) -> str:
+    """The reader for these files, by their ending."""
+    endings = {Path(file.name.removesuffix(".gz")).suffix.lower() for file in files}
+    unknown = endings - BUILDERS.keys()
+    if unknown or len({BUILDERS[ending] for ending in endings}) > 1:
+        raise UserError(
+            f"data files end in {', '.join(sorted(endings)) or 'nothing'}; "
+            f"they must all be of one kind: {', '.join(BUILDERS)} (or these with .gz)."
+        )
+    return BUILDERS[endings.pop()]
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fault(files: list[Path], builder: str) -> str | None:
+    """The first place in the files that is no UTF-8 or no JSON, in words."""
+    for file in files:
+        if builder == "parquet":
+            continue
+        opened = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+        is_lines = ".jsonl" in file.suffixes
+        try:
+            with opened as stream:
+                content = []
+                for number, line in enumerate(stream, 1):
+                    decoded = line.decode("utf-8")
+                    if is_lines and decoded.strip():
+                        json.loads(decoded)
+                    content.append(decoded)
+            if builder == "json" and not is_lines:
+                number = 1
+                json.loads("".join(content))
+        except UnicodeDecodeError as error:
+            return (
+                f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
+                f"Convert it first: iconv -f latin1 -t utf-8 {file} > {file.stem}.utf8.txt"
+            )
+        except json.JSONDecodeError as error:
+            line_number = number if is_lines else error.lineno
+            return f"{file}, line {line_number}: malformed JSON ({error.msg} at column {error.colno})."
+        except (gzip.BadGzipFile, EOFError) as error:
+            return f"{file}: not a whole gzip file ({error})."
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """The deepest cause of an error, in one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return first_line(error)

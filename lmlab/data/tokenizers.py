@@ -1,0 +1,76 @@
+"""Tokenizers: pretrained ones, and two kinds trained on the training split.
+
+Each function returns a Hugging Face tokenizer; one that is trained takes an iterator over
+the training texts as `texts`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lmlab.errors import UserError, from_hub
+
+END, PAD, MASK, UNKNOWN = "<|endoftext|>", "<pad>", "<mask>", "<unk>"
+
+
+def pretrained(name: str | None, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer by hub id or directory."""
+    if name is None:
+        raise UserError("tokenizer=pretrained needs a name here: add tokenizer.name=ID_OR_DIRECTORY to the command.")
+    with from_hub(f'tokenizer "{name}"', "tokenizer.name"):
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def bpe(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase:
+    """Byte-level BPE (Radford et al. 2019, section 2.2): any text is spelled, nothing is unknown."""
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + 3
+    if vocab_size < least:
+        raise UserError(f"tokenizer.vocab_size must be at least {least} (256 bytes and 3 special tokens).")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # The mask takes the space before it, as words carry theirs: "a <mask> galaxy".
+    mask = AddedToken(MASK, lstrip=True, special=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD, mask],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, mask_token=mask
+    )
+
+
+def char(texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """One id per character of the training split; any other character is the unknown token."""
+    alphabet = sorted({character for text in texts for character in text})
+    special = [END, PAD, MASK, UNKNOWN]
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        mask_token=MASK,
+        unk_token=UNKNOWN,
+    )
+
+
+def content_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides a tokenizer's output; its name and path do not count."""
+    if tokenizer.is_fast:
+        # Padding and truncation are set by the last call made, not by the tokenizer.
+        model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    else:
+        model = sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = json.dumps([model, special, tokenizer.model_max_length], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,0 +1,89 @@
+"""Errors a person can cause, and how they are shown: one to three lines, exit code 1."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+# What the file system says when the fault lies with the place written to.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+class UserError(Exception):
+    """A fault its reader can mend. The message says what to do next."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`' Did you mean "x"?'` for the closest of `names`, or the empty string.
+
+    A dotted name is also compared by its last part: `data.block_size` finds
+    `preprocess.block_size`.
+    """
+    names = sorted(names)
+    close = get_close_matches(name, names, n=1, cutoff=0.75)
+    if not close:
+        by_leaf: dict[str, str] = {}
+        for known in names:
+            by_leaf.setdefault(known.rpartition(".")[2], known)
+        leaf = get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)
+        close = [by_leaf[leaf[0]]] if leaf else []
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text, or its type's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def plainly(error: BaseException) -> str | None:
+    """What to show for an error a person can mend; None for a defect of lmlab."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        place = f" {error.filename}" if error.filename else ""
+        return (
+            f"cannot write{place}: {os.strerror(error.errno)}.\n"
+            "Free some space or choose another place, such as hydra.run.dir=DIR or cache_dir=DIR."
+        )
+    return None
+
+
+@contextmanager
+def shown_plainly(debug: bool = False) -> Iterator[None]:
+    """Print an error a person can mend without a traceback, and exit 1.
+
+    Anything else is a defect of lmlab and keeps its traceback; `debug` keeps all.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = None if debug else plainly(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def from_hub(what: str, key: str) -> Iterator[None]:
+    """Turn a failed load into a `UserError`: what was asked for, and how to go on without the network.
+
+    Args:
+        what: the thing asked for, such as `model "gpt2"`.
+        key: the config key that can name a local copy instead.
+    """
+    # Narrow on purpose: a defect raises something else and keeps its traceback.
+    # httpx and huggingface_hub errors are OSError or ValueError, as are those of transformers and datasets.
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise UserError(
+            f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"
+            f"Without a network, name a local directory ({key}=DIR), "
+            "or set HF_HUB_OFFLINE=1 to use what is cached already."
+        ) from error

@@ -1,0 +1,1 @@
+"""Figures: exact sums over every target token."""

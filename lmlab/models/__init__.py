@@ -1,0 +1,1 @@
+"""Models: loading them, scoring with them, letting them speak."""

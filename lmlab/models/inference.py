@@ -1,0 +1,144 @@
+"""Let a model speak (guide, "Inference"): go on with a text, or fill its masks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lmlab.errors import UserError, from_hub
+from lmlab.models.loading import positions
+
+# The guide's sampling.
+SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
+# Masks people write, whatever the tokenizer calls its own.
+MASKS = ("<mask>", "[MASK]", "<|mask|>")
+
+
+def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, of the task it was trained for, by hub id or directory."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
+    with from_hub(f'model "{name}"', "the first argument"):
+        settings = AutoConfig.from_pretrained(name, revision=revision)
+        trained_as = (settings.architectures or [""])[0]
+        if trained_as.endswith("ForMaskedLM"):
+            auto: Any = AutoModelForMaskedLM
+        elif trained_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            auto = AutoModelForCausalLM
+        else:
+            raise UserError(f'{name} is a "{trained_as or "model of unknown task"}": no causal or masked language model.')
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return auto.from_pretrained(name, revision=revision).eval(), tokenizer
+
+
+def fills_masks(model: PreTrainedModel) -> bool:
+    """Whether the model fills masks rather than going on with a text."""
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Ids [1, T] of a text."""
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids.long()
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seed: int, **options: Any) -> str:
+    """The text and what the model goes on with.
+
+    Args:
+        seed: decides what is sampled; equal for equal text and options.
+        options: of transformers' `generate`, over the guide's sampling.
+    """
+    ids = encode(tokenizer, text)
+    if ids.shape[1] == 0:
+        if tokenizer.bos_token_id is None:
+            raise UserError("an empty text, and the tokenizer has no token to begin with: give some words.")
+        ids = torch.tensor([[tokenizer.bos_token_id]])
+    options = SAMPLING | options
+    room = (positions(model) or ids.shape[1] + options["max_new_tokens"]) - ids.shape[1]
+    if room < 1:
+        raise UserError(f"the text has {ids.shape[1]} tokens and the model only {positions(model)} positions.")
+    options["max_new_tokens"] = min(options["max_new_tokens"], room)
+    if not options["do_sample"]:
+        options = {key: value for key, value in options.items() if key not in ("top_k", "top_p", "temperature")}
+    torch.manual_seed(seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = ids.to(model.device)
+    try:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, **options)
+    except (ValueError, TypeError) as error:
+        # transformers checks the options' names and values itself.
+        raise UserError(f"generate refused its options: {error}") from error
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def fill_mask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, top_k: int = 5
+) -> list[list[dict[str, Any]]]:
+    """The most likely words for each mask of a text, best first (guide, "Inference").
+
+    The mask may be written as any tokenizer's. With several masks each is filled on its
+    own, the others left as they are.
+
+    Returns:
+        per mask, per candidate: `score` (probability), `token` (id), `token_str`, `sequence`.
+    """
+    if tokenizer.mask_token is None:
+        raise UserError("the model fills masks, but its tokenizer has no mask token.")
+    for mask in MASKS:
+        text = text.replace(mask, tokenizer.mask_token)
+    ids = encode(tokenizer, text).to(model.device)
+    places = (ids[0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
+    if not places:
+        raise UserError(f'no mask in "{text}".\nWrite {tokenizer.mask_token} where a word is to be filled in.')
+    longest = positions(model)
+    if longest is not None and ids.shape[1] > longest:
+        raise UserError(f"the text has {ids.shape[1]} tokens and the model only {longest} positions.")
+    probabilities = model(input_ids=ids).logits[0, places].float().softmax(-1)
+    # The vocabulary may be padded beyond the tokenizer.
+    scores, tokens = probabilities[:, : len(tokenizer)].topk(min(top_k, len(tokenizer)))
+    filled = []
+    for place, row_scores, row_tokens in zip(places, scores.tolist(), tokens.tolist(), strict=True):
+        candidates = []
+        for score, token in zip(row_scores, row_tokens, strict=True):
+            sequence = ids[0].clone()
+            sequence[place] = token
+            candidates.append(
+                {
+                    "score": score,
+                    "token": token,
+                    "token_str": tokenizer.decode([token]),
+                    "sequence": readable(tokenizer, sequence, keep=len(places) > 1),
+                }
+            )
+        filled.append(candidates)
+    return filled
+
+
+def readable(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, keep: bool) -> str:
+    """The text of ids; `keep` leaves masks in it, and drops other special tokens all the same."""
+    hidden = set(tokenizer.all_special_ids) - ({tokenizer.mask_token_id} if keep else set())
+    return tokenizer.decode([token for token in ids.tolist() if token not in hidden]).strip()
+
+
+def speak(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
+    """A text made from the ids of a block, and what the model makes of it."""
+    model.eval()
+    words = [token for token in ids if token not in tokenizer.all_special_ids][:24]
+    if not fills_masks(model):
+        text = tokenizer.decode(words[:12]).strip()
+        return text, generate(model, tokenizer, text, seed=0, max_new_tokens=40)
+    words[len(words) // 2] = tokenizer.mask_token_id
+    text = tokenizer.decode(words).strip()
+    candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
+    return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str']}" for c in candidates)])

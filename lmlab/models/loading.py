@@ -1,0 +1,120 @@
+"""Models of Hugging Face: with trained weights, or from scratch; checked before use."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lmlab.errors import UserError, first_line, from_hub, nearest
+
+
+def pretrained(
+    causal: bool,
+    name: str,
+    revision: str | None = None,
+    config: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A trained model by hub id or directory, in float32; `config` changes single values of its config."""
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    with from_hub(f'model "{name}"', "model.name"):
+        settings = AutoConfig.from_pretrained(name, revision=revision)
+        change(settings, config or {})
+        # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
+        return auto.from_pretrained(name, revision=revision, config=settings, dtype=torch.float32)
+
+
+def from_scratch(
+    tokenizer: PreTrainedTokenizerBase,
+    causal: bool,
+    architecture: str,
+    config: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A model with random weights, drawn from torch's current seed.
+
+    Args:
+        architecture: a `model_type` of transformers, such as gpt2 or roberta.
+        config: values of its config; vocabulary size and special tokens are the tokenizer's.
+    """
+    if architecture not in CONFIG_MAPPING:
+        raise UserError(
+            f'model.architecture: transformers knows no "{architecture}".{nearest(architecture, CONFIG_MAPPING)}'
+        )
+    settings = AutoConfig.for_model(architecture)
+    known = {"vocab_size": len(tokenizer)} | {
+        f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad", "cls", "sep")
+    }
+    # An encoder built for causal modelling has to be told to hide the future.
+    known["is_decoder"] = causal
+    change(settings, {key: value for key, value in known.items() if hasattr(settings, key)} | (config or {}))
+    # Rebuilt from its own values, so that whatever a config derives from others is derived anew.
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    try:
+        return auto.from_config(settings)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"model.config does not make a {architecture}: {first_line(error)}") from error
+
+
+def change(settings: PreTrainedConfig, values: dict[str, Any]) -> None:
+    """Set values of a model config; a key it does not know is refused."""
+    for key, value in values.items():
+        if not hasattr(settings, key):
+            known = [*settings.to_dict(), *settings.attribute_map]
+            raise UserError(f'model.config: {settings.model_type} has no "{key}".{nearest(key, known)}')
+        try:
+            setattr(settings, key, value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.config.{key}={value}: {first_line(error)}") from error
+
+
+def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, causal: bool) -> None:
+    """Refuse a model that cannot score this tokenizer's blocks as the objective means it."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding only {rows} rows.\n"
+            "Use the tokenizer the model was trained with (tokenizer=pretrained)."
+        )
+    longest = positions(model)
+    if longest is not None and block_size > longest:
+        raise UserError(
+            f"preprocess.block_size={block_size} is more than the {longest} positions of the model.\n"
+            f"Set preprocess.block_size={longest} or less, or make a model from scratch with more positions."
+        )
+    if causal and sees_ahead(model):
+        raise UserError(
+            f"{model.config.model_type} sees the tokens it should predict, so its causal perplexity means nothing.\n"
+            "Use objective=mlm, or a causal architecture."
+        )
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest input the model has positions for; None where there is no limit."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count from behind the padding index.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            longest = module.num_embeddings - first
+    return longest
+
+
+@torch.no_grad()
+def sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether the last token changes what is predicted for the ones before it."""
+    training = model.training
+    model.eval()
+    ids = torch.arange(2, 10, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    seen = [model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other)]
+    model.train(training)
+    return not torch.allclose(*seen, rtol=1e-4, atol=1e-4 * float(seen[0].abs().max()))

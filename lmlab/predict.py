@@ -1,0 +1,115 @@
+"""`python -m lmlab.predict MODEL TEXT…`: let a trained model speak.
+
+Takes ordinary arguments, so a text is taken as typed, commas, quotes and `=` included.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmlab.errors import UserError, shown_plainly
+from lmlab.runs.directory import RunDirectory
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lmlab.predict",
+        description="Go on with a text (causal model), or fill its masks (masked model).",
+    )
+    p.add_argument("model", help="run directory, exported directory, or hub id")
+    p.add_argument("texts", nargs="*", help="texts; - or none reads them from standard input, one per line")
+    p.add_argument("--file", help="a file of texts, one per line")
+    p.add_argument("--top-k", type=int, help="masks: how many candidates (5); causal: sample from so many (50)")
+    p.add_argument("--max-new-tokens", type=int, help="how far to go on (100)")
+    p.add_argument("--temperature", type=float)
+    p.add_argument("--top-p", type=float, help="sample from this share of the probability (0.95)")
+    p.add_argument("--greedy", action="store_true", help="always the most likely token")
+    p.add_argument("--seed", type=int, default=0, help="decides what is sampled (0)")
+    p.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any option of transformers' generate, such as --option repetition_penalty=1.2",
+    )
+    p.add_argument("--json", action="store_true", help="one JSON object per line")
+    return p
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    with shown_plainly():
+        predict(arguments)
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Print what the model makes of each text, in order."""
+    texts = texts_of(arguments)
+    options = options_of(arguments)
+
+    from transformers.utils import logging
+
+    from lmlab.models import inference
+
+    logging.disable_progress_bar()
+    exported = RunDirectory(arguments.model).model
+    model, tokenizer = inference.load(str(exported) if exported.is_dir() else arguments.model)
+    for text in texts:
+        if inference.fills_masks(model):
+            filled = inference.fill_mask(model, tokenizer, text, arguments.top_k or 5)
+            show_filled(text, filled, arguments.json)
+        else:
+            said = inference.generate(model, tokenizer, text, arguments.seed, **options)
+            print(json.dumps({"text": text, "generated_text": said}, ensure_ascii=False) if arguments.json else said)
+
+
+def texts_of(arguments: argparse.Namespace) -> list[str]:
+    """The texts of the arguments, a file, or standard input."""
+    texts = list(arguments.texts)
+    if arguments.file:
+        path = Path(arguments.file)
+        if not path.is_file():
+            raise UserError(f"--file {path}: no such file.")
+        texts += path.read_text("utf-8").splitlines()
+    if texts == ["-"] or not texts:
+        texts = sys.stdin.read().splitlines()
+    if not texts:
+        raise UserError("no text to go on with: give it after the model, by --file, or on standard input.")
+    return texts
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options for `generate`; a value is read as JSON where it is JSON."""
+    options: dict[str, Any] = {
+        name: value
+        for name in ("top_k", "max_new_tokens", "temperature", "top_p")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.greedy:
+        options["do_sample"] = False
+    for option in arguments.option:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--option {option}: write it as KEY=VALUE.")
+        try:
+            options[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def show_filled(text: str, filled: list[list[dict[str, Any]]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"text": text, "masks": filled}, ensure_ascii=False))
+        return
+    for number, candidates in enumerate(filled, 1):
+        if len(filled) > 1:
+            print(f"mask {number}:")
+        for c in candidates:
+            print(f"{c['score']:.4f}  {c['token']:>6}  {c['token_str']!r:<16}  {c['sequence']}")
+
+
+if __name__ == "__main__":
+    main()

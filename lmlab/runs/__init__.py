@@ -1,0 +1,1 @@
+"""The run directory: identity, manifest, where every file lies."""

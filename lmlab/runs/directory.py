@@ -1,0 +1,111 @@
+"""The run directory: where every file of a run lies, and what the run is (promise 4)."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import uuid
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lmlab
+from lmlab.errors import UserError
+
+PACKAGES = (
+    "lightning",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "torchmetrics",
+    "numpy",
+)
+
+
+class RunDirectory:
+    """Names the files of a run; nothing is read or written before it is asked for."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.overrides = self.path / "overrides.yaml"
+        self.manifest = self.path / "manifest.json"
+        self.ledger = self.path / "ledger.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+
+    def start(self, seed: int) -> None:
+        """Write the manifest of a new run.
+
+        Raises:
+            UserError: the directory holds a run already.
+        """
+        if self.manifest.exists():
+            raise UserError(f"{self.path} holds a run already.\nChoose another directory: hydra.run.dir=DIR")
+        write_json(
+            self.manifest,
+            {
+                "run_id": uuid.uuid4().hex[:8],
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+                "lmlab": lmlab.__version__,
+                "git": git_state(Path(lmlab.__file__).parent),
+                "seed": seed,
+                "packages": {name: metadata.version(name) for name in PACKAGES},
+                "python": platform.python_version(),
+                "machine": {
+                    "host": socket.gethostname(),
+                    "platform": platform.platform(),
+                    "processor": platform.processor() or platform.machine(),
+                    "cpus": os.cpu_count(),
+                },
+            },
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The manifest."""
+        return json.loads(self.manifest.read_text())
+
+    def result(self) -> dict[str, Any]:
+        """What the run ended with."""
+        return json.loads(self.summary.read_text())
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest."""
+        write_json(self.manifest, self.identity() | facts)
+
+
+def write_json(place: Path, content: Any) -> None:
+    """Written beside its place, flushed, and renamed."""
+    beside = place.with_name(f".{place.name}.partial")
+    with beside.open("w") as stream:
+        json.dump(content, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, place)
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout `folder` lies in, and whether it has changes; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # An installed package may lie in somebody's environment inside a checkout of something else.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

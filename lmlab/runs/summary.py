@@ -1,0 +1,35 @@
+"""What a run says on the terminal: the ledger before it, a short table after it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show_ledger(ledger: Mapping[str, Any]) -> None:
+    """One row per split: a dataclass of counts."""
+    columns = [field.name for field in fields(next(iter(ledger.values())))]
+    table = Table(title="Ledger", title_justify="left")
+    table.add_column("split")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for name, counts in ledger.items():
+        table.add_row(name, *(f"{asdict(counts)[column]:,}" for column in columns))
+    console().print(table)
+
+
+def show_result(rows: Mapping[str, str]) -> None:
+    table = Table(show_header=False, title="Result", title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console().print(table)
+
+
+def console() -> Console:
+    # Off a terminal rich would fold at 80 columns, in the middle of paths.
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)

@@ -1,0 +1,127 @@
+"""`python -m lmlab.train [overrides]`: train one model, measure it, export it, hear it.
+
+Takes Hydra overrides; `--help` lists them.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from lmlab import config
+from lmlab.runs.directory import RunDirectory, write_json
+
+
+def main() -> None:
+    config.run_verb(start, "train")
+
+
+def start(cfg: DictConfig) -> float:
+    """Begin a run here, on all the devices it asks for; returns its best val/loss."""
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    cfg = config.freeze(cfg)
+    config.check(cfg, "train")
+    run = RunDirectory(cfg.run_dir)
+    run.start(cfg.seed)
+    OmegaConf.save(cfg, run.config)
+    OmegaConf.save(overrides, run.overrides)
+
+    from lmlab.training.launch import is_rank, launch
+
+    if cfg.trainer.devices == 1 or is_rank():
+        train(cfg)
+    else:
+        # One process prepares; the ranks find the cache.
+        config.prepare_data(cfg)
+        launch(run.path, cfg.trainer.devices)
+    return run.result()["val/loss"]
+
+
+def train(cfg: DictConfig) -> None:
+    """One rank's share of a run; each rank calls this with the same composed config."""
+    from lmlab.data.datamodule import BlocksDataModule
+    from lmlab.runs.summary import show_ledger
+    from lmlab.training.loggers import close
+    from lmlab.training.module import LMModule
+
+    run = RunDirectory(cfg.run_dir)
+    data = config.prepare_data(cfg)
+    objective, model = config.build_model(cfg, data)
+    steps, interval = config.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    module = LMModule(
+        model,
+        config.build(cfg.optim, "optim"),
+        steps,
+        cfg.batch_size,
+        cfg.preprocess.block_size,
+        cfg.seed,
+        objective.figure,
+    )
+    datamodule = BlocksDataModule(
+        data.train,
+        data.validation,
+        objective,
+        pad_id=next(i for i in (data.tokenizer.pad_token_id, data.tokenizer.eos_token_id, 0) if i is not None),
+        batch_size=cfg.batch_size,
+        steps=steps,
+        seed=cfg.seed,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+        num_workers=cfg.num_workers,
+    )
+    trainer = config.build_trainer(cfg, steps, interval, run.identity()["run_id"])
+    if trainer.is_global_zero:
+        run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash)
+        write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
+        show_ledger(data.ledger)
+    try:
+        trainer.validate(module, datamodule, verbose=False)
+        trainer.fit(module, datamodule)
+        if trainer.is_global_zero:
+            finish(run, trainer, module, data)
+    finally:
+        close(trainer.loggers)
+
+
+def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
+    """Export the best weights, and say what came of the run and what the model says."""
+    from lmlab.evaluation.perplexity import perplexity
+    from lmlab.models.inference import speak
+    from lmlab.runs.summary import show_result
+    from lmlab.training.callbacks import Measure
+    from lmlab.training.checkpoint import export, load_weights
+
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best:
+        load_weights(module, best)
+    export(module.model, data.tokenizer, run.model)
+    before, *after = module.val_losses
+    loss = min(after) if best else after[-1]
+    measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
+    figure = module.figure
+    result = {
+        "val/loss": loss,
+        f"val/{figure}": perplexity(loss),
+        f"val/{figure}_before": perplexity(before),
+        "steps": trainer.global_step,
+        "tokens": measure.tokens,
+        "seconds": round(measure.seconds, 3),
+        "tokens_per_s": round(measure.tokens / measure.seconds, 1),
+    }
+    write_json(run.summary, result)
+    text, said = speak(module.model, data.tokenizer, data.validation[0].tolist())
+    show_result(
+        {
+            f"{figure.replace('_', ' ')} before": f"{perplexity(before):,.2f}",
+            f"{figure.replace('_', ' ')} after": f"{perplexity(loss):,.2f}   (best weights, held-out text)",
+            "tokens": f"{measure.tokens:,} in {measure.seconds:.1f} s of training: {result['tokens_per_s']:,.0f} tokens/s",
+            "run directory": str(run.path),
+            "model": str(run.model),
+            "it says": said,
+            "next": f'python -m lmlab.predict {run.path} "{text}"',
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

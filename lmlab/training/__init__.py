@@ -1,0 +1,1 @@
+"""The training loop's parts: takes objects, never a config."""

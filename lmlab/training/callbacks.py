@@ -1,0 +1,136 @@
+"""What is watched while a run trains: figures at an interval, and where it stands."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lmlab.evaluation.perplexity import perplexity
+from lmlab.training.module import LMModule
+
+
+class Measure(Callback):
+    """Logs loss, learning rate, gradient norm and speed every `trainer.log_every_n_steps` steps.
+
+    Loss and perplexity are token-weighted over all batches and ranks since the last time.
+    Speed leaves validation and checkpoints out.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        # Over the whole run, for the table at its end.
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+        self.step, self.tokens_then, self.interval = trainer.global_step, int(module.tokens), 0.0
+        self.first_tokens = self.tokens_then
+        self.clock = time.perf_counter()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        # None while the clock stands: what lies between is validation or a checkpoint.
+        if self.clock is None:
+            self.clock = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: LMModule, *args: Any  # type: ignore[override]
+    ) -> None:
+        now = time.perf_counter()
+        self.interval += now - self.clock
+        self.clock = now
+        steps = trainer.global_step - self.step
+        due = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == module.steps
+        if steps == 0 or not due:
+            return
+        module.stop_on_nonfinite()
+        loss = float(module.train_nll.compute())
+        module.train_nll.reset()
+        tokens = int(module.tokens)
+        # Reading those figures waited for the device, so the clock is read again.
+        self.interval += time.perf_counter() - now
+        self.latest = {
+            "train/loss": loss,
+            f"train/{module.figure}": perplexity(loss),
+            "optim/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "optim/grad_norm": float(module.grad_norm) if module.grad_norm is not None else 0.0,
+            "perf/tokens_per_s": (tokens - self.tokens_then) / self.interval,
+            "perf/step_ms": 1000 * self.interval / steps,
+            "data/tokens_seen": tokens,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(self.latest, trainer.global_step)
+        self.seconds += self.interval
+        self.tokens = tokens - self.first_tokens
+        self.step, self.tokens_then, self.interval = trainer.global_step, tokens, 0.0
+        self.clock = time.perf_counter()
+
+    def on_validation_start(self, *args: Any) -> None:
+        self.clock = None
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self.clock = None
+
+
+class ShowProgress(Callback):
+    """A bar on a terminal, one plain line every few seconds elsewhere."""
+
+    def __init__(self, every_seconds: float = 5.0):
+        self.every_seconds = every_seconds
+        self.bar: Progress | None = None
+        self.shown_at = 0.0
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+        self.measure = next(c for c in trainer.callbacks if isinstance(c, Measure))  # type: ignore[attr-defined]
+        self.first, self.began = trainer.global_step, time.perf_counter()
+        if sys.stderr.isatty():
+            columns = ("[bold]train", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+            self.bar = Progress(*columns, "ETA", TimeRemainingColumn())
+            self.task = self.bar.add_task("", total=module.steps, completed=self.first, figures="")
+            self.bar.start()
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: LMModule, *args: Any  # type: ignore[override]
+    ) -> None:
+        figures = self.figures(module.figure)
+        if self.bar:
+            self.bar.update(self.task, completed=trainer.global_step, figures=figures)
+        elif figures and time.perf_counter() - self.shown_at > self.every_seconds:
+            self.shown_at = time.perf_counter()
+            done = trainer.global_step - self.first
+            left = (self.shown_at - self.began) / done * (module.steps - trainer.global_step)
+            print(f"step {trainer.global_step}/{module.steps}  {figures}  ETA {left:.0f} s", flush=True)
+
+    def figures(self, name: str) -> str:
+        latest = self.measure.latest
+        if not latest:
+            return ""
+        return (
+            f"loss {latest['train/loss']:.3f}  {name} {latest[f'train/{name}']:.2f}  "
+            f"{latest['perf/tokens_per_s']:,.0f} tokens/s"
+        )
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+        loss = module.val_losses[-1]
+        line = (
+            f"step {trainer.global_step}/{module.steps}  val/loss {loss:.4f}  "
+            f"val/{module.figure} {perplexity(loss):.2f}"
+        )
+        if self.bar:
+            self.bar.console.print(line)
+        else:
+            print(line, flush=True)
+
+    @rank_zero_only
+    def teardown(self, trainer: L.Trainer, module: LMModule, stage: str) -> None:  # type: ignore[override]
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+

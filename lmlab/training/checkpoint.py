@@ -1,0 +1,59 @@
+"""Files that are whole or not there (promise 6)."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, written beside their place, flushed, and renamed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Any error while writing leaves the file that was there before."""
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = place.with_name(f".{place.name}.partial")
+        try:
+            with beside.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(beside, place)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def replaced(place: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a folder beside `place`, then put it in its place."""
+    beside = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        write(beside)
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(beside, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Put a checkpoint's weights into a module; nothing in the file is run."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    module.load_state_dict(checkpoint["state_dict"])
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    """Model and tokenizer in Hugging Face form, as `transformers.pipeline` loads them."""
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    replaced(place, write)

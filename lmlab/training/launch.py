@@ -1,0 +1,54 @@
+"""Starting the ranks of a run on this machine.
+
+Lightning's own launcher replays the command line in its children, `--multirun` included;
+here every rank reads the composed config instead (promise 5).
+"""
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lmlab.errors import UserError
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several that somebody started: torchrun, or srun with tasks."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+
+
+def launch(run_dir: Path, devices: int) -> None:
+    """Run `python -m lmlab.worker RUN_DIR` once per device, and wait for all.
+
+    Raises:
+        UserError: a rank ended with an error; it has been printed by then.
+    """
+    # The agent reports what each rank prints itself.
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=devices,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.5,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", "lmlab.worker", str(run_dir))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise UserError(
+                f"rank {rank} ended with exit code {failure.exitcode}; its error is above. "
+                f"The other ranks were stopped."
+            ) from error

@@ -1,0 +1,143 @@
+"""The one LightningModule.
+
+Shapes: N scored positions of a batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmlab.data.datamodule import Batch
+from lmlab.data.sampler import draws
+from lmlab.errors import UserError
+from lmlab.evaluation.perplexity import MeanNLL, perplexity
+from lmlab.models.scored import scored_nll
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class LMModule(L.LightningModule):
+    """Scores, trains and validates one model.
+
+    The loss of an optimizer step is Σ nll / Σ targets over the *global* batch: all ranks,
+    all accumulated batches. The number of targets is known only when the last of them is
+    through, so the backward passes run on sums over a constant, and the gradients are
+    brought to their true scale together with clipping, in one multiplication.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: Callable[..., tuple[torch.optim.Optimizer, Any]],
+        steps: int,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        figure: str = "perplexity",
+    ):
+        """`batch_size` and `steps` count optimizer steps; `figure` names the exponential of the loss."""
+        super().__init__()
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.batch_size, self.seed, self.figure = batch_size, seed, figure
+        self.nominal_targets = batch_size * block_size
+        self.train_nll, self.val_nll = MeanNLL(), MeanNLL()
+        # Targets and tokens of the step under way, of this rank.
+        self.register_buffer("step_counts", torch.zeros(2, dtype=torch.int64), persistent=False)
+        # Tokens seen in the whole run, by all ranks.
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("first_bad_batch", torch.tensor(NEVER), persistent=False)
+        self.grad_norm: Tensor | None = None
+        self.val_losses: list[float] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = self.optimizer(
+            self.model, self.steps, scaled=self.trainer.precision == "16-mixed"
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def score(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood [N] of a batch's targets."""
+        return scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout is a function of (seed, batch, rank): nothing to carry over a stop.
+        state = np.random.SeedSequence([self.seed, batch.number, self.global_rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        nll = self.score(batch)
+        total = nll.sum()
+        self.train_nll.update(nll)
+        self.step_counts[0] += nll.numel()
+        self.step_counts[1] += batch.tokens
+        # Kept on the device: asking for its value here would stall a GPU at every step.
+        bad = torch.where(total.isfinite(), NEVER, batch.number)
+        self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
+        # DDP takes the mean over ranks and Lightning over accumulated batches; this is a sum.
+        return total * (self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scale the gradients to the mean over all targets, clip their norm, keep it for the log."""
+        if dist.is_initialized():
+            dist.all_reduce(self.step_counts)
+        scale = self.nominal_targets / self.step_counts[0].clamp(min=1)
+        self.tokens += self.step_counts[1]
+        self.step_counts.zero_()
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(grads) * scale
+        if gradient_clip_val:
+            scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+
+    def stop_on_nonfinite(self) -> None:
+        """Stop with the step and the samples of the first batch whose loss was no number.
+
+        Called by every rank, at the log interval and before weights are judged or kept.
+        """
+        first = self.first_bad_batch.clone()
+        if dist.is_initialized():
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        if first == NEVER:
+            return
+        step = int(first) // self.trainer.accumulate_grad_batches
+        size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
+        samples = [draw.index for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
+        raise UserError(
+            f"the loss became not finite at step {step}. Blocks of that step's global batch: {samples}.\n"
+            "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "
+            "or use trainer.precision=32-true."
+        )
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.stop_on_nonfinite()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_nll.update(self.score(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        loss = float(self.val_nll.compute())
+        self.val_nll.reset()
+        self.val_losses.append(loss)
+        metrics = {"val/loss": loss, f"val/{self.figure}": perplexity(loss)}
+        # For what monitors a figure; loggers get the float64 below, not Lightning's float32 copy.
+        self.log_dict(metrics, logger=False, batch_size=1)
+        for logger in self.loggers:
+            logger.log_metrics({**metrics, "data/tokens_seen": int(self.tokens)}, self.global_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Lightning validates when training is about to stop; without this the last steps
+        # of a run whose length is no multiple of the interval would go unmeasured.
+        if self.global_step >= self.steps:
+            self.trainer.should_stop = True

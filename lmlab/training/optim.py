@@ -1,0 +1,95 @@
+"""The optimizer and its schedules."""
+
+import math
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lmlab.errors import UserError, nearest
+
+# A schedule: (share of the steps after warm-up that is done, decay_ratio) to a factor of lr.
+Schedule = Callable[[float, float], float]
+
+
+def linear(done: float, decay_ratio: float) -> float:
+    """A straight line down to 0."""
+    return 1.0 - done
+
+
+def cosine(done: float, decay_ratio: float) -> float:
+    """Half a cosine down to 0 (Loshchilov and Hutter 2017)."""
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def constant(done: float, decay_ratio: float) -> float:
+    """The full rate to the end."""
+    return 1.0
+
+
+def warmup_stable_decay(done: float, decay_ratio: float) -> float:
+    """The full rate, then a straight line to 0 over the last `decay_ratio` (Hu et al. 2024)."""
+    return min(1.0, (1.0 - done) / decay_ratio) if decay_ratio > 0 else 1.0
+
+
+SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (linear, cosine, constant, warmup_stable_decay)}
+
+
+@dataclass
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019), without decay on norms and biases.
+
+    Called with a model and the number of steps, it returns the optimizer and its
+    scheduler, which is stepped once per optimizer step.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: str | Schedule = "linear"
+    """linear, cosine, constant, warmup_stable_decay, or a function of (done, decay_ratio) or its import path."""
+    warmup_steps: int | None = None
+    """Steps from 0 up to lr; null leaves it to warmup_ratio."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps."""
+    decay_ratio: float = 0.2
+    """warmup_stable_decay: the share of the steps after warm-up that decays."""
+
+    def __post_init__(self) -> None:
+        if callable(self.schedule):
+            self.shape = self.schedule
+        elif self.schedule in SCHEDULES:
+            self.shape = SCHEDULES[self.schedule]
+        else:
+            try:
+                self.shape = pkgutil.resolve_name(self.schedule)
+            except (ImportError, AttributeError, ValueError) as error:
+                raise UserError(
+                    f'optim.schedule is one of {", ".join(SCHEDULES)}, or importable, not "{self.schedule}".'
+                    f"{nearest(self.schedule, SCHEDULES)}"
+                ) from error
+
+    def __call__(self, model: nn.Module, steps: int, scaled: bool = False) -> tuple[torch.optim.AdamW, LambdaLR]:
+        """`scaled`: gradients come scaled (16-mixed), which the fused form would not let us clip."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Norms and biases are the vectors; matrices and embeddings decay.
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        fused = not scaled and all(p.device.type in ("cpu", "cuda") for p in trained)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
+
+    def factor(self, step: int, steps: int) -> float:
+        """What lr is multiplied with at `step` of `steps`."""
+        warmup = self.warmup_steps if self.warmup_steps is not None else round(self.warmup_ratio * steps)
+        if step < warmup:
+            return step / warmup
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return self.shape(done, self.decay_ratio)
