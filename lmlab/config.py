@@ -4,9 +4,11 @@ Nothing heavy is imported here at the top: `--help` and `--cfg job` come through
 """
 
 import inspect
+import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,9 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
 
     from lmlab.training.checkpoint import AtomicCheckpoints
 
+    # Lightning's greetings and hints; what a run has to say, it says itself.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
     callbacks = [build(block, f"callbacks.{name}") for name, block in cfg.callbacks.items() if block]
     options = arguments(L.Trainer, cfg.trainer, "trainer") | {
         "max_epochs": 1,  # one long row of batches; see data/sampler.py

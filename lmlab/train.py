@@ -3,6 +3,7 @@
 Takes Hydra overrides; `--help` lists them.
 """
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -118,9 +119,9 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
             "run directory": str(run.path),
             "model": str(run.model),
             "it says": said,
-            "next": f'python -m lmlab.predict {run.path} "{text}"',
         }
     )
+    print("Next:", shlex.join(["python", "-m", "lmlab.predict", str(run.path), text]))
 
 
 if __name__ == "__main__":

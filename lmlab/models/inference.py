@@ -138,7 +138,8 @@ def speak(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[
     if not fills_masks(model):
         text = tokenizer.decode(words[:12]).strip()
         return text, generate(model, tokenizer, text, seed=0, max_new_tokens=40)
-    words[len(words) // 2] = tokenizer.mask_token_id
-    text = tokenizer.decode(words).strip()
+    before, hidden, after = (tokenizer.decode(part) for part in (words[:12], words[12:13], words[13:]))
+    gap = " " if hidden.startswith(" ") else ""
+    text = f"{before}{gap}{tokenizer.mask_token}{after}".strip()
     candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
-    return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str']}" for c in candidates)])
+    return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])

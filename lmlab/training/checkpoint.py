@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +52,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
     """Model and tokenizer in Hugging Face form, as `transformers.pipeline` loads them."""
+
+    transformers.utils.logging.disable_progress_bar()
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

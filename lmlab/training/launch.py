@@ -4,10 +4,12 @@ Lightning's own launcher replays the command line in its children, `--multirun` 
 here every rank reads the composed config instead (promise 5).
 """
 
+import json
 import logging
 import os
 import sys
 import tempfile
+import time
 import uuid
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def launch(run_dir: Path, devices: int) -> None:
     """Run `python -m lmlab.worker RUN_DIR` once per device, and wait for all.
 
     Raises:
-        UserError: a rank ended with an error; it has been printed by then.
+        UserError: a rank ended with an error.
     """
     # The agent reports what each rank prints itself.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -48,7 +50,18 @@ def launch(run_dir: Path, devices: int) -> None:
             elastic_launch(config, sys.executable)("-u", "-m", "lmlab.worker", str(run_dir))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            # A rank that met a person's error leaves its message; any other has printed its traceback.
+            if failure.message and not failure.message.startswith("To enable traceback"):
+                raise UserError(failure.message) from error
             raise UserError(
-                f"rank {rank} ended with exit code {failure.exitcode}; its error is above. "
-                f"The other ranks were stopped."
+                f"rank {rank} ended with exit code {failure.exitcode}, and the other ranks were stopped."
             ) from error
+
+
+def leave_message(message: str) -> None:
+    """Hand an error of this rank to the process that launched it, which shows it once for all ranks."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+    else:
+        print(f"error: {message}", file=sys.stderr)

@@ -69,9 +69,9 @@ def weights_and_biases(
         raise UserError(f'logger.wandb.mode is one of {", ".join(MODES)}, not "{mode}".{nearest(mode, MODES)}')
     if rank_zero_only.rank != 0:
         return WandbLogger(offline=True)
-    if mode == "auto":
-        mode = "online" if wandb.setup().settings.api_key or wandb.api.api_key else "offline"
     mode = os.environ.get("WANDB_MODE", mode)
+    if mode == "auto":
+        mode = "online" if wandb.login(prompt=False) else "offline"
     options: dict[str, Any] = {
         "dir": run_dir,
         "id": run_id,
