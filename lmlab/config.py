@@ -23,6 +23,13 @@ from lmlab.errors import UserError, first_line, nearest, shown_plainly
 PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it when installed.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+# What lmlab itself hands to the targets of a group, beside the keys of the block.
+SUPPLIED = {
+    "tokenizer": ("texts",),
+    "model": ("tokenizer", "causal"),
+    "objective": ("tokenizer",),
+    "logger": ("run_dir", "run_id", "config"),
+}
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 
 
@@ -131,17 +138,35 @@ def build(block: DictConfig, key: str, **given: Any) -> Any:
     return function(**arguments(function, block, key, **given))
 
 
+def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """The blocks that name a target, with their dotted keys."""
+    for name in ("data", "tokenizer", "model", "objective", "optim", "trainer"):
+        yield name, cfg[name]
+    for group in ("callbacks", "logger"):
+        for name, block in (cfg[group] or {}).items():
+            if block:
+                yield f"{group}.{name}", block
+
+
 def check(cfg: DictConfig, name: str) -> None:
-    """Refuse what is wrong at the top of a config: keys an experiment file made up, numbers, devices."""
+    """Refuse, before anything is done, what can be seen to be wrong in a config."""
+    check_keys(cfg, name)
+    for key in ("seed", "num_workers", "batch_size"):
+        least = 1 if key == "batch_size" else 0
+        if not isinstance(cfg[key], int) or cfg[key] < least:
+            raise UserError(f"{key} is a whole number, {least} or more, not {cfg[key]}.")
+    check_devices(cfg.trainer)
+
+
+def check_keys(cfg: DictConfig, name: str) -> None:
+    """Refuse keys that an experiment file made up: at the top, or in a block."""
     known = set(OmegaConf.load(CONF / f"{name}.yaml")) - {"defaults", "hydra"}  # type: ignore[arg-type]
     known |= {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "experiment"}
     for key in cfg:
         if key not in known:
             raise UserError(f'there is no key "{key}".{nearest(str(key), known)} Keys: {", ".join(sorted(known))}.')
-    for key in ("seed", "num_workers", "batch_size"):
-        if not isinstance(cfg[key], int) or cfg[key] < (key == "batch_size"):
-            raise UserError(f"{key} is a whole number{' over 0' if key == 'batch_size' else ''}, not {cfg[key]}.")
-    check_devices(cfg.trainer)
+    for key, block in blocks(cfg):
+        arguments(target(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
 
 
 def check_devices(trainer: DictConfig) -> None:
@@ -187,8 +212,11 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
 
 def prepare_data(cfg: DictConfig) -> Any:
     """The `Prepared` data of a config: from the cache where it is there."""
+    from datasets import disable_progress_bars
+
     from lmlab.data.preprocess import Preprocessing, prepare
 
+    disable_progress_bars()
     corpus = build(cfg.data, "data")
     choices = Preprocessing(**arguments(Preprocessing, cfg.preprocess, "preprocess"))
     learned = "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters
@@ -225,9 +253,10 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
     from lmlab.training.checkpoint import AtomicCheckpoints
 
     # Lightning's greetings and hints; what a run has to say, it says itself.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    callbacks = [build(block, f"callbacks.{name}") for name, block in cfg.callbacks.items() if block]
+    callbacks = [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     options = arguments(L.Trainer, cfg.trainer, "trainer") | {
         "max_epochs": 1,  # one long row of batches; see data/sampler.py
         "max_steps": steps,
@@ -236,7 +265,7 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
     }
     # Loggers last: nothing that can be refused comes after W&B has begun a run.
     given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
-    loggers = [build(block, f"logger.{name}", **given) for name, block in cfg.logger.items() if block]
+    loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     try:
         return L.Trainer(
             **options,

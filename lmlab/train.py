@@ -92,7 +92,7 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
     from lmlab.training.callbacks import Measure
     from lmlab.training.checkpoint import export, load_weights
 
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    best = next((callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor), "")
     if best:
         load_weights(module, best)
     export(module.model, data.tokenizer, run.model)

@@ -40,7 +40,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     from lmlab import train as verb
 
     def run(*overrides: str, run_dir: Path = tmp_path / "run") -> Path:
-        monkeypatch.setattr(sys, "argv", ["lmlab.train", f"hydra.run.dir={run_dir}", *overrides])
+        monkeypatch.setattr(sys, "argv", ["lmlab.train", *overrides, f"hydra.run.dir={run_dir}"])
         # Hydra sets logging up for the process; the next test should not write to this run's log.
         handlers = logging.root.handlers[:]
         try:

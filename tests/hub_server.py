@@ -47,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
         """The hub keeps its own list of requests."""

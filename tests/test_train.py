@@ -1,9 +1,245 @@
+"""A run, from the command to what lies in its directory."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from lmlab.errors import UserError
+from lmlab.training.checkpoint import AtomicCheckpoints
+
 from .conftest import TINY, metrics
 
+TINY_MLM = [
+    "objective=mlm",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=1",
+    "model.config.num_attention_heads=2",
+    "model.config.intermediate_size=64",
+    "tokenizer.vocab_size=300",
+    "preprocess.block_size=32",
+    "trainer.max_steps=4",
+    "logger=file",
+]
 
-def test_run(train: Callable[..., Path]) -> None:
-    run = train(*TINY)
-    assert metrics(run)[0]["step"] == 0
+
+def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(*TINY, "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "seed=7")
+    shown = capsys.readouterr().out
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "overrides.yaml",
+        "manifest.json",
+        "ledger.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "model",
+    }
+    assert not [path for path in run.rglob("*partial*")]
+    assert OmegaConf.load(run / "config.yaml").seed == 7
+    assert "seed=7" in OmegaConf.load(run / "overrides.yaml")
+
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["seed"] == 7
+    assert manifest["packages"]["torch"] == torch.__version__
+    assert len(manifest["data_fingerprint"]) == len(manifest["tokenizer_hash"]) == 32
+    assert {"run_id", "command", "git", "machine", "python", "lmlab", "started"} <= manifest.keys()
+
+    ledger = json.loads((run / "ledger.json").read_text())
+    for counts in ledger.values():
+        assert counts["tokens_dropped"] == counts["tokens_truncated"] == 0
+        assert counts["blocks"] == math.ceil(counts["tokens"] / 32)
+    assert f"{ledger['train']['tokens']:,}" in shown
+
+    lines = metrics(run)
+    first, trained = lines[0], [line for line in lines if "train/loss" in line]
+    assert first["step"] == 0
+    assert first["val/perplexity"] == pytest.approx(math.exp(first["val/loss"]))
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 2, 4]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4]
+    assert trained[0].keys() >= {
+        "train/loss",
+        "train/perplexity",
+        "optim/lr",
+        "optim/grad_norm",
+        "perf/tokens_per_s",
+        "perf/step_ms",
+        "data/tokens_seen",
+    }
+    assert trained[-1]["data/tokens_seen"] == 4 * 8 * 32
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val/perplexity_before"] == first["val/perplexity"]
+    assert summary["val/loss"] == min(line["val/loss"] for line in lines[1:] if "val/loss" in line)
+    assert "perplexity before" in shown
+    assert "Next: python -m lmlab.predict" in shown
+
+
+def test_exported_model_is_the_best_and_loads_in_transformers(train: Callable[..., Path]) -> None:
+    # The first step of a warm-up changes nothing, the second at this rate harms: the best is not the last.
+    run = train(*TINY, "trainer.max_steps=2", "trainer.val_check_interval=1", "optim.lr=0.5", "optim.warmup_steps=1")
+    losses = [line["val/loss"] for line in metrics(run) if "val/loss" in line][1:]
+    best, last = (
+        torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"] for name in ("best", "last")
+    )
+    exported = load_file(run / "model" / "model.safetensors")
+    weight = "transformer.wpe.weight"
+    assert losses[-1] > min(losses)
+    assert torch.equal(exported[weight], best[f"model.{weight}"])
+    assert not torch.equal(exported[weight], last[f"model.{weight}"])
+
+    generator = pipeline("text-generation", model=str(run / "model"))
+    assert generator("The Milky Way", max_new_tokens=5)[0]["generated_text"].startswith("The Milky Way")
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(run / "model")) == 300
+
+
+def test_masked_run(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(*TINY_MLM)
+    lines = metrics(run)
+    # A masked figure never goes by the causal one's name.
+    assert not [key for line in lines for key in line if key.endswith("/perplexity")]
+    assert lines[0]["val/masked_perplexity"] == pytest.approx(math.exp(lines[0]["val/loss"]))
+    assert " perplexity" not in capsys.readouterr().out.replace("masked perplexity", "")
+    fill = pipeline("fill-mask", model=str(run / "model"))
+    assert len(fill("The Milky Way is a <mask> galaxy.", top_k=3)) == 3
+    AutoModelForMaskedLM.from_pretrained(run / "model")
+
+
+def test_same_command_same_numbers_with_workers_too(train: Callable[..., Path], tmp_path: Path) -> None:
+    figures = []
+    for name, workers in (("a", 0), ("b", 0), ("c", 2)):
+        run = train(*TINY, "trainer.log_every_n_steps=1", f"num_workers={workers}", run_dir=tmp_path / name)
+        figures.append([(line.get("train/loss"), line.get("val/loss")) for line in metrics(run)])
+    assert figures[0] == figures[1] == figures[2]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision(precision: str, train: Callable[..., Path]) -> None:
+    run = train(*TINY, f"trainer.precision={precision}")
+    assert math.isfinite(metrics(run)[-1]["val/loss"])
+
+
+def test_early_stopping_ends_the_run_and_still_exports(train: Callable[..., Path]) -> None:
+    run = train(
+        *TINY,
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.patience=1",
+        "trainer.max_steps=50",
+        "trainer.val_check_interval=1",
+        "optim.lr=0.5",
+    )
+    assert json.loads((run / "summary.json").read_text())["steps"] < 50
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_a_piece_from_outside_needs_no_edit_here(train: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "conf" / "objective").mkdir(parents=True)
+    (tmp_path / "conf" / "objective" / "second.yaml").write_text("_target_: my_objective.EverySecond\nevery: 2\n")
+    (tmp_path / "my_objective.py").write_text(
+        "from lmlab.objectives.clm import CausalLM\n"
+        "class EverySecond(CausalLM):\n"
+        "    def __init__(self, every): self.every = every\n"
+        "    def __call__(self, ids, key):\n"
+        "        ids, positions, targets = super().__call__(ids, key)\n"
+        "        return ids, positions[::self.every], targets[::self.every]\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        run = train("--config-dir", str(tmp_path / "conf"), "objective=second", *TINY)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert (run / "model").is_dir()
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
+    place = tmp_path / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"step": 1}, place)
+
+    class Unwritable:
+        def __reduce__(self) -> str:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        AtomicCheckpoints().save_checkpoint({"step": 2, "x": Unwritable()}, place)
+    assert torch.load(place, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_wandb_has_one_run_per_run(tmp_path: Path) -> None:
+    """A multirun of two, offline, in a process of its own; read back with W&B's own messages."""
+    command = [sys.executable, "-m", "lmlab.train", "-m", "seed=1,2", *TINY[:-1], "logger.wandb.name=n"]
+    done = subprocess.run(
+        [*command, f"hydra.sweep.dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"WANDB_MODE": "offline"},
+        cwd=tmp_path,
+    )
+    for number, seed in (("0", 1), ("1", 2)):
+        records = wandb_records(tmp_path / number)
+        runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+        identity = json.loads((tmp_path / number / "manifest.json").read_text())["run_id"]
+        assert {run.run_id for run in runs} == {identity}
+        config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
+        assert config["seed"] == seed
+        assert config["preprocess"]["block_size"] == 32
+        names = {
+            item.key or ".".join(item.nested_key)
+            for r in records
+            if r.WhichOneof("record_type") == "history"
+            for item in r.history.item
+        }
+        assert names >= {"train/loss", "val/perplexity", "optim/lr", "perf/tokens_per_s", "data/tokens_seen"}
+        assert done.stdout.count(f"-{identity}") >= 1
+    assert "wandb sync" in done.stdout
+
+
+def wandb_records(run_dir: Path) -> list:
+    """The records of an offline run: a LevelDB log (blocks of 32 KiB) behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    data, place, gathered, records = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # no header fits into the rest of a block
+            place += 32768 - place % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        gathered += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            records.append(Record.FromString(gathered))
+            gathered = b""
+    return records
+
+
+def test_an_error_of_the_ranks_is_shown_once(train: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train(*TINY, "optim.lr=1e30", "trainer.max_steps=20", "trainer=ddp", "trainer.accelerator=cpu")
+    assert stopped.value.code == 1
+    shown = capfd.readouterr().err
+    assert shown.count("not finite at step") == 1
+    assert "Traceback" not in shown
+    assert len(shown.splitlines()) <= 3
+
+
+def test_user_error_is_an_exception_for_notebooks() -> None:
+    """Rooms below the verbs raise; only verbs print and exit."""
+    from lmlab.data.sources import load_files
+
+    with pytest.raises(UserError, match="no such file"):
+        load_files("nowhere/*.txt")

@@ -8,11 +8,12 @@ of bounds in it.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class Preprocessing:
             raise UserError(f"preprocess.block_size must be at least 2, not {self.block_size}.")
         if not 0 < self.test_size < 1:
             raise UserError(f"preprocess.test_size is a share between 0 and 1, not {self.test_size}.")
+        for key in ("drop_remainder_every", "max_records"):
+            count = getattr(self, key)
+            if count is not None and count < 1:
+                raise UserError(f"preprocess.{key} is at least 1, or null for no limit, not {count}.")
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,9 @@ def split(corpus: Corpus, choices: Preprocessing) -> DatasetDict:
     if corpus.validation is not None:
         parts = DatasetDict(train=train, validation=corpus.validation)
     elif round(len(train) * choices.test_size) >= 1 and len(train) >= 2:
-        halves = train.train_test_split(test_size=choices.test_size, seed=choices.split_seed)
+        # As `train_test_split` counts, but never all of them.
+        held_out = min(math.ceil(len(train) * choices.test_size), len(train) - 1)
+        halves = train.train_test_split(test_size=held_out, seed=choices.split_seed)
         parts = DatasetDict(train=halves["train"], validation=halves["test"])
     else:
         parts = DatasetDict(train=train, validation=train.select([]))
@@ -138,7 +145,8 @@ def flatten(records: Dataset, path: str) -> Iterator[list[str]]:
     Works for a struct of lists (`answers: {text: [...]}`) and for a list of structs
     (`answers: [{text: ...}]`) alike.
     """
-    top, *rest = path.split(".")
+    # A column may have the whole path as its name: so `Dataset.flatten` calls them.
+    top, *rest = [path] if path in records.column_names else path.split(".")
     if top not in records.column_names:
         raise no_such_text(records, path)
     for start in range(0, len(records), RECORDS_PER_CALL):
@@ -166,7 +174,7 @@ def texts_at(value: Any, path: list[str]) -> Iterator[str]:
 def no_such_text(records: Dataset, path: str) -> UserError:
     found = sorted(set(text_paths("", records.features)))
     return UserError(
-        f'data.text={path}: no text there.{nearest(path, found)} Texts are at: {", ".join(found) or "nowhere"}.'
+        f"data.text={path}: no text there.{nearest(path, found)} Texts are at: {', '.join(found) or 'nowhere'}."
     )
 
 
@@ -236,7 +244,7 @@ def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int 
         return np.stack([starts, np.minimum(starts + block_size, total)], axis=1)
     edges = [*ends[:-1:drop_remainder_every], total]
     starts = np.concatenate(
-        [np.arange(a, b - block_size + 1, block_size, dtype=np.int64) for a, b in zip(edges, edges[1:])]
+        [ends[:0], *(np.arange(a, b - block_size + 1, block_size, dtype=np.int64) for a, b in pairwise(edges))]
     )
     return np.stack([starts, starts + block_size], axis=1)
 

@@ -8,18 +8,23 @@ import glob
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
+from pyarrow import parquet
 
-from lmlab.errors import UserError, first_line, from_hub, nearest
+from lmlab.errors import UNWRITABLE, UserError, first_line, from_hub, nearest
 
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
 BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
+# What reading a file that is damaged, or of another kind than its name says, may raise.
+UNREADABLE = (datasets.exceptions.DatasetGenerationError, ValueError, OSError, EOFError, zlib.error, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,13 @@ def load_files(
     everything = [file for part in files.values() for file in part]
     builder = builder_for(everything)
     options = {"sample_by": SAMPLE_BY[document]} if builder == "text" else {}
-    names = {part: [str(file) for file in found] for part, found in files.items()}
+    names = {part: [glob.escape(str(file)) for file in found] for part, found in files.items()}
     try:
         loaded = datasets.load_dataset(builder, data_files=names, **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise UserError(fault(everything, builder) or f"could not read the data: {reason(error)}") from error
+        for records in loaded.values():
+            records.data.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
+    except UNREADABLE as error:
+        raise UserError(fault(everything, builder) or reason(error)) from error
     contents = {part: [digest(file) for file in found] for part, found in files.items()}
     return Corpus(
         loaded["train"], loaded.get("validation"), text, fingerprint("files", builder, document, contents)
@@ -124,23 +131,36 @@ def load_files(
 
 def find(patterns: str | Sequence[str], part: str) -> list[Path]:
     """The files that paths or globs name, in sorted order."""
+    given = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
+        raise UserError(f"data.{part} is a path, a glob, or a list of them, not {patterns}.")
     found: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
-        files = [match for match in matches if match.is_file()]
+    for pattern in given:
+        if Path(pattern).is_dir():
+            raise UserError(f"data.{part}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
+        # A file's own name may hold the signs of a glob.
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise UserError(f'data.{part}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
         found += files
+    if not any(file.stat().st_size for file in found):
+        raise UserError(f"the data set is empty: data.{part}={patterns} holds no byte. Name a file with text in it.")
     return found
+
+
+def ending(file: Path) -> str:
+    """`.txt` of `a.txt` and of `A.TXT.gz`."""
+    return Path(file.name.removesuffix(".gz")).suffix.lower()
 
 
 def builder_for(files: list[Path]) -> str:
     """The reader for these files, by their ending."""
-    endings = {Path(file.name.removesuffix(".gz")).suffix.lower() for file in files}
+    endings = {ending(file) for file in files}
     unknown = endings - BUILDERS.keys()
     if unknown or len({BUILDERS[ending] for ending in endings}) > 1:
         raise UserError(
-            f"data files end in {', '.join(sorted(endings)) or 'nothing'}; "
+            f"data files end in {', '.join(sorted(endings - {''})) or 'nothing'}; "
             f"they must all be of one kind: {', '.join(BUILDERS)} (or these with .gz)."
         )
     return BUILDERS[endings.pop()]
@@ -152,38 +172,50 @@ def digest(file: Path) -> str:
 
 
 def fault(files: list[Path], builder: str) -> str | None:
-    """The first place in the files that is no UTF-8 or no JSON, in words."""
+    """The first fault in the files, in words: where one is no UTF-8, malformed or damaged."""
     for file in files:
-        if builder == "parquet":
-            continue
-        opened = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-        is_lines = ".jsonl" in file.suffixes
+        number = 1
         try:
-            with opened as stream:
-                content = []
+            if builder == "parquet":
+                parquet.read_metadata(file)
+                continue
+            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
                 for number, line in enumerate(stream, 1):
-                    decoded = line.decode("utf-8")
-                    if is_lines and decoded.strip():
-                        json.loads(decoded)
-                    content.append(decoded)
-            if builder == "json" and not is_lines:
-                number = 1
-                json.loads("".join(content))
+                    text = line.decode("utf-8")
+                    if ending(file) == ".jsonl" and text.strip() and not isinstance(json.loads(text), dict):
+                        return f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is."
+                if ending(file) == ".json":
+                    number = 1
+                    stream.seek(0)
+                    json.loads(stream.read())
+            if builder == "csv":
+                for _ in pandas.read_csv(file, chunksize=10_000):
+                    pass
         except UnicodeDecodeError as error:
             return (
                 f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
-                f"Convert it first: iconv -f latin1 -t utf-8 {file} > {file.stem}.utf8.txt"
+                "Convert it first, such as by iconv -f latin1 -t utf-8."
             )
         except json.JSONDecodeError as error:
-            line_number = number if is_lines else error.lineno
-            return f"{file}, line {line_number}: malformed JSON ({error.msg} at column {error.colno})."
-        except (gzip.BadGzipFile, EOFError) as error:
-            return f"{file}: not a whole gzip file ({error})."
+            return (
+                f"{file}, line {number + error.lineno - 1}: malformed JSON ({error.msg} at column {error.colno}).\n"
+                "Mend that line, or leave the file out."
+            )
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            return f"{file}: not a whole gzip file ({error}). Get it again, or leave it out."
+        except (OSError, ValueError) as error:
+            return f"{file}: could not be read ({first_line(error)}). Mend it, or leave it out."
     return None
 
 
 def reason(error: BaseException) -> str:
-    """The deepest cause of an error, in one line."""
+    """Why files without a fault of their own make no data set, in words: the deepest cause of the error."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return first_line(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        raise error
+    if isinstance(error, datasets.table.CastError):
+        here, there = (", ".join(sorted(names)) for names in (error.table_column_names, error.requested_column_names))
+        return f"the files do not have the same columns: {here} in one and {there} in another."
+    why = "no record" if isinstance(error, StopIteration) else first_line(error)
+    return f"the files make no data set: {why}. Check data.train and data.validation."

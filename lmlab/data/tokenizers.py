@@ -72,5 +72,6 @@ def content_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         model = sorted(tokenizer.get_vocab().items())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    content = json.dumps([model, special, tokenizer.model_max_length], sort_keys=True)
+    longest = [tokenizer.model_max_length, tokenizer.truncation_side]
+    content = json.dumps([model, special, longest], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -50,13 +50,13 @@ class MaskedLM:
         self.special_ids = np.array(sorted(tokenizer.all_special_ids))
         self.vocab_size = len(tokenizer)
 
-    def __call__(
-        self, ids: np.ndarray, key: tuple[int, int, int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`ids` [T] and key (seed, epoch, sample) to (inputs [T], scored positions [N], targets [N])."""
         seed, epoch, sample = key
         # Philox is counter-based: a (key, counter) names its stream, nothing is carried over.
-        draw = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, sample]))
+        # A list with a number past 2^63 in it, as evaluation's epoch, would pass through float64.
+        stream = np.array([seed, epoch], np.uint64)
+        draw = np.random.Generator(np.random.Philox(key=stream, counter=[0, 0, 0, sample]))
         chosen, fate = draw.random((2, len(ids)))
         words = draw.integers(self.vocab_size, size=len(ids), dtype=ids.dtype)
         positions = np.flatnonzero((chosen < self.mask_probability) & ~np.isin(ids, self.special_ids))

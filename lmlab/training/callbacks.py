@@ -42,23 +42,30 @@ class Measure(Callback):
         now = time.perf_counter()
         self.interval += now - self.clock
         self.clock = now
-        steps = trainer.global_step - self.step
         due = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == module.steps
-        if steps == 0 or not due:
-            return
+        if due and trainer.global_step > self.step:
+            self.report(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+        if trainer.global_step > self.step:  # stopped early, between two reports
+            self.report(trainer, module)
+
+    def report(self, trainer: L.Trainer, module: LMModule) -> None:
+        """Log what has gathered since the last report."""
         module.stop_on_nonfinite()
+        reading = time.perf_counter()
         loss = float(module.train_nll.compute())
         module.train_nll.reset()
         tokens = int(module.tokens)
-        # Reading those figures waited for the device, so the clock is read again.
-        self.interval += time.perf_counter() - now
+        # Reading those figures waited for the device to finish its steps.
+        self.interval += time.perf_counter() - reading
         self.latest = {
             "train/loss": loss,
             f"train/{module.figure}": perplexity(loss),
             "optim/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "optim/grad_norm": float(module.grad_norm) if module.grad_norm is not None else 0.0,
             "perf/tokens_per_s": (tokens - self.tokens_then) / self.interval,
-            "perf/step_ms": 1000 * self.interval / steps,
+            "perf/step_ms": 1000 * self.interval / (trainer.global_step - self.step),
             "data/tokens_seen": tokens,
         }
         for logger in trainer.loggers:

@@ -1,0 +1,478 @@
+"""Blocks lose nothing by default, the ledger adds up, and the cache is keyed by all that went in."""
+
+import json
+import multiprocessing
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lmlab.data import preprocess
+from lmlab.data.preprocess import Blocks, Prepared, Preprocessing, flatten, group_texts, prepare, split
+from lmlab.data.sources import Corpus
+from lmlab.data.tokenizers import bpe, char
+from lmlab.errors import UserError
+
+HARD = [
+    "plain words",
+    "",
+    "emoji 👩‍🚀 🏳️‍🌈 👍🏽",
+    "combining e\u0301 is not é, Zalgo Z̷̧̛",
+    "CRLF\r\nthen CR\rthen LF\n",
+    "",
+    "  spaces  at the ends,\ttabs\t ",
+    "\ufeffmark, nul \x00, no-break\u00a0space, separator\u2028",
+    "नमस्ते, 你好, مرحبا",
+    "\n",
+    "",
+]
+
+
+def corpus_of(texts: list, validation: list | None = None, fingerprint: str = "texts", path: str = "text") -> Corpus:
+    held_out = None if validation is None else Dataset.from_dict({"text": validation})
+    return Corpus(Dataset.from_dict({"text": texts}), held_out, path, fingerprint)
+
+
+def random_texts(draw: random.Random, count: int) -> list[str]:
+    """Texts of 0 to 60 characters from all of Unicode; surrogates are no characters."""
+    planes = [range(128), range(0x20, 0x250), range(0x300, 0x370), range(0x10000), range(0x1F300, 0x1FAFF)]
+    points = [[point for point in plane if not 0xD800 <= point < 0xE000] for plane in planes]
+    return ["".join(chr(draw.choice(draw.choice(points))) for _ in range(draw.randint(0, 60))) for _ in range(count)]
+
+
+def documents(blocks: Blocks, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All blocks end to end, cut after each end-of-text token and decoded."""
+    ids = np.concatenate(list(blocks))
+    ends = np.flatnonzero(ids == tokenizer.eos_token_id)
+    assert ends[-1] == len(ids) - 1
+    return [tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return bpe(HARD, vocab_size=300)
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Prepared]:
+    """`prepare` with the tokenizer of this file and one cache per test."""
+
+    def run(corpus: Corpus, tokenizer: PreTrainedTokenizerBase = tokenizer, **choices: Any) -> Prepared:
+        choices = {"block_size": 8} | choices
+        return prepare(corpus, Preprocessing(**choices), lambda texts: tokenizer, None, tmp_path)
+
+    return run
+
+
+# --- Nothing is lost ---
+
+
+@pytest.mark.parametrize("block_size", [2, 7, 64, 10_000])
+def test_lossless(run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    """Every document comes back byte for byte, with an end-of-text token after each."""
+    draw = random.Random(block_size)
+    parts = {"train": HARD + random_texts(draw, 200), "validation": random_texts(draw, 50) + HARD}
+    prepared = run(corpus_of(parts["train"], parts["validation"]), block_size=block_size)
+    for name, texts in parts.items():
+        blocks, ledger = getattr(prepared, name), prepared.ledger[name]
+        # An empty document has nothing to end.
+        wanted = [text + tokenizer.eos_token for text in texts if text]
+        assert [text.encode() for text in documents(blocks, tokenizer)] == [text.encode() for text in wanted]
+        lengths = [len(block) for block in blocks]
+        assert set(lengths[:-1]) <= {block_size}
+        assert 1 <= lengths[-1] <= block_size
+        assert ledger.documents == len(texts)
+        assert ledger.bytes == sum(len(text.encode()) for text in texts)
+        assert (ledger.tokens, ledger.blocks) == (sum(lengths), len(lengths))
+        assert ledger.tokens_dropped == ledger.tokens_truncated == 0
+
+
+def test_ledger(run: Callable[..., Prepared]) -> None:
+    """tokens = in blocks + dropped + truncated, whatever the choices; each counted here on its own."""
+    draw = random.Random(0)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", model_max_length=9)
+    losses = set()
+    for _ in range(40):
+        texts = [["x y é 👍 " * draw.randint(0, 4) for _ in range(draw.randint(0, 3))] for _ in range(30)]
+        texts.append(["enough to fill a block"] * 3)
+        choices = {
+            "block_size": draw.randint(2, 9),
+            "join": draw.choice([None, " "]),
+            "end_of_text": draw.random() < 0.5,
+            "special_tokens": draw.random() < 0.5,
+            "truncation": draw.random() < 0.5,
+            "drop_remainder_every": draw.choice([None, 1, 4, 1000]),
+        }
+        prepared = run(corpus_of(texts, texts, f"{texts}"), tokenizer, **choices)
+        ledger = prepared.ledger["train"]
+        in_blocks = sum(map(len, prepared.train))
+        joined = [text for row in texts for text in row] if choices["join"] is None else [" ".join(r) for r in texts]
+        counts = [len(text.split()) + 2 * choices["special_tokens"] for text in joined]
+        kept = [min(count, 9) if choices["truncation"] else count for count in counts]
+        ends = sum(count > 0 for count in counts) if choices["end_of_text"] else 0
+        assert ledger.documents == len(joined)
+        assert ledger.bytes == sum(len(text.encode()) for text in joined)
+        assert ledger.tokens == sum(counts) + ends
+        assert ledger.tokens_truncated == sum(counts) - sum(kept)
+        assert ledger.tokens == in_blocks + ledger.tokens_dropped + ledger.tokens_truncated
+        assert ledger.blocks == len(prepared.train)
+        losses.add((ledger.tokens_dropped > 0, ledger.tokens_truncated > 0))
+    assert losses == {(a, b) for a in (False, True) for b in (False, True)}
+
+
+def test_end_of_text_id(run: Callable[..., Prepared]) -> None:
+    """The end-of-text token is eos, or sep where there is none; without either the choice is refused."""
+
+    def last(**special: str) -> int:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "[SEP]": 1, "</s>": 2}, "<unk>")), **special
+        )
+        return int(run(corpus_of(["a"], ["a"]), tokenizer).train[0][-1])
+
+    assert last(sep_token="[SEP]") == 1
+    assert last(sep_token="[SEP]", eos_token="</s>") == 2
+    with pytest.raises(UserError, match=r"preprocess\.end_of_text=false"):
+        last()
+
+
+def test_calls_of_the_tokenizer(
+    run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many documents go into one call changes nothing."""
+    texts = random_texts(random.Random(0), 50)
+    whole = np.concatenate(list(run(corpus_of(texts, texts)).train))
+    monkeypatch.setattr(preprocess, "RECORDS_PER_CALL", 7)
+    again = run(corpus_of(texts, texts, "another")).train
+    np.testing.assert_array_equal(np.concatenate(list(again)), whole)
+
+
+# --- Blocks ---
+
+
+def naive(lengths: list[int], block_size: int, every: int | None) -> tuple[list[list[int]], int]:
+    """The guide's `group_texts` on lists, tokens numbered through; and how many it drops."""
+    tokens = iter(range(sum(lengths)))
+    rows = [[next(tokens) for _ in range(length)] for length in lengths]
+    if every is None:
+        all_tokens = [token for row in rows for token in row]
+        return [all_tokens[i : i + block_size] for i in range(0, len(all_tokens), block_size)], 0
+    blocks, dropped = [], 0
+    for start in range(0, len(rows), every):
+        group = [token for row in rows[start : start + every] for token in row]
+        total = len(group) // block_size * block_size
+        blocks += [group[i : i + block_size] for i in range(0, total, block_size)]
+        dropped += len(group) - total
+    return blocks, dropped
+
+
+def test_group_texts() -> None:
+    draw = random.Random(0)
+    cases: list[tuple[list[int], int, int | None]] = [
+        ([], 4, None),
+        ([], 4, 3),
+        ([0], 4, None),
+        ([0, 0, 0], 4, 2),
+        ([3], 4, 1),
+        ([4], 4, 1),
+        ([4, 4], 4, None),
+        ([9], 4, None),
+        ([9, 0], 4, 1),
+        ([5, 5, 5], 4, 3),
+        ([5, 5, 5], 4, 4),
+    ]
+    for _ in range(500):
+        lengths = [draw.choice([0, 1, draw.randint(0, 30)]) for _ in range(draw.randint(0, 12))]
+        cases.append((lengths, draw.randint(2, 12), draw.choice([None, 1, 2, 3, len(lengths) or 1, 100])))
+    for lengths, block_size, every in cases:
+        bounds = group_texts(np.array(lengths, np.int64), block_size, every)
+        assert (bounds.dtype, bounds.shape[1:]) == (np.int64, (2,))
+        blocks, dropped = naive(lengths, block_size, every)
+        assert [list(range(*bound)) for bound in bounds.tolist()] == blocks, (lengths, block_size, every)
+        assert sum(lengths) - (bounds[:, 1] - bounds[:, 0]).sum() == dropped
+
+
+def test_blocks_pickle_by_path(run: Callable[..., Prepared]) -> None:
+    """int32 slices of a file; what travels to a worker is its path and the bounds."""
+    blocks = run(corpus_of(["some words to fill the blocks"] * 2000, ["x"]), block_size=128).train
+    assert blocks[0].dtype == np.int32
+    sent = pickle.dumps(blocks)
+    assert blocks.tokens.nbytes > 20 * len(sent)
+    received = pickle.loads(sent)
+    assert len(received) == len(blocks) == len(blocks.bounds)
+    for one, other in zip(received, blocks, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# --- Records to documents ---
+
+
+def test_flatten() -> None:
+    """A struct of lists, a list of structs, a flattened column and one plain list hold the same texts."""
+    texts = [[f"answer {i}.{j}" for j in range(i % 4)] for i in range(2500)]
+    struct_of_lists = Dataset.from_list([{"answers": {"text": row, "score": [1] * len(row)}} for row in texts])
+    list_of_structs = Dataset.from_list([{"answers": [{"text": text, "score": 1} for text in row]} for row in texts])
+    deep = Dataset.from_list([{"a": {"b": [{"c": [text]} for text in row]}} for row in texts])
+    assert "answers.text" in struct_of_lists.flatten().column_names
+    assert list(flatten(struct_of_lists, "answers.text")) == texts
+    assert list(flatten(list_of_structs, "answers.text")) == texts
+    assert list(flatten(struct_of_lists.flatten(), "answers.text")) == texts
+    assert list(flatten(deep, "a.b.c")) == texts
+    assert list(flatten(Dataset.from_dict({"answers": texts}), "answers")) == texts
+    # A missing text is no document; an empty one is.
+    assert list(flatten(Dataset.from_dict({"text": ["a", None, ""]}), "text")) == [["a"], [], [""]]
+
+
+@pytest.mark.parametrize("path", ["answers.txt", "answer.text", "answers", "answers.text.x", "answers.score"])
+def test_flatten_finds_no_text(path: str) -> None:
+    """A wrong path is refused, and where the texts are is said."""
+    records = Dataset.from_list([{"answers": {"text": ["a"], "score": [1]}}])
+    with pytest.raises(UserError, match=r"Texts are at: answers\.text\.$"):
+        list(flatten(records, path))
+
+
+def test_join(run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBase) -> None:
+    records = [["one", "two"], [], ["three"], ["", "four"]]
+    apart = run(corpus_of(records, records), join=None)
+    assert documents(apart.train, tokenizer) == [f"{text}<|endoftext|>" for text in ("one", "two", "three", "four")]
+    assert apart.ledger["train"].documents == 5
+    joined = run(corpus_of(records, records), join=" + ")
+    assert documents(joined.train, tokenizer) == [f"{x}<|endoftext|>" for x in ("one + two", "three", " + four")]
+    assert joined.ledger["train"].documents == 4
+
+
+# --- The split ---
+
+
+def test_split_shares_no_record() -> None:
+    texts = [str(i) for i in range(100)]
+    parts = split(corpus_of(texts), Preprocessing(test_size=0.2))
+    assert len(parts["validation"]) == 20
+    assert sorted([*parts["train"]["text"], *parts["validation"]["text"]]) == sorted(texts)
+    same = split(corpus_of(texts), Preprocessing(test_size=0.2))
+    other = split(corpus_of(texts), Preprocessing(test_size=0.2, split_seed=1))
+    assert parts["validation"]["text"][:] == same["validation"]["text"][:]
+    assert parts["validation"]["text"][:] != other["validation"]["text"][:]
+
+
+def test_max_records() -> None:
+    """Counts the training records, before a part of them is held out; a validation split stays whole."""
+    texts = [str(i) for i in range(100)]
+    parts = split(corpus_of(texts), Preprocessing(max_records=10, test_size=0.2))
+    assert sorted([*parts["train"]["text"], *parts["validation"]["text"]]) == texts[:10]
+    parts = split(corpus_of(texts, texts), Preprocessing(max_records=10))
+    assert parts["train"]["text"][:] == texts[:10]
+    assert parts["validation"]["text"][:] == texts
+    assert len(split(corpus_of(texts, texts), Preprocessing(max_records=1000))["train"]) == 100
+
+
+@pytest.mark.parametrize(("count", "test_size", "held_out"), [(2, 0.9, 1), (3, 0.99, 2), (2, 0.5, 1), (7, 0.1, 1)])
+def test_split_of_few(count: int, test_size: float, held_out: int) -> None:
+    parts = split(corpus_of(["a"] * count), Preprocessing(test_size=test_size))
+    assert (len(parts["train"]), len(parts["validation"])) == (count - held_out, held_out)
+
+
+def test_nothing_to_train_or_measure_on(run: Callable[..., Prepared]) -> None:
+    with pytest.raises(UserError, match="data set is empty"):
+        run(corpus_of([]))
+    with pytest.raises(UserError, match="validation split is empty"):
+        run(corpus_of(["a"] * 4))
+    with pytest.raises(UserError, match="train split gives no token: its 2 texts are empty"):
+        run(corpus_of(["", ""], ["a"]))
+    with pytest.raises(UserError, match="validation split gives no block"):
+        run(corpus_of(["some words"] * 9, ["a"]), drop_remainder_every=9)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_size", 1), ("test_size", 0), ("test_size", 1), ("drop_remainder_every", 0), ("max_records", 0)],
+)
+def test_senseless_choices(key: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"preprocess.{key} "):
+        Preprocessing(**{key: value})
+
+
+# --- The tokenizer ---
+
+
+def test_tokenizer_sees_only_the_training_split(tmp_path: Path) -> None:
+    """A character that only validation holds is unknown; no validation text reaches the training."""
+    texts = [f"number {i}" for i in range(50)]
+    seen: list[str] = []
+
+    def make(texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        seen.extend(texts)
+        return char(seen)
+
+    choices = Preprocessing(test_size=0.2)
+    prepare(corpus_of(texts), choices, make, {"kind": "char"}, tmp_path)
+    parts = split(corpus_of(texts), choices)
+    assert seen == parts["train"]["text"][:]
+    assert not {*seen} & {*parts["validation"]["text"]}
+
+    prepared = prepare(corpus_of(["abc"], ["abcd"], "abc"), choices, char, {"kind": "char"}, tmp_path)
+    ids = prepared.validation[0].tolist()
+    assert ids[3] == prepared.tokenizer.unk_token_id
+    assert prepared.tokenizer.unk_token_id not in ids[:3]
+
+
+# --- The cache ---
+
+OTHER = {
+    "block_size": 16,
+    "join": " ",
+    "end_of_text": False,
+    "special_tokens": True,
+    "truncation": True,
+    "drop_remainder_every": 2,
+    "test_size": 0.3,
+    "split_seed": 1,
+    "max_records": 50,
+}
+"""Another value for each choice."""
+
+
+def entries(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir() if not path.name.endswith(".lock")}
+
+
+def never(*args: Any) -> Any:
+    raise AssertionError("made again")
+
+
+def test_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept is read, and is what was written: no tokenizer trained, no text tokenized."""
+    texts = random_texts(random.Random(0), 100)
+    first = prepare(corpus_of(texts), Preprocessing(block_size=8), bpe, {"kind": "bpe"}, tmp_path)
+    kept = entries(tmp_path)
+    monkeypatch.setattr(preprocess, "tokenize", never)
+    second = prepare(corpus_of(texts), Preprocessing(block_size=8), never, {"kind": "bpe"}, tmp_path)
+    assert entries(tmp_path) == kept
+    assert second.ledger == first.ledger
+    assert second.tokenizer_hash == first.tokenizer_hash
+    for name in ("train", "validation"):
+        ours, theirs = getattr(second, name), getattr(first, name)
+        assert [block.tolist() for block in ours] == [block.tolist() for block in theirs]
+
+
+def test_key_of_blocks(run: Callable[..., Prepared], tmp_path: Path) -> None:
+    """Every choice, the data, the path of the text and the tokenizer make an entry of their own."""
+    assert OTHER.keys() == {field.name for field in fields(Preprocessing)}
+    assert all(OTHER[key] != value for key, value in asdict(Preprocessing(block_size=8)).items())
+    texts = [f"number {i}" for i in range(100)]
+    run(corpus_of(texts))
+    calls = [lambda key=key: run(corpus_of(texts), **{key: OTHER[key]}) for key in OTHER]
+    calls.append(lambda: run(corpus_of(texts, fingerprint="changed")))
+    calls.append(lambda: run(Corpus(Dataset.from_dict({"other": texts}), None, "other", "texts")))
+    calls.append(lambda: run(corpus_of(texts), bpe(texts, vocab_size=260)))
+    for number, call in enumerate(calls, 2):
+        call()
+        assert len(entries(tmp_path)) == number
+
+
+def test_key_of_tokenizers(tmp_path: Path) -> None:
+    """A trained tokenizer is kept by its settings and its training split; the other choices do not move it."""
+    texts = [f"number {i}" for i in range(100)]
+
+    def kept(corpus: Corpus, key: Any, **choices: Any) -> int:
+        prepare(corpus, Preprocessing(**choices), lambda texts: bpe(texts, key["vocab_size"]), key, tmp_path)
+        return sum(name.startswith("tokenizer-") for name in entries(tmp_path))
+
+    key = {"vocab_size": 260}
+    assert kept(corpus_of(texts), key) == 1
+    assert kept(corpus_of(texts), key, block_size=4, end_of_text=False) == 1
+    assert kept(corpus_of(texts), {"vocab_size": 261}) == 2
+    assert kept(corpus_of(texts, fingerprint="changed"), key) == 3
+    for number, choice in enumerate(("test_size", "split_seed", "max_records"), 4):
+        assert kept(corpus_of(texts), key, **{choice: OTHER[choice]}) == number
+
+
+def test_writer_that_fails(run: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an entry is never kept, and the next writer starts afresh."""
+    texts = random_texts(random.Random(0), 100)
+    real = preprocess.tokenize
+
+    def halfway(*args: Any) -> Iterator:
+        rows = real(*args)
+        yield from (next(rows) for _ in range(10))
+        raise OSError("disk full")
+
+    monkeypatch.setattr(preprocess, "tokenize", halfway)
+    with pytest.raises(OSError, match="disk full"):
+        run(corpus_of(texts))
+    assert entries(tmp_path) == set()
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError):
+        prepare(corpus_of(texts), Preprocessing(), lambda texts: 1 / 0, {"kind": "bpe"}, tmp_path)  # type: ignore
+    assert entries(tmp_path) == set()
+    made = run(corpus_of(texts))
+    assert made.ledger["train"].documents == 90
+
+
+def test_leftovers_of_a_killed_writer(
+    run: Callable[..., Prepared], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """`kill -9` lets nobody tidy up: what it left beside the entry never becomes part of one."""
+    texts = random_texts(random.Random(0), 100)
+    elsewhere = tmp_path / "elsewhere"
+    wanted = prepare(corpus_of(texts), Preprocessing(block_size=8), lambda texts: tokenizer, None, elsewhere)
+    (name,) = entries(elsewhere)
+    partial = tmp_path / f".{name}.partial"
+    partial.mkdir()
+    (partial / "train.tokens").write_bytes(b"half")
+    (partial / "extra").write_bytes(b"")
+    made = run(corpus_of(texts))
+    assert entries(tmp_path) == {name, "elsewhere"}
+    assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in (elsewhere / name).iterdir()}
+    assert [block.tolist() for block in made.train] == [block.tolist() for block in wanted.train]
+
+
+def prepare_slowly(cache: Path, log: Path, start: Any) -> None:
+    """One of several processes: all start at once, and who writes notes it down."""
+    real = preprocess.write_split
+
+    def note(line: str) -> None:
+        with log.open("a") as stream:
+            stream.write(f"{line}\n")
+        time.sleep(0.3)  # So that the others come along while this one is at it.
+
+    def write_split(place: Path, name: str, *args: Any) -> None:
+        note(name)
+        real(place, name, *args)
+
+    def make(texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        note("tokenizer")
+        return bpe(texts, 300)
+
+    preprocess.write_split = write_split
+    start.wait(60)
+    prepared = prepare(corpus_of(HARD * 9), Preprocessing(block_size=8), make, {"kind": "bpe"}, cache)
+    note(json.dumps([prepared.tokenizer_hash, *(block.tolist() for block in prepared.train)]))
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Of two that prepare the same at once one writes, and both get it."""
+    # Not "spawn": importing it all again, twice, takes longer than all other tests here.
+    context = multiprocessing.get_context("fork")
+    start, log = context.Barrier(2), tmp_path / "log"
+    both = [context.Process(target=prepare_slowly, args=(tmp_path / "cache", log, start)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    *written, one, other = log.read_text().splitlines()
+    assert written == ["tokenizer", "train", "validation"]
+    assert one == other

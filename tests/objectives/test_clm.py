@@ -1,0 +1,40 @@
+"""A causal model's labels are the tokens themselves, one place on."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lmlab.objectives.clm import CausalLM
+
+EOS = 3
+KEY = (0, 0, 0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 128])
+def test_labels(length: int) -> None:
+    ids = np.random.default_rng(0).integers(50, size=length, dtype=np.int32)
+    inputs, positions, targets = CausalLM()(ids, KEY)
+    np.testing.assert_array_equal(inputs, ids)
+    assert list(zip(positions, targets, strict=True)) == [(t, ids[t + 1]) for t in range(length - 1)]
+
+
+def test_end_of_text_is_a_target() -> None:
+    """A real one, inside the block and at its end, whatever the tokenizer pads with."""
+    ids = np.array([7, 8, EOS, 9, 5, EOS], np.int32)
+    _, positions, targets = CausalLM()(ids, KEY)
+    assert positions[targets == EOS].tolist() == [1, 4]
+    assert len(targets) == len(ids) - 1
+
+
+def test_as_transformers_shifts() -> None:
+    """The same loss as of a Hugging Face model given the ids as labels, which it shifts itself."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_head=2, n_layer=1, n_positions=32)).eval()
+    ids = np.random.default_rng(0).integers(50, size=32, dtype=np.int64)
+    inputs, positions, targets = CausalLM()(ids, KEY)
+    with torch.no_grad():
+        output = model(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None])
+        logits = model(torch.from_numpy(inputs)[None]).logits[0, torch.from_numpy(positions)]
+    ours = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets))
+    torch.testing.assert_close(ours, output.loss)

@@ -1,0 +1,71 @@
+"""Imports go one way: verbs → config → {training, evaluation, data, runs} → {objectives, models} → errors."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lmlab
+
+ROOT = Path(lmlab.__file__).parent
+FLOORS = {"errors": 0, "objectives": 1, "models": 1, "training": 2, "evaluation": 2, "data": 2, "runs": 2, "config": 3}
+VERB = 4
+
+
+def floor(module: str) -> int:
+    return FLOORS.get(module.split(".")[0], VERB)
+
+
+def imported(path: Path) -> list[str]:
+    """The modules of lmlab a file imports, anywhere in it, without the leading `lmlab.`."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module] if node.module != "lmlab" else [f"lmlab.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [name.removeprefix("lmlab.") for name in names if name.startswith("lmlab.")]
+
+
+def test_no_room_imports_one_above_it() -> None:
+    seen = 0
+    for path in ROOT.rglob("*.py"):
+        module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        if module == "__init__":
+            continue
+        for name in imported(path):
+            seen += 1
+            assert floor(name) <= floor(module), f"{module} imports {name}"
+    assert seen > 30
+
+
+def test_only_config_and_verbs_know_hydra() -> None:
+    for path in ROOT.rglob("*.py"):
+        knows = "hydra" in {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert not knows or path.parent == ROOT, path
+
+
+def test_composing_does_not_import_torch() -> None:
+    """`--help` and `--cfg job` answer at once; a timing would be noise, what they import is not."""
+    for argument in (["--help"], ["--cfg", "job"]):
+        code = (
+            f"import sys; sys.argv = ['train', *{argument}]\n"
+            "from lmlab.train import main\n"
+            "try: main()\n"
+            "except SystemExit: pass\n"
+            "heavy = {'torch', 'transformers', 'datasets', 'lightning', 'wandb', 'pyarrow', 'numpy', 'pandas'}\n"
+            "print('heavy:', sorted(heavy & sys.modules.keys()))"
+        )
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert "objective" in out
+        assert out.splitlines()[-1] == "heavy: []"
