@@ -39,6 +39,10 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     # Hydra then raises instead of printing, and what it raises is explained here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    # Which keys a model's config has is for its architecture to say (models/loading.py), so
+    # setting one that the YAML file does not list needs no +.
+    sys.argv[1:] = [f"++{word}" if word.startswith("model.config.") else word for word in sys.argv[1:]]
+
     def plain_job(cfg: DictConfig) -> Any:
         with shown_plainly(debug):
             return job(cfg)
@@ -57,7 +61,7 @@ def explain(error: Exception, name: str) -> str:
     options = getattr(error, "options", None)
     if missing and options:
         group, _, option = str(missing).rpartition("/")
-        return f'{group}={option}: no such option.{nearest(option, options)} Options: {", ".join(sorted(options))}.'
+        return f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
     if lines and lines[0].startswith(("Could not override", "Key '")):
         wrong = lines[0].split("'")[1]
         return f'there is no key "{wrong}".{nearest(wrong, known_keys(name))}'
@@ -75,7 +79,7 @@ def known_keys(name: str) -> set[str]:
 
 def dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """The dotted names of all keys in a config."""
-    for key in node:
+    for key in map(str, node):
         yield f"{prefix}{key}"
         value = node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
@@ -88,9 +92,10 @@ def freeze(cfg: DictConfig) -> DictConfig:
     if missing:
         raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
     try:
-        return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"the config does not resolve: {first_line(error)}") from error
+    return cfg
 
 
 def read_config(run_dir: Path) -> DictConfig:
@@ -160,11 +165,11 @@ def check(cfg: DictConfig, name: str) -> None:
 
 def check_keys(cfg: DictConfig, name: str) -> None:
     """Refuse keys that an experiment file made up: at the top, or in a block."""
-    known = set(OmegaConf.load(CONF / f"{name}.yaml")) - {"defaults", "hydra"}  # type: ignore[arg-type]
+    known = set(OmegaConf.load(CONF / f"{name}.yaml")) - {"defaults", "hydra"}
     known |= {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "experiment"}
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known:
-            raise UserError(f'there is no key "{key}".{nearest(str(key), known)} Keys: {", ".join(sorted(known))}.')
+            raise UserError(f'there is no key "{key}".{nearest(key, known)} Keys: {", ".join(sorted(known))}.')
     for key, block in blocks(cfg):
         arguments(target(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
 
@@ -250,13 +255,15 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
     import lightning as L
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from lmlab.training.callbacks import Measure
     from lmlab.training.checkpoint import AtomicCheckpoints
 
     # Lightning's greetings and hints; what a run has to say, it says itself.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    callbacks = [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
+    callbacks: list[Any] = [Measure()]
+    callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     options = arguments(L.Trainer, cfg.trainer, "trainer") | {
         "max_epochs": 1,  # one long row of batches; see data/sampler.py
         "max_steps": steps,

@@ -6,9 +6,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
 
 # What the file system says when the fault lies with the place written to.
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 
 
 class UserError(Exception):
@@ -41,13 +52,23 @@ def plainly(error: BaseException) -> str | None:
     """What to show for an error a person can mend; None for a defect of lmlab."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        place = f" {error.filename}" if error.filename else ""
-        return (
-            f"cannot write{place}: {os.strerror(error.errno)}.\n"
-            "Free some space or choose another place, such as hydra.run.dir=DIR or cache_dir=DIR."
-        )
-    return None
+    number = errno.ENOSPC if disk_full(error) else error.errno if isinstance(error, OSError) else None
+    if number not in UNWRITABLE:
+        return None
+    place = f" {error.filename}" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
+    return (
+        f"cannot write{place}: {os.strerror(number)}.\n"
+        "Free some space or choose another place by hydra.run.dir=DIR, cache_dir=DIR or the variable HF_HOME."
+    )
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is what an error came from; torch and safetensors raise errors of their own over it."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
@@ -71,19 +92,29 @@ def from_hub(what: str, key: str) -> Iterator[None]:
     """Turn a failed load into a `UserError`: what was asked for, and how to go on without the network.
 
     Args:
-        what: the thing asked for, such as `model "gpt2"`.
+        what: the thing asked for, its name in quotes, such as `model "gpt2"`.
         key: the config key that can name a local copy instead.
     """
+    from safetensors import SafetensorError  # here, so that `--help` need not wait for it
+
     # Narrow on purpose: a defect raises something else and keeps its traceback.
     # httpx and huggingface_hub errors are OSError or ValueError, as are those of transformers and datasets.
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise
+        name = what.split('"')[1]
+        if Path(name).exists():
+            exported = Path(name) / "model"
+            hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
+            why = shorten(str(error), 300, placeholder=" …")
+            raise UserError(f"could not load {what} from that place: {why}\n{hint}") from error
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise UserError(f"could not load {what}: no such directory. Give one that is there as {key}.") from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(
             f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"
-            f"Without a network, name a local directory ({key}=DIR), "
+            f"Without a network, give a local directory as {key}, "
             "or set HF_HUB_OFFLINE=1 to use what is cached already."
         ) from error

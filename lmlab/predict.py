@@ -7,14 +7,28 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lmlab.errors import UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows what is wrong with the arguments as any other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.\nFor all arguments: {self.prog} --help")
+
+
+def seed(text: str) -> int:
+    """An argument that torch takes as a seed."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2**63 - 1, not {text}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m lmlab.predict",
         description="Go on with a text (causal model), or fill its masks (masked model).",
     )
@@ -26,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float)
     p.add_argument("--top-p", type=float, help="sample from this share of the probability (0.95)")
     p.add_argument("--greedy", action="store_true", help="always the most likely token")
-    p.add_argument("--seed", type=int, default=0, help="decides what is sampled (0)")
+    p.add_argument("--seed", type=seed, default=0, help="decides what is sampled (0)")
     p.add_argument(
         "--option",
         action="append",
@@ -39,15 +53,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
     with shown_plainly():
-        predict(arguments)
+        predict(parser().parse_intermixed_args())  # options may stand between model and texts
 
 
 def predict(arguments: argparse.Namespace) -> None:
     """Print what the model makes of each text, in order."""
     texts = texts_of(arguments)
     options = options_of(arguments)
+    candidates = 5 if arguments.top_k is None else arguments.top_k
 
     from transformers.utils import logging
 
@@ -58,7 +72,9 @@ def predict(arguments: argparse.Namespace) -> None:
     model, tokenizer = inference.load(str(exported) if exported.is_dir() else arguments.model)
     for text in texts:
         if inference.fills_masks(model):
-            filled = inference.fill_mask(model, tokenizer, text, arguments.top_k or 5)
+            if candidates < 1:
+                raise UserError(f"--top-k {candidates}: a mask needs 1 candidate or more.")
+            filled = inference.fill_mask(model, tokenizer, text, candidates)
             show_filled(text, filled, arguments.json)
         else:
             said = inference.generate(model, tokenizer, text, arguments.seed, **options)
@@ -68,13 +84,16 @@ def predict(arguments: argparse.Namespace) -> None:
 def texts_of(arguments: argparse.Namespace) -> list[str]:
     """The texts of the arguments, a file, or standard input."""
     texts = list(arguments.texts)
-    if arguments.file:
-        path = Path(arguments.file)
-        if not path.is_file():
-            raise UserError(f"--file {path}: no such file.")
-        texts += path.read_text("utf-8").splitlines()
-    if texts == ["-"] or not texts:
-        texts = sys.stdin.read().splitlines()
+    try:
+        if arguments.file:
+            texts += Path(arguments.file).read_text("utf-8").splitlines()
+        if texts == ["-"] or not texts:
+            texts = sys.stdin.read().splitlines()
+        "".join(texts).encode()  # a byte of the command line that is no UTF-8 is a lone surrogate here
+    except UnicodeError as error:
+        raise UserError(f"the texts are not UTF-8 ({error.reason}): convert them first.") from error
+    except OSError as error:
+        raise UserError(f"--file {arguments.file}: {error.strerror}.") from error
     if not texts:
         raise UserError("no text to go on with: give it after the model, by --file, or on standard input.")
     return texts

@@ -115,7 +115,8 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
         {
             f"{figure.replace('_', ' ')} before": f"{perplexity(before):,.2f}",
             f"{figure.replace('_', ' ')} after": f"{perplexity(loss):,.2f}   (best weights, held-out text)",
-            "tokens": f"{measure.tokens:,} in {measure.seconds:.1f} s of training: {result['tokens_per_s']:,.0f} tokens/s",
+            "tokens": f"{measure.tokens:,} trained on in {measure.seconds:.1f} s",
+            "speed": f"{result['tokens_per_s']:,.0f} tokens/s",
             "run directory": str(run.path),
             "model": str(run.model),
             "it says": said,

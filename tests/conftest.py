@@ -20,7 +20,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("WANDB_API_KEY", None)
 
-import pytest
+import pytest  # noqa: E402
 
 TINY = [
     "model.config.n_embd=32",

@@ -46,9 +46,7 @@ def test_option_composes_and_fits_its_constructor(option: str) -> None:
 
 
 @pytest.mark.parametrize("sweep", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_sweep_composes(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sweep_composes(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     raw = OmegaConf.load(sweep)
     assert raw.hydra.mode == "MULTIRUN"
     swept = [f"{key}={value}" for key, values in raw.hydra.sweeper.params.items() for value in values.split(",")]

@@ -47,7 +47,7 @@ def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pyte
         "checkpoints",
         "model",
     }
-    assert not [path for path in run.rglob("*partial*")]
+    assert not list(run.rglob("*partial*"))
     assert OmegaConf.load(run / "config.yaml").seed == 7
     assert "seed=7" in OmegaConf.load(run / "overrides.yaml")
 

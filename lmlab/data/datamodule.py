@@ -48,17 +48,15 @@ class Batches(Dataset):
         return collate(self.blocks, draws, self.objective, self.seed, self.pad_id, number)
 
 
-def collate(
-    blocks: Blocks, draws: list[Draw], objective: Objective, seed: int, pad_id: int, number: int = 0
-) -> Batch:
+def collate(blocks: Blocks, draws: list[Draw], objective: Objective, seed: int, pad_id: int, number: int = 0) -> Batch:
     """Label the drawn blocks, and only then pad them to the longest on the right."""
-    rows = [blocks[draw.index] for draw in draws]
+    rows = [blocks[draw.block] for draw in draws]
     length = max(map(len, rows))
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
     positions, targets = [], []
     for row, (ids, draw) in enumerate(zip(rows, draws, strict=True)):
-        inputs, scored, wanted = objective(ids, (seed, draw.epoch, draw.index))
+        inputs, scored, wanted = objective(ids, (seed, draw.epoch, draw.block))
         input_ids[row, : len(ids)] = inputs
         attention_mask[row, : len(ids)] = 1
         if draw.scored:

@@ -21,8 +21,8 @@ EVALUATION = 2**63
 class Draw(NamedTuple):
     """One sample of a batch."""
 
-    index: int
-    """The block."""
+    block: int
+    """Its index."""
     epoch: int
     """With the seed and the index, decides the mask."""
     scored: bool = True

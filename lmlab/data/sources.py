@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas
-from pyarrow import parquet
 
 from lmlab.errors import UNWRITABLE, UserError, first_line, from_hub, nearest
 
@@ -122,11 +120,12 @@ def load_files(
         for records in loaded.values():
             records.data.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
     except UNREADABLE as error:
-        raise UserError(fault(everything, builder) or reason(error)) from error
+        cause = deepest(error)
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+            raise cause from error
+        raise UserError(fault(everything, builder) or reason(cause)) from error
     contents = {part: [digest(file) for file in found] for part, found in files.items()}
-    return Corpus(
-        loaded["train"], loaded.get("validation"), text, fingerprint("files", builder, document, contents)
-    )
+    return Corpus(loaded["train"], loaded.get("validation"), text, fingerprint("files", builder, document, contents))
 
 
 def find(patterns: str | Sequence[str], part: str) -> list[Path]:
@@ -176,21 +175,18 @@ def fault(files: list[Path], builder: str) -> str | None:
     for file in files:
         number = 1
         try:
-            if builder == "parquet":
-                parquet.read_metadata(file)
-                continue
-            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-                for number, line in enumerate(stream, 1):
-                    text = line.decode("utf-8")
-                    if ending(file) == ".jsonl" and text.strip() and not isinstance(json.loads(text), dict):
-                        return f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is."
-                if ending(file) == ".json":
-                    number = 1
-                    stream.seek(0)
-                    json.loads(stream.read())
-            if builder == "csv":
-                for _ in pandas.read_csv(file, chunksize=10_000):
-                    pass
+            if builder != "parquet":
+                with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+                    for number, line in enumerate(stream, 1):
+                        text = line.decode("utf-8").rstrip()
+                        if ending(file) == ".jsonl" and text and not isinstance(json.loads(text), dict):
+                            return f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is."
+                    if ending(file) == ".json":
+                        number = 1
+                        stream.seek(0)
+                        json.loads(stream.read())
+            # What is still wrong shows when the file is read alone.
+            datasets.load_dataset(builder, data_files=glob.escape(str(file)))
         except UnicodeDecodeError as error:
             return (
                 f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
@@ -203,19 +199,21 @@ def fault(files: list[Path], builder: str) -> str | None:
             )
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             return f"{file}: not a whole gzip file ({error}). Get it again, or leave it out."
-        except (OSError, ValueError) as error:
-            return f"{file}: could not be read ({first_line(error)}). Mend it, or leave it out."
+        except UNREADABLE as error:
+            return f"{file}: {reason(deepest(error))} Mend it, or leave it out."
     return None
 
 
-def reason(error: BaseException) -> str:
-    """Why files without a fault of their own make no data set, in words: the deepest cause of the error."""
+def deepest(error: BaseException) -> BaseException:
+    """The error that an error came from."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        raise error
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """Why files could not be read, in words."""
     if isinstance(error, datasets.table.CastError):
         here, there = (", ".join(sorted(names)) for names in (error.table_column_names, error.requested_column_names))
-        return f"the files do not have the same columns: {here} in one and {there} in another."
-    why = "no record" if isinstance(error, StopIteration) else first_line(error)
-    return f"the files make no data set: {why}. Check data.train and data.validation."
+        return f"the data files differ in their columns: {here} in one, {there} in another. Name files of one form."
+    return "no record." if isinstance(error, StopIteration) else f"could not be read: {first_line(error).rstrip('.!')}."

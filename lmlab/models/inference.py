@@ -35,7 +35,9 @@ def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTr
         elif trained_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             auto = AutoModelForCausalLM
         else:
-            raise UserError(f'{name} is a "{trained_as or "model of unknown task"}": no causal or masked language model.')
+            raise UserError(
+                f'{name} is a "{trained_as or "model of unknown task"}": no causal or masked language model.'
+            )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         return auto.from_pretrained(name, revision=revision).eval(), tokenizer
 

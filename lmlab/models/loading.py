@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,8 +27,8 @@ def pretrained(
     """A trained model by hub id or directory, in float32; `config` changes single values of its config."""
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     with from_hub(f'model "{name}"', "model.name"):
-        settings = AutoConfig.from_pretrained(name, revision=revision)
-        change(settings, config or {})
+        refuse_unknown(AutoConfig.from_pretrained(name, revision=revision), config or {})
+        settings = AutoConfig.from_pretrained(name, revision=revision, **(config or {}))
         # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
         return auto.from_pretrained(name, revision=revision, config=settings, dtype=torch.float32)
 
@@ -48,31 +49,28 @@ def from_scratch(
         raise UserError(
             f'model.architecture: transformers knows no "{architecture}".{nearest(architecture, CONFIG_MAPPING)}'
         )
-    settings = AutoConfig.for_model(architecture)
-    known = {"vocab_size": len(tokenizer)} | {
+    defaults = AutoConfig.for_model(architecture)
+    refuse_unknown(defaults, config or {})
+    values = {"vocab_size": len(tokenizer)} | {
         f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad", "cls", "sep")
     }
     # An encoder built for causal modelling has to be told to hide the future.
-    known["is_decoder"] = causal
-    change(settings, {key: value for key, value in known.items() if hasattr(settings, key)} | (config or {}))
-    # Rebuilt from its own values, so that whatever a config derives from others is derived anew.
+    values["is_decoder"] = causal
+    values = {key: value for key, value in values.items() if hasattr(defaults, key)} | (config or {})
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     try:
-        return auto.from_config(settings)
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"model.config does not make a {architecture}: {first_line(error)}") from error
+        return auto.from_config(AutoConfig.for_model(architecture, **values))
+    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+        cause = first_line(error.__cause__ or error)
+        raise UserError(f"model.config makes no {'causal' if causal else 'masked'} {architecture}: {cause}") from error
 
 
-def change(settings: PreTrainedConfig, values: dict[str, Any]) -> None:
-    """Set values of a model config; a key it does not know is refused."""
-    for key, value in values.items():
+def refuse_unknown(settings: PreTrainedConfig, values: dict[str, Any]) -> None:
+    """Refuse a key that a model config does not have; transformers would take it in silence."""
+    for key in values:
         if not hasattr(settings, key):
             known = [*settings.to_dict(), *settings.attribute_map]
             raise UserError(f'model.config: {settings.model_type} has no "{key}".{nearest(key, known)}')
-        try:
-            setattr(settings, key, value)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"model.config.{key}={value}: {first_line(error)}") from error
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, causal: bool) -> None:
@@ -115,6 +113,6 @@ def sees_ahead(model: PreTrainedModel) -> bool:
     ids = torch.arange(2, 10, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     other = ids.clone()
     other[0, -1] = ids[0, 0]
-    seen = [model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other)]
+    one, two = (model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other))
     model.train(training)
-    return not torch.allclose(*seen, rtol=1e-4, atol=1e-4 * float(seen[0].abs().max()))
+    return not torch.allclose(one, two, rtol=1e-4, atol=1e-4 * float(one.abs().max()))

@@ -22,31 +22,35 @@ class Measure(Callback):
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
+        # None while it stands still: validation or a checkpoint is under way.
+        self.clock: float | None = None
         # Over the whole run, for the table at its end.
         self.seconds = 0.0
         self.tokens = 0
 
-    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
         self.step, self.tokens_then, self.interval = trainer.global_step, int(module.tokens), 0.0
         self.first_tokens = self.tokens_then
         self.clock = time.perf_counter()
 
     def on_train_batch_start(self, *args: Any) -> None:
-        # None while the clock stands: what lies between is validation or a checkpoint.
         if self.clock is None:
             self.clock = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: LMModule, *args: Any  # type: ignore[override]
+        self,
+        trainer: L.Trainer,
+        module: LMModule,
+        *args: Any,
     ) -> None:
         now = time.perf_counter()
-        self.interval += now - self.clock
+        self.interval += now - (self.clock or now)
         self.clock = now
         due = trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == module.steps
         if due and trainer.global_step > self.step:
             self.report(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: L.Trainer, module: LMModule) -> None:
         if trainer.global_step > self.step:  # stopped early, between two reports
             self.report(trainer, module)
 
@@ -91,8 +95,8 @@ class ShowProgress(Callback):
         self.shown_at = 0.0
 
     @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
-        self.measure = next(c for c in trainer.callbacks if isinstance(c, Measure))  # type: ignore[attr-defined]
+    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.measure = next(c for c in trainer.callbacks if isinstance(c, Measure))
         self.first, self.began = trainer.global_step, time.perf_counter()
         if sys.stderr.isatty():
             columns = ("[bold]train", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
@@ -102,7 +106,10 @@ class ShowProgress(Callback):
 
     @rank_zero_only
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: LMModule, *args: Any  # type: ignore[override]
+        self,
+        trainer: L.Trainer,
+        module: LMModule,
+        *args: Any,
     ) -> None:
         figures = self.figures(module.figure)
         if self.bar:
@@ -123,7 +130,7 @@ class ShowProgress(Callback):
         )
 
     @rank_zero_only
-    def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
         loss = module.val_losses[-1]
         line = (
             f"step {trainer.global_step}/{module.steps}  val/loss {loss:.4f}  "
@@ -135,9 +142,7 @@ class ShowProgress(Callback):
             print(line, flush=True)
 
     @rank_zero_only
-    def teardown(self, trainer: L.Trainer, module: LMModule, stage: str) -> None:  # type: ignore[override]
+    def teardown(self, trainer: L.Trainer, module: LMModule, stage: str) -> None:
         if self.bar:
             self.bar.stop()
             self.bar = None
-
-

@@ -44,7 +44,7 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: str | Path) -> None:
     """Put a checkpoint's weights into a module; nothing in the file is run."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     module.load_state_dict(checkpoint["state_dict"])

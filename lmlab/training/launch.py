@@ -22,7 +22,7 @@ from lmlab.errors import UserError
 
 def is_rank() -> bool:
     """Whether this process is one of several that somebody started: torchrun, or srun with tasks."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+    return "LOCAL_RANK" in os.environ or (int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ)
 
 
 def launch(run_dir: Path, devices: int) -> None:

@@ -67,7 +67,7 @@ def weights_and_biases(
 
     if mode not in MODES:
         raise UserError(f'logger.wandb.mode is one of {", ".join(MODES)}, not "{mode}".{nearest(mode, MODES)}')
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return WandbLogger(offline=True)
     mode = os.environ.get("WANDB_MODE", mode)
     if mode == "auto":
@@ -87,7 +87,7 @@ def weights_and_biases(
         "settings": wandb.Settings(silent=True, console="off"),
     }
     try:
-        run = wandb.init(mode=mode, **options)
+        run = wandb.init(**options | {"mode": mode})
     except wandb.errors.Error as error:
         print(f"W&B could not be reached ({first_line(error)}); this run is logged offline.")
         run = wandb.init(mode="offline", **options)

@@ -31,6 +31,10 @@ class LMModule(L.LightningModule):
     brought to their true scale together with clipping, in one multiplication.
     """
 
+    step_counts: Tensor
+    tokens: Tensor
+    first_bad_batch: Tensor
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -52,13 +56,11 @@ class LMModule(L.LightningModule):
         # Tokens seen in the whole run, by all ranks.
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.register_buffer("first_bad_batch", torch.tensor(NEVER), persistent=False)
-        self.grad_norm: Tensor | None = None
+        self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.val_losses: list[float] = []
 
     def configure_optimizers(self) -> Any:
-        optimizer, scheduler = self.optimizer(
-            self.model, self.steps, scaled=self.trainer.precision == "16-mixed"
-        )
+        optimizer, scheduler = self.optimizer(self.model, self.steps, scaled=self.trainer.precision == "16-mixed")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def score(self, batch: Batch) -> Tensor:
@@ -112,7 +114,7 @@ class LMModule(L.LightningModule):
             return
         step = int(first) // self.trainer.accumulate_grad_batches
         size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
-        samples = [draw.index for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
+        samples = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
         raise UserError(
             f"the loss became not finite at step {step}. Blocks of that step's global batch: {samples}.\n"
             "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "

@@ -2,7 +2,7 @@
 
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class AdamW:
 
     lr: float = 1e-3
     weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
     schedule: str | Schedule = "linear"
     """linear, cosine, constant, warmup_stable_decay, or a function of (done, decay_ratio) or its import path."""
@@ -83,7 +83,9 @@ class AdamW:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         fused = not scaled and all(p.device.type in ("cpu", "cuda") for p in trained)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused
+        )
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
     def factor(self, step: int, steps: int) -> float:

@@ -17,10 +17,10 @@ def rows(**options: int) -> list[tuple[int, list[Draw]]]:
 def test_every_epoch_holds_every_block_once() -> None:
     run = [draw for _, batch in rows() for draw in batch]
     for epoch in range(4):
-        assert sorted(d.index for d in run[epoch * SIZE : (epoch + 1) * SIZE]) == list(range(SIZE))
+        assert sorted(d.block for d in run[epoch * SIZE : (epoch + 1) * SIZE]) == list(range(SIZE))
         assert {d.epoch for d in run[epoch * SIZE : (epoch + 1) * SIZE]} == {epoch}
     assert run[:SIZE] != [d._replace(epoch=0) for d in run[SIZE : 2 * SIZE]]
-    assert [d.index for d in run] != [d.index for d in draws(SEED + 1, 0, BATCH * STEPS, SIZE)]
+    assert [d.block for d in run] != [d.block for d in draws(SEED + 1, 0, BATCH * STEPS, SIZE)]
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 2), (2, 1), (2, 2), (4, 2), (8, 1)])
@@ -47,7 +47,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 def test_a_corpus_smaller_than_a_batch() -> None:
     run = [draw for _, batch in TrainSampler(3, 8, 6, SEED) for draw in batch]
-    assert all(sorted(d.index for d in run[i : i + 3]) == [0, 1, 2] for i in range(0, 48, 3))
+    assert all(sorted(d.block for d in run[i : i + 3]) == [0, 1, 2] for i in range(0, 48, 3))
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 37])
@@ -59,5 +59,5 @@ def test_evaluation_counts_every_block_once_and_ranks_keep_step(size: int, world
     assert len(batches[0]) == len(samplers[0])
     assert all(batch for rank in batches for _, batch in rank)
     scored = [draw for rank in batches for _, batch in rank for draw in batch if draw.scored]
-    assert sorted(draw.index for draw in scored) == list(range(size))
+    assert sorted(draw.block for draw in scored) == list(range(size))
     assert {draw.epoch for draw in scored} == {EVALUATION}

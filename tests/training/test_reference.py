@@ -99,12 +99,13 @@ def test_losses_agree_with_the_trainer(
     torch.manual_seed(0)
     if name == "clm":
         objective: Any = CausalLM()
-        config = dict(n_positions=64, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        size = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        config = size | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         model = from_scratch(tokenizer, True, "gpt2", config)
     else:
         objective = MaskedLM(tokenizer, mask_probability=0.3)
-        size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-        config = size | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        config = size | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model = from_scratch(tokenizer, False, "roberta", config)
     reference = copy.deepcopy(model)
     optim = AdamW(lr=5e-3, weight_decay=0.05, warmup_steps=4)

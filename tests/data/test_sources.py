@@ -1,0 +1,303 @@
+"""Local files of every kind, directories laid out like the hub's, and the corpus that ships with lmlab."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lmlab.data.preprocess import flatten
+from lmlab.data.sources import SAMPLE, Corpus, load_files, load_hub, load_sample
+from lmlab.errors import UserError
+
+TEXTS = ['a "quoted" word, a comma', "two\nlines", "é, e\u0301, 👩‍🚀, 你好", "  spaces  ", "last\n"]
+
+
+def texts(corpus: Corpus) -> list[str]:
+    return [text for texts in flatten(corpus.train, corpus.text) for text in texts]
+
+
+def as_jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_json(rows: list[dict]) -> bytes:
+    return json.dumps(rows).encode()
+
+
+def as_csv(rows: list[dict]) -> bytes:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()
+
+
+def as_parquet(rows: list[dict]) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+# --- Kinds of files ---
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", as_jsonl),
+        ("a.jsonl.gz", as_jsonl),
+        ("a.json", as_json),
+        ("a.json.gz", as_json),
+        ("a.csv", as_csv),
+        ("a.csv.gz", as_csv),
+        ("a.parquet", as_parquet),  # compressed as it is
+    ],
+)
+def test_records(name: str, write: Callable[[list[dict]], bytes], tmp_path: Path) -> None:
+    """Each kind holds the same texts, whatever the column they are in is called."""
+    content = write([{"number": i, "body": text} for i, text in enumerate(TEXTS)])
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    corpus = load_files(str(tmp_path / name), text="body")
+    assert texts(corpus) == TEXTS
+    assert corpus.train["number"][:] == list(range(len(TEXTS)))
+    assert corpus.validation is None
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.text", "a.TXT", "a.txt.gz"])
+@pytest.mark.parametrize(
+    ("document", "wanted"),
+    [
+        ("file", ["one\ntwo é\n\nthree\n\n\n  four"]),
+        ("line", ["one", "two é", "", "three", "", "", "  four"]),
+        ("paragraph", ["one\ntwo é", "three", "\n  four"]),
+    ],
+)
+def test_plain_text(name: str, document: str, wanted: list[str], tmp_path: Path) -> None:
+    content = "one\ntwo é\n\nthree\n\n\n  four".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert texts(load_files(str(tmp_path / name), document=document)) == wanted
+
+
+@pytest.mark.parametrize("nested", [{"text": ["a", "b"]}, [{"text": "a"}, {"text": "b"}]])
+def test_nested_text(nested: dict | list, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"answers": nested}]))
+    assert texts(load_files(str(tmp_path / "a.jsonl"), text="answers.text")) == ["a", "b"]
+
+
+# --- Which files ---
+
+
+def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Globs are sorted, several patterns keep their order, `**` goes down, and a name may look like a glob."""
+    for name in ("b1.txt", "b0.txt", "a.txt", "deep/er/c.txt", "d[1].txt", "ignored.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(load_files(f"{tmp_path}/b*.txt")) == ["b0.txt", "b1.txt"]
+    assert texts(load_files([f"{tmp_path}/b?.txt", f"{tmp_path}/a.txt"])) == ["b0.txt", "b1.txt", "a.txt"]
+    assert texts(load_files(f"{tmp_path}/**/c.txt")) == ["deep/er/c.txt"]
+    assert texts(load_files(f"{tmp_path}/d[1].txt")) == ["d[1].txt"]
+    monkeypatch.chdir(tmp_path)
+    assert texts(load_files("b*.txt")) == ["b0.txt", "b1.txt"]
+
+
+def test_validation_files(tmp_path: Path) -> None:
+    for name in ("train0", "train1", "held0", "held1"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    corpus = load_files(f"{tmp_path}/train*.txt", validation=[f"{tmp_path}/held*.txt"])
+    assert corpus.train["text"][:] == ["train0", "train1"]
+    assert corpus.validation is not None
+    assert corpus.validation["text"][:] == ["held0", "held1"]
+
+
+@pytest.mark.parametrize(
+    ("train", "document", "message"),
+    [
+        ("nothing.txt", "file", "data.train=.*nothing.txt: no such file"),
+        ("*.nothing", "file", "no file matches it"),
+        ("*", "file", "they must all be of one kind"),
+        ("a.md", "file", "data files end in .md"),
+        ("a.txt", "lines", 'data.document is one of .*, not "lines". Did you mean "line"?'),
+    ],
+)
+def test_wrong_files(train: str, document: str, message: str, tmp_path: Path) -> None:
+    for name in ("a.txt", "a.csv", "a.md"):
+        (tmp_path / name).write_text("a")
+    with pytest.raises(UserError, match=message):
+        load_files(f"{tmp_path}/{train}", document=document)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nna\xefve\n", "a.txt, line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": }\n', "a.jsonl, line 2: malformed JSON"),
+        ("a.json", b'[{"text": "fine"},\n]', "a.json, line 2: malformed JSON"),
+        ("a.txt.gz", gzip.compress(b"whole" * 100)[:-20], "a.txt.gz: not a whole gzip file"),
+    ],
+)
+def test_damaged_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_files(str(tmp_path / name))
+
+
+# --- The fingerprint of files ---
+
+
+def test_fingerprint_is_of_content(tmp_path: Path) -> None:
+    """Another path and time leave it; another content, document, order or part makes another."""
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("first")
+    two.write_text("second")
+    moved = tmp_path / "elsewhere" / "renamed.txt"
+    moved.parent.mkdir()
+    shutil.copy(one, moved)
+    os.utime(moved, (1, 1))
+    first = load_files(str(one)).fingerprint
+    assert load_files(str(moved)).fingerprint == first
+
+    others = [
+        load_files(str(two)),
+        load_files(str(one), document="line"),
+        load_files([str(one), str(two)]),
+        load_files([str(two), str(one)]),
+        load_files(str(one), validation=str(two)),
+        load_files(str(two), validation=str(one)),
+    ]
+    assert len({first, *(corpus.fingerprint for corpus in others)}) == 7
+
+
+def test_changed_file(tmp_path: Path) -> None:
+    """A file that is written anew is read anew."""
+    file = tmp_path / "a.txt"
+    file.write_text("before")
+    before = load_files(str(file))
+    file.write_text("afterw")
+    os.utime(file, (2, 2))
+    after = load_files(str(file))
+    assert (texts(before), texts(after)) == (["before"], ["afterw"])
+    assert before.fingerprint != after.fingerprint
+
+
+# --- Hub layout ---
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A data set of two splits."""
+    for split, count in (("train", 9), ("validation", 4)):
+        rows = [{"text": f"{split}{i}", "subreddit": "abc"[i % 3], "score": i % 2} for i in range(count)]
+        (tmp_path / f"{split}.jsonl").write_bytes(as_jsonl(rows))
+    return tmp_path
+
+
+def numbers(corpus: Corpus) -> list[int]:
+    return [int(text.removeprefix("train")) for text in texts(corpus)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ({"subreddit": "a"}, [0, 3, 6]),
+        ({"subreddit": ["a", "c"]}, [0, 2, 3, 5, 6, 8]),
+        ({"subreddit": ["a", "c"], "score": 1}, [3, 5]),
+        ({"subreddit": "d"}, []),
+    ],
+)
+def test_filter(directory: Path, wanted: dict | None, kept: list[int]) -> None:
+    assert numbers(load_hub(str(directory), "text", filter=wanted)) == kept
+
+
+def test_filter_of_both_splits(directory: Path) -> None:
+    corpus = load_hub(str(directory), "text", validation="validation", filter={"subreddit": "a"})
+    assert numbers(corpus) == [0, 3, 6]
+    assert corpus.validation is not None
+    assert corpus.validation["text"][:] == ["validation0", "validation3"]
+
+
+def test_filter_of_no_column(directory: Path) -> None:
+    with pytest.raises(UserError, match=r'"subredit".* Did you mean "subreddit"'):
+        load_hub(str(directory), "text", filter={"subredit": "a"})
+
+
+def test_slices(directory: Path) -> None:
+    """Splits are sliced before they are filtered, as by the guide's `[:5000]`."""
+    corpus = load_hub(str(directory), "text", train="train[:5]", validation="validation[50%:]")
+    assert numbers(corpus) == [0, 1, 2, 3, 4]
+    assert corpus.validation is not None
+    assert corpus.validation["text"][:] == ["validation2", "validation3"]
+    assert numbers(load_hub(str(directory), "text", train="train[4:]", filter={"subreddit": "a"})) == [6]
+    with pytest.raises(UserError, match='Unknown split "test"'):
+        load_hub(str(directory), "text", train="test")
+
+
+def test_hub_fingerprint(directory: Path) -> None:
+    """The same for the same request; its own for each split, slice and filter."""
+    made = [
+        load_hub(str(directory), "text", **options).fingerprint  # type: ignore[arg-type]
+        for options in (
+            {},
+            {"train": "train[:5]"},
+            {"train": "validation"},
+            {"validation": "validation"},
+            {"filter": {"subreddit": "a"}},
+            {"filter": {"subreddit": ["a", "b"]}},
+        )
+    ]
+    assert len(set(made)) == len(made)
+    assert load_hub(str(directory), "text").fingerprint == made[0]
+
+
+# --- The sample ---
+
+
+def test_sample() -> None:
+    """Enough of it to learn from, in the guide's schema, and nothing empty or twice."""
+    rows = [json.loads(line) for line in SAMPLE.read_text("utf-8").splitlines()]
+    assert len(rows) >= 120
+    nested = ("answers", "title_urls", "selftext_urls", "answers_urls")
+    for row in rows:
+        assert set(row) == {"q_id", "title", "selftext", "document", "subreddit", *nested}
+        assert all(isinstance(row[key], str) for key in row if key not in nested)
+        answers = row["answers"]
+        assert {key: {type(value) for value in values} for key, values in answers.items()} == {
+            "a_id": {str},
+            "text": {str},
+            "score": {int},
+        }
+        assert len(answers["a_id"]) == len(answers["text"]) == len(answers["score"])
+        assert all(set(row[key]) == {"url"} and isinstance(row[key]["url"], list) for key in nested[1:])
+        assert row["subreddit"] == "askscience"
+        assert row["q_id"].strip()
+        assert row["title"].strip()
+        assert all(text.strip() for text in answers["text"])
+    answers = [answer for row in rows for answer in row["answers"]["text"]]
+    assert len(answers) / len(rows) >= 2
+    assert sum(len(text.split()) for text in answers) >= 20_000
+    for unique in ([row["q_id"] for row in rows], [row["title"] for row in rows], answers):
+        assert len(set(unique)) == len(unique)
+    ids = [a_id for row in rows for a_id in row["answers"]["a_id"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_load_sample() -> None:
+    """Flattened, it has the guide's columns."""
+    corpus = load_sample()
+    assert set(corpus.train.flatten().column_names) == {
+        *("q_id", "title", "selftext", "document", "subreddit"),
+        *("answers.a_id", "answers.text", "answers.score"),
+        *("title_urls.url", "selftext_urls.url", "answers_urls.url"),
+    }
+    rows = [json.loads(line) for line in SAMPLE.read_text("utf-8").splitlines()]
+    assert texts(corpus) == [text for row in rows for text in row["answers"]["text"]]
+    assert texts(load_sample("title")) == [row["title"] for row in rows]
+    assert corpus.fingerprint == load_sample().fingerprint

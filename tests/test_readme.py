@@ -1,0 +1,72 @@
+"""Every command of the README composes, or parses; its Make targets and paths exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lmlab import config, predict, train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = [
+    shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip() and not line.startswith("#")
+]
+
+
+def verb(name: str) -> list[list[str]]:
+    """The arguments of each command that runs `python -m lmlab.<name>`."""
+    prefix = ["python", "-m", f"lmlab.{name}"]
+    return [words[3:] for words in COMMANDS if words[:3] == prefix]
+
+
+def test_there_are_commands() -> None:
+    assert len(verb("train")) >= 12
+    assert len(verb("predict")) >= 4
+
+
+@pytest.mark.parametrize("arguments", verb("train"), ids=" ".join)
+def test_train_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--help" in arguments:
+        monkeypatch.setattr("sys.argv", ["lmlab.train", *arguments])
+        with pytest.raises(SystemExit, match="0"):
+            train.main()
+        assert "objective: clm, mlm" in capsys.readouterr().out
+        return
+    # A sweep composes one of its points; `--config-dir mine` is a folder of the reader's.
+    words = [re.sub(r"=([^\[{']*?),.*", r"=\1", word) for word in arguments if word not in ("-m", "--cfg", "job")]
+    if "mine/" in words:
+        pytest.skip("names a folder of the reader's own; tests/test_train.py has such a folder")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lmlab.train", *words, "run_dir=/nowhere", "--cfg", "job"])
+    train.main()
+    cfg = config.freeze(OmegaConf.create(capsys.readouterr().out))
+    config.check_keys(cfg, "train")
+
+
+@pytest.mark.parametrize("arguments", verb("predict"), ids=" ".join)
+def test_predict_command(arguments: list[str]) -> None:
+    words = arguments[: arguments.index("<")] if "<" in arguments else arguments
+    predict.options_of(predict.parser().parse_args(words))
+
+
+def test_every_command_is_known() -> None:
+    for words in COMMANDS:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        elif words[:2] == ["python", "-m"]:
+            assert words[2].removeprefix("lmlab.") in ("train", "predict"), words
+        else:
+            assert words[0] in ("wandb", "git", "cd"), words
+
+
+def test_paths_exist() -> None:
+    for path in re.findall(r"`((?:conf|lmlab|sweeps|tests)/[\w./-]*)`", README):
+        if path.endswith("/x.yaml"):  # one that the reader would add
+            path = path.removesuffix("x.yaml")
+        assert (ROOT / path).exists(), path
