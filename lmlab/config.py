@@ -179,6 +179,8 @@ def check_devices(trainer: DictConfig) -> None:
     import torch
 
     precision, devices = str(trainer.precision), trainer.devices
+    if "LOCAL_RANK" in os.environ:
+        raise UserError("this process is a rank of torchrun. Run the command without it: lmlab starts the ranks.")
     if precision not in PRECISIONS:
         raise UserError(
             f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'

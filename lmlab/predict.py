@@ -90,7 +90,7 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
         if texts == ["-"] or not texts:
             texts = sys.stdin.read().splitlines()
         "".join(texts).encode()  # a byte of the command line that is no UTF-8 is a lone surrogate here
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise UserError(f"the texts are not UTF-8 ({error.reason}): convert them first.") from error
     except OSError as error:
         raise UserError(f"--file {arguments.file}: {error.strerror}.") from error

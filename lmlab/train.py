@@ -28,11 +28,11 @@ def start(cfg: DictConfig) -> float:
     OmegaConf.save(cfg, run.config)
     OmegaConf.save(overrides, run.overrides)
 
-    from lmlab.training.launch import is_rank, launch
-
-    if cfg.trainer.devices == 1 or is_rank():
+    if cfg.trainer.devices == 1:
         train(cfg)
     else:
+        from lmlab.training.launch import launch
+
         # One process prepares; the ranks find the cache.
         config.prepare_data(cfg)
         launch(run.path, cfg.trainer.devices)

@@ -18,6 +18,8 @@ os.environ["HF_HOME"] = f"{HOME}/huggingface"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Tests run side by side; threads that wait for a core another test holds cost far more than they bring.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("WANDB_API_KEY", None)
 
 import pytest  # noqa: E402

@@ -49,7 +49,7 @@ class RunDirectory:
         Raises:
             UserError: the directory holds a run already.
         """
-        if self.manifest.exists():
+        if self.ledger.exists():  # a run that was refused before it began has none
             raise UserError(f"{self.path} holds a run already.\nChoose another directory: hydra.run.dir=DIR")
         write_json(
             self.manifest,

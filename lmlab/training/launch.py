@@ -20,11 +20,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lmlab.errors import UserError
 
 
-def is_rank() -> bool:
-    """Whether this process is one of several that somebody started: torchrun, or srun with tasks."""
-    return "LOCAL_RANK" in os.environ or (int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ)
-
-
 def launch(run_dir: Path, devices: int) -> None:
     """Run `python -m lmlab.worker RUN_DIR` once per device, and wait for all.
 
