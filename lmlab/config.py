@@ -11,7 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import hydra
 from hydra.errors import HydraException
@@ -56,6 +57,9 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
 
 def explain(error: Exception, name: str) -> str:
     """What Hydra found wrong, with the nearest right name."""
+    override = getattr(error, "override", None)
+    if override:
+        return f"can't read the override {override}: {first_line(error)}\nFor the shell, put quotes around it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     missing = getattr(error, "missing_cfg_file", None)
     options = getattr(error, "options", None)
@@ -129,12 +133,23 @@ def arguments(function: Callable[..., Any], block: DictConfig, key: str, **given
     for name in values:
         if name in given or not (anything or name in parameters):
             raise UserError(f'there is no key "{key}.{name}".{nearest(name, theirs)} Keys: {", ".join(theirs)}.')
+        if name in parameters and not fits(values[name], parameters[name].annotation):
+            wanted = inspect.formatannotation(parameters[name].annotation)
+            raise UserError(f"{key}.{name}={values[name]}: it has to be {wanted}, not {type(values[name]).__name__}.")
     values |= {name: value for name, value in given.items() if anything or name in parameters}
     for name, parameter in parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if named and parameter.default is parameter.empty and name not in values:
             raise UserError(f"{key}.{name} has to be given: add {key}.{name}=… to the command.")
     return values
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated plain type; True where the annotation says more than that."""
+    kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
+    if not kinds <= {bool, int, float, str, NoneType}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def build(block: DictConfig, key: str, **given: Any) -> Any:
@@ -210,9 +225,9 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
             raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
         steps = math.ceil(trainer.max_epochs * blocks / batch_size)
     interval = trainer.val_check_interval
-    if isinstance(interval, float):
+    if isinstance(interval, float) and interval > 0:
         interval = max(1, round(interval * blocks / batch_size))
-    if interval < 1:
+    if not isinstance(interval, int) or interval < 1:
         raise UserError(f"trainer.val_check_interval counts epochs (1.0) or steps (100), not {interval}.")
     return steps, min(interval, steps)
 

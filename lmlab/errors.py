@@ -33,13 +33,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
     `preprocess.block_size`.
     """
     names = sorted(names)
-    close = get_close_matches(name, names, n=1, cutoff=0.75)
+    by_leaf: dict[str, list[str]] = {}
+    for known in names:
+        by_leaf.setdefault(known.rpartition(".")[2], []).append(known)
+    leaf = name.rpartition(".")[2]
+    # The right last part in a wrong place says more than any likeness of the whole.
+    close = get_close_matches(name, by_leaf.get(leaf, []), n=1, cutoff=0) or get_close_matches(name, names, n=1)
     if not close:
-        by_leaf: dict[str, str] = {}
-        for known in names:
-            by_leaf.setdefault(known.rpartition(".")[2], known)
-        leaf = get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=0.7)
-        close = [by_leaf[leaf[0]]] if leaf else []
+        close = [by_leaf[known][0] for known in get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
     return f' Did you mean "{close[0]}"?' if close else ""
 
 

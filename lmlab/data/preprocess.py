@@ -42,7 +42,8 @@ class Preprocessing:
     end_of_text: bool = True
     """Put the end-of-text token after each document."""
     special_tokens: bool = False
-    """Let the tokenizer add its own special tokens to each document, as the guide does."""
+    """Let the tokenizer add its own special tokens to each document, and take one that a text
+    spells out for the token, as the guide does. Otherwise text is text."""
     truncation: bool = False
     """Cut documents at the tokenizer's longest input, as the guide does."""
     drop_remainder_every: int | None = None
@@ -204,7 +205,11 @@ def tokenize(
     else:
         documents = (text for texts in records for text in texts)
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
-    options = {"add_special_tokens": choices.special_tokens, "verbose": False}
+    options = {
+        "add_special_tokens": choices.special_tokens,
+        "split_special_tokens": not choices.special_tokens,
+        "verbose": False,
+    }
     while batch := list(islice(documents, RECORDS_PER_CALL)):
         rows = tokenizer(batch, **options)["input_ids"]
         for text, ids in zip(batch, rows, strict=True):

@@ -16,7 +16,7 @@ from typing import Any
 
 import datasets
 
-from lmlab.errors import UNWRITABLE, UserError, first_line, from_hub, nearest
+from lmlab.errors import UserError, disk_full, first_line, from_hub, nearest
 
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
 BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -115,15 +115,15 @@ def load_files(
     builder = builder_for(everything)
     options = {"sample_by": SAMPLE_BY[document]} if builder == "text" else {}
     names = {part: [glob.escape(str(file)) for file in found] for part, found in files.items()}
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is said below, once
     try:
         loaded = datasets.load_dataset(builder, data_files=names, **options)
         for records in loaded.values():
             records.data.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
     except UNREADABLE as error:
-        cause = deepest(error)
-        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
-            raise cause from error
-        raise UserError(fault(everything, builder) or reason(cause)) from error
+        if disk_full(error):
+            raise
+        raise UserError(fault(everything, builder) or reason(deepest(error))) from error
     contents = {part: [digest(file) for file in found] for part, found in files.items()}
     return Corpus(loaded["train"], loaded.get("validation"), text, fingerprint("files", builder, document, contents))
 
