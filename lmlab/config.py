@@ -255,8 +255,11 @@ def build_model(cfg: DictConfig, data: Any) -> tuple[Any, Any]:
     """The objective and the model of a config, checked against the data."""
     import torch
 
+    from transformers.utils.logging import disable_progress_bar
+
     from lmlab.models.loading import check
 
+    disable_progress_bar()
     objective = build(cfg.objective, "objective", tokenizer=data.tokenizer)
     torch.manual_seed(cfg.seed)
     model = build(cfg.model, "model", tokenizer=data.tokenizer, causal=objective.causal)

@@ -1,6 +1,7 @@
 """Errors a person can cause, and how they are shown: one to three lines, exit code 1."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -96,16 +97,20 @@ def from_hub(what: str, key: str) -> Iterator[None]:
         what: the thing asked for, its name in quotes, such as `model "gpt2"`.
         key: the config key that can name a local copy instead.
     """
-    from safetensors import SafetensorError  # here, so that `--help` need not wait for it
+    # Here, so that `--help` need not wait for them. The HTTP library's errors are no OSError.
+    from huggingface_hub.errors import HTTPError
+    from safetensors import SafetensorError
 
+    name = what.split('"')[1]
+    if not Path(name).exists():
+        go_offline_if_cut_off()
     # Narrow on purpose: a defect raises something else and keeps its traceback.
-    # httpx and huggingface_hub errors are OSError or ValueError, as are those of transformers and datasets.
+    # huggingface_hub errors are OSError or ValueError, as are those of transformers and datasets.
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, HTTPError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise
-        name = what.split('"')[1]
         if Path(name).exists():
             exported = Path(name) / "model"
             hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
@@ -119,3 +124,17 @@ def from_hub(what: str, key: str) -> Iterator[None]:
             f"Without a network, give a local directory as {key}, "
             "or set HF_HUB_OFFLINE=1 to use what is cached already."
         ) from error
+
+
+def go_offline_if_cut_off() -> None:
+    """Use only the cache where the hub does not answer: its clients would ask again for minutes, file by file."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
+
+    for library in ("httpx", "httpx2"):  # They report each request, at the level of a run's own news.
+        logging.getLogger(library).setLevel(logging.WARNING)
+    if not constants.is_offline_mode():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except HTTPError:
+            constants.HF_HUB_OFFLINE = True

@@ -8,6 +8,7 @@ import glob
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,13 +64,17 @@ def load_hub(
         text: dotted path of the text in a record.
         name: the configuration, where the data set has several.
         revision: branch, tag or commit; give a commit for a figure to be repeated.
-        train: split or slice of it, such as `train[:5000]`.
+        train: split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
         validation: the same; without it a share of `train` is held out.
         filter: keep the records whose column has this value, or one of these values.
     """
     splits = [train] if validation is None else [train, validation]
     with from_hub(f'data set "{path}"', "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
+    # Offline, `datasets` takes whichever commit it cached last; its cache names the commit in its folders.
+    pinned = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    if pinned and not Path(path).is_dir() and revision not in str(loaded[0].cache_files):
+        raise UserError(f'data set "{path}" is not cached at data.revision={revision}, and the hub did not answer.')
     # The cache fingerprint of a builder names the repository's commit and files.
     source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
     kept = [select(part, filter or {}) for part in loaded]
@@ -95,7 +100,9 @@ def load_files(
     validation: str | Sequence[str] | None = None,
     document: str = "file",
 ) -> Corpus:
-    """Local files: txt, jsonl, json, csv, parquet, each also gzipped (`.gz`).
+    """Local files: txt, jsonl, json, csv, each also gzipped (`.gz`), and parquet.
+
+    Line ends of plain text files become single line feeds.
 
     Args:
         train: a path or glob, or a list of them.
@@ -113,19 +120,26 @@ def load_files(
         files["validation"] = find(validation, "validation")
     everything = [file for part in files.values() for file in part]
     builder = builder_for(everything)
-    options = {"sample_by": SAMPLE_BY[document]} if builder == "text" else {}
+    options: dict[str, Any] = {}
+    if builder == "text":
+        options = {"sample_by": SAMPLE_BY[document], "encoding": "utf-8-sig"}
+    elif builder == "csv":
+        options = {"na_filter": False}  # "NA" is a text, no missing value
+    contents = {part: [digest(file) for file in found] for part, found in files.items()}
+    source = fingerprint("files", builder, document, contents)
     names = {part: [glob.escape(str(file)) for file in found] for part, found in files.items()}
+    # Where `datasets` keeps what it read, by content: its own key is path and time, which a copy can keep.
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is said below, once
     try:
-        loaded = datasets.load_dataset(builder, data_files=names, **options)
+        loaded = datasets.load_dataset(builder, data_files=names, cache_dir=cache, **options)
         for records in loaded.values():
             records.data.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
     except UNREADABLE as error:
         if disk_full(error):
             raise
         raise UserError(fault(everything, builder) or reason(deepest(error))) from error
-    contents = {part: [digest(file) for file in found] for part, found in files.items()}
-    return Corpus(loaded["train"], loaded.get("validation"), text, fingerprint("files", builder, document, contents))
+    return Corpus(loaded["train"], loaded.get("validation"), text, source)
 
 
 def find(patterns: str | Sequence[str], part: str) -> list[Path]:
@@ -142,7 +156,7 @@ def find(patterns: str | Sequence[str], part: str) -> list[Path]:
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise UserError(f'data.{part}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
-        found += files
+        found += [file for file in files if file not in found]
     if not any(file.stat().st_size for file in found):
         raise UserError(f"the data set is empty: data.{part}={patterns} holds no byte. Name a file with text in it.")
     return found

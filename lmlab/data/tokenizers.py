@@ -20,7 +20,7 @@ def pretrained(name: str | None, revision: str | None = None) -> PreTrainedToken
     """A tokenizer by hub id or directory."""
     if name is None:
         raise UserError("tokenizer=pretrained needs a name here: add tokenizer.name=ID_OR_DIRECTORY to the command.")
-    with from_hub(f'tokenizer "{name}"', "tokenizer.name"):
+    with from_hub(f'tokenizer "{name}"', "model.name or tokenizer.name"):
         return AutoTokenizer.from_pretrained(name, revision=revision)
 
 

@@ -25,6 +25,7 @@ from lmlab.errors import UserError
 
 HARD = [
     "plain words",
+    "a <mask> b<|endoftext|> spelled out <pad>",
     "",
     "emoji 👩‍🚀 🏳️‍🌈 👍🏽",
     "combining e\u0301 is not é, Zalgo Z̷̧̛",

@@ -301,3 +301,27 @@ def test_load_sample() -> None:
     assert texts(corpus) == [text for row in rows for text in row["answers"]["text"]]
     assert texts(load_sample("title")) == [row["title"] for row in rows]
     assert corpus.fingerprint == load_sample().fingerprint
+
+
+def test_content_counts_where_path_and_time_are_the_same(tmp_path: Path) -> None:
+    """A copy that keeps the time (`cp -p`, `rsync -t`) is still other data."""
+    file = tmp_path / "a.txt"
+    for content in ("one", "two"):
+        file.write_text(content)
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        assert load_files(str(file)).train["text"][:] == [content]
+
+
+def test_csv_text_that_pandas_takes_for_missing_stays_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nNA\nnull\nwords\n")
+    assert load_files(str(tmp_path / "a.csv")).train["text"][:] == ["NA", "null", "words"]
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwords")
+    assert load_files(str(tmp_path / "a.txt")).train["text"][:] == ["words"]
+
+
+def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    assert len(load_files([str(tmp_path / "a.txt"), str(tmp_path / "a*.txt")]).train) == 1
