@@ -437,7 +437,7 @@ def test_model(refused: Refused, overrides: str, said: list[str]) -> None:
     ("name", "overrides", "said"),
     [
         ("few_rows", [], ["embedding", "tokenizer=pretrained"]),
-        ("empty", [], ["empty", "Give another as tokenizer.name"]),
+        ("empty", [], ["empty", "Give another as model.name"]),
         ("causal", ["preprocess.block_size=65"], ["64 positions", "preprocess.block_size=64 or less"]),
         ("causal", ["model.config.n_heads=1"], ['Did you mean "n_head"?']),
         ("causal", ["model.config.n_embd=32"], ["model.config"]),

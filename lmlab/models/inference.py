@@ -134,14 +134,14 @@ def readable(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, keep: bool) 
 
 
 def speak(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
-    """A text made from the ids of a block, and what the model makes of it."""
+    """A line of text made from the ids of a block, and what the model makes of it."""
     model.eval()
     words = [token for token in ids if token not in tokenizer.all_special_ids][:24]
     if not fills_masks(model):
-        text = tokenizer.decode(words[:12]).strip()
+        text = " ".join(tokenizer.decode(words[:12]).split())
         return text, generate(model, tokenizer, text, seed=0, max_new_tokens=40)
     before, hidden, after = (tokenizer.decode(part) for part in (words[:12], words[12:13], words[13:]))
     gap = " " if hidden.startswith(" ") else ""
-    text = f"{before}{gap}{tokenizer.mask_token}{after}".strip()
+    text = " ".join(f"{before}{gap}{tokenizer.mask_token}{after}".split())
     candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
     return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
