@@ -254,7 +254,6 @@ def prepare_data(cfg: DictConfig) -> Any:
 def build_model(cfg: DictConfig, data: Any) -> tuple[Any, Any]:
     """The objective and the model of a config, checked against the data."""
     import torch
-
     from transformers.utils.logging import disable_progress_bar
 
     from lmlab.models.loading import check

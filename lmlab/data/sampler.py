@@ -33,7 +33,8 @@ class Draw(NamedTuple):
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The permutation [size] of one epoch."""
     # The counter keeps this stream apart from the masks', which count samples in its last word.
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, 0])).permutation(size)
+    stream = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, 0])
+    return np.random.Generator(stream).permutation(size)
 
 
 def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:

@@ -72,8 +72,8 @@ def load_hub(
     with from_hub(f'data set "{path}"', "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
     # Offline, `datasets` takes whichever commit it cached last; its cache names the commit in its folders.
-    pinned = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
-    if pinned and not Path(path).is_dir() and revision not in str(loaded[0].cache_files):
+    pinned = revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else ""
+    if not Path(path).is_dir() and pinned not in str(loaded[0].cache_files):
         raise UserError(f'data set "{path}" is not cached at data.revision={revision}, and the hub did not answer.')
     # The cache fingerprint of a builder names the repository's commit and files.
     source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
