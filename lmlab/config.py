@@ -15,9 +15,11 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lmlab.errors import UserError, first_line, nearest, shown_plainly
 
@@ -44,14 +46,29 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     # setting one that the YAML file does not list needs no +.
     sys.argv[1:] = [f"++{word}" if word.startswith("model.config.") else word for word in sys.argv[1:]]
 
+    begun = False
+
     def plain_job(cfg: DictConfig) -> Any:
+        nonlocal begun
+        begun = True
         with shown_plainly(debug):
             return job(cfg)
 
     with shown_plainly(debug):
+        # argparse would print its usage, all of it.
+        unknown = get_args_parser().parse_known_args()[1]
+        if unknown:
+            raise UserError(
+                f"can't make sense of {' '.join(unknown)}.\n"
+                "An override is KEY=VALUE, without dashes; options such as --config-dir DIR come before all overrides."
+            )
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise UserError(explain(error, name)) from error
+        except ValueError as error:
+            if begun:  # a defect; before that, Hydra's word on a group's option
+                raise
             raise UserError(explain(error, name)) from error
 
 
@@ -61,6 +78,8 @@ def explain(error: Exception, name: str) -> str:
     if override:
         return f"can't read the override {override}: {first_line(error)}\nFor the shell, put quotes around it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}.\nTo train a model for each value add -m; a list is KEY=[a,b]."
     missing = getattr(error, "missing_cfg_file", None)
     options = getattr(error, "options", None)
     if missing and options:
@@ -92,13 +111,13 @@ def dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def freeze(cfg: DictConfig) -> DictConfig:
     """The config with every interpolation resolved: what the run directory keeps and ranks read."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        raise UserError(f"the config does not resolve: {first_line(error)}") from error
+        raise UserError(f"{error.full_key} does not resolve: {first_line(error)}.") from error
     return cfg
 
 
@@ -111,7 +130,7 @@ def read_config(run_dir: Path) -> DictConfig:
 
 def target(block: DictConfig, key: str) -> Callable[..., Any]:
     """What a block's `_target_` names."""
-    name = block.get("_target_")
+    name = block.get("_target_") if isinstance(block, DictConfig) else None
     if name is None:
         raise UserError(f"{key} has no _target_: it is a new block, or its name is misspelt.")
     try:
@@ -173,8 +192,17 @@ def check(cfg: DictConfig, name: str) -> None:
     check_keys(cfg, name)
     for key in ("seed", "num_workers", "batch_size"):
         least = 1 if key == "batch_size" else 0
-        if not isinstance(cfg[key], int) or cfg[key] < least:
+        if type(cfg[key]) is not int or not least <= cfg[key] < 2**63:
             raise UserError(f"{key} is a whole number, {least} or more, not {cfg[key]}.")
+    for key in ("accumulate_grad_batches", "log_every_n_steps"):
+        value = cfg.trainer.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise UserError(f"trainer.{key} is a whole number, 1 or more, not {value}.")
+    clip = cfg.trainer.get("gradient_clip_val")
+    if clip is not None and clip < 0:
+        raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
+    if not isinstance(cfg.cache_dir, str):
+        raise UserError(f"cache_dir is a directory, not {cfg.cache_dir}.")
     check_devices(cfg.trainer)
 
 
@@ -254,11 +282,13 @@ def prepare_data(cfg: DictConfig) -> Any:
 def build_model(cfg: DictConfig, data: Any) -> tuple[Any, Any]:
     """The objective and the model of a config, checked against the data."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from lmlab.models.loading import check
 
+    # What a run has to say, it says itself.
     disable_progress_bar()
+    set_verbosity_error()
     objective = build(cfg.objective, "objective", tokenizer=data.tokenizer)
     torch.manual_seed(cfg.seed)
     model = build(cfg.model, "model", tokenizer=data.tokenizer, causal=objective.causal)
@@ -272,6 +302,7 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
     `steps` and `interval` (between validations) count optimizer steps.
     """
     import lightning as L
+    from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lmlab.training.callbacks import Measure
@@ -288,6 +319,8 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
         "max_steps": steps,
         "val_check_interval": interval * cfg.trainer.accumulate_grad_batches,
         "check_val_every_n_epoch": None,
+        # Without one Lightning would add its own, elsewhere.
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
     }
     # Loggers last: nothing that can be refused comes after W&B has begun a run.
     given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}

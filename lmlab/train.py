@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab import config
-from lmlab.runs.directory import RunDirectory, write_json
+from lmlab.runs.directory import RunDirectory, write_json, write_text
 
 
 def main() -> None:
@@ -20,13 +20,13 @@ def main() -> None:
 
 def start(cfg: DictConfig) -> float:
     """Begin a run here, on all the devices it asks for; returns its best val/loss."""
-    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    overrides = HydraConfig.get().overrides.task
     cfg = config.freeze(cfg)
     config.check(cfg, "train")
     run = RunDirectory(cfg.run_dir)
     run.start(cfg.seed)
-    OmegaConf.save(cfg, run.config)
-    OmegaConf.save(overrides, run.overrides)
+    write_text(run.config, OmegaConf.to_yaml(cfg))
+    write_text(run.overrides, OmegaConf.to_yaml(overrides))
 
     if cfg.trainer.devices == 1:
         train(cfg)

@@ -53,7 +53,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seed: int, **options: Any) -> str:
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seed: int, /, **options: Any
+) -> str:
     """The text and what the model goes on with.
 
     Args:
@@ -66,6 +68,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
             raise UserError("an empty text, and the tokenizer has no token to begin with: give some words.")
         ids = torch.tensor([[tokenizer.bos_token_id]])
     options = SAMPLING | options
+    if not isinstance(options["max_new_tokens"], int):
+        raise UserError(f"max_new_tokens is a whole number, not {options['max_new_tokens']}.")
     room = (positions(model) or ids.shape[1] + options["max_new_tokens"]) - ids.shape[1]
     if room < 1:
         raise UserError(f"the text has {ids.shape[1]} tokens and the model only {positions(model)} positions.")
@@ -139,7 +143,7 @@ def speak(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[
     words = [token for token in ids if token not in tokenizer.all_special_ids][:24]
     if not fills_masks(model):
         text = " ".join(tokenizer.decode(words[:12]).split())
-        return text, generate(model, tokenizer, text, seed=0, max_new_tokens=40)
+        return text, generate(model, tokenizer, text, 0, max_new_tokens=40)
     before, hidden, after = (tokenizer.decode(part) for part in (words[:12], words[12:13], words[13:]))
     gap = " " if hidden.startswith(" ") else ""
     text = " ".join(f"{before}{gap}{tokenizer.mask_token}{after}".split())

@@ -1,5 +1,6 @@
 """Models of Hugging Face: with trained weights, or from scratch; checked before use."""
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from lmlab.errors import UserError, first_line, from_hub, nearest
 
@@ -25,12 +27,36 @@ def pretrained(
     config: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A trained model by hub id or directory, in float32; `config` changes single values of its config."""
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     with from_hub(f'model "{name}"', "model.name"):
         refuse_unknown(AutoConfig.from_pretrained(name, revision=revision), config or {})
         settings = AutoConfig.from_pretrained(name, revision=revision, **(config or {}))
-        # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
-        return auto.from_pretrained(name, revision=revision, config=settings, dtype=torch.float32)
+        auto = auto_for(settings, causal)
+        try:
+            # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
+            model, loaded = auto.from_pretrained(
+                name, revision=revision, config=settings, dtype=torch.float32, output_loading_info=True
+            )
+        except RuntimeError as error:
+            raise UserError(f"model.config={config} does not fit the trained weights of {name}.") from error
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"]))
+        logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
+    return model
+
+
+def auto_for(settings: PreTrainedConfig, causal: bool) -> Any:
+    """The class that makes a model of this config, for the objective."""
+    auto, known, other = (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "mlm")
+        if causal
+        else (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "clm")
+    )
+    if type(settings) not in known:
+        raise UserError(
+            f"transformers has no {'causal' if causal else 'masked'} {settings.model_type}.\n"
+            f"Use objective={other}, or another architecture."
+        )
+    return auto
 
 
 def from_scratch(
@@ -57,10 +83,10 @@ def from_scratch(
     # An encoder built for causal modelling has to be told to hide the future.
     values["is_decoder"] = causal
     values = {key: value for key, value in values.items() if hasattr(defaults, key)} | (config or {})
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    auto = auto_for(defaults, causal)
     try:
         return auto.from_config(AutoConfig.for_model(architecture, **values))
-    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+    except (StrictDataclassError, ValueError, RuntimeError, ArithmeticError, TypeError, KeyError) as error:
         cause = first_line(error.__cause__ or error)
         raise UserError(f"model.config makes no {'causal' if causal else 'masked'} {architecture}: {cause}") from error
 

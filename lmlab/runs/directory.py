@@ -85,11 +85,14 @@ class RunDirectory:
 
 
 def write_json(place: Path, content: Any) -> None:
+    write_text(place, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(place: Path, text: str) -> None:
     """Written beside its place, flushed, and renamed."""
     beside = place.with_name(f".{place.name}.partial")
     with beside.open("w") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(beside, place)

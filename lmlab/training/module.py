@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import Batch
 from lmlab.data.sampler import draws
-from lmlab.errors import UserError
+from lmlab.errors import UserError, nearest
 from lmlab.evaluation.perplexity import MeanNLL, perplexity
 from lmlab.models.scored import scored_nll
 
@@ -58,6 +58,17 @@ class LMModule(L.LightningModule):
         self.register_buffer("first_bad_batch", torch.tensor(NEVER), persistent=False)
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.val_losses: list[float] = []
+
+    def setup(self, stage: str) -> None:
+        """Refuse a callback that monitors what is never logged, before any step is made."""
+        logged = ("val/loss", f"val/{self.figure}")
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if monitor not in (None, *logged):
+                raise UserError(
+                    f'a {type(callback).__name__} monitors "{monitor}", which is not there.'
+                    f"{nearest(monitor, logged)} There are: {', '.join(logged)}."
+                )
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.optimizer(self.model, self.steps, scaled=self.trainer.precision == "16-mixed")

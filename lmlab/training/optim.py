@@ -61,6 +61,15 @@ class AdamW:
     """warmup_stable_decay: the share of the steps after warm-up that decays."""
 
     def __post_init__(self) -> None:
+        possible = {
+            "lr": self.lr >= 0,
+            "weight_decay": self.weight_decay >= 0,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": self.eps >= 0,
+        }
+        for name, fine in possible.items():
+            if not fine:
+                raise UserError(f"optim.{name} can't be {getattr(self, name)}.")
         if callable(self.schedule):
             self.shape = self.schedule
         elif self.schedule in SCHEDULES:
