@@ -5,6 +5,7 @@ Takes Hydra overrides; `--help` lists them.
 
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -110,6 +111,8 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
         "tokens_per_s": round(measure.tokens / measure.seconds, 1),
     }
     write_json(run.summary, result)
+    here = Path.cwd()
+    place = run.path.relative_to(here) if run.path.is_relative_to(here) else run.path
     text, said = speak(module.model, data.tokenizer, data.validation[0].tolist())
     show_result(
         {
@@ -117,12 +120,12 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
             f"{figure.replace('_', ' ')} after": f"{perplexity(loss):,.2f}   (best weights, held-out text)",
             "tokens": f"{measure.tokens:,} trained on in {measure.seconds:.1f} s",
             "speed": f"{result['tokens_per_s']:,.0f} tokens/s",
-            "run directory": str(run.path),
-            "model": str(run.model),
+            "run directory": str(place),
+            "model": str(place / run.model.name),
             "it says": said,
         }
     )
-    print("Next:", shlex.join(["python", "-m", "lmlab.predict", str(run.path), text]))
+    print("Next:", shlex.join(["python", "-m", "lmlab.predict", str(place), text]))
 
 
 if __name__ == "__main__":
