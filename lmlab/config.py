@@ -16,12 +16,14 @@ from typing import Any, Union, get_args, get_origin
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.errors import UserError, first_line, nearest, shown_plainly
+from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
 
 PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, inside it when installed.
@@ -32,6 +34,22 @@ SUPPLIED = {
     "model": ("tokenizer", "causal"),
     "objective": ("tokenizer",),
     "logger": ("run_dir", "run_id", "config"),
+    "trainer": (
+        "callbacks",
+        "check_val_every_n_epoch",
+        "default_root_dir",
+        "enable_checkpointing",
+        "enable_model_summary",
+        "enable_progress_bar",
+        "gradient_clip_algorithm",
+        "limit_train_batches",
+        "limit_val_batches",
+        "logger",
+        "max_time",
+        "num_sanity_val_steps",
+        "plugins",
+        "use_distributed_sampler",
+    ),
 }
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 
@@ -51,8 +69,17 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     def plain_job(cfg: DictConfig) -> Any:
         nonlocal begun
         begun = True
-        with shown_plainly(debug):
+        try:
             return job(cfg)
+        except Exception as error:
+            message = plainly(error)
+            if debug or message is None:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                sys.exit(1)
+            # An exception, unlike an exit, lets the other jobs of the sweep go on.
+            raise UserError("a job of the sweep failed; its error is above. The other jobs were run.") from error
 
     with shown_plainly(debug):
         # argparse would print its usage, all of it.
@@ -70,6 +97,13 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             if begun:  # a defect; before that, Hydra's word on a group's option
                 raise
             raise UserError(explain(error, name)) from error
+        except OSError as error:
+            if begun:
+                raise
+            raise UserError(
+                f"the run directory {error.filename} can't be made: {error.strerror}.\n"
+                "Choose another: hydra.run.dir=DIR"
+            ) from error
 
 
 def explain(error: Exception, name: str) -> str:
@@ -204,6 +238,12 @@ def check(cfg: DictConfig, name: str) -> None:
     if not isinstance(cfg.cache_dir, str):
         raise UserError(f"cache_dir is a directory, not {cfg.cache_dir}.")
     check_devices(cfg.trainer)
+    shares = cfg.trainer.devices * cfg.trainer.accumulate_grad_batches
+    if cfg.batch_size % shares:
+        raise UserError(
+            f"batch_size={cfg.batch_size} does not divide over {cfg.trainer.devices} devices × "
+            f"{cfg.trainer.accumulate_grad_batches} accumulated batches: it must be a multiple of {shares}."
+        )
 
 
 def check_keys(cfg: DictConfig, name: str) -> None:
@@ -215,6 +255,7 @@ def check_keys(cfg: DictConfig, name: str) -> None:
             raise UserError(f'there is no key "{key}".{nearest(key, known)} Keys: {", ".join(sorted(known))}.')
     for key, block in blocks(cfg):
         arguments(target(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
+    preprocessing(cfg)
 
 
 def check_devices(trainer: DictConfig) -> None:
@@ -248,10 +289,12 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
     next, so n epochs are ⌈n · blocks / batch_size⌉ full steps.
     """
     steps = trainer.max_steps
-    if steps is None or steps < 1:
+    if steps is None or steps == -1:
         if trainer.max_epochs is None or trainer.max_epochs <= 0:
             raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
         steps = math.ceil(trainer.max_epochs * blocks / batch_size)
+    if steps < 1:
+        raise UserError(f"trainer.max_steps is a number of steps, or -1 to go by trainer.max_epochs, not {steps}.")
     interval = trainer.val_check_interval
     if isinstance(interval, float) and interval > 0:
         interval = max(1, round(interval * blocks / batch_size))
@@ -260,19 +303,25 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
     return steps, min(interval, steps)
 
 
+def preprocessing(cfg: DictConfig) -> Any:
+    """The choices of a config that turn records into blocks."""
+    from lmlab.data.preprocess import Preprocessing
+
+    return Preprocessing(**arguments(Preprocessing, cfg.preprocess, "preprocess"))
+
+
 def prepare_data(cfg: DictConfig) -> Any:
     """The `Prepared` data of a config: from the cache where it is there."""
     from datasets import disable_progress_bars
 
-    from lmlab.data.preprocess import Preprocessing, prepare
+    from lmlab.data.preprocess import prepare
 
     disable_progress_bars()
     corpus = build(cfg.data, "data")
-    choices = Preprocessing(**arguments(Preprocessing, cfg.preprocess, "preprocess"))
     learned = "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters
     return prepare(
         corpus,
-        choices,
+        preprocessing(cfg),
         lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
         OmegaConf.to_container(cfg.tokenizer) if learned else None,
         Path(cfg.cache_dir).expanduser(),
@@ -320,9 +369,11 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
         "val_check_interval": interval * cfg.trainer.accumulate_grad_batches,
         "check_val_every_n_epoch": None,
         # Without one Lightning would add its own, elsewhere.
+        # Lightning would start a process group for one rank, and leave its variables behind.
+        "strategy": "auto" if cfg.trainer.devices == 1 and cfg.trainer.strategy == "ddp" else cfg.trainer.strategy,
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
     }
-    # Loggers last: nothing that can be refused comes after W&B has begun a run.
+    # Last, since W&B begins a run.
     given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
     loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     try:

@@ -58,8 +58,10 @@ def plainly(error: BaseException) -> str | None:
     if number not in UNWRITABLE:
         return None
     place = f" {error.filename}" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
+    # A permission may be that to read.
+    verb = "write" if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else "read or write"
     return (
-        f"cannot write{place}: {os.strerror(number)}.\n"
+        f"cannot {verb}{place}: {os.strerror(number)}.\n"
         "Free some space or choose another place by hydra.run.dir=DIR, cache_dir=DIR or the variable HF_HOME."
     )
 
@@ -98,10 +100,12 @@ def from_hub(what: str, key: str) -> Iterator[None]:
         key: the config key that can name a local copy instead.
     """
     # Here, so that `--help` need not wait for them. The HTTP library's errors are no OSError.
+    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
     from safetensors import SafetensorError
 
     name = what.split('"')[1]
+    was_offline = constants.HF_HUB_OFFLINE
     if not Path(name).exists():
         go_offline_if_cut_off()
     # Narrow on purpose: a defect raises something else and keeps its traceback.
@@ -111,6 +115,11 @@ def from_hub(what: str, key: str) -> Iterator[None]:
     except (OSError, ValueError, HTTPError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} would have to run code that comes with it, which lmlab does not do.\n"
+                "Choose one of an architecture that transformers itself has."
+            ) from error
         if Path(name).exists():
             exported = Path(name) / "model"
             hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
@@ -124,6 +133,8 @@ def from_hub(what: str, key: str) -> Iterator[None]:
             f"Without a network, give a local directory as {key}, "
             "or set HF_HUB_OFFLINE=1 to use what is cached already."
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 def go_offline_if_cut_off() -> None:

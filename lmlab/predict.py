@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         description="Go on with a text (causal model), or fill its masks (masked model).",
     )
     p.add_argument("model", help="run directory, exported directory, or hub id")
+    p.add_argument("--revision", help="of a hub id: branch, tag or commit")
     p.add_argument("texts", nargs="*", help="texts; - or none reads them from standard input, one per line")
     p.add_argument("--file", help="a file of texts, one per line")
     p.add_argument("--top-k", type=int, help="masks: how many candidates (5); causal: sample from so many (50)")
@@ -69,7 +70,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     exported = RunDirectory(arguments.model).model
-    model, tokenizer = inference.load(str(exported) if exported.is_dir() else arguments.model)
+    model, tokenizer = inference.load(str(exported) if exported.is_dir() else arguments.model, arguments.revision)
     for text in texts:
         if inference.fills_masks(model):
             if candidates < 1:
@@ -77,8 +78,9 @@ def predict(arguments: argparse.Namespace) -> None:
             filled = inference.fill_mask(model, tokenizer, text, candidates)
             show_filled(text, filled, arguments.json)
         else:
-            said = inference.generate(model, tokenizer, text, arguments.seed, **options)
-            print(json.dumps({"text": text, "generated_text": said}, ensure_ascii=False) if arguments.json else said)
+            for said in inference.generate(model, tokenizer, text, arguments.seed, **options):
+                row = {"text": text, "generated_text": said}
+                print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:
@@ -86,9 +88,9 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
     texts = list(arguments.texts)
     try:
         if arguments.file:
-            texts += Path(arguments.file).read_text("utf-8").splitlines()
+            texts += lines_of(Path(arguments.file).read_text("utf-8"))
         if texts == ["-"] or not texts:
-            texts = sys.stdin.read().splitlines()
+            texts = lines_of(sys.stdin.read())
         "".join(texts).encode()  # a byte of the command line that is no UTF-8 is a lone surrogate here
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise UserError(f"the texts are not UTF-8 ({error.reason}): convert them first.") from error
@@ -97,6 +99,11 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
     if not texts:
         raise UserError("no text to go on with: give it after the model, by --file, or on standard input.")
     return texts
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines that are not empty; `splitlines` would also cut at form feeds and their like."""
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Takes Hydra overrides; `--help` lists them.
 """
 
 import shlex
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab import config
-from lmlab.runs.directory import RunDirectory, write_json, write_text
+from lmlab.errors import UserError, first_line
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import write_json, write_text
 
 
 def main() -> None:
@@ -25,18 +29,21 @@ def start(cfg: DictConfig) -> float:
     cfg = config.freeze(cfg)
     config.check(cfg, "train")
     run = RunDirectory(cfg.run_dir)
-    run.start(cfg.seed)
-    write_text(run.config, OmegaConf.to_yaml(cfg))
-    write_text(run.overrides, OmegaConf.to_yaml(overrides))
+    run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed})
+    try:
+        write_text(run.config, OmegaConf.to_yaml(cfg))
+        write_text(run.overrides, OmegaConf.to_yaml(overrides))
+        if cfg.trainer.devices == 1:
+            train(cfg)
+        else:
+            from lmlab.training.launch import launch
 
-    if cfg.trainer.devices == 1:
-        train(cfg)
-    else:
-        from lmlab.training.launch import launch
-
-        # One process prepares; the ranks find the cache.
-        config.prepare_data(cfg)
-        launch(run.path, cfg.trainer.devices)
+            # One process prepares; the ranks find the cache.
+            config.prepare_data(cfg)
+            launch(run.path, cfg.trainer.devices)
+    except BaseException:
+        run.give_up()
+        raise
     return run.result()["val/loss"]
 
 
@@ -72,17 +79,21 @@ def train(cfg: DictConfig) -> None:
         num_workers=cfg.num_workers,
     )
     trainer = config.build_trainer(cfg, steps, interval, run.identity()["run_id"])
-    if trainer.is_global_zero:
-        run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash)
-        write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
-        show_ledger(data.ledger)
     try:
+        if trainer.is_global_zero:
+            run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash)
+            write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
+            show_ledger(data.ledger)
         trainer.validate(module, datamodule, verbose=False)
         trainer.fit(module, datamodule)
         if trainer.is_global_zero:
             finish(run, trainer, module, data)
-    finally:
-        close(trainer.loggers)
+    except BaseException:
+        if trainer.interrupted and trainer.is_global_zero:
+            print(f"Interrupted at step {trainer.global_step}. What was kept is in {run.checkpoints}.")
+        close(trainer.loggers, exit_code=1)
+        raise
+    close(trainer.loggers)
 
 
 def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
@@ -94,11 +105,9 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
     from lmlab.training.checkpoint import export, load_weights
 
     best = next((callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor), "")
-    if best:
-        load_weights(module, best)
+    step = load_weights(module, best) if best else trainer.global_step
     export(module.model, data.tokenizer, run.model)
-    before, *after = module.val_losses
-    loss = min(after) if best else after[-1]
+    before, loss = module.val_losses[0], module.val_losses[step]
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
     figure = module.figure
     result = {
@@ -111,9 +120,11 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
         "tokens_per_s": round(measure.tokens / measure.seconds, 1),
     }
     write_json(run.summary, result)
-    here = Path.cwd()
-    place = run.path.relative_to(here) if run.path.is_relative_to(here) else run.path
-    text, said = speak(module.model, data.tokenizer, data.validation[0].tolist())
+    place = from_here(run.path)
+    try:
+        text, said = speak(module.model, data.tokenizer, data.validation[0].tolist())
+    except (UserError, RuntimeError) as error:  # the run is done and kept; this is only its last word
+        text, said = "…", f"(nothing: {first_line(error)})"
     show_result(
         {
             f"{figure.replace('_', ' ')} before": f"{perplexity(before):,.2f}",
@@ -125,7 +136,13 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
             "it says": said,
         }
     )
-    print("Next:", shlex.join(["python", "-m", "lmlab.predict", str(place), text]))
+    python = "python" if shutil.which("python") == sys.executable else from_here(Path(sys.executable))
+    print("Next:", shlex.join([str(python), "-m", "lmlab.predict", str(place), text]))
+
+
+def from_here(path: Path) -> Path:
+    """A path as a person would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

@@ -480,7 +480,7 @@ def test_masks_need_a_mask_token(refused: Refused, models: Path) -> None:
 
 def test_loss_that_is_no_number(refused: Refused) -> None:
     shown = refused(*TINY, "optim.lr=1e30", trains=True)
-    assert "not finite at step 1" in shown
+    assert "not finite at step 2." in shown
     assert "Blocks of that step's global batch: [" in shown
     assert "Lower optim.lr" in shown
 
@@ -511,15 +511,16 @@ def test_file_in_the_place_of_the_run_directory(refused: Refused, tmp_path: Path
     file = tmp_path / "file"
     file.write_text("")
     shown = refused(*TINY, run_dir=file / inside)
-    assert f"cannot write {file}" in shown
+    assert str(file) in shown
+    assert "can't be made" in shown
     assert "hydra.run.dir=" in shown
 
 
 def test_file_in_the_place_of_the_cache(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     shown = refused(*TINY, f"cache_dir={tmp_path}/file/cache")
-    assert f"cannot write {tmp_path}/file" in shown
-    assert "cache_dir=" in shown
+    assert f"cache_dir={tmp_path}/file" in shown
+    assert "can't be made" in shown
 
 
 @pytest.fixture
@@ -548,7 +549,7 @@ def test_full_disk_under_the_run_directory(refused: Refused, full_disk: Path) ->
 def test_full_disk_under_the_model(refused: Refused, full_disk: Path) -> None:
     """Without checkpoints the disk is full only when the weights are exported, which another library does."""
     (full_disk / "taken").write_bytes(bytes(80_000))
-    without = ["~callbacks.best", "~callbacks.last", "+trainer.enable_checkpointing=false"]
+    without = ["~callbacks.best", "~callbacks.last"]
     assert "cannot write: " in refused(*TINY, *without, run_dir=full_disk / "run")
 
 

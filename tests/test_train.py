@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from lmlab.errors import UserError
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.summary import show_result
 from lmlab.training.checkpoint import AtomicCheckpoints
 
 from .conftest import TINY, metrics
@@ -52,7 +54,7 @@ def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pyte
     assert "seed=7" in OmegaConf.load(run / "overrides.yaml")
 
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["seed"] == 7
+    assert manifest["seeds"] == {"run": 7, "split": 0}
     assert manifest["packages"]["torch"] == torch.__version__
     assert len(manifest["data_fingerprint"]) == len(manifest["tokenizer_hash"]) == 32
     assert {"run_id", "command", "git", "machine", "python", "lmlab", "started"} <= manifest.keys()
@@ -84,7 +86,7 @@ def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pyte
     assert summary["val/perplexity_before"] == first["val/perplexity"]
     assert summary["val/loss"] == min(line["val/loss"] for line in lines[1:] if "val/loss" in line)
     assert "perplexity before" in shown
-    assert "Next: python -m lmlab.predict" in shown
+    assert "python -m lmlab.predict" in shown[shown.index("Next: ") :]
 
 
 def test_exported_model_is_the_best_and_loads_in_transformers(train: Callable[..., Path]) -> None:
@@ -235,6 +237,79 @@ def test_an_error_of_the_ranks_is_shown_once(train: Callable[..., Path], capfd: 
     assert shown.count("not finite at step") == 1
     assert "Traceback" not in shown
     assert len(shown.splitlines()) <= 3
+
+
+def test_a_bad_batch_of_another_rank_is_named(train: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """DDP overwrites a module's buffers with those of rank 0; what rank 1 saw has to survive that."""
+    with pytest.raises(SystemExit):
+        train(
+            *TINY,
+            "model._target_=tests.broken_model.from_scratch_and_fails_once",
+            "trainer=ddp",
+            "trainer.accelerator=cpu",
+            "trainer.max_steps=8",
+            "trainer.log_every_n_steps=8",
+        )
+    assert "not finite at step 3." in capfd.readouterr().err
+
+
+def test_figure_is_that_of_the_exported_weights(train: Callable[..., Path]) -> None:
+    run = train(*TINY, "+callbacks.best.mode=max", "trainer.val_check_interval=1")
+    losses = {line["step"]: line["val/loss"] for line in metrics(run) if "val/loss" in line}
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["global_step"]
+    assert json.loads((run / "summary.json").read_text())["val/loss"] == losses[best] == max(list(losses.values())[1:])
+
+
+def test_logged_rate_is_the_one_the_step_used(train: Callable[..., Path]) -> None:
+    run = train(*TINY, "optim.lr=0.01", "optim.warmup_steps=2", "trainer.log_every_n_steps=1")
+    assert [line["optim/lr"] for line in metrics(run) if "optim/lr" in line] == pytest.approx([0, 0.005, 0.01, 0.005])
+
+
+def test_a_failed_job_does_not_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmlab import train as verb
+
+    sweep = ["lmlab.train", "-m", "optim.lr=1e30,1e-3", *TINY, "trainer.max_steps=12", f"hydra.sweep.dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", sweep)
+    with pytest.raises(SystemExit, match="1"):
+        verb.main()
+    assert not (tmp_path / "0" / "model").exists()
+    assert (tmp_path / "1" / "model").is_dir()
+
+
+def test_devices_as_a_swept_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmlab import train as verb
+
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1,2"]
+    monkeypatch.setattr("sys.argv", ["lmlab.train", "-m", *ddp, *TINY, f"hydra.sweep.dir={tmp_path}"])
+    verb.main()
+    one, two = (metrics(tmp_path / name)[-1]["val/loss"] for name in "01")
+    assert one == pytest.approx(two, rel=1e-2)  # dropout is each rank's own
+
+
+def test_code_that_comes_with_a_model_does_not_run(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "theirs"
+    place.mkdir()
+    auto_map = {"AutoConfig": "configuration_theirs.TheirConfig", "AutoModelForCausalLM": "configuration_theirs.M"}
+    (place / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": auto_map}))
+    (place / "configuration_theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *args: "y")  # whatever is asked, somebody says yes
+    with pytest.raises(SystemExit):
+        train("model=pretrained", f"model.name={place}", "tokenizer=bpe", "logger=file")
+    assert "does not do" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).start({"run": 1})
+    with pytest.raises(UserError, match="holds a run already"):
+        RunDirectory(tmp_path).start({"run": 2})
+
+
+def test_markup_in_what_a_model_says_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    show_result({"it says": "quote [/quote] [bold]end"})
+    assert "quote [/quote] [bold]end" in capsys.readouterr().out
 
 
 def test_user_error_is_an_exception_for_notebooks() -> None:

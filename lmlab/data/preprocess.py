@@ -9,8 +9,6 @@ of bounds in it.
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
@@ -26,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.tokenizers import content_hash
 from lmlab.errors import UserError, nearest
+from lmlab.runs.files import replaced
 
 FORMAT = 1  # Goes into every cache key: raised when the steps below change their output.
 RECORDS_PER_CALL = 1000  # What the tokenizer gets at once; memory stays flat in the corpus.
@@ -302,17 +301,13 @@ def kept(place: Path, write: Callable[[Path], Any]) -> Path:
 
     Of several processes one writes and the others wait.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir={place.parent} can't be made: {error.strerror}. Name another.") from error
     with FileLock(f"{place}.lock"):
         if not place.exists():
-            beside = place.with_name(f".{place.name}.partial")
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            try:
-                write(beside)
-                os.replace(beside, place)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
+            replaced(place, write)
     return place
 
 

@@ -8,6 +8,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -118,6 +119,9 @@ def load_files(
     files = {"train": find(train, "train")}
     if validation is not None:
         files["validation"] = find(validation, "validation")
+        both = sorted(set(files["train"]) & set(files["validation"]))
+        if both:
+            raise UserError(f"{both[0]} is named by data.train and by data.validation: it would be trained on.")
     everything = [file for part in files.values() for file in part]
     builder = builder_for(everything)
     options: dict[str, Any] = {}
@@ -148,7 +152,7 @@ def find(patterns: str | Sequence[str], part: str) -> list[Path]:
     if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
         raise UserError(f"data.{part} is a path, a glob, or a list of them, not {patterns}.")
     found: list[Path] = []
-    for pattern in given:
+    for pattern in map(os.path.expanduser, given):
         if Path(pattern).is_dir():
             raise UserError(f"data.{part}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
         # A file's own name may hold the signs of a glob.

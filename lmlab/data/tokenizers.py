@@ -7,6 +7,8 @@ the training texts as `texts`.
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -21,7 +23,7 @@ def pretrained(name: str | None, revision: str | None = None) -> PreTrainedToken
     if name is None:
         raise UserError("tokenizer=pretrained needs a name here: add tokenizer.name=ID_OR_DIRECTORY to the command.")
     with from_hub(f'tokenizer "{name}"', "model.name or tokenizer.name"):
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def bpe(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase:
@@ -70,7 +72,9 @@ def content_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         # Padding and truncation are set by the last call made, not by the tokenizer.
         model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     else:
-        model = sorted(tokenizer.get_vocab().items())
+        with TemporaryDirectory() as folder:
+            files = sorted(Path(name) for name in tokenizer.save_vocabulary(folder))
+            model = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     longest = [tokenizer.model_max_length, tokenizer.truncation_side]
     content = json.dumps([model, special, longest], sort_keys=True)

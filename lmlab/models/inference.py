@@ -28,7 +28,7 @@ def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTr
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
     with from_hub(f'model "{name}"', "the first argument"):
-        settings = AutoConfig.from_pretrained(name, revision=revision)
+        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         trained_as = (settings.architectures or [""])[0]
         if trained_as.endswith("ForMaskedLM"):
             auto: Any = AutoModelForMaskedLM
@@ -38,8 +38,8 @@ def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTr
             raise UserError(
                 f'{name} is a "{trained_as or "model of unknown task"}": no causal or masked language model.'
             )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        return auto.from_pretrained(name, revision=revision).eval(), tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
 
 
 def fills_masks(model: PreTrainedModel) -> bool:
@@ -55,8 +55,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seed: int, /, **options: Any
-) -> str:
-    """The text and what the model goes on with.
+) -> list[str]:
+    """The text and what the model goes on with; as many as `num_return_sequences` (1).
 
     Args:
         seed: decides what is sampled; equal for equal text and options.
@@ -67,9 +67,12 @@ def generate(
         if tokenizer.bos_token_id is None:
             raise UserError("an empty text, and the tokenizer has no token to begin with: give some words.")
         ids = torch.tensor([[tokenizer.bos_token_id]])
-    options = SAMPLING | options
-    if not isinstance(options["max_new_tokens"], int):
-        raise UserError(f"max_new_tokens is a whole number, not {options['max_new_tokens']}.")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = SAMPLING | {"pad_token_id": pad} | options
+    if "max_length" in options:
+        options["max_new_tokens"] = options.pop("max_length") - ids.shape[1]
+    if not isinstance(options["max_new_tokens"], int) or options["max_new_tokens"] < 1:
+        raise UserError(f"max_new_tokens is a whole number, 1 or more, not {options['max_new_tokens']}.")
     room = (positions(model) or ids.shape[1] + options["max_new_tokens"]) - ids.shape[1]
     if room < 1:
         raise UserError(f"the text has {ids.shape[1]} tokens and the model only {positions(model)} positions.")
@@ -77,14 +80,14 @@ def generate(
     if not options["do_sample"]:
         options = {key: value for key, value in options.items() if key not in ("top_k", "top_p", "temperature")}
     torch.manual_seed(seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = ids.to(model.device)
     try:
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, **options)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, **options)
     except (ValueError, TypeError) as error:
         # transformers checks the options' names and values itself.
         raise UserError(f"generate refused its options: {error}") from error
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    sequences = out if isinstance(out, torch.Tensor) else out.sequences
+    return [tokenizer.decode(sequence, skip_special_tokens=True) for sequence in sequences]
 
 
 @torch.no_grad()
@@ -140,11 +143,15 @@ def readable(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, keep: bool) 
 def speak(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
     """A line of text made from the ids of a block, and what the model makes of it."""
     model.eval()
-    words = [token for token in ids if token not in tokenizer.all_special_ids][:24]
+    # At most half of what the model has room for.
+    words = [token for token in ids if token not in tokenizer.all_special_ids][: min(24, (positions(model) or 48) // 2)]
+    half = len(words) // 2
     if not fills_masks(model):
-        text = " ".join(tokenizer.decode(words[:12]).split())
-        return text, generate(model, tokenizer, text, 0, max_new_tokens=40)
-    before, hidden, after = (tokenizer.decode(part) for part in (words[:12], words[12:13], words[13:]))
+        text = " ".join(tokenizer.decode(words[:half]).split())
+        return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]
+    before, hidden, after = (
+        tokenizer.decode(part) for part in (words[:half], words[half : half + 1], words[half + 1 :])
+    )
     gap = " " if hidden.startswith(" ") else ""
     text = " ".join(f"{before}{gap}{tokenizer.mask_token}{after}".split())
     candidates = fill_mask(model, tokenizer, text, top_k=3)[0]

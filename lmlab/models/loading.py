@@ -28,13 +28,18 @@ def pretrained(
 ) -> PreTrainedModel:
     """A trained model by hub id or directory, in float32; `config` changes single values of its config."""
     with from_hub(f'model "{name}"', "model.name"):
-        refuse_unknown(AutoConfig.from_pretrained(name, revision=revision), config or {})
-        settings = AutoConfig.from_pretrained(name, revision=revision, **(config or {}))
+        refuse_unknown(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), config or {})
+        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **(config or {}))
         auto = auto_for(settings, causal)
         try:
             # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
             model, loaded = auto.from_pretrained(
-                name, revision=revision, config=settings, dtype=torch.float32, output_loading_info=True
+                name,
+                revision=revision,
+                trust_remote_code=False,
+                config=settings,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except RuntimeError as error:
             raise UserError(f"model.config={config} does not fit the trained weights of {name}.") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import lmlab
 from lmlab.errors import UserError
+from lmlab.runs.files import write_json
 
 PACKAGES = (
     "lightning",
@@ -43,14 +44,18 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
 
-    def start(self, seed: int) -> None:
-        """Write the manifest of a new run.
+    def start(self, seeds: dict[str, int]) -> None:
+        """Claim the directory for a new run, by writing its manifest.
 
         Raises:
             UserError: the directory holds a run already.
         """
-        if self.ledger.exists():  # a run that was refused before it began has none
-            raise UserError(f"{self.path} holds a run already.\nChoose another directory: hydra.run.dir=DIR")
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            # Exclusive: of two runs started here at once, one gets it.
+            self.manifest.touch(exist_ok=False)
+        except FileExistsError:
+            raise UserError(f"{self.path} holds a run already.\nChoose another directory: hydra.run.dir=DIR") from None
         write_json(
             self.manifest,
             {
@@ -59,7 +64,7 @@ class RunDirectory:
                 "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
                 "lmlab": lmlab.__version__,
                 "git": git_state(Path(lmlab.__file__).parent),
-                "seed": seed,
+                "seeds": seeds,
                 "packages": {name: metadata.version(name) for name in PACKAGES},
                 "python": platform.python_version(),
                 "machine": {
@@ -70,6 +75,12 @@ class RunDirectory:
                 },
             },
         )
+
+    def give_up(self) -> None:
+        """Free the directory of a run that was refused before it began."""
+        if not self.ledger.exists():
+            for file in (self.manifest, self.config, self.overrides):
+                file.unlink(missing_ok=True)
 
     def identity(self) -> dict[str, Any]:
         """The manifest."""
@@ -82,20 +93,6 @@ class RunDirectory:
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest."""
         write_json(self.manifest, self.identity() | facts)
-
-
-def write_json(place: Path, content: Any) -> None:
-    write_text(place, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(place: Path, text: str) -> None:
-    """Written beside its place, flushed, and renamed."""
-    beside = place.with_name(f".{place.name}.partial")
-    with beside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, place)
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def show_ledger(ledger: Mapping[str, Any]) -> None:
@@ -25,7 +26,7 @@ def show_result(rows: Mapping[str, str]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # generated text may look like rich's markup
     console().print(table)
 
 

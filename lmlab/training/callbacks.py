@@ -66,7 +66,7 @@ class Measure(Callback):
         self.latest = {
             "train/loss": loss,
             f"train/{module.figure}": perplexity(loss),
-            "optim/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "optim/lr": module.lr,
             "optim/grad_norm": float(module.grad_norm) if module.grad_norm is not None else 0.0,
             "perf/tokens_per_s": (tokens - self.tokens_then) / self.interval,
             "perf/step_ms": 1000 * self.interval / (trainer.global_step - self.step),
@@ -131,7 +131,7 @@ class ShowProgress(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
-        loss = module.val_losses[-1]
+        loss = module.val_losses[trainer.global_step]
         line = (
             f"step {trainer.global_step}/{module.steps}  val/loss {loss:.4f}  "
             f"val/{module.figure} {perplexity(loss):.2f}"
@@ -140,6 +140,9 @@ class ShowProgress(Callback):
             self.bar.console.print(line)
         else:
             print(line, flush=True)
+
+    def on_exception(self, trainer: L.Trainer, module: LMModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")  # else the terminal's cursor stays hidden
 
     @rank_zero_only
     def teardown(self, trainer: L.Trainer, module: LMModule, stage: str) -> None:

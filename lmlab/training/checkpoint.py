@@ -1,8 +1,6 @@
 """Files that are whole or not there (promise 6)."""
 
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import transformers
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lmlab.runs.files import replaced
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -31,23 +31,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
             beside.unlink(missing_ok=True)
 
 
-def replaced(place: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a folder beside `place`, then put it in its place."""
-    beside = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        write(beside)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(beside, place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Put a checkpoint's weights into a module; nothing in the file is run."""
+def load_weights(module: nn.Module, path: str | Path) -> int:
+    """Put a checkpoint's weights into a module; returns its step. Nothing in the file is run."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     module.load_state_dict(checkpoint["state_dict"])
+    return checkpoint["global_step"]
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

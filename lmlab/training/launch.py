@@ -13,7 +13,7 @@ import time
 import uuid
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -28,7 +28,8 @@ def launch(run_dir: Path, devices: int) -> None:
     """
     # The agent reports what each rank prints itself.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // devices))
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -43,6 +44,8 @@ def launch(run_dir: Path, devices: int) -> None:
         )
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "lmlab.worker", str(run_dir))
+        except SignalException as error:
+            raise UserError(f"stopped by {error.sigval.name}; what was kept is in {run_dir}.") from error
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             # A rank that met a person's error leaves its message; any other has printed its traceback.
@@ -51,6 +54,10 @@ def launch(run_dir: Path, devices: int) -> None:
             raise UserError(
                 f"rank {rank} ended with exit code {failure.exitcode}, and the other ranks were stopped."
             ) from error
+        finally:
+            # The next run of this process may have another number of devices.
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
 
 
 def leave_message(message: str) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lmlab.errors import UserError, first_line, nearest
 
-MODES = ("auto", "online", "offline")
+MODES = ("auto", "online", "offline", "disabled")
 
 
 class MetricsFile(Logger):
@@ -60,16 +60,17 @@ def weights_and_biases(
     """A W&B run whose id is the run's own, so that it stays one however often it is started.
 
     Args:
-        mode: `online`, `offline`, or `auto`: online where an API key is configured. The
+        mode: `online`, `offline`, `disabled`, or `auto`: online where an API key is configured. The
             variable WANDB_MODE wins. A service that can't be reached leaves the run offline.
     """
     import wandb  # a second of start-up that a run without W&B need not pay
 
-    if mode not in MODES:
-        raise UserError(f'logger.wandb.mode is one of {", ".join(MODES)}, not "{mode}".{nearest(mode, MODES)}')
     if getattr(rank_zero_only, "rank", 0) != 0:
         return WandbLogger(offline=True)
-    mode = os.environ.get("WANDB_MODE", mode)
+    for name, value in (("logger.wandb.mode", mode), ("WANDB_MODE", os.environ.get("WANDB_MODE", mode))):
+        if value not in MODES:
+            raise UserError(f'{name} is one of {", ".join(MODES)}, not "{value}".{nearest(value, MODES)}')
+    mode = value
     if mode == "auto":
         mode = "online" if wandb.login(prompt=False) else "offline"
     options: dict[str, Any] = {
@@ -101,8 +102,8 @@ def weights_and_biases(
     return WandbLogger(experiment=run)
 
 
-def close(loggers: Iterable[Logger]) -> None:
+def close(loggers: Iterable[Logger], exit_code: int = 0) -> None:
     """End W&B runs, so that the next run of this process begins one of its own."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+            logger.experiment.finish(exit_code=exit_code)

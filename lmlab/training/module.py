@@ -3,6 +3,7 @@
 Shapes: N scored positions of a batch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -51,13 +53,11 @@ class LMModule(L.LightningModule):
         self.batch_size, self.seed, self.figure = batch_size, seed, figure
         self.nominal_targets = batch_size * block_size
         self.train_nll, self.val_nll = MeanNLL(), MeanNLL()
-        # Targets and tokens of the step under way, of this rank.
-        self.register_buffer("step_counts", torch.zeros(2, dtype=torch.int64), persistent=False)
         # Tokens seen in the whole run, by all ranks.
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("first_bad_batch", torch.tensor(NEVER), persistent=False)
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
-        self.val_losses: list[float] = []
+        self.lr = 0.0  # of the last step
+        self.val_losses: dict[int, float] = {}  # by step
 
     def setup(self, stage: str) -> None:
         """Refuse a callback that monitors what is never logged, before any step is made."""
@@ -77,6 +77,12 @@ class LMModule(L.LightningModule):
     def score(self, batch: Batch) -> Tensor:
         """Negative log-likelihood [N] of a batch's targets."""
         return scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+
+    def on_fit_start(self) -> None:
+        # What a rank counts for itself is no buffer: DDP overwrites those with rank 0's.
+        # Targets and tokens of the step under way:
+        self.step_counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.first_bad_batch = torch.tensor(NEVER, device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank): nothing to carry over a stop.
@@ -111,7 +117,9 @@ class LMModule(L.LightningModule):
         self.grad_norm = torch.nn.utils.get_total_norm(grads) * scale
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+        if grads:
+            torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+        self.lr = optimizer.param_groups[0]["lr"]
 
     def stop_on_nonfinite(self) -> None:
         """Stop with the step and the samples of the first batch whose loss was no number.
@@ -127,13 +135,13 @@ class LMModule(L.LightningModule):
         size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
         samples = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
         raise UserError(
-            f"the loss became not finite at step {step}. Blocks of that step's global batch: {samples}.\n"
+            f"the loss became not finite at step {step + 1}. Blocks of that step's global batch: {samples}.\n"
             "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "
             "or use trainer.precision=32-true."
         )
 
     def on_validation_start(self) -> None:
-        if not self.trainer.sanity_checking:
+        if self.trainer.state.fn == TrainerFn.FITTING:
             self.stop_on_nonfinite()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -142,7 +150,12 @@ class LMModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss = float(self.val_nll.compute())
         self.val_nll.reset()
-        self.val_losses.append(loss)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"val/loss is {loss} at step {self.global_step}: the weights have diverged (lower optim.lr),\n"
+                "or the validation text is too short to hold anything to score (raise preprocess.test_size)."
+            )
+        self.val_losses[self.global_step] = loss
         metrics = {"val/loss": loss, f"val/{self.figure}": perplexity(loss)}
         # For what monitors a figure; loggers get the float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)

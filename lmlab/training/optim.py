@@ -66,6 +66,9 @@ class AdamW:
             "weight_decay": self.weight_decay >= 0,
             "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             "eps": self.eps >= 0,
+            "warmup_steps": self.warmup_steps is None or self.warmup_steps >= 0,
+            "warmup_ratio": 0 <= self.warmup_ratio <= 1,
+            "decay_ratio": 0 <= self.decay_ratio <= 1,
         }
         for name, fine in possible.items():
             if not fine:
@@ -77,6 +80,8 @@ class AdamW:
         else:
             try:
                 self.shape = pkgutil.resolve_name(self.schedule)
+                if not callable(self.shape):
+                    raise ValueError("not a function")
             except (ImportError, AttributeError, ValueError) as error:
                 raise UserError(
                     f'optim.schedule is one of {", ".join(SCHEDULES)}, or importable, not "{self.schedule}".'
