@@ -56,6 +56,9 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 
 def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     """Compose `conf/<name>.yaml` with the command line and call `job` with it, plainly failing."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(help_text())
+        return
     debug = "debug=true" in sys.argv
     # Hydra then raises instead of printing, and what it raises is explained here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -104,6 +107,14 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
                 f"the run directory {error.filename} can't be made: {error.strerror}.\n"
                 "Choose another: hydra.run.dir=DIR"
             ) from error
+
+
+def help_text() -> str:
+    """What `--help` shows. Hydra would compose every file of conf/ twice only to list their names."""
+    text = OmegaConf.create({"hydra": {"help": OmegaConf.load(CONF / "hydra" / "help" / "lmlab.yaml")}})
+    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    listed = [f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups]
+    return text.hydra.help.template.replace("$APP_CONFIG_GROUPS", "\n".join(listed))
 
 
 def explain(error: Exception, name: str) -> str:

@@ -34,8 +34,7 @@ def test_train_command(
 ) -> None:
     if "--help" in arguments:
         monkeypatch.setattr("sys.argv", ["lmlab.train", *arguments])
-        with pytest.raises(SystemExit, match="0"):
-            train.main()
+        train.main()
         assert "objective: clm, mlm" in capsys.readouterr().out
         return
     # A sweep composes one of its points; `--config-dir mine` is a folder of the reader's.
