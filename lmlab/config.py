@@ -57,7 +57,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     """Compose `conf/<name>.yaml` with the command line and call `job` with it, plainly failing."""
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(help_text())
+        print(help_text(name))
         return
     debug = "debug=true" in sys.argv
     # Hydra then raises instead of printing, and what it raises is explained here.
@@ -109,12 +109,11 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             ) from error
 
 
-def help_text() -> str:
+def help_text(name: str) -> str:
     """What `--help` shows. Hydra would compose every file of conf/ twice only to list their names."""
-    text = OmegaConf.create({"hydra": {"help": OmegaConf.load(CONF / "hydra" / "help" / "lmlab.yaml")}})
     groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
     listed = [f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups]
-    return text.hydra.help.template.replace("$APP_CONFIG_GROUPS", "\n".join(listed))
+    return (PACKAGE / f"{name}.txt").read_text().replace("{groups}", "\n".join(listed))
 
 
 def explain(error: Exception, name: str) -> str:
@@ -249,12 +248,10 @@ def check(cfg: DictConfig, name: str) -> None:
     if not isinstance(cfg.cache_dir, str):
         raise UserError(f"cache_dir is a directory, not {cfg.cache_dir}.")
     check_devices(cfg.trainer)
-    shares = cfg.trainer.devices * cfg.trainer.accumulate_grad_batches
-    if cfg.batch_size % shares:
-        raise UserError(
-            f"batch_size={cfg.batch_size} does not divide over {cfg.trainer.devices} devices × "
-            f"{cfg.trainer.accumulate_grad_batches} accumulated batches: it must be a multiple of {shares}."
-        )
+
+    from lmlab.data.sampler import share_of
+
+    share_of(cfg.batch_size, cfg.trainer.devices, cfg.trainer.accumulate_grad_batches)
 
 
 def check_keys(cfg: DictConfig, name: str) -> None:

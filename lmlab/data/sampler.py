@@ -45,6 +45,21 @@ def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
     ]
 
 
+def share_of(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Samples of one batch of one rank, of `batch_size` per optimizer step.
+
+    Raises:
+        UserError: they do not divide.
+    """
+    shares = world_size * accumulate
+    if batch_size % shares:
+        raise UserError(
+            f"batch_size={batch_size} does not divide over {world_size} devices × "
+            f"{accumulate} accumulated batches: it must be a multiple of {shares}."
+        )
+    return batch_size // shares
+
+
 class TrainSampler:
     """Yields the batches one rank takes, from `start` on: `accumulate` of them per step.
 
@@ -64,12 +79,7 @@ class TrainSampler:
         start: int = 0,
     ):
         """`size` blocks in all; `batch_size` samples per step over everything; `start` counts batches."""
-        shares = world_size * accumulate
-        if batch_size % shares:
-            raise UserError(
-                f"batch_size={batch_size} does not divide over {world_size} devices × "
-                f"{accumulate} accumulated batches: it must be a multiple of {shares}."
-            )
+        self.share = share_of(batch_size, world_size, accumulate)
         self.size, self.batch_size, self.steps, self.seed = size, batch_size, steps, seed
         self.rank, self.world_size, self.accumulate, self.start = rank, world_size, accumulate, start
 
@@ -77,11 +87,10 @@ class TrainSampler:
         return self.steps * self.accumulate - self.start
 
     def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
-        share = self.batch_size // (self.world_size * self.accumulate)
         for number in range(self.start, self.steps * self.accumulate):
             step, part = divmod(number, self.accumulate)
-            first = step * self.batch_size + (part * self.world_size + self.rank) * share
-            yield number, draws(self.seed, first, share, self.size)
+            first = step * self.batch_size + (part * self.world_size + self.rank) * self.share
+            yield number, draws(self.seed, first, self.share, self.size)
 
 
 class EvaluationSampler:
