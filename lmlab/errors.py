@@ -1,5 +1,6 @@
 """Errors a person can cause, and how they are shown: one to three lines, exit code 1."""
 
+import argparse
 import errno
 import logging
 import os
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
+from typing import NoReturn
 
 # What the file system says when the fault lies with the place written to.
 UNWRITABLE = {
@@ -73,6 +75,13 @@ def disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class Arguments(argparse.ArgumentParser):
+    """Shows what is wrong with ordinary arguments as any other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.\nFor all arguments: {self.prog} --help")
 
 
 @contextmanager

@@ -7,17 +7,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from lmlab.errors import UserError, shown_plainly
+from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows what is wrong with the arguments as any other error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}.\nFor all arguments: {self.prog} --help")
 
 
 def seed(text: str) -> int:
@@ -28,7 +21,7 @@ def seed(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = Parser(
+    p = Arguments(
         prog="python -m lmlab.predict",
         description="Go on with a text (causal model), or fill its masks (masked model).",
     )

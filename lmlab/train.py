@@ -13,21 +13,21 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab import config
+from lmlab.config import build, check, compose
 from lmlab.errors import UserError, first_line
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import write_json, write_text
+from lmlab.runs.files import from_here, write_json, write_text
 
 
 def main() -> None:
-    config.run_verb(start, "train")
+    compose.run_verb(start, "train")
 
 
 def start(cfg: DictConfig) -> float:
     """Begin a run here, on all the devices it asks for; returns its best val/loss."""
     overrides = HydraConfig.get().overrides.task
-    cfg = config.freeze(cfg)
-    config.check(cfg, "train")
+    cfg = compose.freeze(cfg)
+    check.check_run(cfg)
     run = RunDirectory(cfg.run_dir)
     run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed})
     try:
@@ -39,8 +39,8 @@ def start(cfg: DictConfig) -> float:
             from lmlab.training.launch import launch
 
             # One process prepares; the ranks find the cache.
-            config.prepare_data(cfg)
-            launch(run.path, cfg.trainer.devices)
+            build.prepare_data(cfg)
+            launch("train", run.path, cfg.trainer.devices)
     except BaseException:
         run.give_up()
         raise
@@ -55,30 +55,32 @@ def train(cfg: DictConfig) -> None:
     from lmlab.training.module import LMModule
 
     run = RunDirectory(cfg.run_dir)
-    data = config.prepare_data(cfg)
-    objective, model = config.build_model(cfg, data)
-    steps, interval = config.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    data = build.prepare_data(cfg)
+    objective, model = build.build_model(cfg, data.tokenizer)
+    steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module = LMModule(
         model,
-        config.build(cfg.optim, "optim"),
+        check.build(cfg.optim, "optim"),
         steps,
         cfg.batch_size,
         cfg.preprocess.block_size,
         cfg.seed,
+        len(data.validation),
         objective.figure,
     )
+    held_out = build.build_held_out(cfg, data, objective)
     datamodule = BlocksDataModule(
         data.train,
-        data.validation,
+        held_out,
         objective,
-        pad_id=next(i for i in (data.tokenizer.pad_token_id, data.tokenizer.eos_token_id, 0) if i is not None),
+        pad_id=held_out.pad_id,
         batch_size=cfg.batch_size,
         steps=steps,
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         num_workers=cfg.num_workers,
     )
-    trainer = config.build_trainer(cfg, steps, interval, run.identity()["run_id"])
+    trainer = build.build_trainer(cfg, steps, interval, run.identity()["run_id"])
     try:
         if trainer.is_global_zero:
             run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash)
@@ -87,7 +89,7 @@ def train(cfg: DictConfig) -> None:
         trainer.validate(module, datamodule, verbose=False)
         trainer.fit(module, datamodule)
         if trainer.is_global_zero:
-            finish(run, trainer, module, data)
+            finish(cfg, run, trainer, module, data)
     except BaseException:
         if trainer.interrupted and trainer.is_global_zero:
             print(f"Interrupted at step {trainer.global_step}. What was kept is in {run.checkpoints}.")
@@ -96,16 +98,18 @@ def train(cfg: DictConfig) -> None:
     close(trainer.loggers)
 
 
-def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
+def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
     """Export the best weights, and say what came of the run and what the model says."""
     from lmlab.evaluation.perplexity import perplexity
     from lmlab.models.inference import speak
     from lmlab.runs.summary import show_result
     from lmlab.training.callbacks import Measure
-    from lmlab.training.checkpoint import export, load_weights
+    from lmlab.training.checkpoint import best_checkpoint, export
 
-    best = next((callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor), "")
-    step = load_weights(module, best) if best else trainer.global_step
+    best, step = best_checkpoint(trainer), trainer.global_step
+    if best is not None:
+        module.load_state_dict(best["state_dict"])
+        step = best["global_step"]
     export(module.model, data.tokenizer, run.model)
     before, loss = module.val_losses[0], module.val_losses[step]
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
@@ -122,7 +126,7 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
     write_json(run.summary, result)
     place = from_here(run.path)
     try:
-        text, said = speak(module.model, data.tokenizer, data.validation[0].tolist())
+        text, said = speak(module.model, data.tokenizer, data.validation.tokens[: cfg.preprocess.block_size].tolist())
     except (UserError, RuntimeError) as error:  # the run is done and kept; this is only its last word
         text, said = "…", f"(nothing: {first_line(error)})"
     show_result(
@@ -138,11 +142,6 @@ def finish(run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
     )
     python = "python" if shutil.which("python") == sys.executable else from_here(Path(sys.executable))
     print("Next:", shlex.join([str(python), "-m", "lmlab.predict", str(place), text]))
-
-
-def from_here(path: Path) -> Path:
-    """A path as a person would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

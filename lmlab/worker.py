@@ -1,4 +1,4 @@
-"""`python -m lmlab.worker RUN_DIR`: one rank of a run, started by torchrun.
+"""`python -m lmlab.worker VERB RUN_DIR`: one rank of a run or an evaluation, started by torchrun.
 
 It reads the composed config of the run directory and never sees the command line.
 """
@@ -6,16 +6,18 @@ It reads the composed config of the run directory and never sees the command lin
 import sys
 from pathlib import Path
 
-from lmlab.config import read_config
+from lmlab.config.compose import read_config
 from lmlab.errors import plainly
+from lmlab.evaluate import measure
 from lmlab.train import train
 from lmlab.training.launch import leave_message
 
 
 def main() -> None:
-    cfg = read_config(Path(sys.argv[1]))
+    share = {"train": train, "evaluate": measure}[sys.argv[1]]
+    cfg = read_config(Path(sys.argv[2]))
     try:
-        train(cfg)
+        share(cfg)
     except Exception as error:
         message = None if cfg.debug else plainly(error)
         if message is None:

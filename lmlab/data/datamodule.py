@@ -3,9 +3,8 @@
 Shapes: B samples, T positions, N scored positions of the whole batch.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import lightning as L
 import numpy as np
@@ -14,14 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lmlab.data.preprocess import Blocks
-from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler
+from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, share_of
 
-# An objective: ids [T] and key (seed, epoch, sample) to (inputs [T], scored positions [n], targets [n]).
-Objective = Callable[[np.ndarray, tuple[int, int, int]], tuple[np.ndarray, np.ndarray, np.ndarray]]
+# An objective: ids [T], key (seed, epoch, sample) and the position of ids[0] in the sample,
+# to (inputs [T], scored positions [n], targets [n]).
+Objective = Callable[[np.ndarray, tuple[int, int, int], int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class Batch(NamedTuple):
-    """What one rank scores at once."""
+    """What one rank trains on at once."""
 
     input_ids: Tensor
     """[B, T] int64."""
@@ -49,38 +49,72 @@ class Batches(Dataset):
 
 
 def collate(blocks: Blocks, draws: list[Draw], objective: Objective, seed: int, pad_id: int, number: int = 0) -> Batch:
-    """Label the drawn blocks, and only then pad them to the longest on the right."""
-    rows = [blocks[draw.block] for draw in draws]
-    length = max(map(len, rows))
+    """Label the drawn blocks, and only then pad them."""
+    rows = [objective(blocks[draw.block], (seed, draw.epoch, draw.block), 0) for draw in draws]
+    input_ids, attention_mask, positions = padded([(inputs, scored) for inputs, scored, _ in rows], pad_id)
+    targets = np.concatenate([wanted for _, _, wanted in rows]).astype(np.int64)
+    tokens = sum(len(inputs) for inputs, _, _ in rows)
+    return Batch(input_ids, attention_mask, positions, torch.from_numpy(targets), tokens, number)
+
+
+def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Pad rows of (inputs, scored positions) on the right, to the longest of them.
+
+    Returns:
+        input_ids [B, T], attention_mask [B, T] or None, positions [N] into the B·T.
+    """
+    length = max(len(inputs) for inputs, _ in rows)
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
-    positions, targets = [], []
-    for row, (ids, draw) in enumerate(zip(rows, draws, strict=True)):
-        inputs, scored, wanted = objective(ids, (seed, draw.epoch, draw.block))
-        input_ids[row, : len(ids)] = inputs
-        attention_mask[row, : len(ids)] = 1
-        if draw.scored:
-            positions.append(row * length + scored)
-            targets.append(wanted)
-    tokens = int(attention_mask.sum()) if draws[0].scored else 0
-    flat = np.concatenate([*positions, np.zeros(0, np.int64)])
-    return Batch(
-        torch.from_numpy(input_ids),
-        None if attention_mask.all() else torch.from_numpy(attention_mask),
-        torch.from_numpy(flat.astype(np.int64)),
-        torch.from_numpy(np.concatenate([*targets, np.zeros(0, np.int64)]).astype(np.int64)),
-        tokens,
-        number,
-    )
+    for row, (inputs, _) in enumerate(rows):
+        input_ids[row, : len(inputs)] = inputs
+        attention_mask[row, : len(inputs)] = 1
+    positions = np.concatenate([row * length + scored for row, (_, scored) in enumerate(rows)]).astype(np.int64)
+    mask = None if attention_mask.all() else torch.from_numpy(attention_mask)
+    return torch.from_numpy(input_ids), mask, torch.from_numpy(positions)
 
 
-class BlocksDataModule(L.LightningDataModule):
-    """The loaders of a run; knows its rank from the trainer it is attached to."""
+class Rows(Protocol):
+    """What is evaluated: a data set whose item is a batch, by the indices of its rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: list[int]) -> NamedTuple: ...
+
+
+class HeldOutData(L.LightningDataModule):
+    """The loader of an evaluation; knows its rank from the trainer it is attached to."""
+
+    def __init__(self, held_out: Rows, batch_size: int, num_workers: int = 0):
+        """`batch_size` rows at once on each rank."""
+        super().__init__()
+        self.held_out, self.rows_at_once, self.num_workers = held_out, batch_size, num_workers
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        return self.loader(
+            self.held_out,
+            EvaluationSampler(len(self.held_out), self.rows_at_once, self.trainer.global_rank, self.trainer.world_size),
+        )
+
+    def loader(self, batches: Dataset | Rows, sampler: TrainSampler | EvaluationSampler) -> DataLoader:
+        return DataLoader(
+            batches,  # type: ignore[arg-type]
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+class BlocksDataModule(HeldOutData):
+    """The loaders of a run."""
 
     def __init__(
         self,
         train: Blocks,
-        validation: Blocks,
+        held_out: Rows,
         objective: Objective,
         pad_id: int,
         batch_size: int,
@@ -90,11 +124,15 @@ class BlocksDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ):
         """`batch_size` counts the samples of an optimizer step, over ranks and accumulation."""
-        super().__init__()
-        self.train, self.validation = train, validation
-        self.make = partial(Batches, objective=objective, pad_id=pad_id)
-        self.batch_size, self.steps, self.seed = batch_size, steps, seed
-        self.accumulate, self.num_workers = accumulate, num_workers
+        super().__init__(held_out, batch_size, num_workers)
+        self.train = train
+        self.batches = Batches(train, objective, seed, pad_id)
+        self.batch_size, self.steps, self.seed, self.accumulate = batch_size, steps, seed, accumulate
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        # As many rows at once as in training.
+        self.rows_at_once = share_of(self.batch_size, self.trainer.world_size, self.accumulate)
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
@@ -107,23 +145,4 @@ class BlocksDataModule(L.LightningDataModule):
             self.trainer.world_size,
             self.accumulate,
         )
-        return self.loader(self.make(self.train, seed=self.seed), sampler)
-
-    def val_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
-        world_size = self.trainer.world_size
-        share = max(1, self.batch_size // (world_size * self.accumulate))
-        sampler = EvaluationSampler(len(self.validation), share, self.trainer.global_rank, world_size)
-        # Masks in evaluation do not follow the run's seed: runs of several seeds are
-        # scored on the same positions.
-        return self.loader(self.make(self.validation, seed=0), sampler)
-
-    def loader(self, batches: Batches, sampler: TrainSampler | EvaluationSampler) -> DataLoader:
-        return DataLoader(
-            batches,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return self.loader(self.batches, sampler)

@@ -4,16 +4,17 @@ By default they lose nothing: no truncation, an end-of-text token after each doc
 blocks that run on across documents, and a short last block. The ledger proves it.
 
 The tokens of a split lie in one flat int32 file; a document is a length, a block a pair
-of bounds in it.
+of bounds in it. Blocks are cut when they are asked for, so every block size shares one
+file. Held-out documents also keep which text each token stands for (documents.py).
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -21,12 +22,13 @@ from filelock import FileLock
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lmlab.data.documents import Documents, Names, read_documents, spans
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.tokenizers import content_hash
 from lmlab.errors import UserError, nearest
 from lmlab.runs.files import replaced
 
-FORMAT = 1  # Goes into every cache key: raised when the steps below change their output.
+FORMAT = 2  # Goes into every cache key: raised when the steps below change their output.
 RECORDS_PER_CALL = 1000  # What the tokenizer gets at once; memory stays flat in the corpus.
 
 
@@ -104,11 +106,14 @@ class Blocks(TorchDataset):
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training needs of the data."""
+    """All that training and evaluation need of the data."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Blocks
-    validation: Blocks
+    train: Blocks | None
+    """None where only the held-out part was asked for."""
+    validation: Documents
+    bounds: np.ndarray
+    """[blocks, 2] int64: the blocks of the validation documents, as `group_texts` gives them."""
     ledger: dict[str, Ledger]
     data_fingerprint: str
     tokenizer_hash: str
@@ -117,6 +122,8 @@ class Prepared:
 def split(corpus: Corpus, choices: Preprocessing) -> DatasetDict:
     """Hold out validation records, unless the source brought some (guide, `train_test_split`)."""
     train = corpus.train
+    if train is None:
+        raise UserError("data.train has to be given: add data.train=… to the command.")
     if choices.max_records is not None:
         train = train.select(range(min(choices.max_records, len(train))))
     if len(train) == 0:
@@ -191,32 +198,55 @@ def text_paths(prefix: str, feature: Any) -> Iterator[str]:
         yield prefix
 
 
+class Tokens(NamedTuple):
+    """One document, tokenized."""
+
+    text: str
+    ids: np.ndarray
+    """[T] int32."""
+    spans: np.ndarray | None
+    """[T, 3] int32, see documents.py; None where they were not asked for."""
+    lost: int
+    """Tokens that truncation cost."""
+
+
 def tokenize(
-    records: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, choices: Preprocessing
-) -> Iterator[tuple[np.ndarray, int, int]]:
+    records: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, choices: Preprocessing, held_out: bool = False
+) -> Iterator[Tokens]:
     """Join the texts of a record, and turn each document into ids (guide, `preprocess_function`).
 
-    Yields:
-        per document: ids [T] int32, its UTF-8 bytes, and how many tokens truncation cost.
+    Args:
+        held_out: also say which text each token stands for.
     """
     if choices.join is not None:
         documents = (choices.join.join(texts) for texts in records)
     else:
         documents = (text for texts in records for text in texts)
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
+    # Only a fast tokenizer knows where in the text its tokens lie.
+    located = held_out and tokenizer.is_fast
     options = {
         "add_special_tokens": choices.special_tokens,
         "split_special_tokens": not choices.special_tokens,
+        "return_offsets_mapping": located,
         "verbose": False,
     }
     while batch := list(islice(documents, RECORDS_PER_CALL)):
-        rows = tokenizer(batch, **options)["input_ids"]
-        for text, ids in zip(batch, rows, strict=True):
+        encoded = tokenizer(batch, **options)
+        for row, text in enumerate(batch):
+            ids, source, place = encoded["input_ids"][row], encoded, row
             full = len(ids)
             if choices.truncation and full > tokenizer.model_max_length:
-                ids = tokenizer(text, truncation=True, **options)["input_ids"]
-            ids = np.array(ids + (end if ids else []), np.int32)
-            yield ids, len(text.encode("utf-8", "surrogatepass")), full + (len(end) if full else 0) - len(ids)
+                source, place = tokenizer([text], truncation=True, **options), 0
+                ids = source["input_ids"][0]
+            lost = full - len(ids)
+            found = None
+            if held_out:
+                offsets = source["offset_mapping"][place] if located else None
+                words = source.word_ids(place) if located else None
+                found = spans(text, offsets, words, len(ids), whole=not lost)
+                found = np.concatenate([found, np.zeros((len(end) if ids else 0, 3), np.int32)])
+            yield Tokens(text, np.array(ids + (end if ids else []), np.int32), found, lost)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -269,28 +299,54 @@ def prepare(
         cache: a directory for every run's prepared data.
     """
     parts = split(corpus, choices)
-    held_out = [choices.test_size, choices.split_seed, choices.max_records]
     if tokenizer_key is None:
         tokenizer = make_tokenizer([])
     else:
+        held_out = [choices.test_size, choices.split_seed, choices.max_records]
         key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
         texts = (text for texts in flatten(parts["train"], corpus.text) for text in texts)
         folder = kept(cache / f"tokenizer-{key}", lambda place: make_tokenizer(texts).save_pretrained(place))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    hashed = content_hash(tokenizer)
-    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, asdict(choices), hashed)
+    return prepare_splits(dict(parts), corpus, choices, tokenizer, cache)
 
-    def write(place: Path) -> None:
-        for name, records in parts.items():
+
+def prepare_validation(
+    corpus: Corpus, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
+) -> Prepared:
+    """Only the held-out part, for a tokenizer that is there already."""
+    if corpus.train is None and corpus.validation is not None:
+        held_out = corpus.validation
+    else:
+        held_out = split(corpus, choices)["validation"]
+    return prepare_splits({"validation": held_out}, corpus, choices, tokenizer, cache)
+
+
+def prepare_splits(
+    parts: Mapping[str, Dataset],
+    corpus: Corpus,
+    choices: Preprocessing,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+) -> Prepared:
+    """Tokenize the splits, unless the cache has them, and cut them into blocks."""
+    hashed = content_hash(tokenizer)
+    # How documents are cut into blocks changes nothing in the files.
+    decided = asdict(replace(choices, block_size=2, drop_remainder_every=None))
+    folders, bounds, ledger = {}, {}, {}
+    for name, records in parts.items():
+        key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decided, hashed)
+
+        def write(place: Path, name: str = name, records: Dataset = records) -> None:
             write_split(place, name, flatten(records, corpus.text), tokenizer, choices)
 
-    folder = kept(cache / f"blocks-{key}", write)
-    loaded = {name: read_split(folder, name) for name in parts}
+        folders[name] = kept(cache / f"tokens-{key}", write)
+        bounds[name], ledger[name] = cut(folders[name], name, choices)
     return Prepared(
         tokenizer,
-        loaded["train"][0],
-        loaded["validation"][0],
-        {name: ledger for name, (_, ledger) in loaded.items()},
+        Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in parts else None,
+        read_documents(folders["validation"], "validation", read_lengths(folders["validation"], "validation")),
+        bounds["validation"],
+        ledger,
         corpus.fingerprint,
         hashed,
     )
@@ -318,30 +374,45 @@ def write_split(
     tokenizer: PreTrainedTokenizerBase,
     choices: Preprocessing,
 ) -> None:
-    """Tokens, blocks and ledger of one split, as files in `place`."""
+    """Tokens, lengths and counts of one split, as files in `place`; of the held-out one its text's spans too."""
+    held_out = name == "validation"
+    names = Names()
     lengths: list[int] = []
     size = truncated = 0
-    with (place / f"{name}.tokens").open("wb") as tokens:
-        for ids, n_bytes, lost in tokenize(records, tokenizer, choices):
-            tokens.write(ids.tobytes())
-            lengths.append(len(ids))
-            size += n_bytes
-            truncated += lost
+    with (place / f"{name}.tokens").open("wb") as tokens, (place / f"{name}.spans").open("wb") as found:
+        for document in tokenize(records, tokenizer, choices, held_out):
+            tokens.write(document.ids.tobytes())
+            lengths.append(len(document.ids))
+            size += len(document.text.encode("utf-8", "surrogatepass"))
+            truncated += document.lost
+            if document.spans is not None:
+                found.write(document.spans.tobytes())
+                names.add(document.text)
+    if held_out:
+        names.write(place / f"{name}.documents.parquet")
     total = sum(lengths)
     if total == 0:
         raise UserError(f"the {name} split gives no token: its {len(lengths)} texts are empty (check data.text).")
-    bounds = group_texts(np.array(lengths), choices.block_size, choices.drop_remainder_every)
+    np.array(lengths, np.int64).tofile(place / f"{name}.lengths")
+    counts = {"documents": len(lengths), "bytes": size, "tokens": total + truncated, "tokens_truncated": truncated}
+    (place / f"{name}.counts.json").write_text(json.dumps(counts))
+
+
+def read_lengths(folder: Path, name: str) -> np.ndarray:
+    """[documents] int64 tokens of each."""
+    return np.fromfile(folder / f"{name}.lengths", np.int64)
+
+
+def cut(folder: Path, name: str, choices: Preprocessing) -> tuple[np.ndarray, Ledger]:
+    """The bounds of a split's blocks, and its ledger."""
+    lengths = read_lengths(folder, name)
+    bounds = group_texts(lengths, choices.block_size, choices.drop_remainder_every)
     if len(bounds) == 0:
         raise UserError(
-            f"the {name} split gives no block: {total} tokens, none fills preprocess.block_size={choices.block_size}.\n"
+            f"the {name} split gives no block: {lengths.sum()} tokens, none fills "
+            f"preprocess.block_size={choices.block_size}.\n"
             "Lower the block size, or set preprocess.drop_remainder_every=null to keep short blocks."
         )
-    in_blocks = int((bounds[:, 1] - bounds[:, 0]).sum())
-    ledger = Ledger(len(lengths), size, total + truncated, len(bounds), total - in_blocks, truncated)
-    (place / f"{name}.blocks").write_bytes(bounds.tobytes())
-    (place / f"{name}.ledger.json").write_text(json.dumps(asdict(ledger)))
-
-
-def read_split(folder: Path, name: str) -> tuple[Blocks, Ledger]:
-    bounds = np.fromfile(folder / f"{name}.blocks", np.int64).reshape(-1, 2)
-    return Blocks(folder / f"{name}.tokens", bounds), Ledger(**json.loads((folder / f"{name}.ledger.json").read_text()))
+    dropped = int(lengths.sum() - (bounds[:, 1] - bounds[:, 0]).sum())
+    counts = json.loads((folder / f"{name}.counts.json").read_text())
+    return bounds, Ledger(blocks=len(bounds), tokens_dropped=dropped, **counts)

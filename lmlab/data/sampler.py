@@ -14,7 +14,7 @@ import numpy as np
 
 from lmlab.errors import UserError
 
-# The epoch of evaluation masks: one no training run reaches.
+# The epoch of evaluation's masks: one no training run reaches.
 EVALUATION = 2**63
 
 
@@ -25,8 +25,6 @@ class Draw(NamedTuple):
     """Its index."""
     epoch: int
     """With the seed and the index, decides the mask."""
-    scored: bool = True
-    """False for a block that only fills an evaluation batch up: no position of it counts."""
 
 
 @lru_cache(maxsize=2)  # A batch may lie across the edge of two epochs.
@@ -94,21 +92,20 @@ class TrainSampler:
 
 
 class EvaluationSampler:
-    """Yields every block once over all ranks, in order; each rank gets as many batches.
+    """Yields the indices of every row once over all ranks; each rank gets as many batches.
 
-    A rank that would run dry gets an unscored block instead, so that all take part in the
-    same collectives and nothing is counted twice (promise 2).
+    A rank that would run dry gets an empty batch instead (which is made of unscored rows),
+    so that all take part in the same collectives and nothing is counted twice (promise 2).
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        """`size` blocks in all; `batch_size` of them per rank and batch."""
+        """`size` rows in all; `batch_size` of them per rank and batch."""
         self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
 
     def __len__(self) -> int:
         return -(-self.size // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
+    def __iter__(self) -> Iterator[list[int]]:
         for number in range(len(self)):
             first = (number * self.world_size + self.rank) * self.batch_size
-            indices = range(first, min(first + self.batch_size, self.size))
-            yield number, [Draw(i, EVALUATION) for i in indices] or [Draw(0, EVALUATION, scored=False)]
+            yield list(range(first, min(first + self.batch_size, self.size)))

@@ -31,7 +31,8 @@ UNREADABLE = (datasets.exceptions.DatasetGenerationError, ValueError, OSError, E
 class Corpus:
     """Records, the dotted path of the text in them, and a hash of where they came from."""
 
-    train: datasets.Dataset
+    train: datasets.Dataset | None
+    """None where there is only something to evaluate on."""
     validation: datasets.Dataset | None
     text: str
     fingerprint: str
@@ -96,7 +97,7 @@ def select(records: datasets.Dataset, wanted: dict[str, Any]) -> datasets.Datase
 
 
 def load_files(
-    train: str | Sequence[str],
+    train: str | Sequence[str] | None = None,
     text: str = "text",
     validation: str | Sequence[str] | None = None,
     document: str = "file",
@@ -106,7 +107,7 @@ def load_files(
     Line ends of plain text files become single line feeds.
 
     Args:
-        train: a path or glob, or a list of them.
+        train: a path or glob, or a list of them; may be left out where only `validation` is of use.
         text: dotted path of the text in a record; plain text files have only `text`.
         validation: the same as `train`; without it a share of `train` is held out.
         document: what one document of a plain text file is: `file`, `line` or
@@ -116,12 +117,13 @@ def load_files(
         raise UserError(
             f'data.document is one of {", ".join(SAMPLE_BY)}, not "{document}".{nearest(document, SAMPLE_BY)}'
         )
-    files = {"train": find(train, "train")}
-    if validation is not None:
-        files["validation"] = find(validation, "validation")
-        both = sorted(set(files["train"]) & set(files["validation"]))
-        if both:
-            raise UserError(f"{both[0]} is named by data.train and by data.validation: it would be trained on.")
+    named = {"train": train, "validation": validation}
+    files = {part: find(patterns, part) for part, patterns in named.items() if patterns is not None}
+    if not files:
+        raise UserError("no file is named: add data.train=… or data.validation=… to the command.")
+    both = sorted(set(files.get("train", [])) & set(files.get("validation", [])))
+    if both:
+        raise UserError(f"{both[0]} is named by data.train and by data.validation: it would be trained on.")
     everything = [file for part in files.values() for file in part]
     builder = builder_for(everything)
     options: dict[str, Any] = {}
@@ -143,7 +145,7 @@ def load_files(
         if disk_full(error):
             raise
         raise UserError(fault(everything, builder) or reason(deepest(error))) from error
-    return Corpus(loaded["train"], loaded.get("validation"), text, source)
+    return Corpus(loaded.get("train"), loaded.get("validation"), text, source)
 
 
 def find(patterns: str | Sequence[str], part: str) -> list[Path]:

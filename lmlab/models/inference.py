@@ -5,17 +5,15 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmlab.errors import UserError, from_hub
-from lmlab.models.loading import positions
+from lmlab.models.loading import is_causal, positions
 
 # The guide's sampling.
 SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
@@ -28,16 +26,7 @@ def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTr
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
     with from_hub(f'model "{name}"', "the first argument"):
-        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        trained_as = (settings.architectures or [""])[0]
-        if trained_as.endswith("ForMaskedLM"):
-            auto: Any = AutoModelForMaskedLM
-        elif trained_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            auto = AutoModelForCausalLM
-        else:
-            raise UserError(
-                f'{name} is a "{trained_as or "model of unknown task"}": no causal or masked language model.'
-            )
+        auto: Any = AutoModelForCausalLM if is_causal(name, revision) else AutoModelForMaskedLM
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
 

@@ -15,7 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
 from lmlab.errors import UserError, first_line, from_hub, nearest
 
@@ -47,6 +51,22 @@ def pretrained(
         missing = ", ".join(sorted(loaded["missing_keys"]))
         logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
     return model
+
+
+def is_causal(name: str, revision: str | None = None) -> bool:
+    """Whether a trained model goes on with a text, rather than filling masks in it.
+
+    Raises:
+        UserError: it does neither.
+    """
+    with from_hub(f'model "{name}"', "model.name"):
+        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    trained_as = (settings.architectures or [""])[0]
+    if trained_as.endswith("ForMaskedLM"):
+        return False
+    if trained_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return True
+    raise UserError(f'{name} is a "{trained_as or "model of unknown task"}": no causal or masked language model.')
 
 
 def auto_for(settings: PreTrainedConfig, causal: bool) -> Any:
@@ -123,6 +143,25 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size
             f"{model.config.model_type} sees the tokens it should predict, so its causal perplexity means nothing.\n"
             "Use objective=mlm, or a causal architecture."
         )
+
+
+def check_belongs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a trained model whose tokens plainly are not those of the tokenizer."""
+    rows = model.get_input_embeddings().num_embeddings
+    other = "Use the tokenizer that the model was trained with: leave tokenizer.name out."
+    # Models pad their embeddings to round numbers; DeepSeek's has 2.3 % of rows that no token has.
+    if rows - len(tokenizer) > max(256, 0.04 * rows):
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows: they don't belong "
+            f"together.\n{other}"
+        )
+    for name in ("bos", "eos", "cls", "sep"):
+        ours, theirs = (getattr(owner, f"{name}_token_id", None) for owner in (tokenizer, model.config))
+        if None not in (ours, theirs) and ours not in (theirs if isinstance(theirs, list) else [theirs]):
+            raise UserError(
+                f"the tokenizer's {name} token is {ours} and the model's {theirs}: they don't belong together.\n"
+                f"{other} If only the model's config is wrong: model.config.{name}_token_id={ours}"
+            )
 
 
 def positions(model: PreTrainedModel) -> int | None:

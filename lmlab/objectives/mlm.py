@@ -16,8 +16,8 @@ class MaskedLM:
     one becomes the mask token (`replace_mask`), a random token of the vocabulary
     (`replace_random`) or stays as it is (the rest), and is a target in each case.
 
-    The masks are a pure function of the key, so they are the same for any number of
-    workers and devices.
+    Each token's mask is a pure function of the key and its position, so masks are the same
+    for any number of workers and devices, and wherever a text is cut.
     """
 
     causal = False
@@ -50,21 +50,41 @@ class MaskedLM:
         self.special_ids = np.array(sorted(tokenizer.all_special_ids))
         self.vocab_size = len(tokenizer)
 
-    def __call__(self, ids: np.ndarray, key: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`ids` [T] and key (seed, epoch, sample) to (inputs [T], scored positions [N], targets [N])."""
-        seed, epoch, sample = key
-        # Philox is counter-based: a (key, counter) names its stream, nothing is carried over.
-        # A list with a number past 2^63 in it, as evaluation's epoch, would pass through float64.
-        stream = np.array([seed, epoch], np.uint64)
-        draw = np.random.Generator(np.random.Philox(key=stream, counter=[0, 0, 0, sample]))
-        chosen, fate = draw.random((2, len(ids)))
-        words = draw.integers(self.vocab_size, size=len(ids), dtype=ids.dtype)
-        positions = np.flatnonzero((chosen < self.mask_probability) & ~np.isin(ids, self.special_ids))
-        fate, words = fate[positions], words[positions]
+    def __call__(
+        self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`ids` [T] to (inputs [T], scored positions [N], targets [N]).
+
+        Args:
+            key: (seed, epoch, sample); in evaluation the sample is the document.
+            first: position of `ids[0]` in the sample.
+        """
+        chosen, fate, word, _ = lots(key, first, len(ids))
+        positions = np.flatnonzero((uniform(chosen) < self.mask_probability) & ~np.isin(ids, self.special_ids))
+        share = uniform(fate[positions])
+        words = (word[positions] % np.uint64(self.vocab_size)).astype(ids.dtype)
         inputs = ids.copy()
         inputs[positions] = np.where(
-            fate < self.replace_mask,
+            share < self.replace_mask,
             self.mask_id,
-            np.where(fate < self.replace_mask + self.replace_random, words, ids[positions]),
+            np.where(share < self.replace_mask + self.replace_random, words, ids[positions]),
         )
         return inputs, positions, ids[positions]
+
+
+def lots(key: tuple[int, int, int], first: int, count: int) -> np.ndarray:
+    """Four random 64-bit words [4, count] for each of `count` positions from `first` on.
+
+    Philox (Salmon et al. 2011) makes four words from a key and a counter: here (seed, epoch),
+    and (position, sample). Nothing is carried over, so any stretch of a sample gets the
+    words it would get as part of the whole.
+    """
+    seed, epoch, sample = key
+    # A list with a number past 2^63 in it, as evaluation's epoch, would pass through float64.
+    stream = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[first, 0, 0, sample])
+    return stream.random_raw(4 * count).reshape(count, 4).T
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    """64-bit words to float64 in [0, 1)."""
+    return (words >> np.uint64(11)) * 2.0**-53

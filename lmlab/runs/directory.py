@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import lmlab
 from lmlab.errors import UserError
 from lmlab.runs.files import write_json
@@ -40,6 +42,8 @@ class RunDirectory:
         self.manifest = self.path / "manifest.json"
         self.ledger = self.path / "ledger.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.certificate = self.path / "certificate.json"
+        self.records = self.path / "records.parquet"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
@@ -78,13 +82,28 @@ class RunDirectory:
 
     def give_up(self) -> None:
         """Free the directory of a run that was refused before it began."""
-        if not self.ledger.exists():
+        if not self.ledger.exists() and not self.certificate.exists():
             for file in (self.manifest, self.config, self.overrides):
                 file.unlink(missing_ok=True)
 
     def identity(self) -> dict[str, Any]:
         """The manifest."""
         return json.loads(self.manifest.read_text())
+
+    def trained_as(self) -> dict[str, Any] | None:
+        """The run's id and composed config, as a certificate names them; None if this is no run."""
+        if not (self.manifest.is_file() and self.config.is_file()):
+            return None
+        return {"run_id": self.identity()["run_id"], "config": yaml.safe_load(self.config.read_text())}
+
+    def fingerprint(self) -> str:
+        """Of the data that it was trained with."""
+        return self.identity()["data_fingerprint"]
+
+    def provenance(self) -> dict[str, Any]:
+        """By what, and where, the directory was made."""
+        manifest = self.identity()
+        return {key: manifest[key] for key in ("command", "lmlab", "git", "python", "packages", "machine")}
 
     def result(self) -> dict[str, Any]:
         """What the run ended with."""

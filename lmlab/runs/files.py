@@ -13,13 +13,19 @@ def write_json(place: Path, content: Any) -> None:
 
 
 def write_text(place: Path, text: str) -> None:
-    """Written beside its place, flushed, and renamed."""
+    write_beside(place, lambda beside: beside.write_text(text))
+
+
+def write_beside(place: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `place`, flush it, and put it in its place."""
     beside = place.with_name(f".{place.name}.partial")
-    with beside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, place)
+    try:
+        write(beside)
+        with beside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, place)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def replaced(place: Path, write: Callable[[Path], Any]) -> None:
@@ -37,3 +43,8 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
         os.replace(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def from_here(path: Path) -> Path:
+    """A path as a person would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -9,7 +9,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lmlab.evaluation import records
 from lmlab.evaluation.perplexity import perplexity
+from lmlab.evaluation.scoring import Targets
+from lmlab.runs.directory import RunDirectory
+from lmlab.training.checkpoint import best_checkpoint
 from lmlab.training.module import LMModule
 
 
@@ -86,6 +90,33 @@ class Measure(Callback):
         self.clock = None
 
 
+class WriteCertificate(Callback):
+    """At the end of a run, writes the records and the certificate of its best validation into the run directory."""
+
+    def __init__(self, run_dir: str):
+        self.run = RunDirectory(run_dir)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, module: LMModule) -> None:
+        best = best_checkpoint(trainer)
+        if best is None:
+            weights, nll, units = module.model.state_dict(), *module.result
+        else:
+            inside = {name: tensor for name, tensor in best["state_dict"].items() if name.startswith("model.")}
+            weights = {name.removeprefix("model."): tensor for name, tensor in inside.items()}
+            nll, units = best["validation"]["nll"].numpy(), best["validation"]["units"].numpy()
+        held_out = trainer.datamodule.held_out
+        facts = {
+            **held_out.facts,
+            "precision": trainer.precision,
+            "weights_hash": records.weights_hash(weights),
+            "model": str(self.run.model),
+            "run": self.run.trained_as(),
+            **self.run.provenance(),
+        }
+        records.write(self.run.path, held_out.documents, nll, units, facts)
+
+
 class ShowProgress(Callback):
     """A bar on a terminal, one plain line every few seconds elsewhere."""
 
@@ -149,3 +180,28 @@ class ShowProgress(Callback):
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+class ShowScoring(Callback):
+    """Where an evaluation stands, every few seconds."""
+
+    def __init__(self, every_seconds: float = 5.0):
+        self.every_seconds = every_seconds
+
+    @rank_zero_only
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.began = self.shown_at = time.perf_counter()
+        self.targets = 0
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Targets, batch_idx: int, *args: Any
+    ) -> None:
+        self.targets += batch.targets.numel()
+        now = time.perf_counter()
+        if now - self.shown_at > self.every_seconds:
+            self.shown_at = now
+            done, batches = batch_idx + 1, trainer.num_val_batches[0]
+            speed = self.targets * trainer.world_size / (now - self.began)
+            left = (now - self.began) / done * (batches - done)
+            print(f"batch {done}/{batches}  {speed:,.0f} scored tokens/s  ETA {left:.0f} s", flush=True)

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import transformers
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.runs.files import replaced
@@ -31,11 +31,10 @@ class AtomicCheckpoints(TorchCheckpointIO):
             beside.unlink(missing_ok=True)
 
 
-def load_weights(module: nn.Module, path: str | Path) -> int:
-    """Put a checkpoint's weights into a module; returns its step. Nothing in the file is run."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    module.load_state_dict(checkpoint["state_dict"])
-    return checkpoint["global_step"]
+def best_checkpoint(trainer: L.Trainer) -> dict[str, Any] | None:
+    """The checkpoint that a run was found best at; None where none monitors a figure. Nothing in the file is run."""
+    path = next((callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor), "")  # type: ignore[attr-defined]
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path else None
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

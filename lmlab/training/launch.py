@@ -20,8 +20,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lmlab.errors import UserError
 
 
-def launch(run_dir: Path, devices: int) -> None:
-    """Run `python -m lmlab.worker RUN_DIR` once per device, and wait for all.
+def launch(verb: str, run_dir: Path, devices: int) -> None:
+    """Run `python -m lmlab.worker VERB RUN_DIR` once per device, and wait for all.
 
     Raises:
         UserError: a rank ended with an error.
@@ -43,7 +43,7 @@ def launch(run_dir: Path, devices: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "lmlab.worker", str(run_dir))
+            elastic_launch(config, sys.executable)("-u", "-m", "lmlab.worker", verb, str(run_dir))
         except SignalException as error:
             raise UserError(f"stopped by {error.sigval.name}; what was kept is in {run_dir}.") from error
         except ChildFailedError as error:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -18,14 +17,16 @@ from transformers import PreTrainedModel
 from lmlab.data.datamodule import Batch
 from lmlab.data.sampler import draws
 from lmlab.errors import UserError, nearest
-from lmlab.evaluation.perplexity import MeanNLL, perplexity
+from lmlab.evaluation.perplexity import MeanNLL
+from lmlab.evaluation.records import figures_of, totals_of
+from lmlab.evaluation.scoring import Scorer
 from lmlab.models.scored import scored_nll
 
 NEVER = torch.iinfo(torch.int64).max
 
 
-class LMModule(L.LightningModule):
-    """Scores, trains and validates one model.
+class LMModule(Scorer):
+    """Trains one model, and scores held-out documents as any evaluation does.
 
     The loss of an optimizer step is Σ nll / Σ targets over the *global* batch: all ranks,
     all accumulated batches. The number of targets is known only when the last of them is
@@ -45,14 +46,18 @@ class LMModule(L.LightningModule):
         batch_size: int,
         block_size: int,
         seed: int,
+        documents: int,
         figure: str = "perplexity",
     ):
-        """`batch_size` and `steps` count optimizer steps; `figure` names the exponential of the loss."""
-        super().__init__()
-        self.model, self.optimizer, self.steps = model, optimizer, steps
+        """`steps` and `batch_size` count optimizer steps and their samples, `documents` held-out ones.
+
+        `figure` names the exponential of the loss.
+        """
+        super().__init__(model, documents)
+        self.optimizer, self.steps = optimizer, steps
         self.batch_size, self.seed, self.figure = batch_size, seed, figure
         self.nominal_targets = batch_size * block_size
-        self.train_nll, self.val_nll = MeanNLL(), MeanNLL()
+        self.train_nll = MeanNLL()
         # Tokens seen in the whole run, by all ranks.
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
@@ -61,10 +66,10 @@ class LMModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a callback that monitors what is never logged, before any step is made."""
-        logged = ("val/loss", f"val/{self.figure}")
+        logged = ["val/loss", *(f"val/{name}" for name in figures_of({}, self.figure) if name != "nll_per_token")]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
-            if monitor not in (None, *logged):
+            if monitor is not None and monitor not in logged:
                 raise UserError(
                     f'a {type(callback).__name__} monitors "{monitor}", which is not there.'
                     f"{nearest(monitor, logged)} There are: {', '.join(logged)}."
@@ -73,10 +78,6 @@ class LMModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.optimizer(self.model, self.steps, scaled=self.trainer.precision == "16-mixed")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def score(self, batch: Batch) -> Tensor:
-        """Negative log-likelihood [N] of a batch's targets."""
-        return scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
 
     def on_fit_start(self) -> None:
         # What a rank counts for itself is no buffer: DDP overwrites those with rank 0's.
@@ -90,7 +91,7 @@ class LMModule(L.LightningModule):
         torch.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        nll = self.score(batch)
+        nll = scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
         total = nll.sum()
         self.train_nll.update(nll)
         self.step_counts[0] += nll.numel()
@@ -144,23 +145,29 @@ class LMModule(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.stop_on_nonfinite()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_nll.update(self.score(batch))
-
     def on_validation_epoch_end(self) -> None:
-        loss = float(self.val_nll.compute())
-        self.val_nll.reset()
-        if not math.isfinite(loss):
+        super().on_validation_epoch_end()
+        figures = figures_of(totals_of(*self.result), self.figure)
+        loss = figures.pop("nll_per_token")
+        if loss is None or not math.isfinite(loss):
             raise UserError(
                 f"val/loss is {loss} at step {self.global_step}: the weights have diverged (lower optim.lr),\n"
                 "or the validation text is too short to hold anything to score (raise preprocess.test_size)."
             )
         self.val_losses[self.global_step] = loss
-        metrics = {"val/loss": loss, f"val/{self.figure}": perplexity(loss)}
+        # Without a word or a byte in the text, some figures are none.
+        named = {f"val/{name}": value for name, value in figures.items() if value is not None}
+        metrics = {"val/loss": loss, **named}
         # For what monitors a figure; loggers get the float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)
         for logger in self.loggers:
             logger.log_metrics({**metrics, "data/tokens_seen": int(self.tokens)}, self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The records of a validation lie with the weights they are of.
+        if self.global_step in self.val_losses:
+            nll, units = self.result
+            checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Lightning validates when training is about to stop; without this the last steps

@@ -1,0 +1,105 @@
+"""`python -m lmlab.compare DIR_A DIR_B [DIR_C …]`: is the difference real?
+
+Takes ordinary arguments. Each directory is a run or an evaluation, or holds several.
+"""
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lmlab.errors import Arguments, shown_plainly
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$"}
+LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Arguments(
+        prog="python -m lmlab.compare",
+        description="Compare evaluations document by document: each with the first. "
+        "Runs that differ in their seed only are taken together.",
+    )
+    p.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, an evaluation, or a directory of them")
+    p.add_argument("--documents", type=int, default=5, help="how many of the documents that differ most are shown (5)")
+    p.add_argument("--out", type=Path, help="where the CSV and LaTeX files go (comparisons/DATE/TIME)")
+    return p
+
+
+def main() -> None:
+    with shown_plainly():
+        compare(parser().parse_args())
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the comparison, and write it as CSV and LaTeX."""
+    from lmlab.evaluation import comparing
+    from lmlab.runs.files import from_here, write_text
+    from lmlab.runs.summary import show_rows
+
+    runs = comparing.evaluations(arguments.places)
+    comparing.check_comparable(runs)
+    sides = comparing.sides_of(runs)
+    rows = comparing.table(sides)
+    several = any(len(side.runs) > 1 for side in sides)
+    columns = ["", "runs", rows[0]["figure"], "difference", "95 % interval", "p"]
+    show_rows(f"Paired over {len(runs[0].table):,} documents", columns, map(shown, rows))
+    print("A difference is from the first row, and below 0 better. The interval holds what other documents", end=" ")
+    print("and seeds would give." if several else "would give;\none run a side cannot say what another seed would.")
+    keys = comparing.differing(sides)
+    if keys:
+        sided = ["key", *(f"row {number}" for number in range(1, len(sides) + 1))]
+        show_rows("Configs differ in", sided, ([key, *map(str, found)] for key, found in keys.items()))
+    furthest = comparing.furthest(sides, arguments.documents)
+    headings = ["begins", "row", "bits more", "per byte", "of the first", "bytes"]
+    show_rows("Documents that differ most from the first row", headings, map(shown_document, furthest))
+
+    place = arguments.out or Path("comparisons") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    place.mkdir(parents=True, exist_ok=True)
+    write_text(place / "comparison.csv", as_csv(rows))
+    write_text(place / "documents.csv", as_csv(furthest))
+    write_text(place / "comparison.tex", as_latex(columns, [shown(row) for row in rows]))
+    print(f"Written to {from_here(place.resolve())}: comparison.csv, comparison.tex, documents.csv")
+
+
+def shown(row: dict[str, Any]) -> list[str]:
+    """A row of the comparison for people."""
+    spread = f" ± {row['deviation_of_seeds']:.4f}" if row["deviation_of_seeds"] is not None else ""
+    cells = [row["side"], str(row["runs"]), f"{row['value']:.4f}{spread}"]
+    if row["difference"] is None:
+        return [*cells, "", "", ""]
+    difference = f"{row['difference']:+.4f}"
+    if row["p"] is None:
+        return [*cells, difference, "one document", ""]
+    return [*cells, difference, f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p']:.4f}"]
+
+
+def shown_document(row: dict[str, Any]) -> list[str]:
+    per_byte = ("" if value is None else f"{value:.4f}" for value in (row["bits_per_byte"], row["of_the_first"]))
+    return [row["begins"], str(row["row"]), f"{row['bits_more']:+,.1f}", *per_byte, f"{row['bytes']:,}"]
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with their keys on top, and all digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_latex(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A `tabular` for the booktabs package."""
+    lines = [" & ".join("".join(LATEX.get(sign, sign) for sign in cell) for cell in row) for row in [columns, *rows]]
+    head, *body = (f"{line} \\\\" for line in lines)
+    layout = "l" + "r" * (len(columns) - 1)
+    return "\n".join(
+        [f"\\begin{{tabular}}{{{layout}}}", "\\toprule", head, "\\midrule", *body, "\\bottomrule", "\\end{tabular}", ""]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""From a checked config to the objects that it names."""
+
+import inspect
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lmlab.config.check import arguments, blocks, build, preprocessing, target
+from lmlab.errors import UserError, first_line
+
+LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
+
+
+def prepare_data(cfg: DictConfig) -> Any:
+    """The `Prepared` data of a run: from the cache where it is there."""
+    from lmlab.data.preprocess import prepare
+
+    learned = "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters
+    return prepare(
+        build_corpus(cfg),
+        preprocessing(cfg),
+        lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
+        OmegaConf.to_container(cfg.tokenizer) if learned else None,
+        Path(cfg.cache_dir).expanduser(),
+    )
+
+
+def prepare_held_out(cfg: DictConfig, tokenizer: Any) -> Any:
+    """The `Prepared` data of an evaluation."""
+    from lmlab.data.preprocess import prepare_validation
+
+    return prepare_validation(build_corpus(cfg), preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
+
+
+def build_corpus(cfg: DictConfig) -> Any:
+    """The records of a config."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+    return build(cfg.data, "data")
+
+
+def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
+    """The objective and the model of a config, checked against the tokenizer.
+
+    A block size that the config leaves open becomes the longest that the model takes.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from lmlab.models.loading import check, positions
+
+    # What a run has to say, it says itself.
+    disable_progress_bar()
+    set_verbosity_error()
+    objective = build(cfg.objective, "objective", tokenizer=tokenizer)
+    torch.manual_seed(cfg.seed)
+    model = build(cfg.model, "model", tokenizer=tokenizer, causal=objective.causal)
+    if cfg.preprocess.block_size is None:
+        cfg.preprocess.block_size = min(positions(model) or LONGEST, LONGEST)
+    check(model, tokenizer, cfg.preprocess.block_size, objective.causal)
+    return objective, model
+
+
+def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
+    """What is evaluated: by `context`, `score` and their like of evaluate.yaml; in training, blocks."""
+    from lmlab.evaluation.scoring import HeldOut, Labelled, Pseudo
+    from lmlab.evaluation.windows import Context, windows
+
+    context = Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride"))
+    # Masks do not follow a run's seed: runs of several seeds are scored on the same positions.
+    seed = cfg.seed if "score" in cfg else 0
+    tokenizer, documents = data.tokenizer, data.validation
+    head, tail = special_frame(tokenizer, objective.causal)
+    shown = windows(context, documents, data.bounds, objective.causal, head, tail)
+    pseudo = None
+    if cfg.get("score") == "pseudo":
+        pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
+        rows: Any = Pseudo(documents, shown, tokenizer.mask_token_id, tokenizer.all_special_ids, **pseudo)
+    else:
+        rows = Labelled(documents, shown, objective, objective.causal, seed)
+    if not any(len(rows.row(i).tokens) for i in range(len(rows))):
+        raise UserError("there is nothing to score: the text has no token that this context lets the model predict.")
+    return HeldOut(
+        rows,
+        next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
+        {
+            "figure": "pseudo_perplexity" if pseudo else objective.figure,
+            "policy": {
+                "context": context.name,
+                "block_size": context.block_size,
+                "stride": None if context.name == "blocks" else context.step,
+                "drop_remainder_every": cfg.preprocess.drop_remainder_every if context.name == "blocks" else None,
+                **{key: cfg.preprocess[key] for key in ("end_of_text", "special_tokens", "truncation")},
+                "objective": None if pseudo else OmegaConf.to_container(cfg.objective),
+                "masks_seed": None if pseudo or objective.causal else seed,
+                "pseudo": pseudo,
+            },
+            "data_hash": documents.hash,
+            "tokenizer_hash": data.tokenizer_hash,
+        },
+    )
+
+
+def special_frame(tokenizer: Any, causal: bool) -> tuple[int | None, int | None]:
+    """The special tokens that a text begins and ends with, as far as the tokenizer has them."""
+
+    def first(*names: str) -> int | None:
+        ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
+        return next((token for token in ids if token is not None), None)
+
+    return (first("bos", "eos"), None) if causal else (first("cls", "bos", "eos"), first("sep", "eos"))
+
+
+def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> Any:
+    """The Lightning trainer of a run, with its callbacks and loggers.
+
+    `steps` and `interval` (between validations) count optimizer steps.
+    """
+    from lightning.pytorch.callbacks import Checkpoint
+
+    from lmlab.training.callbacks import Measure
+    from lmlab.training.checkpoint import AtomicCheckpoints
+
+    callbacks: list[Any] = [Measure()]
+    callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
+    # Last, since W&B begins a run.
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
+    loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
+    return lightning_trainer(
+        cfg,
+        callbacks=callbacks,
+        # Null would make Lightning add a logger of its own.
+        logger=loggers or False,
+        plugins=[AtomicCheckpoints()],
+        max_epochs=1,  # one long row of batches; see data/sampler.py
+        max_steps=steps,
+        val_check_interval=interval * cfg.trainer.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        # Without one Lightning would add its own, elsewhere.
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+    )
+
+
+def build_evaluation_trainer(cfg: DictConfig) -> Any:
+    """The Lightning trainer of an evaluation: for its devices and its precision."""
+    from lmlab.training.callbacks import ShowScoring
+
+    return lightning_trainer(
+        cfg, callbacks=[ShowScoring()], logger=False, enable_checkpointing=False, val_check_interval=1.0
+    )
+
+
+def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
+    """A `lightning.Trainer` of the block `trainer`, `options` over it, that says nothing of its own."""
+    import lightning as L
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    # Lightning's greetings and hints; what a run has to say, it says itself.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    options = arguments(L.Trainer, cfg.trainer, "trainer") | options
+    # Lightning would start a process group for one rank, and leave its variables behind.
+    if cfg.trainer.devices == 1 and cfg.trainer.strategy == "ddp":
+        options["strategy"] = "auto"
+    try:
+        return L.Trainer(
+            **options,
+            default_root_dir=cfg.run_dir,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {first_line(error)}") from error

@@ -1,0 +1,234 @@
+"""What can be seen to be wrong in a config before anything is done."""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from lmlab.config.compose import CONF
+from lmlab.errors import UserError, first_line, nearest
+
+# What lmlab itself hands to the targets of a group, beside the keys of the block.
+SUPPLIED = {
+    "tokenizer": ("texts",),
+    "model": ("tokenizer", "causal"),
+    "objective": ("tokenizer",),
+    "logger": ("run_dir", "run_id", "config"),
+    "trainer": (
+        "callbacks",
+        "check_val_every_n_epoch",
+        "default_root_dir",
+        "enable_checkpointing",
+        "enable_model_summary",
+        "enable_progress_bar",
+        "gradient_clip_algorithm",
+        "limit_train_batches",
+        "limit_val_batches",
+        "logger",
+        "max_time",
+        "num_sanity_val_steps",
+        "plugins",
+        "use_distributed_sampler",
+    ),
+}
+SCORES = ("labels", "pseudo")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+
+
+def target(block: DictConfig, key: str) -> Callable[..., Any]:
+    """What a block's `_target_` names."""
+    name = block.get("_target_") if isinstance(block, DictConfig) else None
+    if name is None:
+        raise UserError(f"{key} has no _target_: it is a new block, or its name is misspelt.")
+    try:
+        return hydra.utils.get_object(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}._target_={name} can't be imported: {first_line(error)}") from error
+
+
+def arguments(function: Callable[..., Any], block: DictConfig, key: str, **given: Any) -> dict[str, Any]:
+    """A block's values as arguments of a function, unknown keys refused.
+
+    `given` are those that lmlab supplies: passed on where the function takes them.
+    """
+    parameters = inspect.signature(function).parameters
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    values: dict[str, Any] = OmegaConf.to_container(block)  # type: ignore[assignment]
+    values.pop("_target_", None)
+    theirs = [name for name in parameters if name not in given]
+    for name in values:
+        if name in given or not (anything or name in parameters):
+            raise UserError(f'there is no key "{key}.{name}".{nearest(name, theirs)} Keys: {", ".join(theirs)}.')
+        if name in parameters and not fits(values[name], parameters[name].annotation):
+            wanted = inspect.formatannotation(parameters[name].annotation)
+            raise UserError(f"{key}.{name}={values[name]}: it has to be {wanted}, not {type(values[name]).__name__}.")
+    values |= {name: value for name, value in given.items() if anything or name in parameters}
+    for name, parameter in parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name not in values:
+            raise UserError(f"{key}.{name} has to be given: add {key}.{name}=… to the command.")
+    return values
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated plain type; True where the annotation says more than that."""
+    kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
+    if not kinds <= {bool, int, float, str, NoneType}:
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def build(block: DictConfig, key: str, **given: Any) -> Any:
+    """Call a block's target with its values."""
+    function = target(block, key)
+    return function(**arguments(function, block, key, **given))
+
+
+def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """The blocks that name a target, with their dotted keys."""
+    for name in ("data", "tokenizer", "model", "objective", "optim", "trainer"):
+        if name in cfg:
+            yield name, cfg[name]
+    for group in ("callbacks", "logger"):
+        for name, block in (cfg.get(group) or {}).items():
+            if block:
+                yield f"{group}.{name}", block
+
+
+def check_run(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong in the config of a run."""
+    check_keys(cfg, "train")
+    check_numbers(cfg)
+    for key in ("accumulate_grad_batches", "log_every_n_steps"):
+        value = cfg.trainer.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise UserError(f"trainer.{key} is a whole number, 1 or more, not {value}.")
+    clip = cfg.trainer.get("gradient_clip_val")
+    if clip is not None and clip < 0:
+        raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
+    check_devices(cfg.trainer)
+
+    from lmlab.data.sampler import share_of
+
+    share_of(cfg.batch_size, cfg.trainer.devices, cfg.trainer.accumulate_grad_batches)
+
+
+def check_evaluation(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong in the config of an evaluation."""
+    check_keys(cfg, "evaluate")
+    check_numbers(cfg)
+    if cfg.score not in SCORES:
+        raise UserError(f'score is one of {", ".join(SCORES)}, not "{cfg.score}".{nearest(str(cfg.score), SCORES)}')
+    for key in ("within_word", "check"):
+        if type(cfg[key]) is not bool:
+            raise UserError(f"{key} is true or false, not {cfg[key]}.")
+    if cfg.sample is not None and not (type(cfg.sample) is float and 0 < cfg.sample < 1):
+        raise UserError(f"sample is a share of the tokens between 0 and 1, or null for all, not {cfg.sample}.")
+    if cfg.score != "pseudo" and (cfg.within_word or cfg.sample is not None):
+        raise UserError("within_word and sample are for score=pseudo.")
+    if cfg.score == "pseudo" and target(cfg.objective, "objective").causal:  # type: ignore[attr-defined]
+        raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
+    check_devices(cfg.trainer)
+
+    from lmlab.evaluation.windows import Context
+
+    Context(cfg.context, cfg.preprocess.block_size or cfg.stride or 2, cfg.stride)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Refuse numbers of a root config that are none."""
+    for key in ("seed", "num_workers", "batch_size"):
+        least = 1 if key == "batch_size" else 0
+        if type(cfg[key]) is not int or not least <= cfg[key] < 2**63:
+            raise UserError(f"{key} is a whole number, {least} or more, not {cfg[key]}.")
+    if not isinstance(cfg.cache_dir, str):
+        raise UserError(f"cache_dir is a directory, not {cfg.cache_dir}.")
+
+
+def check_keys(cfg: DictConfig, name: str) -> None:
+    """Refuse keys that an experiment file made up: at the top, or in a block."""
+    known = set(OmegaConf.load(CONF / f"{name}.yaml")) - {"defaults", "hydra"}
+    known |= {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "experiment"}
+    for key in map(str, cfg):
+        if key not in known:
+            raise UserError(f'there is no key "{key}".{nearest(key, known)} Keys: {", ".join(sorted(known))}.')
+    for key, block in blocks(cfg):
+        arguments(target(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
+    preprocessing(cfg)
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that are not there and precisions they do not have."""
+    import torch
+
+    precision, devices = str(trainer.precision), trainer.devices
+    if "LOCAL_RANK" in os.environ:
+        raise UserError("this process is a rank of torchrun. Run the command without it: lmlab starts the ranks.")
+    if precision not in PRECISIONS:
+        raise UserError(
+            f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'
+        )
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"trainer.devices is a number of devices, 1 or more, not {devices}.")
+    gpus, on_gpu = torch.cuda.device_count(), uses_gpu(trainer)
+    if on_gpu and devices > gpus:
+        raise UserError(
+            f"trainer.devices={devices} GPUs asked for, and this machine has {gpus}.\n"
+            f"Use trainer=cpu, or trainer.devices={max(gpus, 1)} or less."
+        )
+    if not on_gpu and precision == "16-mixed":
+        raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
+
+
+def uses_gpu(trainer: DictConfig) -> bool:
+    """Whether a trainer runs on GPUs of this machine."""
+    import torch
+
+    return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.device_count() > 0)
+
+
+def other_width(cfg: DictConfig) -> dict[str, Any]:
+    """Another batch size for an evaluation and, where more than one process can run, another number of them."""
+    import torch
+
+    alone = cfg.trainer.devices > 1 or (uses_gpu(cfg.trainer) and torch.cuda.device_count() < 2)
+    return {
+        "batch_size": cfg.batch_size // 2 if cfg.batch_size > 1 else 2,
+        "trainer": {"devices": 1 if alone else 2, "strategy": "ddp"},
+    }
+
+
+def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[int, int]:
+    """Optimizer steps of the run, and between two validations.
+
+    Epochs run on into one another: a batch may hold the end of one and the start of the
+    next, so n epochs are ⌈n · blocks / batch_size⌉ full steps.
+    """
+    steps = trainer.max_steps
+    if steps is None or steps == -1:
+        if trainer.max_epochs is None or trainer.max_epochs <= 0:
+            raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
+        steps = math.ceil(trainer.max_epochs * blocks / batch_size)
+    if steps < 1:
+        raise UserError(f"trainer.max_steps is a number of steps, or -1 to go by trainer.max_epochs, not {steps}.")
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and interval > 0:
+        interval = max(1, round(interval * blocks / batch_size))
+    if not isinstance(interval, int) or interval < 1:
+        raise UserError(f"trainer.val_check_interval counts epochs (1.0) or steps (100), not {interval}.")
+    return steps, min(interval, steps)
+
+
+def preprocessing(cfg: DictConfig) -> Any:
+    """The choices of a config that turn records into blocks."""
+    from lmlab.data.preprocess import Preprocessing
+
+    block = cfg.preprocess
+    if block.block_size is None:  # in an evaluation; build_model then asks the model
+        block = OmegaConf.merge(block, {"block_size": Preprocessing.block_size})
+    return Preprocessing(**arguments(Preprocessing, block, "preprocess"))

@@ -1,0 +1,126 @@
+"""Held-out documents, and which part of its text each of their tokens stands for.
+
+A figure per byte or per word is comparable across tokenizers only if every byte of the
+text belongs to exactly one token, so that a token which is not scored takes its bytes
+along.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+START = 60  # characters of a document that are kept to know it by
+SPACE = np.array([point for point in range(0x3001) if chr(point).isspace()], np.uint32)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one split, laid end to end."""
+
+    tokens: np.ndarray
+    """[tokens] int32 ids."""
+    spans: np.ndarray
+    """[tokens, 3] int32, see `spans`."""
+    edges: np.ndarray
+    """[documents + 1] int64: document i has the tokens edges[i] … edges[i + 1] - 1."""
+    ids: list[str]
+    """A document's name: from its text alone, so that it is the same whatever the tokenizer."""
+    starts: list[str]
+    """The beginning of its text."""
+    hash: str
+    """Of all texts in their order."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens of each."""
+        return np.diff(self.edges)
+
+
+def spans(
+    text: str, offsets: Sequence[tuple[int, int]] | None, words: Sequence[int | None] | None, tokens: int, whole: bool
+) -> np.ndarray:
+    """What each token of a text stands for.
+
+    The text between two tokens' own spans (a space that the tokenizer drops) belongs to the
+    later one, what follows the last to the last, and a character that several tokens
+    spell to the first of them: the bytes of all tokens are the bytes of the text.
+
+    Args:
+        offsets: of each token its first character and the one past its last. None for a
+            tokenizer that does not say; all tokens then get even shares of the text.
+        words: of each token the number of its pre-token; None for special tokens.
+        whole: False where the text was cut, so that what follows the last token is no token's.
+
+    Returns:
+        [tokens, 3] int32: UTF-8 bytes, words (between white space) that begin in it, and
+        whether it goes on with the pre-token of the token before.
+    """
+    found = np.zeros((tokens, 3), np.int32)
+    if tokens == 0:
+        return found
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    size = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
+    space = np.isin(points, SPACE)
+    begins = ~space & np.concatenate([[True], space[:-1]])[: len(points)]
+    if offsets is None:
+        ends = len(points) * np.arange(1, tokens + 1) // tokens
+    else:
+        ends = np.maximum.accumulate(np.array(offsets, np.int64).reshape(tokens, 2)[:, 1])
+        if whole:
+            own = [i for i, word in enumerate(words or []) if word is not None]
+            ends[own[-1] if own else -1 :] = len(points)
+    for column, counts in enumerate((size, begins)):
+        total = np.concatenate([[0], np.cumsum(counts)])
+        found[:, column] = np.diff(total[ends], prepend=0)
+    if words is not None:
+        number = np.array([-1 if word is None else word for word in words])
+        found[1:, 2] = (number[1:] == number[:-1]) & (number[1:] >= 0)
+    return found
+
+
+class Names:
+    """Gathers the names, beginnings and hash of documents as they come by."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.starts: list[str] = []
+        self.seen: Counter[str] = Counter()
+        self.all = hashlib.sha256()
+
+    def add(self, text: str) -> None:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+        self.all.update(digest.digest())
+        name = digest.hexdigest()[:16]
+        self.seen[name] += 1
+        # The second of two equal documents is another one.
+        self.ids.append(name if self.seen[name] == 1 else f"{name}-{self.seen[name]}")
+        self.starts.append(" ".join(text[: 2 * START].split())[:START].encode("utf-8", "replace").decode())
+
+    def write(self, place: Path) -> None:
+        table = pa.table(
+            {"id": self.ids, "start": self.starts}, pa.schema([("id", pa.string()), ("start", pa.string())])
+        )
+        pq.write_table(table.replace_schema_metadata({"hash": self.all.hexdigest()[:32]}), place)
+
+
+def read_documents(folder: Path, name: str, lengths: np.ndarray) -> Documents:
+    """The documents that `write_split` (preprocess.py) left in a folder."""
+    names = pq.read_table(folder / f"{name}.documents.parquet")
+    return Documents(
+        np.memmap(folder / f"{name}.tokens", np.int32, "r"),
+        np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 3),
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        names["id"].to_pylist(),
+        names["start"].to_pylist(),
+        names.schema.metadata[b"hash"].decode(),
+    )

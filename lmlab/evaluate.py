@@ -1,0 +1,122 @@
+"""`python -m lmlab.evaluate model=PLACE [overrides]`: measure a model, and certify the figures.
+
+Takes Hydra overrides; `--help` lists them.
+"""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from lmlab.config import build, check, compose
+from lmlab.errors import UserError
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import from_here, write_json, write_text
+
+
+def main() -> None:
+    # To Hydra `model` is a group of conf/, so that its value could only be the name of a file there.
+    for place, word in reversed(list(enumerate(sys.argv))):
+        if word.startswith("model="):
+            sys.argv[place : place + 1] = ["model=pretrained", f"model.name={word.removeprefix('model=')}"]
+    compose.run_verb(start, "evaluate")
+
+
+def start(cfg: DictConfig) -> float:
+    """Evaluate here, on all the devices asked for; returns the perplexity, by whatever name."""
+    overrides = HydraConfig.get().overrides.task
+    cfg = compose.freeze(compose.completed(cfg, overrides))
+    check.check_evaluation(cfg)
+    run = RunDirectory(cfg.run_dir)
+    run.start({"masks": cfg.seed})
+    try:
+        write_text(run.config, OmegaConf.to_yaml(cfg))
+        write_text(run.overrides, OmegaConf.to_yaml(overrides))
+        began = time.perf_counter()
+        measure_on_all(cfg)
+        seconds = time.perf_counter() - began
+        if cfg.check:
+            prove(cfg)
+    except BaseException:
+        run.give_up()
+        raise
+    return show(run, seconds)
+
+
+def measure_on_all(cfg: DictConfig) -> None:
+    """Measure, on as many processes as the config has devices."""
+    if cfg.trainer.devices == 1:
+        measure(cfg)
+    else:
+        from lmlab.training.launch import launch
+
+        launch("evaluate", RunDirectory(cfg.run_dir).path, cfg.trainer.devices)
+
+
+def measure(cfg: DictConfig) -> None:
+    """One rank's share of an evaluation; each rank calls this with the same composed config."""
+    from lmlab.data.datamodule import HeldOutData
+    from lmlab.evaluation import records
+    from lmlab.evaluation.scoring import Scorer
+    from lmlab.models.loading import check_belongs
+
+    run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).parent)
+    tokenizer = check.build(cfg.tokenizer, "tokenizer")
+    objective, model = build.build_model(cfg, tokenizer)
+    check_belongs(model, tokenizer)
+    weights = records.weights_hash(model.state_dict())  # before a precision changes them
+    data = build.prepare_held_out(cfg, tokenizer)
+    trained = evaluated.trained_as()
+    if trained and trained["config"]["data"] == cfg.data and evaluated.fingerprint() != data.data_fingerprint:
+        raise UserError(
+            f"the data of {evaluated.path} is not what it was trained with: its files have changed.\n"
+            "Bring them back, or name other text: data=… on the command line."
+        )
+    held_out = build.build_held_out(cfg, data, objective)
+    scorer = Scorer(model, len(data.validation))
+    trainer = build.build_evaluation_trainer(cfg)
+    trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
+    if trainer.is_global_zero:
+        facts = held_out.facts | {
+            "precision": trainer.precision,
+            "weights_hash": weights,
+            "model": cfg.model.name,
+            "run": trained,
+            **run.provenance(),
+        }
+        records.write(run.path, data.validation, *scorer.result, facts)
+
+
+def prove(cfg: DictConfig) -> None:
+    """Measure again at another batch size and number of devices; refuse totals that moved."""
+    from lmlab.evaluation import records
+
+    again = compose.elsewhere(cfg, check.other_width(cfg))
+    run, other = RunDirectory(cfg.run_dir), RunDirectory(again.run_dir)
+    try:
+        other.start({"masks": cfg.seed})
+        write_text(other.config, OmegaConf.to_yaml(again))
+        measure_on_all(again)
+        found = records.difference(records.read(run.path), records.read(other.path))
+    finally:
+        shutil.rmtree(other.path, ignore_errors=True)
+    widths = {"batch_size": [cfg.batch_size, again.batch_size], "devices": [cfg.trainer.devices, again.trainer.devices]}
+    write_json(run.certificate, records.read(run.path).certificate | {"check": widths | found})
+
+
+def show(run: RunDirectory, seconds: float) -> float:
+    """Say what came out, and return the perplexity."""
+    from lmlab.evaluation import records
+    from lmlab.runs.summary import show_result
+
+    certificate = records.read(run.path).certificate
+    speed = f"{certificate['totals']['tokens'] / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"
+    show_result(records.described(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
+    return certificate["figures"][certificate["figure"]]
+
+
+if __name__ == "__main__":
+    main()

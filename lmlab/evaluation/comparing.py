@@ -1,0 +1,267 @@
+"""Is the difference real? Evaluations paired by document, with the seed as a random effect.
+
+A side is what is compared: one evaluation, or several of runs that differ in their seed only.
+
+Shapes: D documents, R replicates.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmlab.errors import UserError
+from lmlab.evaluation.records import Records, read
+
+REPLICATES = 10_000
+SIGNS = np.array([-1.0, 1.0])
+# What says where and how a run ran, not what it was.
+MACHINERY = ("run_dir", "cache_dir", "num_workers", "debug", "logger")
+
+
+@dataclass(frozen=True)
+class Side:
+    """Evaluations that stand for one thing."""
+
+    name: str
+    runs: list[Records]
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """[D, 2]: bits and bytes of each document, means over the runs."""
+        return np.mean([bits_and_bytes(run) for run in self.runs], axis=0)
+
+    @cached_property
+    def figures(self) -> np.ndarray:
+        """[runs] bits per byte."""
+        return np.array([ratio(bits_and_bytes(run).sum(axis=0)) for run in self.runs])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a side differs from the first one, in bits per byte."""
+
+    value: float | None
+    """None for the first side itself."""
+    low: float | None
+    """Of the 95 % interval; None where there is nothing to resample."""
+    high: float | None
+    p: float | None
+    """Probability of such a difference, either way, if there were none."""
+
+
+def bits_and_bytes(run: Records) -> np.ndarray:
+    """[D, 2] float64 of each document."""
+    nll, units = run.sums
+    return np.stack([nll[:, 0] / math.log(2), units[:, 1].astype(np.float64)], axis=1)
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Bits per byte [...] of sums [..., 2]."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def evaluations(places: Sequence[Path]) -> list[Records]:
+    """The evaluations in directories; one that holds none itself stands for all those under it."""
+    found: list[Path] = []
+    for place in places:
+        under = [place] if (place / "certificate.json").is_file() else []
+        under = under or sorted(file.parent for file in place.rglob("certificate.json"))
+        if not under:
+            raise UserError(
+                f"{place} holds no evaluation (no certificate.json).\n"
+                "A run writes one at its end; for any other model: python -m lmlab.evaluate model=…"
+            )
+        found += under
+    twice = next((place for i, place in enumerate(found) if place.resolve() in map(Path.resolve, found[:i])), None)
+    if twice:
+        raise UserError(f"{twice} is named twice.")
+    if len(found) < 2:
+        raise UserError(f"{found[0]} is the only evaluation. Name at least two directories.")
+    return [read(place) for place in found]
+
+
+def check_comparable(runs: Sequence[Records]) -> None:
+    """Refuse evaluations whose figures do not mean the same."""
+    first = runs[0]
+    same = "Evaluate both in the same way: python -m lmlab.evaluate model=… data=… context=…"
+    for other in runs[1:]:
+        one, two = first.certificate, other.certificate
+        both = f"{first.place} and {other.place} can't be compared:"
+        if one["figure"] != two["figure"]:
+            raise UserError(f"{both} {one['figure']} is not {two['figure']}.")
+        if one["data_hash"] != two["data_hash"]:
+            names = first.table["document"].to_pylist()
+            shared = len(set(names) & set(other.table["document"].to_pylist()))
+            raise UserError(
+                f"{both} they were evaluated on other text; {shared or 'no'} of {len(names)} documents "
+                f"{'is' if shared == 1 else 'are'} in both.\n{same}"
+            )
+        for key in one["policy"].keys() | two["policy"].keys():
+            here, there = one["policy"].get(key), two["policy"].get(key)
+            if here != there:
+                raise UserError(f"{both} {key} is {said(here)} in one and {said(there)} in the other.\n{same}")
+        # Which tokens are masked is drawn token by token.
+        if one["policy"]["masks_seed"] is not None and one["tokenizer_hash"] != two["tokenizer_hash"]:
+            raise UserError(
+                f"{both} their tokenizers differ, so other parts of the text were masked.\n"
+                "score=pseudo hides every token in turn, and compares across tokenizers."
+            )
+
+
+def said(value: Any) -> str:
+    """A value of a config for people."""
+    return "null" if value is None else str(value)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config by its dotted keys."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {
+        name: value
+        for key, inner in config.items()
+        for name, value in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def choices_of(run: Records) -> dict[str, Any]:
+    """What was chosen for the evaluated run, by dotted keys; the model's name where it is no run of lmlab."""
+    trained, measured = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
+    if trained is None:
+        return {"model": run.certificate["model"]} | measured
+    config = {key: value for key, value in trained["config"].items() if key not in MACHINERY}
+    place = trained["config"]["run_dir"]
+    chosen = {key: value.replace(place, "") if isinstance(value, str) else value for key, value in flat(config).items()}
+    return chosen | measured
+
+
+def sides_of(runs: Sequence[Records]) -> list[Side]:
+    """Runs that differ in their seed only are one side, unless that would leave a single one."""
+    groups: dict[str, list[Records]] = {}
+    for run in runs:
+        groups.setdefault(repr(sorted((choices_of(run) | {"seed": None}).items())), []).append(run)
+    together = list(groups.values()) if len(groups) > 1 else [[run] for run in runs]
+    for group in together:
+        weights = [run.certificate["weights_hash"] for run in group]
+        if len(set(weights)) < len(weights):
+            raise UserError(
+                f"{group[0].place} and {group[-1].place} are evaluations of the same weights: as runs of several "
+                "seeds they would count twice."
+            )
+    keys = differing([Side("", group) for group in together])
+    return [Side(side_name(keys, i, group), group) for i, group in enumerate(together)]
+
+
+def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
+    """The keys in which the sides' configs differ, and the value of each side; None where one has no such key."""
+    choices = [choices_of(side.runs[0]) for side in sides]
+    if any(len(side.runs) > 1 for side in sides):
+        choices = [{key: value for key, value in chosen.items() if key != "seed"} for chosen in choices]
+    keys = dict.fromkeys(key for chosen in choices for key in chosen)
+    values = {key: [chosen.get(key) for chosen in choices] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def side_name(keys: dict[str, list[Any]], index: int, group: Sequence[Records]) -> str:
+    """What makes a side, in few words; else its directory."""
+    if 0 < len(keys) <= 3:
+        return ", ".join(f"{key}={said(found[index])}" for key, found in keys.items())
+    return str(group[0].place) if len(group) == 1 else f"{group[0].place} and {len(group) - 1} more"
+
+
+def seed_error(sides: Sequence[Side], one: Side, other: Side) -> tuple[float, int]:
+    """The standard error that the seeds bring into the difference of two sides, and its degrees of freedom.
+
+    The variance between the runs of a side is pooled over all sides with several (one-way
+    random effects; Cochran 1977 gives the pooling), as few seeds say little each.
+    """
+    several = [side.figures for side in sides if len(side.runs) > 1]
+    freedom = sum(len(figures) - 1 for figures in several)
+    if freedom == 0:
+        return 0.0, 0
+    variance = sum(((figures - figures.mean()) ** 2).sum() for figures in several) / freedom
+    return math.sqrt(variance * (1 / len(one.runs) + 1 / len(other.runs))), freedom
+
+
+def difference(sides: Sequence[Side], side: Side, first: Side) -> Difference:
+    """How far `side` lies from `first`: paired bootstrap interval and permutation test over the documents.
+
+    The interval holds the middle 95 % of the differences of R resamples of the documents
+    (Efron and Tibshirani 1993, chapter 13). The test swaps the two sides document by
+    document (Noreen 1989). Where sides have several runs, each replicate also gets a
+    difference that their seeds could have made: a draw from t with the standard error of
+    `seed_error`.
+    """
+    sums = np.stack([side.sums, first.sums])  # [2, D, 2]
+    value = float(np.subtract(*ratio(sums.sum(axis=1))))
+    scored = sums[0].any(axis=1) | sums[1].any(axis=1)
+    sums = sums[:, scored]
+    documents = sums.shape[1]
+    if documents < 2:
+        return Difference(value, None, None, None)
+    random = np.random.default_rng(0)
+    error, freedom = seed_error(sides, side, first)
+    of_seeds = [error * random.standard_t(freedom, REPLICATES) if freedom else 0.0 for _ in range(2)]
+    columns = sums.transpose(1, 0, 2).reshape(documents, 4)
+    middle, half = sums.mean(axis=0).sum(axis=0), (sums[0] - sums[1]) / 2
+    resampled, swapped = np.empty(REPLICATES), np.empty(REPLICATES)
+    for replicate in range(REPLICATES):
+        counts = np.bincount(random.integers(documents, size=documents), minlength=documents)
+        resampled[replicate] = np.subtract(*ratio((counts @ columns).reshape(2, 2)))
+        moved = random.choice(SIGNS, documents) @ half
+        swapped[replicate] = ratio(middle + moved) - ratio(middle - moved)
+    low, high = np.nanquantile(resampled + of_seeds[0], [0.025, 0.975])
+    as_far = np.abs(swapped + of_seeds[1]) >= abs(value) * (1 - 1e-12)
+    return Difference(value, float(low), float(high), float((1 + as_far.sum()) / (1 + REPLICATES)))
+
+
+def table(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """One row per side: its figure, the deviation over its seeds, and how it differs from the first side."""
+    figures = sides[0].runs[0].certificate["figures"]
+    rows = []
+    for side in sides:
+        found = difference(sides, side, sides[0]) if side is not sides[0] else Difference(None, None, None, None)
+        rows.append(
+            {
+                "side": side.name,
+                "runs": len(side.runs),
+                "figure": next(name for name in figures if name.endswith("bits_per_byte")).replace("_", " "),
+                "value": float(side.figures.mean()),
+                "deviation_of_seeds": float(side.figures.std(ddof=1)) if len(side.runs) > 1 else None,
+                "difference": found.value,
+                "low": found.low,
+                "high": found.high,
+                "p": found.p,
+            }
+        )
+    return rows
+
+
+def furthest(sides: Sequence[Side], count: int) -> list[dict[str, Any]]:
+    """Of each side, the documents that take it the most bits more, or fewer, than the first side."""
+    first = sides[0]
+    names, starts = (first.runs[0].table[column].to_pylist() for column in ("document", "start"))
+    rows = []
+    for number, side in enumerate(sides[1:], 2):
+        more = side.sums[:, 0] - first.sums[:, 0]
+        for i in np.argsort(-np.abs(more), kind="stable")[:count].tolist():
+            rows.append(
+                {
+                    "row": number,
+                    "side": side.name,
+                    "document": names[i],
+                    "begins": starts[i],
+                    "bits_more": float(more[i]),
+                    **{
+                        key: float(sums[0] / sums[1]) if sums[1] else None
+                        for key, sums in (("bits_per_byte", side.sums[i]), ("of_the_first", first.sums[i]))
+                    },
+                    "bytes": int(first.sums[i, 1]),
+                }
+            )
+    return rows

@@ -1,0 +1,246 @@
+"""From windows to the negative log-likelihood of every target, document by document.
+
+The same rows, batches and sums serve `val/perplexity` in training and `lmlab.evaluate`.
+
+Shapes: B rows, T positions, N scored positions of the whole batch, D documents.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from lmlab.data.datamodule import Objective, padded
+from lmlab.data.documents import Documents
+from lmlab.data.sampler import EVALUATION
+from lmlab.evaluation.windows import Windows
+from lmlab.models.scored import scored_nll
+from lmlab.objectives.mlm import lots, uniform
+
+
+class Targets(NamedTuple):
+    """What one rank scores at once."""
+
+    input_ids: Tensor
+    """[B, T] int64."""
+    attention_mask: Tensor | None
+    """[B, T] int64, 0 on padding; None where no row is padded."""
+    positions: Tensor
+    """[N] int64, into the B·T positions: those that are scored."""
+    targets: Tensor
+    """[N] int64: the token to predict there."""
+    documents: Tensor
+    """[N] int64: the document each belongs to."""
+    units: Tensor
+    """[N, 3] int64 of each target: 1 (a token), its UTF-8 bytes, the words that begin in it."""
+
+
+class Row(NamedTuple):
+    """One window as the model gets it."""
+
+    inputs: np.ndarray
+    """[T]."""
+    positions: np.ndarray
+    """[n], of T: those that are scored."""
+    targets: np.ndarray
+    """[n] ids."""
+    tokens: np.ndarray
+    """[n]: which of the documents' tokens each target is."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One row per window: the objective says what is a target in it."""
+
+    documents: Documents
+    windows: Windows
+    objective: Objective
+    causal: bool
+    seed: int
+    """Of masks; apart from a run's, so that runs of several seeds are scored on the same positions."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.windows.ends - self.windows.starts
+
+    def row(self, index: int) -> Row:
+        w = self.windows
+        start, end, framed = int(w.starts[index]), int(w.ends[index]), bool(w.framed[index])
+        head = w.head if framed else []
+        if self.causal:
+            ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
+            key = (self.seed, EVALUATION, index)
+            inputs, positions, targets = self.objective(ids, key, 0)
+            tokens = start - len(head) + positions + 1
+            kept = tokens >= w.scored[index]
+            # Nothing is predicted from the last token.
+            return Row(inputs[:-1], positions[kept], targets[kept], tokens[kept])
+        pieces = [self.masked(*piece) for piece in self.pieces(start, end)]
+        inputs, targets, tokens = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        tail = w.tail if framed else []
+        return Row(np.array([*head, *inputs, *tail]), tokens - start + len(head), targets, tokens)
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The documents that have tokens in a window, and the stretch of each."""
+        edges = self.documents.edges
+        document = int(np.searchsorted(edges, start, side="right")) - 1
+        while start < end:
+            stop = min(end, int(edges[document + 1]))
+            if stop > start:
+                yield document, start, stop
+            start, document = stop, document + 1
+
+    def masked(self, document: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, targets and which tokens these are; a mask is a function of (seed, document, position)."""
+        key = (self.seed, EVALUATION, document)
+        first = start - int(self.documents.edges[document])
+        inputs, positions, targets = self.objective(self.documents.tokens[start:end], key, first)
+        return inputs, targets, start + positions
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+
+class Pseudo:
+    """One row per token, hidden in its window (pseudo-log-likelihood, Salazar et al. 2020, section 2)."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        windows: Windows,
+        mask_id: int,
+        special_ids: list[int],
+        within_word: bool = False,
+        sample: float | None = None,
+        seed: int | None = None,
+    ):
+        """`within_word` also hides the rest of the word (PLL-word-l2r, Kauf and Ivanova 2023, section 3).
+
+        `sample` takes each token with this probability, decided by (seed, document, position).
+        """
+        self.documents, self.windows, self.mask_id, self.within_word = documents, windows, mask_id, within_word
+        tokens, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        special = np.array(sorted(special_ids))
+        chosen = None if sample is None else self.chosen(sample, seed or 0)
+        for place, (start, end) in enumerate(zip(windows.starts, windows.ends, strict=True)):
+            scored = ~np.isin(documents.tokens[start:end], special)
+            if chosen is not None:
+                scored &= chosen[start:end]
+            tokens.append(start + np.flatnonzero(scored))
+            places.append(np.full(len(tokens[-1]), place))
+        self.tokens, self.places = np.concatenate(tokens), np.concatenate(places)
+
+    def chosen(self, sample: float, seed: int) -> np.ndarray:
+        """[tokens] bool."""
+        drawn = [
+            # The words that decide masks are others.
+            uniform(lots((seed, EVALUATION, document), 0, int(length))[3]) < sample
+            for document, length in enumerate(self.documents.lengths)
+        ]
+        return np.concatenate(drawn)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return (self.windows.ends - self.windows.starts)[self.places]
+
+    def row(self, index: int) -> Row:
+        w, token, place = self.windows, int(self.tokens[index]), int(self.places[index])
+        start, end = int(w.starts[place]), int(w.ends[place])
+        ids = np.array(self.documents.tokens[start:end])
+        hidden = token + 1
+        if self.within_word:
+            while hidden < end and self.documents.spans[hidden, 2]:
+                hidden += 1
+        ids[token - start : hidden - start] = self.mask_id
+        head, tail = (w.head, w.tail) if w.framed[place] else ([], [])
+        scored = np.array([token])
+        return Row(np.array([*head, *ids, *tail]), scored - start + len(head), self.documents.tokens[scored], scored)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class HeldOut(Dataset):
+    """What is evaluated: rows by the batch.
+
+    Long ones come first, so that little is padding and a lack of memory shows at once.
+    """
+
+    def __init__(self, rows: Labelled | Pseudo, pad_id: int, facts: dict[str, Any]):
+        """`facts` are all that the figures depend on but the model: see records.py."""
+        self.rows, self.documents, self.pad_id, self.facts = rows, rows.documents, pad_id, facts
+        self.order = np.argsort(-rows.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: list[int]) -> Targets:
+        """No index gives a row without targets: for a rank that has no row left."""
+        documents = self.documents
+        rows = [self.rows.row(int(self.order[index])) for index in indices]
+        if not rows:
+            nothing = np.zeros(0, np.int64)
+            rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
+        input_ids, attention_mask, positions = padded([(row.inputs, row.positions) for row in rows], self.pad_id)
+        tokens = np.concatenate([row.tokens for row in rows])
+        units = np.concatenate([np.ones((len(tokens), 1), np.int64), documents.spans[tokens, :2]], axis=1)
+        return Targets(
+            input_ids,
+            attention_mask,
+            positions,
+            torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
+            torch.from_numpy(np.searchsorted(documents.edges, tokens, side="right") - 1),
+            torch.from_numpy(units.astype(np.int64)),
+        )
+
+
+class DocumentSums(Metric):
+    """Sums per document over batches and ranks: nll in float64, what was scored as integers.
+
+    Neither the batch size nor the number of devices moves them beyond rounding (promise 2).
+    """
+
+    full_state_update = False
+    nll: Tensor
+    units: Tensor
+
+    def __init__(self, documents: int):
+        super().__init__()
+        self.add_state("nll", torch.zeros((documents, 2), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("units", torch.zeros((documents, 3), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, batch: Targets) -> None:
+        """`nll` [N] of the batch's targets; N may be 0."""
+        nll = nll.detach().double()
+        # Not in place: a validation under inference mode may have made the state.
+        self.nll = self.nll.index_add(0, batch.documents, torch.stack([nll, nll.square()], dim=1))
+        self.units = self.units.index_add(0, batch.documents, batch.units)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """[D, 2] float64: Σ nll and Σ nll²; [D, 3] int64: tokens, bytes and words that were scored."""
+        return self.nll, self.units
+
+
+class Scorer(L.LightningModule):
+    """Scores held-out documents with one model."""
+
+    def __init__(self, model: PreTrainedModel, documents: int):
+        super().__init__()
+        self.model = model
+        self.sums = DocumentSums(documents)
+
+    def validation_step(self, batch: Targets, batch_idx: int) -> None:
+        nll = scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+        self.sums.update(nll, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        nll, units = self.sums.compute()
+        self.result = nll.cpu().numpy(), units.cpu().numpy()
+        self.sums.reset()
