@@ -41,6 +41,8 @@ def start(cfg: DictConfig) -> float:
         if cfg.check:
             prove(cfg)
     except BaseException:
+        for file in (run.certificate, run.records):  # a figure whose check failed is none
+            file.unlink(missing_ok=True)
         run.give_up()
         raise
     return show(run, seconds)
@@ -58,6 +60,8 @@ def measure_on_all(cfg: DictConfig) -> None:
 
 def measure(cfg: DictConfig) -> None:
     """One rank's share of an evaluation; each rank calls this with the same composed config."""
+    import numpy as np
+
     from lmlab.data.datamodule import HeldOutData
     from lmlab.evaluation import records
     from lmlab.evaluation.scoring import Scorer
@@ -79,6 +83,11 @@ def measure(cfg: DictConfig) -> None:
     scorer = Scorer(model, len(data.validation))
     trainer = build.build_evaluation_trainer(cfg)
     trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
+    if not np.isfinite(scorer.result[0]).all():
+        raise UserError(
+            "the model gives targets no finite nll: its weights have diverged, "
+            f"or trainer.precision={cfg.trainer.precision} is too narrow for them."
+        )
     if trainer.is_global_zero:
         facts = held_out.facts | {
             "precision": trainer.precision,

@@ -100,7 +100,6 @@ def train(cfg: DictConfig) -> None:
 
 def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
     """Export the best weights, and say what came of the run and what the model says."""
-    from lmlab.evaluation.perplexity import perplexity
     from lmlab.models.inference import speak
     from lmlab.runs.summary import show_result
     from lmlab.training.callbacks import Measure
@@ -111,13 +110,12 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         module.load_state_dict(best["state_dict"])
         step = best["global_step"]
     export(module.model, data.tokenizer, run.model)
-    before, loss = module.val_losses[0], module.val_losses[step]
+    before, after = module.validations[0], module.validations[step]
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
-    figure = module.figure
+    figure = f"val/{module.figure}"
     result = {
-        "val/loss": loss,
-        f"val/{figure}": perplexity(loss),
-        f"val/{figure}_before": perplexity(before),
+        **after,
+        f"{figure}_before": before[figure],
         "steps": trainer.global_step,
         "tokens": measure.tokens,
         "seconds": round(measure.seconds, 3),
@@ -131,8 +129,9 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         text, said = "…", f"(nothing: {first_line(error)})"
     show_result(
         {
-            f"{figure.replace('_', ' ')} before": f"{perplexity(before):,.2f}",
-            f"{figure.replace('_', ' ')} after": f"{perplexity(loss):,.2f}   (best weights, held-out text)",
+            f"{title(module.figure)} before": f"{before[figure]:,.2f}",
+            f"{title(module.figure)} after": f"{after[figure]:,.2f}   (best weights, held-out text)",
+            **{title(name): f"{value:.4f}" for name, value in after.items() if name.endswith("bits_per_byte")},
             "tokens": f"{measure.tokens:,} trained on in {measure.seconds:.1f} s",
             "speed": f"{result['tokens_per_s']:,.0f} tokens/s",
             "run directory": str(place),
@@ -142,6 +141,11 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     )
     python = "python" if shutil.which("python") == sys.executable else from_here(Path(sys.executable))
     print("Next:", shlex.join([str(python), "-m", "lmlab.predict", str(place), text]))
+
+
+def title(figure: str) -> str:
+    """A figure's name for people."""
+    return figure.removeprefix("val/").replace("_", " ")
 
 
 if __name__ == "__main__":

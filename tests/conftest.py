@@ -1,6 +1,7 @@
-"""What all tests share: no network, caches of their own, and a way to run `lmlab.train` in this process."""
+"""What all tests share: no network, caches of their own, and a way to run the verbs in this process."""
 
 import atexit
+import importlib
 import json
 import logging
 import os
@@ -8,7 +9,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the libraries that read them.
 HOME = tempfile.mkdtemp(prefix="lmlab-test-")
@@ -36,19 +39,48 @@ TINY = [
 """Overrides that make a causal run take a second."""
 
 
+TINY_MLM = [
+    "objective=mlm",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=1",
+    "model.config.num_attention_heads=2",
+    "model.config.intermediate_size=64",
+    *(override for override in TINY if not override.startswith("model.")),
+]
+"""The same for a masked one."""
+
+
+def run_verb(name: str, *arguments: object) -> None:
+    """Run `python -m lmlab.<name>` with arguments in this process."""
+    verb = importlib.import_module(f"lmlab.{name}")
+    # Hydra sets logging up for the process; the next test should not write to this run's log.
+    argv, handlers = sys.argv, logging.root.handlers[:]
+    sys.argv = [f"lmlab.{name}", *map(str, arguments)]
+    try:
+        verb.main()
+    finally:
+        sys.argv, logging.root.handlers = argv, handlers
+
+
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Run `python -m lmlab.train` with overrides in this process; returns the run directory."""
-    from lmlab import train as verb
+def train(tmp_path: Path) -> Callable[..., Path]:
+    """Run `python -m lmlab.train` with overrides; returns the run directory."""
 
     def run(*overrides: str, run_dir: Path = tmp_path / "run") -> Path:
-        monkeypatch.setattr(sys, "argv", ["lmlab.train", *overrides, f"hydra.run.dir={run_dir}"])
-        # Hydra sets logging up for the process; the next test should not write to this run's log.
-        handlers = logging.root.handlers[:]
-        try:
-            verb.main()
-        finally:
-            logging.root.handlers = handlers
+        run_verb("train", *overrides, f"hydra.run.dir={run_dir}")
+        return run_dir
+
+    return run
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path) -> Callable[..., Path]:
+    """Run `python -m lmlab.evaluate` with arguments; returns the directory of the evaluation."""
+    numbers = count()
+
+    def run(*arguments: object, run_dir: Path | None = None) -> Path:
+        run_dir = run_dir or tmp_path / f"evaluation{next(numbers)}"
+        run_verb("evaluate", *arguments, f"hydra.run.dir={run_dir}")
         return run_dir
 
     return run
@@ -57,3 +89,10 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 def metrics(run_dir: Path) -> list[dict]:
     """The lines of a run's metrics file."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def blocks_of(prepared: Any, split: str) -> list[Any]:
+    """The blocks [T] of one split of `Prepared` data."""
+    if split == "train":
+        return list(prepared.train)
+    return [prepared.validation.tokens[start:end] for start, end in prepared.bounds]

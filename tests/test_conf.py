@@ -4,13 +4,15 @@ from pathlib import Path
 
 import hydra
 import pytest
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab import config
-from lmlab.data.preprocess import Preprocessing
+from lmlab.config import check
+from lmlab.config import compose as composing
+from lmlab.config.compose import CONF
 from lmlab.train import main
 
-SWEEPS = config.CONF.parent / "sweeps"
+SWEEPS = CONF.parent / "sweeps"
 # What a person has to say along with an option.
 REQUIRED = {
     "data=files": ["data.train=x.txt"],
@@ -20,29 +22,73 @@ REQUIRED = {
     "tokenizer=pretrained": ["tokenizer.name=me/tokenizer"],
 }
 OPTIONS = sorted(
-    f"{path.parent.name}={path.stem}" for path in config.CONF.glob("*/*.yaml") if path.parent.name != "hydra"
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra"
 )
+# A trained model comes with its weights and its tokenizer, and nothing is trained or logged.
+OF_EVALUATION = [
+    option for option in OPTIONS if option.split("=")[0] in ("data", "objective", "preprocess", "trainer")
+] + ["tokenizer=pretrained"]
 
 
-def compose(*overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return hydra.compose("train", [*overrides, "run_dir=/nowhere"])
+def compose(*overrides: str, verb: str = "train") -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(verb, [*overrides, "run_dir=/nowhere"])
 
 
-def fits(cfg: DictConfig) -> None:
+def compose_evaluation(*overrides: str) -> DictConfig:
+    """As `lmlab.evaluate` composes it for a model that is no run."""
+    words = ["model=pretrained", "model.name=me/model", *overrides]
+    return composing.completed(compose(*words, verb="evaluate"), words)
+
+
+def fits(cfg: DictConfig, verb: str = "train") -> None:
     """Every block's keys are arguments of what it names, and all that is needed is there."""
-    cfg = config.freeze(cfg)
-    config.check_keys(cfg, "train")
-    Preprocessing(**cfg.preprocess)
+    cfg = composing.freeze(cfg)
+    check.check_keys(cfg, verb)
+    check.preprocessing(cfg)
 
 
 def test_there_are_options() -> None:
     assert len(OPTIONS) >= 25
+    assert len(OF_EVALUATION) >= 14
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_composes_and_fits_its_constructor(option: str) -> None:
     fits(compose(option, *REQUIRED.get(option, [])))
+
+
+@pytest.mark.parametrize("option", OF_EVALUATION)
+def test_option_composes_for_an_evaluation(option: str) -> None:
+    group = option.split("=")[0]
+    others = [word for word in ("data=sample", "objective=clm") if not word.startswith(f"{group}=")]
+    cfg = compose_evaluation(option, *others, *REQUIRED.get(option, []))
+    fits(cfg, "evaluate")
+    # Whatever else an option brings along, the model is the one that was named, with its own tokenizer.
+    assert cfg.model.name == "me/model"
+    assert composing.freeze(cfg).tokenizer.name == ("me/tokenizer" if group == "tokenizer" else "me/model")
+    if option != "trainer=gpu":  # there is none here
+        check.check_evaluation(cfg)
+
+
+def test_keys_of_a_run_are_none_of_an_evaluation() -> None:
+    for group in ("optim=adamw", "callbacks=default", "logger=file", "experiment=eli5_clm"):
+        with pytest.raises(ConfigCompositionException, match=f"Could not override '{group.split('=')[0]}'"):
+            compose_evaluation("data=sample", "objective=clm", group)
+
+
+def test_what_an_evaluation_leaves_open() -> None:
+    """Contexts and blocks are for the model or the run to say; text and objective may be."""
+    cfg = compose("model=pretrained", "model.name=me/model", verb="evaluate")
+    assert "data" not in cfg
+    assert "objective" not in cfg
+    assert cfg.preprocess.block_size is cfg.context is cfg.stride is None
+    assert compose_evaluation("data=sample", "objective=clm").context == "blocks"
+    assert compose_evaluation("data=sample", "objective=mlm", "score=pseudo").context == "document"
+    # The text may be named without text to train on.
+    assert compose_evaluation("data=files", "data.validation=x.txt", "objective=clm").data.train is None
+    # A data set that says how it is prepared still does.
+    assert compose_evaluation("data=wikitext2", "objective=clm").preprocess.end_of_text is False
 
 
 @pytest.mark.parametrize("sweep", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -57,7 +103,7 @@ def test_sweep_composes(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_root_config_fits_one_screen() -> None:
-    for root in config.CONF.glob("*.yaml"):
+    for root in CONF.glob("*.yaml"):
         assert len(root.read_text().splitlines()) <= 40
 
 
@@ -72,7 +118,7 @@ def test_objective_brings_its_model_and_the_command_line_wins() -> None:
 
 def test_experiments_hold_the_guides_choices() -> None:
     for name, model in (("eli5_clm", "distilgpt2"), ("eli5_mlm", "distilroberta-base")):
-        cfg = config.freeze(compose(f"experiment={name}"))
+        cfg = composing.freeze(compose(f"experiment={name}"))
         assert cfg.model.name == cfg.tokenizer.name == f"distilbert/{model}"
         p, t, o = cfg.preprocess, cfg.trainer, cfg.optim
         assert (p.max_records, p.test_size, p.join, p.truncation) == (5000, 0.2, " ", True)
@@ -88,4 +134,4 @@ def test_experiments_hold_the_guides_choices() -> None:
 )
 def test_training_steps(epochs: float, max_steps: int, interval: float, expected: tuple[int, int]) -> None:
     trainer = OmegaConf.create({"max_epochs": epochs, "max_steps": max_steps, "val_check_interval": interval})
-    assert config.training_steps(trainer, blocks=800, batch_size=8) == expected
+    assert check.training_steps(trainer, blocks=800, batch_size=8) == expected

@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_config_and_corpus_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert "lmlab/conf/train.yaml" in names
+    assert {f"lmlab/{verb}.txt" for verb in ("train", "evaluate")} <= {*names}
     assert "lmlab/data/sample/askscience.jsonl" in names
     assert not [name for name in names if name.startswith(("tests", "sweeps"))]
     packed = {name.removeprefix("lmlab/") for name in names if name.startswith("lmlab/conf/")}
@@ -44,6 +44,6 @@ def test_installed_wheel_trains_from_another_directory(wheel: Path, tmp_path: Pa
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "config.json").is_file()
-    where = [python, "-c", "import lmlab.config; print(lmlab.config.CONF)"]
+    where = [python, "-c", "from lmlab.config.compose import CONF; print(CONF)"]
     conf = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert conf.strip() == str(site / "lmlab" / "conf")

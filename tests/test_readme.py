@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lmlab import config, predict, train
+from lmlab import evaluate, predict, train
+from lmlab.config import check, compose
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,6 +22,11 @@ def verb(name: str) -> list[list[str]]:
     """The arguments of each command that runs `python -m lmlab.<name>`."""
     prefix = ["python", "-m", f"lmlab.{name}"]
     return [words[3:] for words in COMMANDS if words[:3] == prefix]
+
+
+def one_point(arguments: list[str]) -> list[str]:
+    """A command without its sweep, but for the first value of each key."""
+    return [re.sub(r"=([^\[{']*?),.*", r"=\1", word) for word in arguments if word not in ("-m", "--cfg", "job")]
 
 
 def test_there_are_commands() -> None:
@@ -37,15 +43,31 @@ def test_train_command(
         train.main()
         assert "objective: clm, mlm" in capsys.readouterr().out
         return
-    # A sweep composes one of its points; `--config-dir mine` is a folder of the reader's.
-    words = [re.sub(r"=([^\[{']*?),.*", r"=\1", word) for word in arguments if word not in ("-m", "--cfg", "job")]
+    words = one_point(arguments)
+    # `--config-dir mine` is a folder of the reader's.
     if "mine/" in words:
         pytest.skip("names a folder of the reader's own; tests/test_train.py has such a folder")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lmlab.train", *words, "run_dir=/nowhere", "--cfg", "job"])
     train.main()
-    cfg = config.freeze(OmegaConf.create(capsys.readouterr().out))
-    config.check_keys(cfg, "train")
+    cfg = compose.freeze(OmegaConf.create(capsys.readouterr().out))
+    check.check_keys(cfg, "train")
+
+
+@pytest.mark.parametrize("arguments", verb("evaluate"), ids=" ".join)
+def test_evaluate_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lmlab.evaluate", *one_point(arguments), "run_dir=/nowhere", "--cfg", "job"])
+    evaluate.main()
+    cfg = OmegaConf.create(capsys.readouterr().out)
+    # What stands in for the run that the command names, which the reader has.
+    cfg = OmegaConf.merge({"data": {"_target_": "lmlab.data.sources.load_sample"}, "objective": {}}, cfg)
+    if not cfg.objective:
+        cfg.objective = {"_target_": f"lmlab.objectives.{'mlm.MaskedLM' if cfg.score == 'pseudo' else 'clm.CausalLM'}"}
+    cfg = compose.completed(cfg, arguments)
+    check.check_evaluation(compose.freeze(cfg))
 
 
 @pytest.mark.parametrize("arguments", verb("predict"), ids=" ".join)
@@ -59,7 +81,7 @@ def test_every_command_is_known() -> None:
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         elif words[:2] == ["python", "-m"]:
-            assert words[2].removeprefix("lmlab.") in ("train", "predict"), words
+            assert words[2].removeprefix("lmlab.") in ("train", "evaluate", "predict"), words
         else:
             assert words[0] in ("wandb", "git", "cd"), words
 

@@ -92,7 +92,7 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
             "policy": {
                 "context": context.name,
                 "block_size": context.block_size,
-                "stride": None if context.name == "blocks" else context.step,
+                "stride": context.step if objective.causal and context.name != "blocks" else None,
                 "drop_remainder_every": cfg.preprocess.drop_remainder_every if context.name == "blocks" else None,
                 **{key: cfg.preprocess[key] for key in ("end_of_text", "special_tokens", "truncation")},
                 "objective": None if pseudo else OmegaConf.to_container(cfg.objective),

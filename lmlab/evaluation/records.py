@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmlab.data.documents import Documents
 from lmlab.errors import UserError, first_line
+from lmlab.evaluation.perplexity import perplexity
 from lmlab.runs.files import write_beside, write_json
 
 FORMAT = 1
@@ -90,49 +91,36 @@ def figures_of(totals: Mapping[str, Any], name: str = "perplexity", sample: floa
     mean, per_byte, per_word = (nll / totals[unit] if totals.get(unit) else None for unit in UNITS)
     figures = {
         "nll_per_token": mean,
-        name: None if mean is None else exp(mean),
+        name: None if mean is None else perplexity(mean),
         f"{prefix}bits_per_byte": None if per_byte is None else per_byte / math.log(2),
         f"{prefix}bits_per_word": None if per_word is None else per_word / math.log(2),
-        f"{prefix}word_perplexity": None if per_word is None else exp(per_word),
+        f"{prefix}word_perplexity": None if per_word is None else perplexity(per_word),
     }
     if sample is not None and mean is not None:
         spread = max(0.0, totals["nll_squared"] / totals["tokens"] - mean**2)
         error = math.sqrt((1 - sample) * spread / max(1, totals["tokens"] - 1))
-        figures |= {"nll_per_token_standard_error": error, f"{name}_standard_error": exp(mean) * error}
+        figures |= {"nll_per_token_standard_error": error, f"{name}_standard_error": perplexity(mean) * error}
     return figures
 
 
-def exp(mean: float) -> float:
-    """exp; infinite where that is beyond a float."""
-    return math.exp(mean) if mean < 709 else math.inf
-
-
-def write(
-    place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]
-) -> dict[str, Any]:
+def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> None:
     """Write the records and their certificate into a directory, each whole or not at all.
 
     Args:
         nll, units: [D, 2] float64 and [D, 3] int64 of `DocumentSums`.
         facts: what the figures depend on, and where they come from; `figure` and
-            `pseudo` decide their names and errors (see `figures_of`).
-
-    Returns:
-        The certificate.
+            `policy` decide their names and errors (see `figures_of`).
     """
     table = pa.table([documents.ids, documents.starts, *nll.T, *units.T], SCHEMA)
     write_beside(place / RECORDS, lambda beside: pq.write_table(table, beside))
+    write_json(place / CERTIFICATE, {"format": FORMAT, **added_up(nll, units, facts), **facts})
+
+
+def added_up(nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a certificate says of its records: figures and totals."""
     totals = totals_of(nll, units)
-    sample = (facts["policy"].get("pseudo") or {}).get("sample")
-    certificate = {
-        "format": FORMAT,
-        "figures": figures_of(totals, facts["figure"], sample),
-        "totals": totals,
-        **facts,
-        "records_sha256": hashlib.sha256((place / RECORDS).read_bytes()).hexdigest(),
-    }
-    write_json(place / CERTIFICATE, certificate)
-    return certificate
+    sample = (facts["policy"]["pseudo"] or {}).get("sample")
+    return {"figures": figures_of(totals, facts["figure"], sample), "totals": totals}
 
 
 def read(place: Path) -> Records:
@@ -161,13 +149,13 @@ def read(place: Path) -> Records:
         raise UserError(f"{place / RECORDS} is damaged or cut short: {first_line(error)}\n{again}") from error
     if not records.table.schema.equals(SCHEMA, check_metadata=True):
         raise UserError(f"{place / RECORDS} has other columns than records of version {FORMAT}.\n{again}")
-    totals = totals_of(*records.sums)
-    wrong = next((name for name, value in totals.items() if certificate["totals"].get(name) != value), None)
-    if wrong:
-        raise UserError(
-            f"{place}: the records add up to {wrong}={totals[wrong]}, "
-            f"and the certificate says {certificate['totals'].get(wrong)}.\nOne of them was changed. {again}"
-        )
+    for part, values in added_up(*records.sums, certificate).items():
+        for name, value in values.items():
+            if certificate[part].get(name) != value:
+                raise UserError(
+                    f"{place}: the records add up to {name}={value}, and the certificate says "
+                    f"{certificate[part].get(name)}.\nOne of them was changed. {again}"
+                )
     return records
 
 

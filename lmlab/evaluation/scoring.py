@@ -121,7 +121,7 @@ class Pseudo:
         sample: float | None = None,
         seed: int | None = None,
     ):
-        """`within_word` also hides the rest of the word (PLL-word-l2r, Kauf and Ivanova 2023, section 3).
+        """`within_word` also hides the rest of the word (PLL-word-l2r, Kauf and Ivanova 2023).
 
         `sample` takes each token with this probability, decided by (seed, document, position).
         """
@@ -219,8 +219,9 @@ class DocumentSums(Metric):
     def update(self, nll: Tensor, batch: Targets) -> None:
         """`nll` [N] of the batch's targets; N may be 0."""
         nll = nll.detach().double()
-        # Not in place: a validation under inference mode may have made the state.
-        self.nll = self.nll.index_add(0, batch.documents, torch.stack([nll, nll.square()], dim=1))
+        # Not in place: a validation under inference mode may have made the state. In float64: a trainer in
+        # bf16-true casts the empty state with the weights.
+        self.nll = self.nll.double().index_add(0, batch.documents, torch.stack([nll, nll.square()], dim=1))
         self.units = self.units.index_add(0, batch.documents, batch.units)
 
     def compute(self) -> tuple[Tensor, Tensor]:

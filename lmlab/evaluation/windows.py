@@ -96,6 +96,10 @@ def windows(
     if not causal:
         if context.name == "sliding":
             raise UserError("context=sliding is for causal models. For a masked one: context=document or blocks.")
+        if context.stride is not None:
+            raise UserError(
+                "stride is for causal models: a masked one is shown pieces that do not overlap. Leave it out."
+            )
         return chunks(context.block_size, documents, *frame)
     edges = np.array([0, len(documents.tokens)]) if context.name == "sliding" else documents.edges
     return causal_windows(context, documents.tokens, edges, frame[0])

@@ -162,10 +162,10 @@ class ShowProgress(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
-        loss = module.val_losses[trainer.global_step]
+        figures = module.validations[trainer.global_step]
         line = (
-            f"step {trainer.global_step}/{module.steps}  val/loss {loss:.4f}  "
-            f"val/{module.figure} {perplexity(loss):.2f}"
+            f"step {trainer.global_step}/{module.steps}  val/loss {figures['val/loss']:.4f}  "
+            f"val/{module.figure} {figures[f'val/{module.figure}']:.2f}"
         )
         if self.bar:
             self.bar.console.print(line)

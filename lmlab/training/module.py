@@ -62,7 +62,7 @@ class LMModule(Scorer):
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.lr = 0.0  # of the last step
-        self.val_losses: dict[int, float] = {}  # by step
+        self.validations: dict[int, dict[str, float]] = {}  # the figures, by step
 
     def setup(self, stage: str) -> None:
         """Refuse a callback that monitors what is never logged, before any step is made."""
@@ -154,10 +154,9 @@ class LMModule(Scorer):
                 f"val/loss is {loss} at step {self.global_step}: the weights have diverged (lower optim.lr),\n"
                 "or the validation text is too short to hold anything to score (raise preprocess.test_size)."
             )
-        self.val_losses[self.global_step] = loss
         # Without a word or a byte in the text, some figures are none.
         named = {f"val/{name}": value for name, value in figures.items() if value is not None}
-        metrics = {"val/loss": loss, **named}
+        metrics = self.validations[self.global_step] = {"val/loss": loss, **named}
         # For what monitors a figure; loggers get the float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)
         for logger in self.loggers:
@@ -165,7 +164,7 @@ class LMModule(Scorer):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The records of a validation lie with the weights they are of.
-        if self.global_step in self.val_losses:
+        if self.global_step in self.validations:
             nll, units = self.result
             checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
 

@@ -14,10 +14,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmlab.config import CONF
+from lmlab.config.compose import CONF
 from lmlab.data.preprocess import Preprocessing, prepare, split
 from lmlab.data.sources import Corpus, load_sample
 from lmlab.data.tokenizers import bpe
+
+from ..conftest import blocks_of
 
 CHOICES = Preprocessing(**OmegaConf.to_container(OmegaConf.load(CONF / "preprocess" / "guide.yaml")))  # type: ignore
 
@@ -102,8 +104,7 @@ def test_blocks_and_ledger(
 
     halves = records.train_test_split(test_size=0.2, seed=0)
     for name, theirs in (("train", "train"), ("validation", "test")):
-        blocks = getattr(ours, name)
-        assert [block.tolist() for block in blocks] == reference[theirs]["input_ids"][:]
+        assert [block.tolist() for block in blocks_of(ours, name)] == reference[theirs]["input_ids"][:]
 
         documents = [" ".join(answers["text"]) for answers in halves[theirs]["answers"]]
         whole = sum(len(tokenizer(document, verbose=False)["input_ids"]) for document in documents)

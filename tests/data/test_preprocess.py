@@ -18,10 +18,20 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmlab.data import preprocess
-from lmlab.data.preprocess import Blocks, Prepared, Preprocessing, flatten, group_texts, prepare, split
+from lmlab.data.preprocess import (
+    Prepared,
+    Preprocessing,
+    flatten,
+    group_texts,
+    prepare,
+    prepare_validation,
+    split,
+)
 from lmlab.data.sources import Corpus
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
+
+from ..conftest import blocks_of
 
 HARD = [
     "plain words",
@@ -51,7 +61,7 @@ def random_texts(draw: random.Random, count: int) -> list[str]:
     return ["".join(chr(draw.choice(draw.choice(points))) for _ in range(draw.randint(0, 60))) for _ in range(count)]
 
 
-def documents(blocks: Blocks, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def documents(blocks: Iterable[np.ndarray], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """All blocks end to end, cut after each end-of-text token and decoded."""
     ids = np.concatenate(list(blocks))
     ends = np.flatnonzero(ids == tokenizer.eos_token_id)
@@ -85,7 +95,7 @@ def test_lossless(run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBa
     parts = {"train": HARD + random_texts(draw, 200), "validation": random_texts(draw, 50) + HARD}
     prepared = run(corpus_of(parts["train"], parts["validation"]), block_size=block_size)
     for name, texts in parts.items():
-        blocks, ledger = getattr(prepared, name), prepared.ledger[name]
+        blocks, ledger = blocks_of(prepared, name), prepared.ledger[name]
         # An empty document has nothing to end.
         wanted = [text + tokenizer.eos_token for text in texts if text]
         assert [text.encode() for text in documents(blocks, tokenizer)] == [text.encode() for text in wanted]
@@ -324,7 +334,7 @@ def test_tokenizer_sees_only_the_training_split(tmp_path: Path) -> None:
     assert not {*seen} & {*parts["validation"]["text"]}
 
     prepared = prepare(corpus_of(["abc"], ["abcd"], "abc"), choices, char, {"kind": "char"}, tmp_path)
-    ids = prepared.validation[0].tolist()
+    ids = prepared.validation.tokens.tolist()
     assert ids[3] == prepared.tokenizer.unk_token_id
     assert prepared.tokenizer.unk_token_id not in ids[:3]
 
@@ -343,6 +353,8 @@ OTHER = {
     "max_records": 50,
 }
 """Another value for each choice."""
+CUTS = {"block_size", "drop_remainder_every"}
+"""Those that decide how tokens are cut into blocks, and nothing else."""
 
 
 def entries(cache: Path) -> set[str]:
@@ -364,23 +376,74 @@ def test_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert second.ledger == first.ledger
     assert second.tokenizer_hash == first.tokenizer_hash
     for name in ("train", "validation"):
-        ours, theirs = getattr(second, name), getattr(first, name)
+        ours, theirs = blocks_of(second, name), blocks_of(first, name)
         assert [block.tolist() for block in ours] == [block.tolist() for block in theirs]
+    assert (second.validation.ids, second.validation.hash) == (first.validation.ids, first.validation.hash)
+    np.testing.assert_array_equal(second.validation.spans, first.validation.spans)
 
 
-def test_key_of_blocks(run: Callable[..., Prepared], tmp_path: Path) -> None:
-    """Every choice, the data, the path of the text and the tokenizer make an entry of their own."""
+def test_key_of_tokens(run: Callable[..., Prepared], tmp_path: Path) -> None:
+    """Every choice that decides the tokens, the data, the path of the text and the tokenizer make entries of their own.
+
+    One entry holds one split.
+    """
     assert OTHER.keys() == {field.name for field in fields(Preprocessing)}
     assert all(OTHER[key] != value for key, value in asdict(Preprocessing(block_size=8)).items())
     texts = [f"number {i}" for i in range(100)]
     run(corpus_of(texts))
-    calls = [lambda key=key: run(corpus_of(texts), **{key: OTHER[key]}) for key in OTHER]
+    # How the tokens are cut is decided when they are read.
+    for cut in CUTS:
+        run(corpus_of(texts), **{cut: OTHER[cut]})
+        assert len(entries(tmp_path)) == 2
+    calls = [lambda key=key: run(corpus_of(texts), **{key: OTHER[key]}) for key in OTHER.keys() - CUTS]
     calls.append(lambda: run(corpus_of(texts, fingerprint="changed")))
     calls.append(lambda: run(Corpus(Dataset.from_dict({"other": texts}), None, "other", "texts")))
     calls.append(lambda: run(corpus_of(texts), bpe(texts, vocab_size=260)))
     for number, call in enumerate(calls, 2):
         call()
-        assert len(entries(tmp_path)) == number
+        assert len(entries(tmp_path)) == 2 * number
+
+
+def test_another_cut_of_what_is_kept(
+    run: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks cut from a cache that another block size filled are those that would be made afresh."""
+    texts = random_texts(random.Random(0), 100)
+    run(corpus_of(texts), block_size=64)
+    monkeypatch.setattr(preprocess, "tokenize", never)
+    for block_size, every in ((2, None), (7, None), (7, 3), (10_000, None)):
+        prepared = run(corpus_of(texts), block_size=block_size, drop_remainder_every=every)
+        for name in ("train", "validation"):
+            tokens = prepared.train.tokens if name == "train" else prepared.validation.tokens
+            lengths = np.fromfile(next(tmp_path.glob(f"*/{name}.lengths")), np.int64)
+            wanted, dropped = naive(lengths.tolist(), block_size, every)
+            assert [block.tolist() for block in blocks_of(prepared, name)] == [tokens[b].tolist() for b in wanted]
+            ledger = prepared.ledger[name]
+            assert (ledger.blocks, ledger.tokens_dropped) == (len(wanted), dropped)
+            assert ledger.tokens == len(tokens) == lengths.sum()
+
+
+def test_an_evaluation_reads_what_a_run_kept(
+    run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out part alone: that of the run, from its cache; or all there is, where there is nothing to train on."""
+    texts = random_texts(random.Random(0), 100)
+    whole = run(corpus_of(texts))
+    kept = entries(tmp_path)
+    choices = Preprocessing(block_size=8)
+    with monkeypatch.context() as patched:
+        patched.setattr(preprocess, "tokenize", never)
+        part = prepare_validation(corpus_of(texts), choices, tokenizer, tmp_path)
+    assert entries(tmp_path) == kept
+    assert part.train is None
+    assert part.ledger == {"validation": whole.ledger["validation"]}
+    assert (part.validation.ids, part.validation.hash) == (whole.validation.ids, whole.validation.hash)
+    np.testing.assert_array_equal(part.validation.tokens, whole.validation.tokens)
+    np.testing.assert_array_equal(part.bounds, whole.bounds)
+
+    alone = Corpus(None, Dataset.from_dict({"text": texts}), "text", "alone")
+    part = prepare_validation(alone, choices, tokenizer, tmp_path)
+    assert documents(blocks_of(part, "validation"), tokenizer) == [f"{text}<|endoftext|>" for text in texts if text]
 
 
 def test_key_of_tokenizers(tmp_path: Path) -> None:
@@ -429,15 +492,23 @@ def test_leftovers_of_a_killed_writer(
     texts = random_texts(random.Random(0), 100)
     elsewhere = tmp_path / "elsewhere"
     wanted = prepare(corpus_of(texts), Preprocessing(block_size=8), lambda texts: tokenizer, None, elsewhere)
-    (name,) = entries(elsewhere)
-    partial = tmp_path / f".{name}.partial"
-    partial.mkdir()
-    (partial / "train.tokens").write_bytes(b"half")
-    (partial / "extra").write_bytes(b"")
+    names = entries(elsewhere)
+    assert len(names) == 2
+    for name in names:
+        partial = tmp_path / f".{name}.partial"
+        partial.mkdir()
+        for half in ("train.tokens", "validation.spans"):
+            (partial / half).write_bytes(b"half")
+        (partial / "extra").write_bytes(b"")
     made = run(corpus_of(texts))
-    assert entries(tmp_path) == {name, "elsewhere"}
-    assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in (elsewhere / name).iterdir()}
-    assert [block.tolist() for block in made.train] == [block.tolist() for block in wanted.train]
+    assert entries(tmp_path) == {*names, "elsewhere"}
+    for name in names:
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            path.name for path in (elsewhere / name).iterdir()
+        }
+    for name in ("train", "validation"):
+        ours, theirs = blocks_of(made, name), blocks_of(wanted, name)
+        assert [block.tolist() for block in ours] == [block.tolist() for block in theirs]
 
 
 def prepare_slowly(cache: Path, log: Path, start: Any) -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lmlab.data.sampler import EVALUATION, Draw, EvaluationSampler, TrainSampler, draws
+from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, draws
 from lmlab.errors import UserError
 
 SIZE, BATCH, STEPS, SEED = 37, 8, 20, 5
@@ -52,12 +52,13 @@ def test_a_corpus_smaller_than_a_batch() -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 37])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_counts_every_block_once_and_ranks_keep_step(size: int, world_size: int) -> None:
+def test_evaluation_counts_every_row_once_and_ranks_keep_step(size: int, world_size: int) -> None:
     samplers = [EvaluationSampler(size, 4, rank, world_size) for rank in range(world_size)]
     batches = [list(sampler) for sampler in samplers]
     assert len({len(b) for b in batches}) == 1
     assert len(batches[0]) == len(samplers[0])
-    assert all(batch for rank in batches for _, batch in rank)
-    scored = [draw for rank in batches for _, batch in rank for draw in batch if draw.scored]
-    assert sorted(draw.block for draw in scored) == list(range(size))
-    assert {draw.epoch for draw in scored} == {EVALUATION}
+    # In order: step by step, and rank by rank within one.
+    assert [row for step in zip(*batches, strict=True) for batch in step for row in batch] == list(range(size))
+    assert all(len(batch) <= 4 for rank in batches for batch in rank)
+    # A rank that ran dry has an empty batch, and at its last step alone.
+    assert all(batch for rank in batches for batch in rank[:-1])

@@ -27,6 +27,16 @@ def test_end_of_text_is_a_target() -> None:
     assert len(targets) == len(ids) - 1
 
 
+def test_labels_do_not_depend_on_the_cut() -> None:
+    """Of a text that is cut, only the first token of each piece goes without being predicted."""
+    ids = np.random.default_rng(1).integers(50, size=30, dtype=np.int32)
+    found = []
+    for first, end in ((0, 7), (7, 8), (8, 30)):
+        _, positions, targets = CausalLM()(ids[first:end], KEY, first)
+        found += [(first + int(place), int(target)) for place, target in zip(positions, targets, strict=True)]
+    assert found == [(t, ids[t + 1]) for t in range(29) if t + 1 not in (7, 8)]
+
+
 def test_as_transformers_shifts() -> None:
     """The same loss as of a Hugging Face model given the ids as labels, which it shifts itself."""
     torch.manual_seed(0)

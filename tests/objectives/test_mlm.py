@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.sampler import EVALUATION
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
-from lmlab.objectives.mlm import MaskedLM
+from lmlab.objectives.mlm import MaskedLM, lots, uniform
 
 LENGTH, SAMPLES = 512, 400
 
@@ -115,6 +115,62 @@ def test_each_key_has_its_own_mask(tokenizer: PreTrainedTokenizerBase, blocks: n
         for i, mask in enumerate(masks):
             for other in masks[:i]:
                 assert (mask & np.roll(other, shift)).sum() < 0.15**2 * words + 6 * math.sqrt(0.15**2 * words)
+
+
+@pytest.mark.parametrize("key", [(0, 0, 0), (3, EVALUATION, 2**40 + 1)])
+@pytest.mark.parametrize("edges", [[0, 512], [0, 1, 2, 3, 512], [0, 128, 256, 384, 512], [0, 7, 300, 301, 511, 512]])
+def test_masks_do_not_depend_on_the_cut(
+    tokenizer: PreTrainedTokenizerBase, blocks: np.ndarray, key: tuple[int, int, int], edges: list[int]
+) -> None:
+    """A piece that begins at `first` is masked as it is within the whole: which, by what, and with which targets."""
+    objective, ids = MaskedLM(tokenizer, replace_mask=0.5, replace_random=0.3), blocks[1]
+    inputs, positions, targets = objective(ids, key)
+    assert {"masked", "replaced", "kept"} == {
+        "masked" if word == tokenizer.mask_token_id else "kept" if word == target else "replaced"
+        for word, target in zip(inputs[positions], targets, strict=True)
+    }
+    pieces = [(first, objective(ids[first:end], key, first)) for first, end in zip(edges, edges[1:], strict=False)]
+    np.testing.assert_array_equal(np.concatenate([piece for _, (piece, _, _) in pieces]), inputs)
+    np.testing.assert_array_equal(np.concatenate([first + found for first, (_, found, _) in pieces]), positions)
+    np.testing.assert_array_equal(np.concatenate([wanted for _, (_, _, wanted) in pieces]), targets)
+
+
+def test_the_position_moves_the_mask(tokenizer: PreTrainedTokenizerBase, blocks: np.ndarray) -> None:
+    """The same words at another place of the sample are masked on their own terms."""
+    objective, ids, key = MaskedLM(tokenizer), blocks[2], (0, 0, 0)
+    masks = {objective(ids, key, first)[1].tobytes() for first in (0, 1, 2, 511, 512, 2**20)}
+    assert len(masks) == 6
+
+
+def test_what_stands_around_a_token_does_not_move_its_mask(
+    tokenizer: PreTrainedTokenizerBase, blocks: np.ndarray
+) -> None:
+    """Another text has its masks at the same places, but for special tokens."""
+    objective, key = MaskedLM(tokenizer), (0, EVALUATION, 5)
+    special = np.isin(blocks[3], tokenizer.all_special_ids) | np.isin(blocks[4], tokenizer.all_special_ids)
+    one, other = (np.setdiff1d(objective(blocks[i], key)[1], np.flatnonzero(special)) for i in (3, 4))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_lots() -> None:
+    """Any stretch is that of the whole; the words of a position are alike and apart (chi-squared, correlation)."""
+    key = (1, EVALUATION, 9)
+    whole = lots(key, 0, 4000)
+    assert (whole.shape, whole.dtype) == ((4, 4000), np.uint64)
+    for first, count in ((0, 0), (0, 1), (1, 1), (3, 10), (3999, 1), (17, 2000)):
+        np.testing.assert_array_equal(lots(key, first, count), whole[:, first : first + count])
+    shares = uniform(whole)
+    assert shares.min() >= 0
+    assert shares.max() < 1
+    assert uniform(np.array([2**64 - 1], np.uint64))[0] < 1
+    for row in shares:
+        counts = np.histogram(row, 20, (0, 1))[0]
+        assert abs(((counts - 200) ** 2 / 200).sum() - 19) < 5 * math.sqrt(2 * 19)
+    # Also with those of the positions beside it.
+    for shift in (0, 1, 2, 4):
+        correlation = np.corrcoef(np.concatenate([shares, np.roll(shares, shift, axis=1)]))[:4, 4:]
+        apart = correlation[~np.eye(4, dtype=bool)] if shift == 0 else correlation
+        assert np.abs(apart).max() < 5 / math.sqrt(4000)
 
 
 @pytest.mark.parametrize(

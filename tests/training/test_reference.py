@@ -125,8 +125,8 @@ def test_losses_agree_with_the_trainer(
     expected = losses_of_trainer(reference, rows, tmp_path / "trainer", optim, name == "clm")
 
     logger = LossesOf(tmp_path)
-    module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, objective.figure)
-    data = BlocksDataModule(blocks, blocks, objective, 92, BATCH, STEPS, SEED)
+    module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, 1, objective.figure)
+    data = BlocksDataModule(blocks, [], objective, 92, BATCH, STEPS, SEED)  # nothing is validated
     L.Trainer(
         accelerator="cpu",
         max_steps=STEPS,

@@ -1,0 +1,216 @@
+"""Comparing: intervals that cover, tests that reject as often as they say, sides as they are meant."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmlab.data.documents import Documents
+from lmlab.errors import UserError
+from lmlab.evaluation import comparing, records
+from lmlab.evaluation.comparing import Side, difference
+
+POLICY = {"context": "blocks", "block_size": 32, "stride": None, "objective": {}, "pseudo": None, "masks_seed": None}
+BYTES = np.random.default_rng(1).integers(50, 400, 40)
+
+Write = Callable[..., records.Records]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write the records of one evaluation and read them back."""
+
+    def write(
+        name: str, bits_per_byte: np.ndarray, sizes: np.ndarray = BYTES, config: dict | None = None, **facts: Any
+    ) -> records.Records:
+        place = tmp_path / name
+        place.mkdir(parents=True)
+        nll = bits_per_byte * sizes * math.log(2)
+        count = len(sizes)
+        documents = Documents(
+            np.zeros(0, np.int32),
+            np.zeros((0, 3), np.int32),
+            np.zeros(count + 1, np.int64),
+            [f"document-{i}" for i in range(count)],
+            [f"Text {i}" for i in range(count)],
+            "",
+        )
+        units = np.stack([sizes // 4, sizes, sizes // 5], axis=1)
+        run = None if config is None else {"run_id": name, "config": {"run_dir": str(place), **config}}
+        made = {
+            "figure": "perplexity",
+            "policy": POLICY,
+            "data_hash": "text",
+            "tokenizer_hash": "tokens",
+            "weights_hash": name,
+            "precision": "32-true",
+            "model": name,
+            "run": run,
+        }
+        records.write(place, documents, np.stack([nll, nll**2], axis=1), units, made | facts)
+        return records.read(place)
+
+    return write
+
+
+def simulated(seed: int, gap: float, documents: int, runs: int, of_seeds: float) -> list[Side]:
+    """Two sides whose figures truly lie `gap` bits per byte apart, over documents and seeds drawn at random."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(50, 400, documents)
+    hardness = draw.normal(1.5, 0.4, documents)  # shared: the pairing is what makes small gaps visible
+    sides = []
+    for name, level in (("first", 0.0), ("other", gap)):
+        tables = []
+        for _ in range(runs):
+            own = hardness + level + draw.normal(0, 0.08, documents) + draw.normal(0, of_seeds)
+            tables.append(np.stack([own * sizes, sizes], axis=1))
+        side = Side(name, [None] * runs)  # type: ignore[list-item]
+        side.__dict__["sums"] = np.mean(tables, axis=0)
+        side.__dict__["figures"] = np.array([comparing.ratio(table.sum(axis=0)) for table in tables])
+        sides.append(side)
+    return sides
+
+
+@pytest.mark.parametrize(("runs", "of_seeds"), [(1, 0.0), (3, 0.05), (2, 0.05)])
+def test_the_interval_covers_the_true_difference(runs: int, of_seeds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """About 95 times in 100; of 200 simulations fewer than 180 or none outside would be a chance below 1 in 500."""
+    monkeypatch.setattr(comparing, "REPLICATES", 400)
+    gap, covered, rejected = 0.02, 0, 0
+    for seed in range(200):
+        sides = simulated(seed, gap, 40, runs, of_seeds)
+        found = difference(sides, sides[1], sides[0])
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= gap <= found.high
+        none = simulated(seed + 1000, 0.0, 40, runs, of_seeds)
+        rejected += (difference(none, none[1], none[0]).p or 1) <= 0.05
+    assert 180 <= covered <= 199
+    # Where there is no difference, the test says so as often as it should.
+    assert 1 <= rejected <= 20
+
+
+def test_seeds_that_are_left_out_of_account_would_mislead() -> None:
+    """The same documents, seeds far apart: an interval over documents alone is far too narrow."""
+    sides = simulated(3, 0.0, 200, 3, 0.1)
+    found = difference(sides, sides[1], sides[0])
+    alone = [Side(side.name, side.runs[:1]) for side in sides]
+    for side, whole in zip(alone, sides, strict=True):
+        side.__dict__.update(sums=whole.sums, figures=whole.figures[:1])
+    narrow = difference(alone, alone[1], alone[0])
+    assert (found.high or 0) - (found.low or 0) > 5 * ((narrow.high or 0) - (narrow.low or 0))
+
+
+def test_against_the_textbook() -> None:
+    """With equal bytes the interval and the test are those of a mean of paired differences."""
+    draw = np.random.default_rng(0)
+    documents = 400
+    bits = draw.normal(100, 20, documents)
+    gaps = draw.normal(0.3, 2.0, documents)
+    sides = [Side("first", [None]), Side("other", [None])]  # type: ignore[list-item]
+    for side, own in zip(sides, (bits, bits + gaps), strict=True):
+        side.__dict__["sums"] = np.stack([own, np.full(documents, 50.0)], axis=1)
+    found = difference(sides[:0], sides[1], sides[0])
+    error = gaps.std(ddof=1) / math.sqrt(documents)
+    assert found.value == pytest.approx(gaps.mean() / 50)
+    assert found.low == pytest.approx((gaps.mean() - 1.96 * error) / 50, abs=0.1 * error / 50)
+    assert found.high == pytest.approx((gaps.mean() + 1.96 * error) / 50, abs=0.1 * error / 50)
+    assert found.p == pytest.approx(math.erfc(abs(gaps.mean()) / error / math.sqrt(2)), abs=0.02)
+
+
+def test_one_document_has_no_interval(write: Write) -> None:
+    runs = [write(name, np.array([level]), np.array([100])) for name, level in (("a", 1.0), ("b", 1.25))]
+    row = comparing.table(comparing.sides_of(runs))[1]
+    assert row["difference"] == pytest.approx(0.25)
+    assert (row["low"], row["high"], row["p"]) == (None, None, None)
+
+
+def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Path) -> None:
+    for lr in (1, 2):
+        for seed in (1, 2, 3):
+            config = {
+                "seed": seed,
+                "optim": {"lr": lr},
+                "callbacks": {"best": {"dirpath": f"{tmp_path}/{lr}/{seed}/x"}},
+            }
+            write(f"{lr}/{seed}", np.full(40, lr + seed / 10), config=config)
+    sides = comparing.sides_of(comparing.evaluations([tmp_path]))
+    assert [(side.name, len(side.runs)) for side in sides] == [("optim.lr=1", 3), ("optim.lr=2", 3)]
+    assert comparing.differing(sides) == {"optim.lr": [1, 2]}
+    first, second = comparing.table(sides)
+    assert (first["value"], second["value"]) == (pytest.approx(1.2), pytest.approx(2.2))
+    assert first["deviation_of_seeds"] == pytest.approx(0.1)
+    assert first["difference"] is None
+    assert second["difference"] == pytest.approx(1.0)
+    # Two seeds of one thing are compared as they are.
+    two = comparing.sides_of(comparing.evaluations([tmp_path / "1/1", tmp_path / "1/2"]))
+    assert [side.name for side in two] == ["seed=1", "seed=2"]
+
+
+def test_the_documents_that_differ_most(write: Write) -> None:
+    level = np.full(40, 1.0)
+    other = level.copy()
+    other[7] += 0.5
+    other[20] -= 0.4
+    runs = [write("a", level, np.full(40, 100)), write("b", other, np.full(40, 100))]
+    rows = comparing.furthest(comparing.sides_of(runs), 2)
+    assert [row["document"] for row in rows] == ["document-7", "document-20"]
+    assert [row["bits_more"] for row in rows] == [pytest.approx(50), pytest.approx(-40)]
+    assert rows[0]["of_the_first"] == pytest.approx(1)
+    assert rows[0]["begins"] == "Text 7"
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"data_hash": "other"}, "other text; 40 of 40 documents are in both"),
+        ({"figure": "masked_perplexity"}, "perplexity is not masked_perplexity"),
+        ({"policy": POLICY | {"block_size": 64}}, "block_size is 32 in one and 64 in the other"),
+        ({"policy": POLICY | {"context": "sliding"}}, "context is blocks in one and sliding in the other"),
+    ],
+)
+def test_what_is_not_comparable_is_refused(write: Write, facts: dict, said: str) -> None:
+    runs = [write("a", np.ones(40)), write("b", np.ones(40), **facts)]
+    with pytest.raises(UserError, match=said):
+        comparing.check_comparable(runs)
+
+
+def test_masks_on_other_tokens_are_not_comparable(write: Write) -> None:
+    masked = {"figure": "masked_perplexity", "policy": POLICY | {"masks_seed": 0}}
+    runs = [write("a", np.ones(40), **masked), write("b", np.ones(40), **masked, tokenizer_hash="other")]
+    with pytest.raises(UserError, match="their tokenizers differ"):
+        comparing.check_comparable(runs)
+    # A causal figure per byte is made for that.
+    runs = [write("c", np.ones(40)), write("d", np.ones(40), tokenizer_hash="other")]
+    comparing.check_comparable(runs)
+
+
+def test_other_documents(write: Write) -> None:
+    one, other = write("a", np.ones(40)), write("b", np.ones(40), data_hash="other")
+    names = [f"else-{i}" for i in range(40)]
+    table = other.table.set_column(0, other.table.schema.field(0), [names])
+    with pytest.raises(UserError, match="no of 40 documents are in both"):
+        comparing.check_comparable([one, records.Records(other.place, other.certificate, table)])
+
+
+def test_the_same_weights_twice_are_no_two_seeds(write: Write) -> None:
+    runs = [
+        write("a", np.ones(40), config={"seed": 1, "lr": 1}, weights_hash="same"),
+        write("b", np.ones(40), config={"seed": 2, "lr": 1}, weights_hash="same"),
+        write("c", np.ones(40), config={"seed": 1, "lr": 2}),
+    ]
+    with pytest.raises(UserError, match="would count twice"):
+        comparing.sides_of(runs)
+
+
+def test_directories(write: Write, tmp_path: Path) -> None:
+    write("a", np.ones(40))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no evaluation"):
+        comparing.evaluations([tmp_path / "a", tmp_path / "empty"])
+    with pytest.raises(UserError, match="is named twice"):
+        comparing.evaluations([tmp_path / "a", tmp_path / "a"])
+    with pytest.raises(UserError, match="only evaluation"):
+        comparing.evaluations([tmp_path / "a"])

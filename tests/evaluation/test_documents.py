@@ -1,0 +1,431 @@
+"""Documents by name, which text their tokens stand for, and the records that are kept of them."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lmlab.data.documents import START, Documents, spans
+from lmlab.data.preprocess import Preprocessing, Tokens, read_lengths, tokenize, write_split
+from lmlab.data.tokenizers import bpe, char
+from lmlab.errors import UserError
+from lmlab.evaluation import records
+
+from . import reference
+from .test_property import documents_of
+from .test_scoring import HARD, LEARNED, tokenizer_named, wordpiece
+
+TEXTS = [
+    *HARD,
+    *LEARNED,
+    "CRLF\r\nthen CR\rthen LF\n\x0b\x0c\x1c\x1d\x1e\x1f\x85all\u1680of\u2000them\u202fare\u205fspaces\u3000",
+    "no spaces: \u200b \ufeff \u180e \x00",
+    "<|endoftext|> spelled <mask> out <pad> [SEP]",
+    "e\u0327\u0301 and \u1e69 and s\u0307\u0323, ﬁ ligature, Ⅷ, İstanbul ẞ",
+    "   leading and trailing   ",
+    "नमस्ते क्षत्रिय",
+    "a" * 300 + " " + "👍🏽" * 20,
+]
+
+
+def metaspace() -> PreTrainedTokenizerBase:
+    """As Llama's and XLNet's: spaces are written ▁, and the text is normalized, which changes its length."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz", "the", "▁the", "▁a"]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", -20.0), *((letter, -2.0 - len(letter)) for letter in letters)], 0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Replace("  ", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>")
+
+
+def trimmed() -> PreTrainedTokenizerBase:
+    """As RoBERTa's: offsets leave out the space that a token begins with."""
+    tokenizer = bpe(LEARNED, vocab_size=290)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+def composed() -> PreTrainedTokenizerBase:
+    """As ModernBERT's: composed characters first, so that one token's letter is two of the text."""
+    tokenizer = bpe(LEARNED, vocab_size=290)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
+    "bpe": lambda: bpe(LEARNED, vocab_size=290),
+    "char": lambda: char(LEARNED),
+    "wordpiece": wordpiece,
+    "metaspace": metaspace,
+    "trimmed": trimmed,
+    "composed": composed,
+    "no offsets": ByT5Tokenizer,
+}
+
+
+def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, **choices: Any) -> list[Tokens]:
+    return list(tokenize([texts], tokenizer, Preprocessing(**choices), held_out=True))
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_bytes_of_all_tokens_are_those_of_the_text(name: str, special_tokens: bool) -> None:
+    for each in tokens_of(TEXTS, TOKENIZERS[name](), special_tokens=special_tokens):
+        assert each.spans is not None
+        assert each.spans.shape == (len(each.ids), 3)
+        assert (each.spans >= 0).all()
+        if len(each.ids) > (3 if special_tokens else 0):  # a text of no token of its own has no bytes to share out
+            assert each.spans[:, 0].sum() == len(each.text.encode())
+            assert each.spans[:, 1].sum() == len(each.text.split())
+            assert each.spans[-1].tolist() == [0, 0, 0]  # the end-of-text token
+            if special_tokens and name == "wordpiece":
+                assert each.spans[[0, -2]].tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "no offsets"])
+def test_each_byte_and_word_belongs_where_the_definition_says(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    for each, wanted in zip(tokens_of(TEXTS, tokenizer), reference.tokenized(TEXTS, tokenizer), strict=True):
+        assert each.spans is not None
+        assert each.ids.tolist() == [token.id for token in wanted]
+        assert each.spans[:, :2].tolist() == [[token.bytes, token.words] for token in wanted]
+        goes_on = [
+            before.pretoken is not None and before.pretoken == token.pretoken
+            for before, token in zip([reference.Token(0, 0), *wanted], wanted, strict=False)
+        ]
+        assert each.spans[:, 2].tolist() == goes_on
+
+
+def test_spans_by_hand() -> None:
+    """A dropped space goes to the token behind it, a split character to the first of its tokens."""
+    text = "ab  é👍 \n"
+    offsets = [(0, 2), (4, 5), (5, 6), (5, 6), (5, 6)]
+    whole = spans(text, offsets, [0, 1, 2, 2, 2], 5, whole=True)
+    assert whole.tolist() == [[2, 1, 0], [4, 1, 0], [4, 0, 0], [0, 0, 1], [2, 0, 1]]
+    cut = spans(text, offsets, [0, 1, 2, 2, 2], 5, whole=False)
+    assert cut[:, 0].tolist() == [2, 4, 4, 0, 0]
+    assert spans("", None, None, 0, whole=True).shape == (0, 3)
+    # Special tokens around a text have none of it, and the last token before them has the rest.
+    framed = spans("a b ", [(0, 0), (0, 1), (2, 3), (0, 0)], [None, 0, 1, None], 4, whole=True)
+    assert framed.tolist() == [[0, 0, 0], [1, 1, 0], [3, 1, 0], [0, 0, 0]]
+
+
+def test_offsets_that_go_back() -> None:
+    """A normalizer may put marks in another order; no byte is lost or counted twice for it."""
+    found = spans("abcd", [(0, 1), (2, 3), (1, 2), (3, 4)], [0, 0, 0, 0], 4, whole=True)
+    assert found[:, 0].tolist() == [1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["bpe", "char", "trimmed"])
+@pytest.mark.parametrize("end_of_text", [False, True])
+def test_a_text_that_was_cut_counts_up_to_the_cut(name: str, end_of_text: bool) -> None:
+    tokenizer = TOKENIZERS[name]()
+    text = "The cat sat on 👍🏽 the mat  and more words after it"
+    every = tokens_of([text], tokenizer, end_of_text=False)[0]
+    tokenizer.model_max_length = 9
+    cut = tokens_of([text, "The cat"], tokenizer, truncation=True, end_of_text=end_of_text)
+    assert cut[0].lost == len(every.ids) - 9
+    assert cut[0].spans is not None
+    assert every.spans is not None
+    np.testing.assert_array_equal(cut[0].spans[:9], every.spans[:9])
+    assert 0 < cut[0].spans[:, 0].sum() < len(text.encode()) / 2
+    # One that fits counts in full.
+    assert cut[1].spans is not None
+    assert cut[1].spans[:, 0].sum() == len("The cat")
+
+
+def test_a_text_cut_on_the_left_counts_from_the_cut_on() -> None:
+    """`truncation_side` is the tokenizer's to say; what it cuts off is no token's, on either side."""
+    tokenizer = char(LEARNED)
+    tokenizer.truncation_side, tokenizer.model_max_length = "left", 4
+    cut = tokens_of(["The cat sat on the mat"], tokenizer, truncation=True)[0]
+    assert tokenizer.decode(cut.ids[:-1]) == " mat"
+    assert cut.spans is not None
+    assert cut.spans[:, 0].tolist() == [1, 1, 1, 1, 0]
+    assert cut.spans[:, 1].sum() == 1
+
+
+def test_a_cut_text_of_a_tokenizer_without_offsets() -> None:
+    """Even shares of the text go to all its tokens, those that were cut off among them."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.model_max_length = 10
+    cut = tokens_of(["a" * 100], tokenizer, truncation=True, end_of_text=False)[0]
+    assert (len(cut.ids), cut.lost) == (10, 90)
+    assert cut.spans is not None
+    assert cut.spans[:, 0].sum() == 10
+
+
+def test_a_tokenizer_without_offsets() -> None:
+    """All tokens get even shares of the characters, in order, and none is lost."""
+    found = spans("añb 👍 x", None, None, 3, whole=True)
+    assert found.tolist() == [[3, 1, 0], [2, 0, 0], [6, 2, 0]]
+    assert spans("ab", None, None, 5, whole=True)[:, 0].sum() == 2
+    assert spans("abcdef", None, None, 3, whole=True)[:, 0].tolist() == [2, 2, 2]
+
+
+def test_names_come_from_texts_alone(tmp_path: Path) -> None:
+    """Equal texts have names of their own, in order; the tokenizer and the place of a text do not matter."""
+    texts = ["same", "other", "same", "", "same", ""]
+    found = {}
+    for name in ("bpe", "char", "wordpiece", "bare"):
+        place = tmp_path / name
+        place.mkdir()
+        found[name] = documents_of(texts, name, place)
+    ids = found["bpe"].ids
+    assert len(set(ids)) == len(texts)
+    assert len({name.split("-")[0] for name in ids}) == 3
+    assert [ids[0], f"{ids[0]}-2", f"{ids[0]}-3"] == [ids[0], ids[2], ids[4]]
+    assert all(each.ids == ids for each in found.values())
+    assert len({each.hash for each in found.values()}) == 1
+    # A text keeps its name among others, and the hash is that of all in their order.
+    turned = documents_of(["new", "", "other", "same"], "char", tmp_path / "char")
+    assert turned.ids[1:] == [ids[3], ids[1], ids[0]]
+    assert turned.hash != found["char"].hash
+    assert documents_of(["ab", "c"], "char", tmp_path / "char").hash != (
+        documents_of(["a", "bc"], "char", tmp_path / "char").hash
+    )
+
+
+def test_beginnings_are_one_short_line(tmp_path: Path) -> None:
+    texts = ["  two\n\twords ", "👍" * 500, "x\u2028y", "", "long " * 1000]
+    documents = documents_of(texts, "bpe", tmp_path)
+    assert documents.starts == ["two words", "👍" * START, "x y", "", ("long " * START)[:START]]
+    assert len(documents) == len(texts)
+
+
+def test_edges_and_lengths(tmp_path: Path) -> None:
+    """Documents are found where they were put, the empty ones between them too."""
+    documents = documents_of(HARD, "bpe", tmp_path)
+    wanted = reference.tokenized(HARD, tokenizer_named("bpe"))
+    assert documents.lengths.tolist() == [len(tokens) for tokens in wanted]
+    for first, last, tokens in zip(documents.edges, documents.edges[1:], wanted, strict=False):
+        assert documents.tokens[first:last].tolist() == [token.id for token in tokens]
+        assert documents.spans[first:last, 0].tolist() == [token.bytes for token in tokens]
+
+
+def test_surrogates_do_no_harm(tmp_path: Path) -> None:
+    """JSON may spell half a character; it has a name, a beginning, and a size."""
+    half = "\ud83d and"
+    found = spans(half, [(0, 1), (1, 5)], [0, 1], 2, whole=True)
+    assert found[:, 0].tolist() == [3, 4]
+    write_split(tmp_path, "validation", [["a"]], char(["a"]), Preprocessing())
+    assert read_lengths(tmp_path, "validation").tolist() == [2]
+
+
+FACTS = {"figure": "perplexity", "policy": {"pseudo": None}, "precision": "32-true"}
+
+
+def documents_for(nll: np.ndarray) -> Documents:
+    names = [f"{i:016x}" for i in range(len(nll))]
+    none = np.zeros(0, np.int32)
+    return Documents(none, none.reshape(0, 3), np.zeros(len(nll) + 1, np.int64), names, names, "")
+
+
+def some_sums(count: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    """Of very different sizes, so that the order of adding would show in the last bits."""
+    draw = np.random.default_rng(0)
+    nll = draw.gamma(0.3, 10.0 ** draw.uniform(-8, 8, (count, 1)), (count, 2))
+    units = draw.integers(0, 10**6, (count, 3))
+    nll[::7], units[::7] = 0, 0
+    return nll, units
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A directory with an evaluation in it."""
+    nll, units = some_sums()
+    records.write(tmp_path, documents_for(nll), nll, units, FACTS)
+    return tmp_path
+
+
+def test_records_come_back_bit_by_bit(tmp_path: Path) -> None:
+    nll, units = some_sums()
+    certificate = records.write(tmp_path, documents_for(nll), nll, units, FACTS)
+    found = records.read(tmp_path)
+    assert found.certificate == json.loads(json.dumps(certificate))
+    assert found.certificate["totals"] == records.totals_of(nll, units)
+    assert found.certificate["totals"]["nll"] == math.fsum(nll[:, 0])
+    assert found.certificate["totals"]["documents_scored"] == (units[:, 0] > 0).sum()
+    np.testing.assert_array_equal(found.sums[0], nll)
+    np.testing.assert_array_equal(found.sums[1], units)
+    assert found.table["document"].to_pylist() == documents_for(nll).ids
+    # Totals do not hang on the order of the documents; a plain sum of these would.
+    turned = np.random.default_rng(1).permutation(len(nll))
+    assert records.totals_of(nll[turned], units[turned]) == certificate["totals"]
+    assert sum(nll[turned, 0]) != sum(nll[:, 0])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["certificate.json", "records.parquet"]
+
+
+def refused(place: Path) -> str:
+    """The message of a refusal: short, and it says what to do."""
+    with pytest.raises(UserError) as caught:
+        records.read(place)
+    lines = str(caught.value).splitlines()
+    assert 1 <= len(lines) <= 3
+    assert all(lines)
+    assert "valuate again" in lines[-1]
+    assert str(place) in lines[0]
+    return str(caught.value)
+
+
+def test_an_evaluation_that_is_not_there(written: Path, tmp_path: Path) -> None:
+    assert "certificate.json" in refused(tmp_path / "nowhere")
+    (written / "records.parquet").unlink()
+    assert "records.parquet" in refused(written)
+
+
+@pytest.mark.parametrize("column", ["nll", "nll_squared", "tokens", "bytes", "words"])
+def test_a_changed_value(written: Path, column: str) -> None:
+    """The least there is: one unit, or the last bits of one document."""
+    table = pq.read_table(written / "records.parquet")
+    values = table[column].to_pylist()
+    place = max(range(len(values)), key=values.__getitem__)
+    values[place] += 1 if isinstance(values[place], int) else 1e-12 * values[place]
+    number = table.schema.get_field_index(column)
+    table = table.set_column(number, table.schema.field(number), pa.array(values, table.schema.field(number).type))
+    pq.write_table(table, written / "records.parquet")
+    assert f"{column}=" in refused(written)
+
+
+def test_a_document_that_was_taken_out(written: Path) -> None:
+    table = pq.read_table(written / "records.parquet")
+    pq.write_table(table.slice(1), written / "records.parquet")  # the first has nothing to score
+    assert "documents=499" in refused(written)
+
+
+def test_a_changed_total(written: Path) -> None:
+    certificate = json.loads((written / "certificate.json").read_text())
+    certificate["totals"]["nll"] = math.nextafter(certificate["totals"]["nll"], 0)
+    (written / "certificate.json").write_text(json.dumps(certificate))
+    assert "the certificate says" in refused(written)
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, -1, -9])
+def test_records_cut_short(written: Path, length: int) -> None:
+    whole = (written / "records.parquet").read_bytes()
+    (written / "records.parquet").write_bytes(whole[:length])
+    assert "damaged or cut short" in refused(written)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'"a"', b"3", b"\xff\xfe\x00{"])
+def test_a_certificate_that_is_none(written: Path, content: bytes) -> None:
+    (written / "certificate.json").write_bytes(content)
+    refused(written)
+
+
+@pytest.mark.parametrize("totals", [{}, {"totals": None}, {"totals": 3}, {"totals": {}}])
+def test_a_certificate_without_totals(written: Path, totals: dict[str, Any]) -> None:
+    (written / "certificate.json").write_text(json.dumps({"format": records.FORMAT, **FACTS, **totals}))
+    refused(written)
+
+
+@pytest.mark.parametrize("version", [records.FORMAT + 1, 0, str(records.FORMAT), None])
+def test_another_version(written: Path, version: Any) -> None:
+    certificate = json.loads((written / "certificate.json").read_text())
+    (written / "certificate.json").write_text(json.dumps(certificate | {"format": version}))
+    message = f"records of version {version}, and this lmlab reads version {records.FORMAT}"
+    with pytest.raises(UserError, match=message) as caught:
+        records.read(written)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("change", ["missing", "more", "order", "type", "metadata"])
+def test_other_columns(written: Path, change: str) -> None:
+    table = pq.read_table(written / "records.parquet")
+    words = table.schema.get_field_index("words")
+    other = {
+        "missing": lambda: table.drop_columns(["words"]),
+        "more": lambda: table.append_column("letters", table["bytes"]),
+        "order": lambda: table.select(table.column_names[::-1]),
+        "type": lambda: table.set_column(words, "words", table["words"].cast(pa.float64())),
+        "metadata": lambda: table.replace_schema_metadata({"lmlab_records": "0"}),
+    }[change]()
+    pq.write_table(other, written / "records.parquet")
+    assert "other columns" in refused(written)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_gives_no_number(tmp_path: Path, value: float) -> None:
+    """A diverged model's figures are no numbers, but nobody changed its records."""
+    nll, units = some_sums()
+    nll[1] = value
+    records.write(tmp_path, documents_for(nll), nll, units, FACTS)
+    message = ""
+    try:
+        records.read(tmp_path)
+    except UserError as error:
+        message = str(error)
+    assert "changed" not in message
+
+
+def test_a_mean_that_is_no_number_has_no_perplexity() -> None:
+    """Not an infinite one either: that would be a claim."""
+    totals = {"nll": math.nan, "nll_squared": math.nan, "tokens": 2, "bytes": 2, "words": 1}
+    found = records.figures_of(totals)
+    assert found["perplexity"] is None or math.isnan(found["perplexity"])
+
+
+def twice(tmp_path: Path, precision: str = "32-true") -> tuple[records.Records, records.Records]:
+    """Two evaluations that came to the same."""
+    nll, units = some_sums()
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        records.write(tmp_path / name, documents_for(nll), nll, units, {**FACTS, "precision": precision})
+    return records.read(tmp_path / "one"), records.read(tmp_path / "other")
+
+
+def changed(found: records.Records, name: str, values: np.ndarray) -> records.Records:
+    """With another column."""
+    number = found.table.schema.get_field_index(name)
+    table = found.table.set_column(number, found.table.schema.field(number), pa.array(values))
+    return records.Records(found.place, found.certificate, table)
+
+
+@pytest.mark.parametrize(
+    ("precision", "factor"), [("32-true", 1 + 5e-7), ("bf16-mixed", 1 + 5e-4), ("bf16-true", 1 - 5e-4)]
+)
+def test_the_check_allows_for_rounding(tmp_path: Path, precision: str, factor: float) -> None:
+    one, other = twice(tmp_path, precision)
+    other = changed(other, "nll", one.sums[0][:, 0] * factor)
+    assert records.difference(one, other)["total_moved_by"] == pytest.approx(abs(factor - 1), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "factor"), [("32-true", 1 + 2e-6), ("bf16-mixed", 1 - 2e-3), ("32-true", math.nan)]
+)
+def test_the_check_allows_no_more(tmp_path: Path, precision: str, factor: float) -> None:
+    one, other = twice(tmp_path, precision)
+    with pytest.raises(UserError, match="the check failed: at another batch size"):
+        records.difference(one, changed(other, "nll", one.sums[0][:, 0] * factor))
+
+
+def test_the_check_sees_one_document(tmp_path: Path) -> None:
+    """A small one that moved, though the total did not."""
+    one, other = twice(tmp_path)
+    nll = one.sums[0][:, 0].copy()
+    place = int(np.argmin(np.where(nll > 1, nll, np.inf)))
+    nll[place] *= 1 + 5e-5
+    assert nll.sum() == pytest.approx(one.certificate["totals"]["nll"], rel=1e-9)
+    with pytest.raises(UserError, match="one document's by 5"):
+        records.difference(one, changed(other, "nll", nll))
+
+
+def test_the_check_counts_what_was_scored(tmp_path: Path) -> None:
+    one, other = twice(tmp_path)
+    sizes = one.sums[1][:, 1].copy()
+    sizes[1] += 1
+    with pytest.raises(UserError, match="scored other tokens"):
+        records.difference(one, changed(other, "bytes", sizes))
+
+
+def test_the_check_of_a_model_that_is_certain(tmp_path: Path) -> None:
+    """A total of nothing moved by nothing."""
+    one, other = (changed(each, "nll", np.zeros(len(each.table))) for each in twice(tmp_path))
+    assert records.difference(one, other)["total_moved_by"] == 0
