@@ -21,9 +21,7 @@ REQUIRED = {
     "model=scratch": ["model.architecture=gpt2"],
     "tokenizer=pretrained": ["tokenizer.name=me/tokenizer"],
 }
-OPTIONS = sorted(
-    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra"
-)
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
 # A trained model comes with its weights and its tokenizer, and nothing is trained or logged.
 OF_EVALUATION = [
     option for option in OPTIONS if option.split("=")[0] in ("data", "objective", "preprocess", "trainer")

@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from lmlab import predict
-from lmlab.config import CONF, prepare_data
+from lmlab.config.build import prepare_data
+from lmlab.config.compose import CONF
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError, from_hub, plainly, shown_plainly
 
@@ -100,13 +101,14 @@ def files() -> DictConfig:
 def unread(files: DictConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Prepare data that can't be, from `data.train=VALUE` and more overrides; returns what is said."""
 
-    def run(*overrides: str) -> str:
+    def run(*overrides: str, kept: int = 0) -> str:
+        """`kept`: splits whose tokens are kept, since the fault is in what comes after."""
         capsys.readouterr()
         cfg = OmegaConf.merge(files, OmegaConf.from_dotlist([*overrides, f"cache_dir={tmp_path}/cache"]))
         with pytest.raises(SystemExit), shown_plainly():
             prepare_data(cfg)
         assert not unfinished(tmp_path, Path(HOME))
-        assert not list(tmp_path.glob("cache/blocks-*[!k]"))  # only the lock
+        assert len(list(tmp_path.glob("cache/tokens-*[!k]"))) == kept  # beside the lock
         return message(capsys.readouterr().err)
 
     return run
@@ -130,6 +132,32 @@ def mute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
+@pytest.fixture
+def unmeasured(
+    evaluate: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Refused:
+    """Run `lmlab.evaluate` with arguments it has to refuse; returns what it says."""
+    monkeypatch.setattr(Hydra, "get_mode", lambda *args, **kwargs: RunMode.RUN)  # as in `refused`
+
+    def run(*arguments: object, run_dir: Path = tmp_path / "evaluation", taken: bool = False) -> str:
+        """`taken`: the directory holds something that is no business of this evaluation."""
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            evaluate(*arguments, run_dir=run_dir)
+        assert stopped.value.code == 1
+        assert not unfinished(tmp_path, Path(HOME))
+        # The directory is given back.
+        assert taken or not [path for path in run_dir.glob("*") if path.suffix != ".log"]
+        shown = capsys.readouterr()
+        assert "Result" not in shown.out
+        return message(shown.err)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny exported models, each in a folder of its own."""
@@ -145,15 +173,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made: dict[str, PreTrainedModel] = {
         "causal": gpt2(size),
         "few_rows": gpt2(size - 5),
+        "many_rows": gpt2(size + 600),
         "masked": RobertaForMaskedLM(RobertaConfig(vocab_size=size, max_position_embeddings=34, **small)),
         "encoder": BertModel(BertConfig(vocab_size=size, **small)),
     }
     for name, model in made.items():
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
+    tokenizer.eos_token = "!"
+    tokenizer.save_pretrained(place / "other_end")
     tokenizer.mask_token = None
     tokenizer.save_pretrained(place / "no_mask")
+    bpe(["a few other words to learn, and more of them"] * 9, 320).save_pretrained(place / "larger")
     (place / "empty").mkdir()
+    (place / "unfinished").mkdir()
+    for name in ("manifest.json", "config.yaml"):
+        (place / "unfinished" / name).write_text("{}")
     return place
 
 
@@ -245,13 +280,6 @@ WHERE_TEXTS_ARE = ['Did you mean "answers.text"?', "answers.text, title"]
             "a.jsonl", RECORDS, ["preprocess.max_records=1"], ["validation split is empty"], id="one record is left"
         ),
         pytest.param("a.txt", "x", ["data.document=lines"], ['Did you mean "line"?'], id="unknown document"),
-        pytest.param(
-            "a.jsonl",
-            RECORDS,
-            ["preprocess.drop_remainder_every=1"],
-            ["gives no block", "Lower the block size"],
-            id="no block is full",
-        ),
     ],
 )
 def test_data_file(
@@ -264,6 +292,18 @@ def test_data_file(
         assert words in shown
 
 
+def test_no_block_is_full(unread: Refused, files: DictConfig, tmp_path: Path) -> None:
+    """The tokens are whole, and another cut of them is not refused."""
+    (tmp_path / "a.jsonl").write_text(RECORDS)
+    cut = [f"data.train={tmp_path}/a.jsonl", "preprocess.drop_remainder_every=1"]
+    shown = unread(*cut, kept=1)
+    assert "gives no block" in shown
+    assert "Lower the block size" in shown
+    cut += [f"cache_dir={tmp_path}/cache", "preprocess.block_size=4"]
+    ledger = prepare_data(OmegaConf.merge(files, OmegaConf.from_dotlist(cut))).ledger["train"]
+    assert ledger.tokens == 4 * ledger.blocks + ledger.tokens_dropped
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -271,7 +311,7 @@ def test_data_file(
         ("{}/*.zzz", ["*.zzz: no such file, and no file matches it"]),
         ("[{0}/a.txt,{0}/a.jsonl]", ["end in .jsonl, .txt", "all be of one kind"]),
         ("{}", [": a directory", "/*.txt"]),
-        ("null", ["data.train is a path, a glob, or a list"]),
+        ("null", ["no file is named", "add data.train="]),
         ("[]", ["data.train is a path, a glob, or a list"]),
         ("3", ["data.train is a path, a glob, or a list"]),
     ],
@@ -293,6 +333,12 @@ def test_validation_file(unread: Refused, tmp_path: Path, content: str | None, s
     if content is not None:
         (tmp_path / "other.jsonl").write_text(content)
     assert said in unread(f"data.train={tmp_path}/train.jsonl", f"data.validation={tmp_path}/other.jsonl")
+
+
+def test_nothing_but_a_validation_file(unread: Refused, tmp_path: Path) -> None:
+    """Enough for an evaluation, not for a run."""
+    (tmp_path / "a.jsonl").write_text(RECORDS)
+    assert "data.train has to be given" in unread("data.train=null", f"data.validation={tmp_path}/a.jsonl")
 
 
 def test_data_file_of_a_run(refused: Refused, tmp_path: Path) -> None:
@@ -557,7 +603,180 @@ def test_full_disk_under_the_cache(refused: Refused, full_disk: Path) -> None:
     shown = refused(*TINY, f"cache_dir={full_disk}")
     assert "cannot write: " in shown
     assert "cache_dir=" in shown
-    assert not list(full_disk.glob("blocks-*[!k]"))  # only the lock
+    assert not list(full_disk.glob("tokens-*[!k]"))  # only the lock
+
+
+# --- evaluate ---
+
+
+EVALUATIONS = {
+    # What is measured, and on what.
+    "": ["model has to be given", "add model=RUN_DIRECTORY"],
+    "data=sample": ["model has to be given"],
+    "model=": ["model has to be given"],
+    "model=causal": ["data has to be given", "data=files data.validation=FILE"],
+    "model=causal data=files": ["no file is named", "data.validation="],
+    "model=causal data=files data.validation=nowhere.txt": ["nowhere.txt: no such file"],
+    "model=causal data=hub data.path=nobody/nothing": ["nobody/nothing", "HF_HUB_OFFLINE", "data.path"],
+    "model=causal data=flies": ['Did you mean "files"?'],
+    "model=empty data=sample": ["empty", "Give another as model.name"],
+    "model=encoder data=sample": ["BertModel", "no causal or masked language model"],
+    "model=outputs/2000/run data=sample": ["outputs/2000/run", "no such directory"],
+    "model=my/model data=sample": ["my/model", "local directory", "HF_HUB_OFFLINE"],
+    "model=unfinished": ["holds no model", "did not come to its end"],
+    # Misspelt.
+    "modle=causal": ['no key "modle"', 'Did you mean "model"?'],
+    "model=causal data=sample contxt=document": ['Did you mean "context"?'],
+    "model=causal data=sample context=documents": ["context is one of blocks, document, sliding", '"document"?'],
+    "model=causal data=sample score=psuedo": ["score is one of labels, pseudo", 'Did you mean "pseudo"?'],
+    "model=causal data=sample block_size=32": ['Did you mean "preprocess.block_size"?'],
+    "model=causal data=sample optim.lr=1": ['no key "optim.lr"'],
+    "model=causal data=sample model.config.n_heads=1": ['Did you mean "n_head"?'],
+    "model=causal data=sample objective.mask_probability=0.5": ["objective.mask_probability"],
+    "model=causal,masked data=sample": ["causal,", "for each value add -m"],
+    "--model=causal": ["--model=causal"],
+    # Values that are none.
+    "model=causal data=sample batch_size=0": ["batch_size is a whole number", "not 0"],
+    "model=causal data=sample seed=-1": ["seed is a whole number", "not -1"],
+    "model=causal data=sample check=3": ["check is true or false, not 3"],
+    "model=causal data=sample preprocess.block_size=1": ["preprocess.block_size must be at least 2"],
+    "model=causal data=sample preprocess.block_size=x": ["preprocess.block_size"],
+    "model=causal data=sample preprocess.block_size=65": ["64 positions", "preprocess.block_size=64 or less"],
+    "model=masked data=sample preprocess.block_size=33": ["32 positions", "preprocess.block_size=32 or less"],
+    "model=causal data=sample stride=4": ["stride is for context=sliding and context=document"],
+    "model=causal data=sample context=sliding preprocess.block_size=16 stride=17": ["stride=17", "from 1 to", "16"],
+    # The model has 64 positions, which only it can say.
+    "model=causal data=sample context=sliding stride=65": ["stride=65", "from 1 to", "64"],
+    "model=causal data=sample context=sliding stride=0": ["stride is a number of tokens", "not 0"],
+    "model=causal data=sample context=document stride=x": ["stride is a number of tokens", "not x"],
+    "model=masked data=sample context=sliding": ["context=sliding is for causal models", "context=document or blocks"],
+    "model=masked data=sample context=document stride=4": ["stride is for causal models", "Leave it out"],
+    "model=masked data=sample context=document preprocess.block_size=2": ["no room", "Use more than 2"],
+    "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "for masked models", "leave it out"],
+    "model=masked data=sample score=pseudo sample=2": ["sample is a share", "not 2"],
+    "model=masked data=sample score=pseudo sample=0.0": ["sample is a share", "not 0.0"],
+    "model=masked data=sample score=pseudo within_word=3": ["within_word is true or false, not 3"],
+    "model=masked data=sample within_word=true": ["within_word and sample are for score=pseudo"],
+    "model=masked data=sample sample=0.5": ["within_word and sample are for score=pseudo"],
+    "model=causal data=sample objective=mlm": ["gpt2", "objective=clm"],
+    "model=masked data=sample objective=clm": ["sees the tokens it should predict", "objective=mlm"],
+    "model=causal data=sample trainer=gpu": ["this machine has 0", "trainer=cpu"],
+    "model=causal data=sample trainer.precision=16-mixed": ["needs a GPU", "bf16-mixed"],
+    "model=causal data=sample trainer.devices=0": ["trainer.devices is a number of devices"],
+    # Another tokenizer.
+    "model=few_rows data=sample": ["tokens and the model's embedding only"],
+    "model=causal tokenizer.name=larger data=sample": [
+        "tokens and the model's embedding only",
+        "no other tokenizer.name",
+    ],
+    "model=many_rows data=sample": ["don't belong together"],
+    "model=causal tokenizer.name=other_end data=sample": ["eos token", "don't belong together", "leave tokenizer.name"],
+    "model=masked tokenizer.name=no_mask data=sample": ["needs a tokenizer with a mask token"],
+    "model=causal tokenizer=bpe data=sample": ["leave tokenizer=… out", "tokenizer.name="],
+    "model=causal tokenizer=char data=sample": ["leave tokenizer=… out", "tokenizer.name="],
+    "model=causal tokenizer.name=nowhere/at/all data=sample": ["nowhere/at/all", "no such directory"],
+}
+"""A command, models and tokenizers by the folders of `models`, and what the error says."""
+
+
+@pytest.mark.parametrize(("command", "said"), EVALUATIONS.items(), ids=EVALUATIONS)
+def test_evaluate(unmeasured: Refused, models: Path, command: str, said: list[str]) -> None:
+    words = [
+        f"{key}={','.join(str(models / name) if (models / name).is_dir() else name for name in value.split(','))}"
+        if key in ("model", "tokenizer.name") and value
+        else word
+        for word in command.split()
+        for key, _, value in [word.partition("=")]
+    ]
+    shown = unmeasured(*words)
+    for said_so in said:
+        assert said_so in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "said"),
+    [
+        ([""], [], ["gives no token", "data.text"]),
+        (["", ""], ["data.text=nowhere"], ["data.text=nowhere: no text there"]),
+        # One token has no other to be predicted from.
+        (["a"], ["preprocess.end_of_text=false"], ["nothing to score"]),
+        (["some words"], ["preprocess.drop_remainder_every=1"], ["gives no block", "Lower the block size"]),
+    ],
+    ids=["empty", "no text", "one token", "no block"],
+)
+def test_evaluate_text(
+    unmeasured: Refused, models: Path, tmp_path: Path, content: list[str], overrides: list[str], said: list[str]
+) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in content))
+    shown = unmeasured(f"model={models / 'causal'}", "data=files", f"data.validation={file}", *overrides)
+    for words in said:
+        assert words in shown
+
+
+def test_evaluate_nothing_that_is_masked(unmeasured: Refused, models: Path, tmp_path: Path) -> None:
+    """Masks and samples may miss all of a short text."""
+    (tmp_path / "text.txt").write_text("a")
+    command = [f"model={models / 'masked'}", "data=files", f"data.validation={tmp_path}/text.txt"]
+    mlm = ["objective=mlm", "objective.mask_probability=0.001"]
+    for more in (mlm, ["score=pseudo", "sample=0.001"], [*mlm, "context=document"]):
+        assert "nothing to score" in unmeasured(*command, *more)
+
+
+def test_evaluate_a_run_prepared_in_another_way(
+    train: Callable[..., Path], evaluate: Callable[..., Path], unmeasured: Refused, tmp_path: Path
+) -> None:
+    """A run's own text is prepared as it was, by whatever way something else is asked for; blocks may differ."""
+    run = train(*TINY, "trainer.max_steps=1", run_dir=tmp_path / "trained")
+    for words in ("preprocess.join=x", "preprocess.end_of_text=false", "preprocess=guide", "++preprocess.test_size=.5"):
+        shown = unmeasured(f"model={run}", words)
+        assert f"{words} is for text that is named by data=" in shown
+    evaluate(f"model={run}", "preprocess.block_size=16")
+    assert "256 positions" in unmeasured(f"model={run}", "preprocess.block_size=257")
+    # Without data, the text's own keys are nobody's.
+    assert "data" in unmeasured(f"model={run}", "data.validation=test")
+
+
+def test_an_evaluation_is_not_written_over(
+    evaluate: Callable[..., Path], unmeasured: Refused, models: Path, tmp_path: Path
+) -> None:
+    command = [f"model={models / 'causal'}", "data=sample"]
+    taken = evaluate(*command)
+    before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file() and path.suffix != ".log"}
+    assert len(before) == 5
+    shown = unmeasured(*command, "seed=1", run_dir=taken, taken=True)
+    assert f"{taken} holds a run already" in shown
+    assert "hydra.run.dir=" in shown
+    assert before == {path: path.read_bytes() for path in taken.rglob("*") if path.is_file() and path.suffix != ".log"}
+    # Nor is it a model.
+    assert "no model" in unmeasured(f"model={taken}", "data=sample")
+
+
+def test_the_same_evaluation_works_once_it_is_right(
+    evaluate: Callable[..., Path], unmeasured: Refused, models: Path, tmp_path: Path
+) -> None:
+    file, place = tmp_path / "text.txt", tmp_path / "evaluation"
+    command = [f"model={models / 'causal'}", "data=files", f"data.validation={file}"]
+    unmeasured(*command, run_dir=place)
+    file.write_text("some words to measure")
+    assert (evaluate(*command, run_dir=place) / "certificate.json").is_file()
+
+
+def test_weights_that_are_no_numbers(unmeasured: Refused, models: Path, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(models / "causal")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    shown = unmeasured(f"model={tmp_path}/broken", f"tokenizer.name={models / 'causal'}", "data=sample")
+    assert "diverged" in shown
+
+
+@pytest.mark.parametrize("pages", [0, 1, 4])
+def test_full_disk_under_an_evaluation(unmeasured: Refused, models: Path, full_disk: Path, pages: int) -> None:
+    """Room for nothing, for the manifest, for what says what was asked: the directory is given back all the same."""
+    (full_disk / "taken").write_bytes(bytes(200 * 1024 - pages * 4096))
+    shown = unmeasured(f"model={models / 'causal'}", "data=sample", run_dir=full_disk / "run")
+    assert "cannot write: " in shown
 
 
 # --- predict ---

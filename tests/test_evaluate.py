@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_sliding_by_one_against_transformers(causal: Path, evaluate: Verb, text:
     nll, units = records.read(place).sums
     edges = np.cumsum([0, *map(len, documents)])
     assert units[:, 0].tolist() == [len(document) for document in documents]
-    sums = [math.fsum(wanted[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+    sums = [math.fsum(wanted[start:end]) for start, end in pairwise(edges)]
     np.testing.assert_allclose(nll[:, 0], sums, rtol=1e-5)
 
 
@@ -343,6 +344,9 @@ def test_an_exported_directory(
         assert ours[key] == theirs[key], key
     # No block size is named: as many positions as the model has.
     assert certificate(evaluate(f"model={exported}", *files(text)))["policy"]["block_size"] == 256
+    if kind == "causal":
+        sliding = certificate(evaluate(f"model={exported}", *files(text), "context=sliding", "stride=1"))
+        assert (sliding["policy"]["block_size"], sliding["policy"]["stride"]) == (256, 1)
 
 
 def test_a_relative_path_and_the_folder_of_the_model(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from lmlab import compare as compare_verb
 from lmlab import evaluate, predict, train
 from lmlab.config import check, compose
 
@@ -32,6 +33,8 @@ def one_point(arguments: list[str]) -> list[str]:
 def test_there_are_commands() -> None:
     assert len(verb("train")) >= 12
     assert len(verb("predict")) >= 4
+    assert len(verb("evaluate")) >= 6
+    assert len(verb("compare")) >= 2
 
 
 @pytest.mark.parametrize("arguments", verb("train"), ids=" ".join)
@@ -58,6 +61,11 @@ def test_train_command(
 def test_evaluate_command(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "--help" in arguments:
+        monkeypatch.setattr("sys.argv", ["lmlab.evaluate", *arguments])
+        evaluate.main()
+        assert "score=labels|pseudo" in capsys.readouterr().out
+        return
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lmlab.evaluate", *one_point(arguments), "run_dir=/nowhere", "--cfg", "job"])
     evaluate.main()
@@ -76,12 +84,17 @@ def test_predict_command(arguments: list[str]) -> None:
     predict.options_of(predict.parser().parse_args(words))
 
 
+@pytest.mark.parametrize("arguments", verb("compare"), ids=" ".join)
+def test_compare_command(arguments: list[str]) -> None:
+    compare_verb.parser().parse_args(arguments)
+
+
 def test_every_command_is_known() -> None:
     for words in COMMANDS:
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         elif words[:2] == ["python", "-m"]:
-            assert words[2].removeprefix("lmlab.") in ("train", "evaluate", "predict"), words
+            assert words[2].removeprefix("lmlab.") in ("train", "evaluate", "compare", "predict"), words
         else:
             assert words[0] in ("wandb", "git", "cd"), words
 

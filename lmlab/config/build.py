@@ -74,8 +74,9 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     # Masks do not follow a run's seed: runs of several seeds are scored on the same positions.
     seed = cfg.seed if "score" in cfg else 0
     tokenizer, documents = data.tokenizer, data.validation
-    head, tail = special_frame(tokenizer, objective.causal)
-    shown = windows(context, documents, data.bounds, objective.causal, head, tail)
+    names = ("bos", "eos") if objective.causal else ("cls", "bos", "eos")
+    opening, closing = special_ids(tokenizer, *names), special_ids(tokenizer, "sep", "eos")
+    shown = windows(context, documents, data.bounds, objective.causal, opening, closing)
     pseudo = None
     if cfg.get("score") == "pseudo":
         pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
@@ -105,14 +106,10 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     )
 
 
-def special_frame(tokenizer: Any, causal: bool) -> tuple[int | None, int | None]:
-    """The special tokens that a text begins and ends with, as far as the tokenizer has them."""
-
-    def first(*names: str) -> int | None:
-        ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
-        return next((token for token in ids if token is not None), None)
-
-    return (first("bos", "eos"), None) if causal else (first("cls", "bos", "eos"), first("sep", "eos"))
+def special_ids(tokenizer: Any, *names: str) -> list[int]:
+    """The ids of special tokens, of those that the tokenizer has."""
+    ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
+    return [token for token in ids if token is not None]
 
 
 def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> Any:

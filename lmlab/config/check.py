@@ -133,11 +133,19 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise UserError("within_word and sample are for score=pseudo.")
     if cfg.score == "pseudo" and target(cfg.objective, "objective").causal:  # type: ignore[attr-defined]
         raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
+    if cfg.stride is not None and (type(cfg.stride) is not int or cfg.stride < 1):
+        raise UserError(f"stride is a number of tokens, 1 or more, or null for half a block, not {cfg.stride}.")
+    if "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters:
+        raise UserError(
+            "a trained model has a tokenizer, and this one would have to learn it from text:\n"
+            "leave tokenizer=… out, or name another by tokenizer.name=ID_OR_DIRECTORY."
+        )
     check_devices(cfg.trainer)
 
     from lmlab.evaluation.windows import Context
 
-    Context(cfg.context, cfg.preprocess.block_size or cfg.stride or 2, cfg.stride)
+    # A block size that is left open is for the model to say; any stride may fit it.
+    Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
 
 
 def check_numbers(cfg: DictConfig) -> None:

@@ -94,7 +94,7 @@ def explain(error: Exception, name: str) -> str:
         return f"can't read the override {override}: {first_line(error)}\nFor the shell, put quotes around it."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Ambiguous value"):
-        return f"{lines[0]}.\nTo train a model for each value add -m; a list is KEY=[a,b]."
+        return f"{lines[0]}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
     missing = getattr(error, "missing_cfg_file", None)
     options = getattr(error, "options", None)
     if missing and options:
@@ -152,7 +152,10 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     if trained is not None:
         if not run.model.is_dir():
-            raise UserError(f"{run.path} holds no model: the run did not come to its end.")
+            raise UserError(
+                f"{run.path} holds no model: it is an evaluation, or a run that did not come to its end.\n"
+                "Name a run that did: model=RUN_DIRECTORY"
+            )
         cfg.model.name = str(run.model)
     if "data" not in cfg:
         if trained is None:
@@ -167,7 +170,7 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
     if cfg.preprocess.block_size is None and trained is not None:
         cfg.preprocess.block_size = trained.preprocess.block_size
-    if OmegaConf.is_missing(cfg.data, "train") and cfg.data.get("validation"):
+    if OmegaConf.is_missing(cfg.data, "train"):
         cfg.data.train = None
     if "objective" not in cfg:
         cfg.objective = trained.objective if trained is not None else objective_of(cfg)

@@ -47,7 +47,12 @@ class Documents:
 
 
 def spans(
-    text: str, offsets: Sequence[tuple[int, int]] | None, words: Sequence[int | None] | None, tokens: int, whole: bool
+    text: str,
+    offsets: Sequence[tuple[int, int]] | None,
+    words: Sequence[int | None] | None,
+    tokens: int,
+    lost: int = 0,
+    left: bool = False,
 ) -> np.ndarray:
     """What each token of a text stands for.
 
@@ -59,7 +64,9 @@ def spans(
         offsets: of each token its first character and the one past its last. None for a
             tokenizer that does not say; all tokens then get even shares of the text.
         words: of each token the number of its pre-token; None for special tokens.
-        whole: False where the text was cut, so that what follows the last token is no token's.
+        tokens: how many there are.
+        lost: tokens that truncation took; their part of the text is no token's.
+        left: whether it took them from the text's beginning.
 
     Returns:
         [tokens, 3] int32: UTF-8 bytes, words (between white space) that begin in it, and
@@ -72,19 +79,24 @@ def spans(
     size = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
     space = np.isin(points, SPACE)
     begins = ~space & np.concatenate([[True], space[:-1]])[: len(points)]
-    if offsets is None:
-        ends = len(points) * np.arange(1, tokens + 1) // tokens
+    start = 0
+    if offsets is None or words is None:
+        edges = len(points) * np.arange(tokens + lost + 1) // (tokens + lost)
+        kept = edges[lost:] if left else edges[: tokens + 1]
+        start, ends = kept[0], kept[1:]
     else:
-        ends = np.maximum.accumulate(np.array(offsets, np.int64).reshape(tokens, 2)[:, 1])
-        if whole:
-            own = [i for i, word in enumerate(words or []) if word is not None]
-            ends[own[-1] if own else -1 :] = len(points)
-    for column, counts in enumerate((size, begins)):
-        total = np.concatenate([[0], np.cumsum(counts)])
-        found[:, column] = np.diff(total[ends], prepend=0)
-    if words is not None:
+        spanned = np.array(offsets, np.int64).reshape(tokens, 2)
+        own = [i for i, word in enumerate(words) if word is not None] or [tokens - 1]
+        if lost and left:
+            start = spanned[own[0], 0]
+        ends = np.maximum(start, np.maximum.accumulate(spanned[:, 1]))
+        if left or not lost:
+            ends[own[-1] :] = len(points)
         number = np.array([-1 if word is None else word for word in words])
         found[1:, 2] = (number[1:] == number[:-1]) & (number[1:] >= 0)
+    for column, counts in enumerate((size, begins)):
+        total = np.concatenate([[0], np.cumsum(counts)])
+        found[:, column] = np.diff(total[ends], prepend=total[start])
     return found
 
 

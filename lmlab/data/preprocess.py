@@ -244,7 +244,7 @@ def tokenize(
             if held_out:
                 offsets = source["offset_mapping"][place] if located else None
                 words = source.word_ids(place) if located else None
-                found = spans(text, offsets, words, len(ids), whole=not lost)
+                found = spans(text, offsets, words, len(ids), lost, tokenizer.truncation_side == "left")
                 found = np.concatenate([found, np.zeros((len(end) if ids else 0, 3), np.int32)])
             yield Tokens(text, np.array(ids + (end if ids else []), np.int32), found, lost)
 

@@ -149,13 +149,18 @@ def read(place: Path) -> Records:
         raise UserError(f"{place / RECORDS} is damaged or cut short: {first_line(error)}\n{again}") from error
     if not records.table.schema.equals(SCHEMA, check_metadata=True):
         raise UserError(f"{place / RECORDS} has other columns than records of version {FORMAT}.\n{again}")
-    for part, values in added_up(*records.sums, certificate).items():
-        for name, value in values.items():
-            if certificate[part].get(name) != value:
-                raise UserError(
-                    f"{place}: the records add up to {name}={value}, and the certificate says "
-                    f"{certificate[part].get(name)}.\nOne of them was changed. {again}"
-                )
+    try:
+        sums = added_up(*records.sums, certificate)
+        changed = [
+            f"{name}={value}, and the certificate says {certificate[part].get(name)}"
+            for part, values in sums.items()
+            for name, value in values.items()
+            if repr(value) != repr(certificate[part].get(name))  # nan is not equal to itself
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place / CERTIFICATE} lacks a part: {first_line(error)}.\n{again}") from error
+    if changed:
+        raise UserError(f"{place}: the records add up to {changed[0]}.\nOne of them was changed. {again}")
     return records
 
 
@@ -169,7 +174,8 @@ def difference(one: Records, other: Records) -> dict[str, float]:
     if not np.array_equal(units, other_units):
         raise UserError("the check failed: another batch size or number of devices scored other tokens.")
     limit = ROUNDING["32" if one.certificate["precision"].startswith("32") else "16"]
-    total = abs(math.fsum(nll[:, 0]) / math.fsum(other_nll[:, 0]) - 1)
+    totals = math.fsum(nll[:, 0]), math.fsum(other_nll[:, 0])
+    total = abs(totals[0] - totals[1]) / max(totals[0], 1.0)
     scored = units[:, 0] > 0
     document = float(np.max(np.abs(nll[scored, 0] - other_nll[scored, 0]) / np.maximum(nll[scored, 0], 1)))
     if not (total <= limit["total"] and document <= limit["document"]):

@@ -6,6 +6,7 @@ one window at most.
 Shapes: W windows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,21 +79,20 @@ def windows(
     documents: Documents,
     bounds: np.ndarray,
     causal: bool,
-    head: int | None = None,
-    tail: int | None = None,
+    opening: Sequence[int] = (),
+    closing: Sequence[int] = (),
 ) -> Windows:
     """The windows of a policy.
 
     Args:
         bounds: [blocks, 2] the blocks that `group_texts` cuts.
         causal: whether a token is predicted from those before it; else from both sides.
-        head: the special token a text begins with, where the tokenizer has one.
-        tail: the one it ends with; only masked models need it.
+        opening: the special tokens a text may begin with, the one to put there first.
+        closing: those it may end with; only masked models need one.
     """
     if context.name == "blocks":
         starts, ends = bounds[bounds[:, 1] - bounds[:, 0] > causal].T  # a last block may be a single token
         return Windows(starts, ends, starts + causal, np.zeros(len(bounds), bool), [], [])
-    frame = [[] if token is None else [token] for token in (head, tail)]
     if not causal:
         if context.name == "sliding":
             raise UserError("context=sliding is for causal models. For a masked one: context=document or blocks.")
@@ -100,23 +100,20 @@ def windows(
             raise UserError(
                 "stride is for causal models: a masked one is shown pieces that do not overlap. Leave it out."
             )
-        return chunks(context.block_size, documents, *frame)
+        return chunks(context.block_size, documents, opening, closing)
     edges = np.array([0, len(documents.tokens)]) if context.name == "sliding" else documents.edges
-    return causal_windows(context, documents.tokens, edges, frame[0])
+    return causal_windows(context, documents.tokens, edges, opening)
 
 
-def causal_windows(context: Context, tokens: np.ndarray, edges: np.ndarray, head: list[int]) -> Windows:
+def causal_windows(context: Context, tokens: np.ndarray, edges: np.ndarray, opening: Sequence[int]) -> Windows:
     """Windows that overlap, within each text; a text has the tokens edges[i] … edges[i + 1] - 1.
 
     The last token of a window is a target only, so one of block_size + 1 tokens needs
     block_size positions.
     """
     first, last = edges[:-1], edges[1:]
-    # A text that begins with the special token already needs no second one.
-    if head:
-        framed = (last > first) & (tokens[np.minimum(first, len(tokens) - 1)] != head[0])
-    else:
-        framed = np.zeros(len(first), bool)
+    # A text that begins with a special token already needs no second one.
+    framed = (last > first) & ~at(tokens, first, opening) if opening else np.zeros(len(first), bool)
     length = last - first + framed
     beyond = np.maximum(0, length - context.block_size - 1)
     count = np.where(length > 1, 1 + -(-beyond // context.step), 0)
@@ -128,25 +125,29 @@ def causal_windows(context: Context, tokens: np.ndarray, edges: np.ndarray, head
     scored = np.where(number == 0, 1, start - context.step + context.block_size + 1)
     origin = first[text] - framed[text]
     opens = (number == 0) & framed[text]
-    return Windows(origin + start + opens, origin + end, origin + scored, opens, head, [])
+    return Windows(origin + start + opens, origin + end, origin + scored, opens, list(opening[:1]), [])
 
 
-def chunks(block_size: int, documents: Documents, head: list[int], tail: list[int]) -> Windows:
+def chunks(block_size: int, documents: Documents, opening: Sequence[int], closing: Sequence[int]) -> Windows:
     """Documents in pieces that do not overlap, each framed."""
+    head, tail = list(opening[:1]), list(closing[:1])
     room = block_size - len(head) - len(tail)
     if room < 1:
         raise UserError(
             f"preprocess.block_size={block_size} has no room for a token between the special ones. Use more than 2."
         )
-    first, last = documents.edges[:-1].copy(), documents.edges[1:].copy()
-    # Those that a document has already are not put there twice.
-    for token in head:
-        first += (last > first) & (documents.tokens[np.minimum(first, len(documents.tokens) - 1)] == token)
-    for token in tail:
-        last -= (last > first) & (documents.tokens[np.maximum(last, 1) - 1] == token)
+    first, last = documents.edges[:-1], documents.edges[1:]
+    # The frame takes the place of those that a document has already.
+    first = first + ((last > first) & at(documents.tokens, first, opening))
+    last = last - ((last > first) & at(documents.tokens, last - 1, closing))
     count = -(-(last - first) // room)
     text = np.repeat(np.arange(len(count)), count)
     number = np.arange(len(text)) - np.repeat(np.cumsum(count) - count, count)
     starts = first[text] + number * room
     ends = np.minimum(starts + room, last[text])
     return Windows(starts, ends, starts, np.ones(len(starts), bool), head, tail)
+
+
+def at(tokens: np.ndarray, places: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+    """Whether the token at each place is one of those; a place beyond the last token is taken for that."""
+    return np.isin(tokens[np.clip(places, 0, len(tokens) - 1)], wanted)

@@ -60,25 +60,27 @@ class RunDirectory:
             self.manifest.touch(exist_ok=False)
         except FileExistsError:
             raise UserError(f"{self.path} holds a run already.\nChoose another directory: hydra.run.dir=DIR") from None
-        write_json(
-            self.manifest,
-            {
-                "run_id": uuid.uuid4().hex[:8],
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
-                "lmlab": lmlab.__version__,
-                "git": git_state(Path(lmlab.__file__).parent),
-                "seeds": seeds,
-                "packages": {name: metadata.version(name) for name in PACKAGES},
-                "python": platform.python_version(),
-                "machine": {
-                    "host": socket.gethostname(),
-                    "platform": platform.platform(),
-                    "processor": platform.processor() or platform.machine(),
-                    "cpus": os.cpu_count(),
-                },
+        manifest = {
+            "run_id": uuid.uuid4().hex[:8],
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+            "lmlab": lmlab.__version__,
+            "git": git_state(Path(lmlab.__file__).parent),
+            "seeds": seeds,
+            "packages": {name: metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": {
+                "host": socket.gethostname(),
+                "platform": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "cpus": os.cpu_count(),
             },
-        )
+        }
+        try:
+            write_json(self.manifest, manifest)
+        except BaseException:  # a full disk: an empty manifest would hold the directory for ever
+            self.manifest.unlink()
+            raise
 
     def give_up(self) -> None:
         """Free the directory of a run that was refused before it began."""

@@ -1,6 +1,7 @@
 """Masking against its own statistics (as ModernBERT's `test_mlm_masking.py`), and as a pure function of its key."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_masks_do_not_depend_on_the_cut(
         "masked" if word == tokenizer.mask_token_id else "kept" if word == target else "replaced"
         for word, target in zip(inputs[positions], targets, strict=True)
     }
-    pieces = [(first, objective(ids[first:end], key, first)) for first, end in zip(edges, edges[1:], strict=False)]
+    pieces = [(first, objective(ids[first:end], key, first)) for first, end in pairwise(edges)]
     np.testing.assert_array_equal(np.concatenate([piece for _, (piece, _, _) in pieces]), inputs)
     np.testing.assert_array_equal(np.concatenate([first + found for first, (_, found, _) in pieces]), positions)
     np.testing.assert_array_equal(np.concatenate([wanted for _, (_, _, wanted) in pieces]), targets)
