@@ -21,7 +21,10 @@ def main() -> None:
     # To Hydra `model` is a group of conf/, so that its value could only be the name of a file there.
     for place, word in reversed(list(enumerate(sys.argv))):
         if word.startswith("model="):
-            sys.argv[place : place + 1] = ["model=pretrained", f"model.name={word.removeprefix('model=')}"]
+            name = word.removeprefix("model=")
+            if Path(name).exists():  # as typed, whatever signs of Hydra's own are in it
+                name = f'"{name.replace(chr(92), chr(92) * 2).replace(chr(34), chr(92) + chr(34))}"'
+            sys.argv[place : place + 1] = ["model=pretrained", f"model.name={name}"]
     compose.run_verb(start, "evaluate")
 
 

@@ -538,7 +538,7 @@ def test_a_run_is_not_written_over(train: Callable[..., Path], refused: Refused,
     (run / "model").rename(tmp_path / "model")  # `refused` wants to see none
     (run / "checkpoints").rename(tmp_path / "checkpoints")
     shown = refused(*TINY, run_dir=run)
-    assert "holds a run already" in shown
+    assert "holds a run or an evaluation already" in shown
     assert "hydra.run.dir=" in shown
     assert all(path.stat().st_mtime_ns == then for path, then in before.items() if path.exists())
 
@@ -745,7 +745,7 @@ def test_an_evaluation_is_not_written_over(
     before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file() and path.suffix != ".log"}
     assert len(before) == 5
     shown = unmeasured(*command, "seed=1", run_dir=taken, taken=True)
-    assert f"{taken} holds a run already" in shown
+    assert f"{taken} holds a run or an evaluation already" in shown
     assert "hydra.run.dir=" in shown
     assert before == {path: path.read_bytes() for path in taken.rglob("*") if path.is_file() and path.suffix != ".log"}
     # Nor is it a model.

@@ -358,6 +358,15 @@ def test_a_relative_path_and_the_folder_of_the_model(
     same(evaluate("model=./causal/"), causal)
 
 
+@pytest.mark.parametrize("name", ["lr=0.1,seed=2", "a (copy)", 'brav"o[1]', "número"])
+def test_a_place_is_taken_as_typed(name: str, causal: Path, evaluate: Verb, tmp_path: Path) -> None:
+    """A sweep may well have named it; to Hydra's grammar these are signs."""
+    shutil.copytree(causal / "model", tmp_path / name / "model")
+    for file in ("config.yaml", "manifest.json", "certificate.json"):
+        shutil.copy(causal / file, tmp_path / name)
+    same(evaluate(f"model={tmp_path / name}"), causal)
+
+
 def test_text_is_hashed_by_what_it_says(causal: Path, evaluate: Verb, text: Path, tmp_path: Path) -> None:
     """Not by the file it comes in: the same documents are the same data."""
     other = tmp_path / "other.csv"

@@ -308,7 +308,7 @@ def test_code_that_comes_with_a_model_does_not_run(
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     RunDirectory(tmp_path).start({"run": 1})
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run or an evaluation already"):
         RunDirectory(tmp_path).start({"run": 2})
 
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from lmlab.data.preprocess import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, share_of
 
-# An objective: ids [T], key (seed, epoch, sample) and the position of ids[0] in the sample,
-# to (inputs [T], scored positions [n], targets [n]).
-Objective = Callable[[np.ndarray, tuple[int, int, int], int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+# An objective: ids [T] and key (seed, epoch, sample) to (inputs [T], scored positions [n], targets [n]).
+# One that is not causal also takes the position of ids[0] in the sample, for samples that are cut.
+Objective = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class Batch(NamedTuple):
@@ -50,7 +50,7 @@ class Batches(Dataset):
 
 def collate(blocks: Blocks, draws: list[Draw], objective: Objective, seed: int, pad_id: int, number: int = 0) -> Batch:
     """Label the drawn blocks, and only then pad them."""
-    rows = [objective(blocks[draw.block], (seed, draw.epoch, draw.block), 0) for draw in draws]
+    rows = [objective(blocks[draw.block], (seed, draw.epoch, draw.block)) for draw in draws]
     input_ids, attention_mask, positions = padded([(inputs, scored) for inputs, scored, _ in rows], pad_id)
     targets = np.concatenate([wanted for _, _, wanted in rows]).astype(np.int64)
     tokens = sum(len(inputs) for inputs, _, _ in rows)

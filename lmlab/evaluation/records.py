@@ -113,7 +113,10 @@ def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray,
     """
     table = pa.table([documents.ids, documents.starts, *nll.T, *units.T], SCHEMA)
     write_beside(place / RECORDS, lambda beside: pq.write_table(table, beside))
-    write_json(place / CERTIFICATE, {"format": FORMAT, **added_up(nll, units, facts), **facts})
+    write_json(
+        place / CERTIFICATE,
+        {"format": FORMAT, **added_up(nll, units, facts), **facts, "records_hash": rows_hash(table)},
+    )
 
 
 def added_up(nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -159,6 +162,8 @@ def read(place: Path) -> Records:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place / CERTIFICATE} lacks a part: {first_line(error)}.\n{again}") from error
+    if not changed and rows_hash(records.table) != certificate.get("records_hash"):
+        changed = [f"the same totals in other rows, {rows_hash(records.table)}"]
     if changed:
         raise UserError(f"{place}: the records add up to {changed[0]}.\nOne of them was changed. {again}")
     return records
@@ -208,6 +213,14 @@ def described(certificate: Mapping[str, Any]) -> dict[str, str]:
             f"devices {' and '.join(map(str, check['devices']))}; the total moved by {check['total_moved_by']:.1e}"
         )
     return shown
+
+
+def rows_hash(table: pa.Table) -> str:
+    """A hash of all values of the records."""
+    digest = hashlib.sha256()
+    for column in table.columns:
+        digest.update(json.dumps(column.to_pylist()).encode())
+    return digest.hexdigest()[:32]
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

@@ -77,7 +77,7 @@ class Labelled:
         if self.causal:
             ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
             key = (self.seed, EVALUATION, index)
-            inputs, positions, targets = self.objective(ids, key, 0)
+            inputs, positions, targets = self.objective(ids, key)
             tokens = start - len(head) + positions + 1
             kept = tokens >= w.scored[index]
             # Nothing is predicted from the last token.

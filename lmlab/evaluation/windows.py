@@ -92,7 +92,7 @@ def windows(
     """
     if context.name == "blocks":
         starts, ends = bounds[bounds[:, 1] - bounds[:, 0] > causal].T  # a last block may be a single token
-        return Windows(starts, ends, starts + causal, np.zeros(len(bounds), bool), [], [])
+        return Windows(starts, ends, starts + causal, np.zeros(len(starts), bool), [], [])
     if not causal:
         if context.name == "sliding":
             raise UserError("context=sliding is for causal models. For a masked one: context=document or blocks.")

@@ -16,8 +16,6 @@ class CausalLM:
     causal = True
     figure = "perplexity"
 
-    def __call__(
-        self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`ids` [T] to (inputs [T], scored positions [N], targets [N]), N = T - 1; the rest is not needed."""
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`ids` [T] to (inputs [T], scored positions [N], targets [N]), N = T - 1; `key` is not needed."""
         return ids, np.arange(len(ids) - 1), ids[1:]

@@ -52,14 +52,16 @@ class RunDirectory:
         """Claim the directory for a new run, by writing its manifest.
 
         Raises:
-            UserError: the directory holds a run already.
+            UserError: the directory holds a run or an evaluation already.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             # Exclusive: of two runs started here at once, one gets it.
             self.manifest.touch(exist_ok=False)
         except FileExistsError:
-            raise UserError(f"{self.path} holds a run already.\nChoose another directory: hydra.run.dir=DIR") from None
+            raise UserError(
+                f"{self.path} holds a run or an evaluation already.\nChoose another directory: hydra.run.dir=DIR"
+            ) from None
         manifest = {
             "run_id": uuid.uuid4().hex[:8],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),

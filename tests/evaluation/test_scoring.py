@@ -421,11 +421,11 @@ def test_the_standard_error_of_a_sample(tmp_path: Path) -> None:
     whole = each[every].mean()
     scores = []
     for seed in range(300):
-        rows = held_out_of(data, MaskedLM(tokenizer), 64, sample=0.2, seed=seed, **choices).rows
+        rows = held_out_of(data, MaskedLM(tokenizer), 64, sample=0.6, seed=seed, **choices).rows
         nll = each[rows.tokens]
         units = np.ones((len(nll), 3), np.int64)
         totals = totals_of(np.stack([nll, nll**2], axis=1), units)
-        figures = figures_of(totals, "pseudo_perplexity", sample=0.2)
+        figures = figures_of(totals, "pseudo_perplexity", sample=0.6)
         error = figures["nll_per_token_standard_error"]
         np.testing.assert_allclose(figures["pseudo_perplexity_standard_error"], math.exp(nll.mean()) * error)
         scores.append((nll.mean() - whole) / error)

@@ -32,7 +32,7 @@ def test_labels_do_not_depend_on_the_cut() -> None:
     ids = np.random.default_rng(1).integers(50, size=30, dtype=np.int32)
     found = []
     for first, end in ((0, 7), (7, 8), (8, 30)):
-        _, positions, targets = CausalLM()(ids[first:end], KEY, first)
+        _, positions, targets = CausalLM()(ids[first:end], KEY)
         found += [(first + int(place), int(target)) for place, target in zip(positions, targets, strict=True)]
     assert found == [(t, ids[t + 1]) for t in range(29) if t + 1 not in (7, 8)]
 
