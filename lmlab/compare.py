@@ -24,9 +24,16 @@ def parser() -> argparse.ArgumentParser:
         "Runs that differ in their seed only are taken together.",
     )
     p.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, an evaluation, or a directory of them")
-    p.add_argument("--documents", type=int, default=5, help="how many of the documents that differ most are shown (5)")
+    p.add_argument("--documents", type=count, default=5, help="how many of those that differ most are shown (5)")
     p.add_argument("--out", type=Path, help="where the CSV and LaTeX files go (comparisons/DATE/TIME)")
     return p
+
+
+def count(text: str) -> int:
+    """An argument that counts."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"a whole number, 0 or more, not {text}")
+    return int(text)
 
 
 def main() -> None:

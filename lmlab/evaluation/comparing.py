@@ -101,7 +101,7 @@ def check_comparable(runs: Sequence[Records]) -> None:
                 f"{both} they were evaluated on other text; {shared or 'no'} of {len(names)} documents "
                 f"{'is' if shared == 1 else 'are'} in both.\n{same}"
             )
-        for key in one["policy"].keys() | two["policy"].keys():
+        for key in one["policy"] | two["policy"]:
             here, there = one["policy"].get(key), two["policy"].get(key)
             if here != there:
                 raise UserError(f"{both} {key} is {said(here)} in one and {said(there)} in the other.\n{same}")
