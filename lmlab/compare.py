@@ -51,8 +51,15 @@ def compare(arguments: argparse.Namespace) -> None:
     comparing.check_comparable(runs)
     sides = comparing.sides_of(runs)
     rows = comparing.table(sides)
-    several = any(len(side.runs) > 1 for side in sides)
+    furthest = comparing.furthest(sides, arguments.documents)
     columns = ["", "runs", rows[0]["figure"], "difference", "95 % interval", "p"]
+    place = arguments.out or Path("comparisons") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    place.mkdir(parents=True, exist_ok=True)
+    write_text(place / "comparison.csv", as_csv(rows))
+    write_text(place / "documents.csv", as_csv(furthest))
+    write_text(place / "comparison.tex", as_latex(columns, [shown(row) for row in rows]))
+
+    several = any(len(side.runs) > 1 for side in sides)
     show_rows(f"Paired over {len(runs[0].table):,} documents", columns, map(shown, rows))
     print("A difference is from the first row, and below 0 better. The interval holds what other documents", end=" ")
     print("and seeds would give." if several else "would give;\none run a side cannot say what another seed would.")
@@ -60,15 +67,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if keys:
         sided = ["key", *(f"row {number}" for number in range(1, len(sides) + 1))]
         show_rows("Configs differ in", sided, ([key, *map(str, found)] for key, found in keys.items()))
-    furthest = comparing.furthest(sides, arguments.documents)
     headings = ["begins", "row", "bits more", "per byte", "of the first", "bytes"]
     show_rows("Documents that differ most from the first row", headings, map(shown_document, furthest))
-
-    place = arguments.out or Path("comparisons") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    place.mkdir(parents=True, exist_ok=True)
-    write_text(place / "comparison.csv", as_csv(rows))
-    write_text(place / "documents.csv", as_csv(furthest))
-    write_text(place / "comparison.tex", as_latex(columns, [shown(row) for row in rows]))
     print(f"Written to {from_here(place.resolve())}: comparison.csv, comparison.tex, documents.csv")
 
 

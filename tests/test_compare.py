@@ -1,6 +1,8 @@
 """The verb `compare` as a person uses it."""
 
 import csv
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,3 +53,16 @@ def test_bad_arguments(tmp_path: Path, said: Callable[..., str], capsys: pytest.
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("error: ")
         assert len(lines) <= 3
+
+
+def test_output_that_nobody_reads_on(train: Callable[..., Path], tmp_path: Path) -> None:
+    """`… | head` ends it without a traceback."""
+    places = [str(train(*TINY, f"seed={seed}", run_dir=tmp_path / str(seed))) for seed in (1, 2)]
+    command = [sys.executable, "-m", "lmlab.compare", *places, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+    assert (tmp_path / "out" / "comparison.csv").is_file()
