@@ -159,8 +159,8 @@ def test_a_piece_from_outside_needs_no_edit_here(train: Callable[..., Path], tmp
         "from lmlab.objectives.clm import CausalLM\n"
         "class EverySecond(CausalLM):\n"
         "    def __init__(self, every): self.every = every\n"
-        "    def __call__(self, ids, key, first):\n"
-        "        ids, positions, targets = super().__call__(ids, key, first)\n"
+        "    def __call__(self, ids, key):\n"
+        "        ids, positions, targets = super().__call__(ids, key)\n"
         "        return ids, positions[::self.every], targets[::self.every]\n"
     )
     sys.path.insert(0, str(tmp_path))
