@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lmlab.errors import Arguments, shown_plainly
+from lmlab.errors import Arguments, UserError, shown_plainly
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$"}
 LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 def count(text: str) -> int:
     """An argument that counts."""
-    if int(text) < 0:
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a whole number, 0 or more, not {text}")
     return int(text)
 
@@ -52,15 +52,19 @@ def compare(arguments: argparse.Namespace) -> None:
     sides = comparing.sides_of(runs)
     rows = comparing.table(sides)
     furthest = comparing.furthest(sides, arguments.documents)
-    columns = ["", "runs", rows[0]["figure"], "difference", "95 % interval", "p"]
+    columns = ["", "runs", "bytes", rows[0]["figure"], "difference", "95 % interval", "p"]
     place = arguments.out or Path("comparisons") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    place.mkdir(parents=True, exist_ok=True)
-    write_text(place / "comparison.csv", as_csv(rows))
-    write_text(place / "documents.csv", as_csv(furthest))
-    write_text(place / "comparison.tex", as_latex(columns, [shown(row) for row in rows]))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        write_text(place / "comparison.csv", as_csv(rows))
+        write_text(place / "documents.csv", as_csv(furthest))
+        write_text(place / "comparison.tex", as_latex(columns, [shown(row) for row in rows]))
+    except OSError as error:
+        raise UserError(f"{place} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
 
     several = any(len(side.runs) > 1 for side in sides)
-    show_rows(f"Paired over {len(runs[0].table):,} documents", columns, map(shown, rows))
+    documents = runs[0].certificate["totals"]["documents_scored"]
+    show_rows(f"Paired over {documents:,} documents", columns, map(shown, rows))
     print("A difference is from the first row, and below 0 better. The interval holds what other documents", end=" ")
     print("and seeds would give." if several else "would give;\none run a side cannot say what another seed would.")
     keys = comparing.differing(sides)
@@ -75,13 +79,15 @@ def compare(arguments: argparse.Namespace) -> None:
 def shown(row: dict[str, Any]) -> list[str]:
     """A row of the comparison for people."""
     spread = f" ± {row['deviation_of_seeds']:.4f}" if row["deviation_of_seeds"] is not None else ""
-    cells = [row["side"], str(row["runs"]), f"{row['value']:.4f}{spread}"]
+    cells = [row["side"], str(row["runs"]), f"{row['bytes']:,.0f}", f"{row['value']:.4f}{spread}"]
     if row["difference"] is None:
         return [*cells, "", "", ""]
     difference = f"{row['difference']:+.4f}"
+    # Of so many replicates none went as far.
+    p = "< 0.0001" if row["p"] is not None and row["p"] < 0.0001 else f"{row['p'] or 0:.4f}"
     if row["p"] is None:
-        return [*cells, difference, "one document", ""]
-    return [*cells, difference, f"{row['low']:+.4f} to {row['high']:+.4f}", f"{row['p']:.4f}"]
+        return [*cells, difference, "too few documents", ""]
+    return [*cells, difference, f"{row['low']:+.4f} to {row['high']:+.4f}", p]
 
 
 def shown_document(row: dict[str, Any]) -> list[str]:

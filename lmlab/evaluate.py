@@ -70,13 +70,14 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.evaluation.scoring import Scorer
     from lmlab.models.loading import check_belongs
 
-    run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).parent)
+    run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).resolve().parent)
     tokenizer = check.build(cfg.tokenizer, "tokenizer")
     objective, model = build.build_model(cfg, tokenizer)
     check_belongs(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
     data = build.prepare_held_out(cfg, tokenizer)
-    trained = evaluated.trained_as()
+    # Another model may lie beside a run's own.
+    trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
     if trained and trained["config"]["data"] == cfg.data and evaluated.fingerprint() != data.data_fingerprint:
         raise UserError(
             f"the data of {evaluated.path} is not what it was trained with: its files have changed.\n"

@@ -6,6 +6,8 @@ It reads the composed config of the run directory and never sees the command lin
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from lmlab.config.compose import read_config
 from lmlab.errors import plainly
 from lmlab.evaluate import measure
@@ -24,6 +26,10 @@ def main() -> None:
             raise
         leave_message(message)
         sys.exit(1)
+    finally:
+        # Lightning leaves gloo's threads running, and a process that ends over them may abort.
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

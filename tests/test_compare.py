@@ -41,7 +41,7 @@ def test_two_runs(train: Callable[..., Path], said: Callable[..., str], tmp_path
     assert f"{float(second['difference']):+.4f}" in out
     assert len((tmp_path / "out" / "documents.csv").read_text().splitlines()) == 3
     tex = (tmp_path / "out" / "comparison.tex").read_text()
-    assert tex.startswith("\\begin{tabular}{lrrrrr}")
+    assert tex.startswith("\\begin{tabular}{lrrrrrr}")
     assert "95 \\% interval" in tex
 
 

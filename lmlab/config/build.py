@@ -80,7 +80,14 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     pseudo = None
     if cfg.get("score") == "pseudo":
         pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
-        rows: Any = Pseudo(documents, shown, tokenizer.mask_token_id, tokenizer.all_special_ids, **pseudo)
+        if cfg.within_word and not documents.spans[:, 2].any():
+            raise UserError(
+                "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
+                "Leave it out."
+            )
+        # An unknown word is a word.
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        rows: Any = Pseudo(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
     else:
         rows = Labelled(documents, shown, objective, objective.causal, seed)
     if not any(len(rows.row(i).tokens) for i in range(len(rows))):

@@ -108,7 +108,8 @@ def explain(error: Exception, name: str) -> str:
 
 def known_keys(name: str) -> set[str]:
     """Groups, and dotted keys of the config that the command line's group choices compose."""
-    groups = {path.relative_to(CONF).as_posix() for path in CONF.rglob("*") if path.is_dir()}
+    listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
+    groups = {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
     chosen = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(name, chosen)
@@ -157,6 +158,10 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                 "Name a run that did: model=RUN_DIRECTORY"
             )
         cfg.model.name = str(run.model)
+    elif cfg.model.name.endswith(".ckpt"):
+        raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
+    elif cfg.model.name.startswith(("/", ".")) and not run.path.is_dir():
+        raise UserError(f"{cfg.model.name}: no such directory. Name a run, or an exported model, that is there.")
     if "data" not in cfg:
         if trained is None:
             raise UserError(

@@ -18,6 +18,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation.records import Records, read
 
 REPLICATES = 10_000
+FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
 CELLS = 2**20  # replicates × documents that are held at once
 # What says where and how a run ran, not what it was.
 MACHINERY = ("run_dir", "cache_dir", "num_workers", "debug", "logger")
@@ -48,7 +49,7 @@ class Difference:
     value: float | None
     """None for the first side itself."""
     low: float | None
-    """Of the 95 % interval; None where there is nothing to resample."""
+    """Of the 95 % interval; None where there are too few documents."""
     high: float | None
     p: float | None
     """Probability of such a difference, either way, if there were none."""
@@ -105,11 +106,12 @@ def check_comparable(runs: Sequence[Records]) -> None:
             here, there = one["policy"].get(key), two["policy"].get(key)
             if here != there:
                 raise UserError(f"{both} {key} is {said(here)} in one and {said(there)} in the other.\n{same}")
-        # Which tokens are masked is drawn token by token.
-        if one["policy"]["masks_seed"] is not None and one["tokenizer_hash"] != two["tokenizer_hash"]:
+        # Which tokens are masked, or sampled, is drawn token by token.
+        drawn = one["policy"]["masks_seed"] is not None or (one["policy"]["pseudo"] or {}).get("sample")
+        if drawn and one["tokenizer_hash"] != two["tokenizer_hash"]:
             raise UserError(
-                f"{both} their tokenizers differ, so other parts of the text were masked.\n"
-                "score=pseudo hides every token in turn, and compares across tokenizers."
+                f"{both} their tokenizers differ, so other parts of the text were scored.\n"
+                "score=pseudo without a sample scores every token, and compares across tokenizers."
             )
 
 
@@ -133,11 +135,14 @@ def choices_of(run: Records) -> dict[str, Any]:
     """What was chosen for the evaluated run, by dotted keys; the model's name where it is no run of lmlab."""
     trained, measured = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
     if trained is None:
-        return {"model": run.certificate["model"]} | measured
+        return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | measured
     config = {key: value for key, value in trained["config"].items() if key not in MACHINERY}
     place = trained["config"]["run_dir"]
-    chosen = {key: value.replace(place, "") if isinstance(value, str) else value for key, value in flat(config).items()}
-    return chosen | measured
+    inside = {
+        key: value.removeprefix(place) if str(value).startswith(f"{place}/") else value
+        for key, value in flat(config).items()
+    }
+    return inside | measured
 
 
 def sides_of(runs: Sequence[Records]) -> list[Side]:
@@ -147,12 +152,14 @@ def sides_of(runs: Sequence[Records]) -> list[Side]:
         groups.setdefault(repr(sorted((choices_of(run) | {"seed": None}).items())), []).append(run)
     together = list(groups.values()) if len(groups) > 1 else [[run] for run in runs]
     for group in together:
-        weights = [run.certificate["weights_hash"] for run in group]
-        if len(set(weights)) < len(weights):
-            raise UserError(
-                f"{group[0].place} and {group[-1].place} are evaluations of the same weights: as runs of several "
-                "seeds they would count twice."
-            )
+        seen: dict[str, Records] = {}
+        for run in group:
+            other = seen.setdefault(run.certificate["weights_hash"], run)
+            if other is not run:
+                raise UserError(
+                    f"{other.place} and {run.place} are evaluations of the same weights: as runs of several seeds "
+                    "they would count twice.\nLeave one of them out."
+                )
     keys = differing([Side("", group) for group in together])
     return [Side(side_name(keys, i, group), group) for i, group in enumerate(together)]
 
@@ -174,21 +181,27 @@ def side_name(keys: dict[str, list[Any]], index: int, group: Sequence[Records]) 
     return str(group[0].place) if len(group) == 1 else f"{group[0].place} and {len(group) - 1} more"
 
 
-def seed_error(sides: Sequence[Side], one: Side, other: Side) -> tuple[float, int]:
+def seed_error(one: Side, other: Side) -> tuple[float, float]:
     """The standard error that the seeds bring into the difference of two sides, and its degrees of freedom.
 
-    The variance between the runs of a side is pooled over all sides with several (one-way
-    random effects; Cochran 1977 gives the pooling), as few seeds say little each.
+    The seed is a random effect of its own variance on each side (Welch 1947). A side of a
+    single run is taken to vary as the other does; two such sides say nothing about seeds.
     """
-    several = [side.figures for side in sides if len(side.runs) > 1]
-    freedom = sum(len(figures) - 1 for figures in several)
-    if freedom == 0:
-        return 0.0, 0
-    variance = sum(((figures - figures.mean()) ** 2).sum() for figures in several) / freedom
-    return math.sqrt(variance * (1 / len(one.runs) + 1 / len(other.runs))), freedom
+    sides = [side.figures for side in (one, other)]
+    known = [figures.var(ddof=1) for figures in sides if len(figures) > 1]
+    if not known or not any(known):
+        return 0.0, 0.0
+    parts = [(figures.var(ddof=1) if len(figures) > 1 else known[0]) / len(figures) for figures in sides]
+    if len(known) == 1:
+        freedom = max(map(len, sides)) - 1.0
+    else:
+        freedom = sum(parts) ** 2 / sum(
+            part**2 / (len(figures) - 1) for part, figures in zip(parts, sides, strict=True)
+        )
+    return math.sqrt(sum(parts)), freedom
 
 
-def difference(sides: Sequence[Side], side: Side, first: Side) -> Difference:
+def difference(side: Side, first: Side) -> Difference:
     """How far `side` lies from `first`: paired bootstrap interval and permutation test over the documents.
 
     The interval holds the middle 95 % of the differences of R resamples of the documents
@@ -202,10 +215,10 @@ def difference(sides: Sequence[Side], side: Side, first: Side) -> Difference:
     scored = sums[0].any(axis=1) | sums[1].any(axis=1)
     sums = sums[:, scored]
     documents = sums.shape[1]
-    if documents < 2:
+    if documents < FEWEST:
         return Difference(value, None, None, None)
     random = np.random.default_rng(0)
-    error, freedom = seed_error(sides, side, first)
+    error, freedom = seed_error(side, first)
     of_seeds = [error * random.standard_t(freedom, REPLICATES) if freedom else 0.0 for _ in range(2)]
     columns = sums.transpose(1, 0, 2).reshape(documents, 4)
     middle, half = sums.mean(axis=0).sum(axis=0), (sums[0] - sums[1]) / 2
@@ -242,12 +255,13 @@ def table(sides: Sequence[Side]) -> list[dict[str, Any]]:
     figures = sides[0].runs[0].certificate["figures"]
     rows = []
     for side in sides:
-        found = difference(sides, side, sides[0]) if side is not sides[0] else Difference(None, None, None, None)
+        found = difference(side, sides[0]) if side is not sides[0] else Difference(None, None, None, None)
         rows.append(
             {
                 "side": side.name,
                 "runs": len(side.runs),
                 "figure": next(name for name in figures if name.endswith("bits_per_byte")).replace("_", " "),
+                "bytes": float(side.sums[:, 1].sum()),
                 "value": float(side.figures.mean()),
                 "deviation_of_seeds": float(side.figures.std(ddof=1)) if len(side.runs) > 1 else None,
                 "difference": found.value,
@@ -266,7 +280,9 @@ def furthest(sides: Sequence[Side], count: int) -> list[dict[str, Any]]:
     rows = []
     for number, side in enumerate(sides[1:], 2):
         more = side.sums[:, 0] - first.sums[:, 0]
-        for i in np.argsort(-np.abs(more), kind="stable")[:count].tolist():
+        ranked = np.argsort(-np.abs(more), kind="stable")
+        scored = (side.sums + first.sums)[ranked].any(axis=1)
+        for i in ranked[scored][:count].tolist():
             rows.append(
                 {
                     "row": number,

@@ -40,6 +40,14 @@ SCHEMA = pa.schema(
 )
 # How far a sum may move, relative to itself, when the batch or the number of devices changes.
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
+# What everything that reads a certificate relies on.
+PARTS: dict[str, Any] = {
+    **dict.fromkeys(("figures", "totals", "policy"), dict),
+    **dict.fromkeys(
+        ("figure", "data_hash", "tokenizer_hash", "weights_hash", "records_hash", "precision", "model"), str
+    ),
+    "run": dict | None,
+}
 UNITS = ("tokens", "bytes", "words")
 
 
@@ -122,7 +130,7 @@ def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray,
 def added_up(nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a certificate says of its records: figures and totals."""
     totals = totals_of(nll, units)
-    sample = (facts["policy"]["pseudo"] or {}).get("sample")
+    sample = (facts["policy"].get("pseudo") or {}).get("sample")
     return {"figures": figures_of(totals, facts["figure"], sample), "totals": totals}
 
 
@@ -138,9 +146,11 @@ def read(place: Path) -> Records:
             raise UserError(f"{place} holds no evaluation: it has no {name}.\n{again}")
     try:
         certificate = json.loads((place / CERTIFICATE).read_text("utf-8"))
-        version = certificate["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise UserError(f"{place / CERTIFICATE} can't be read: {first_line(error)}.\n{again}") from error
+    if not isinstance(certificate, dict) or "format" not in certificate:
+        raise UserError(f"{place / CERTIFICATE} is no certificate of lmlab.\n{again}")
+    version = certificate["format"]
     if version != FORMAT:
         raise UserError(
             f"{place} holds records of version {version}, and this lmlab reads version {FORMAT}.\n"
@@ -152,16 +162,15 @@ def read(place: Path) -> Records:
         raise UserError(f"{place / RECORDS} is damaged or cut short: {first_line(error)}\n{again}") from error
     if not records.table.schema.equals(SCHEMA, check_metadata=True):
         raise UserError(f"{place / RECORDS} has other columns than records of version {FORMAT}.\n{again}")
-    try:
-        sums = added_up(*records.sums, certificate)
-        changed = [
-            f"{name}={value}, and the certificate says {certificate[part].get(name)}"
-            for part, values in sums.items()
-            for name, value in values.items()
-            if repr(value) != repr(certificate[part].get(name))  # nan is not equal to itself
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place / CERTIFICATE} lacks a part: {first_line(error)}.\n{again}") from error
+    for part, kind in PARTS.items():
+        if not isinstance(certificate.get(part), kind):
+            raise UserError(f"{place / CERTIFICATE} lacks a part, or has another in its place: {part}.\n{again}")
+    changed = [
+        f"{name}={value}, and the certificate says {certificate[part].get(name)}"
+        for part, values in added_up(*records.sums, certificate).items()
+        for name, value in values.items()
+        if repr(value) != repr(certificate[part].get(name))  # nan is not equal to itself
+    ]
     if not changed and rows_hash(records.table) != certificate.get("records_hash"):
         changed = [f"the same totals in other rows, {rows_hash(records.table)}"]
     if changed:

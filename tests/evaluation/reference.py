@@ -184,12 +184,13 @@ def pseudo(
     within_word: bool = False,
     only: set[tuple[int, int]] | None = None,
 ) -> list[Sums]:
-    """Each token that is not special hidden in turn; `only` these (document, place), where given."""
+    """Each token that is not special (an unknown one is not) hidden in turn; `only` these (document, place)."""
     sums = [Sums() for _ in documents]
     for head, row, tail in pieces(tokenizer, documents, context, block_size):
         tokens = [documents[number][place] for number, place in row]
         for index, target in enumerate(tokens):
-            if target.id in tokenizer.all_special_ids or (only is not None and row[index] not in only):
+            special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+            if target.id in special or (only is not None and row[index] not in only):
                 continue
             ids = [token.id for token in tokens]
             ids[index] = tokenizer.mask_token_id

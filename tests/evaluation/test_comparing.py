@@ -81,12 +81,12 @@ def test_the_interval_covers_the_true_difference(runs: int, of_seeds: float, mon
     gap, covered, rejected = 0.02, 0, 0
     for seed in range(200):
         sides = simulated(seed, gap, 40, runs, of_seeds)
-        found = difference(sides, sides[1], sides[0])
+        found = difference(sides[1], sides[0])
         assert found.low is not None
         assert found.high is not None
         covered += found.low <= gap <= found.high
         none = simulated(seed + 1000, 0.0, 40, runs, of_seeds)
-        rejected += (difference(none, none[1], none[0]).p or 1) <= 0.05
+        rejected += (difference(none[1], none[0]).p or 1) <= 0.05
     assert 180 <= covered <= 199
     # Where there is no difference, the test says so as often as it should.
     assert 1 <= rejected <= 20
@@ -95,11 +95,11 @@ def test_the_interval_covers_the_true_difference(runs: int, of_seeds: float, mon
 def test_seeds_that_are_left_out_of_account_would_mislead() -> None:
     """The same documents, seeds far apart: an interval over documents alone is far too narrow."""
     sides = simulated(3, 0.0, 200, 3, 0.1)
-    found = difference(sides, sides[1], sides[0])
+    found = difference(sides[1], sides[0])
     alone = [Side(side.name, side.runs[:1]) for side in sides]
     for side, whole in zip(alone, sides, strict=True):
         side.__dict__.update(sums=whole.sums, figures=whole.figures[:1])
-    narrow = difference(alone, alone[1], alone[0])
+    narrow = difference(alone[1], alone[0])
     assert (found.high or 0) - (found.low or 0) > 5 * ((narrow.high or 0) - (narrow.low or 0))
 
 
@@ -112,7 +112,8 @@ def test_against_the_textbook() -> None:
     sides = [Side("first", [None]), Side("other", [None])]  # type: ignore[list-item]
     for side, own in zip(sides, (bits, bits + gaps), strict=True):
         side.__dict__["sums"] = np.stack([own, np.full(documents, 50.0)], axis=1)
-    found = difference(sides[:0], sides[1], sides[0])
+        side.__dict__["figures"] = np.array([own.mean() / 50])
+    found = difference(sides[1], sides[0])
     error = gaps.std(ddof=1) / math.sqrt(documents)
     assert found.value == pytest.approx(gaps.mean() / 50)
     assert found.low == pytest.approx((gaps.mean() - 1.96 * error) / 50, abs=0.1 * error / 50)
@@ -120,8 +121,9 @@ def test_against_the_textbook() -> None:
     assert found.p == pytest.approx(math.erfc(abs(gaps.mean()) / error / math.sqrt(2)), abs=0.02)
 
 
-def test_one_document_has_no_interval(write: Write) -> None:
-    runs = [write(name, np.array([level]), np.array([100])) for name, level in (("a", 1.0), ("b", 1.25))]
+def test_few_documents_have_no_interval(write: Write) -> None:
+    few = comparing.FEWEST - 1
+    runs = [write(name, np.full(few, level), np.full(few, 100)) for name, level in (("a", 1.0), ("b", 1.25))]
     row = comparing.table(comparing.sides_of(runs))[1]
     assert row["difference"] == pytest.approx(0.25)
     assert (row["low"], row["high"], row["p"]) == (None, None, None)
@@ -185,6 +187,27 @@ def test_masks_on_other_tokens_are_not_comparable(write: Write) -> None:
     # A causal figure per byte is made for that.
     runs = [write("c", np.ones(40)), write("d", np.ones(40), tokenizer_hash="other")]
     comparing.check_comparable(runs)
+
+
+def test_a_sample_of_other_tokens_is_not_comparable(write: Write) -> None:
+    facts = {"figure": "pseudo_perplexity", "policy": POLICY | {"pseudo": {"sample": 0.5}}}
+    runs = [write("a", np.ones(40), **facts), write("b", np.ones(40), **facts, tokenizer_hash="other")]
+    with pytest.raises(UserError, match="without a sample"):
+        comparing.check_comparable(runs)
+
+
+def test_models_of_one_name_are_not_seeds_of_one_thing(write: Write) -> None:
+    runs = [write(place, np.ones(40), model="m") for place in ("a", "b")] + [write("c", np.ones(40))]
+    assert [len(side.runs) for side in comparing.sides_of(runs)] == [1, 1, 1]
+
+
+def test_a_third_side_moves_no_interval(write: Write) -> None:
+    sides = simulated(5, 0.1, 40, 3, 0.05)
+    wild = Side("wild", sides[0].runs)
+    wild.__dict__.update(sums=sides[0].sums * [2, 1], figures=sides[0].figures * np.array([1, 3, 9]))
+    assert comparing.seed_error(sides[1], sides[0])[1] <= 4
+    one, other = difference(sides[1], sides[0]), difference(wild, sides[0])
+    assert difference(sides[1], sides[0]) == one != other
 
 
 def test_other_documents(write: Write) -> None:

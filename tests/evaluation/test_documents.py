@@ -219,7 +219,16 @@ def test_surrogates_do_no_harm(tmp_path: Path) -> None:
     assert read_lengths(tmp_path, "validation").tolist() == [2]
 
 
-FACTS = {"figure": "perplexity", "policy": {"pseudo": None}, "precision": "32-true"}
+FACTS = {
+    "figure": "perplexity",
+    "policy": {"pseudo": None},
+    "precision": "32-true",
+    "data_hash": "text",
+    "tokenizer_hash": "tokens",
+    "weights_hash": "weights",
+    "model": "model",
+    "run": None,
+}
 
 
 def documents_for(nll: np.ndarray) -> Documents:
@@ -337,7 +346,7 @@ def test_a_certificate_that_is_none(written: Path, content: bytes) -> None:
     refused(written)
 
 
-@pytest.mark.parametrize("missing", ["totals", "figures", "policy", "figure"])
+@pytest.mark.parametrize("missing", ["totals", "figures", "policy", "figure", "data_hash"])
 def test_a_certificate_without_a_part(written: Path, missing: str) -> None:
     certificate = json.loads((written / "certificate.json").read_text())
     del certificate[missing]
