@@ -139,7 +139,7 @@ def choices_of(run: Records) -> dict[str, Any]:
     config = {key: value for key, value in trained["config"].items() if key not in MACHINERY}
     place = trained["config"]["run_dir"]
     inside = {
-        key: value.removeprefix(place) if str(value).startswith(f"{place}/") else value
+        key: value.removeprefix(place) if f"{value}/".startswith(f"{place}/") else value
         for key, value in flat(config).items()
     }
     return inside | measured

@@ -135,7 +135,10 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
             config = {
                 "seed": seed,
                 "optim": {"lr": lr},
-                "callbacks": {"best": {"dirpath": f"{tmp_path}/{lr}/{seed}/x"}},
+                "callbacks": {
+                    "best": {"dirpath": f"{tmp_path}/{lr}/{seed}/x"},
+                    "end": {"run_dir": f"{tmp_path}/{lr}/{seed}"},
+                },
             }
             write(f"{lr}/{seed}", np.full(40, lr + seed / 10), config=config)
     sides = comparing.sides_of(comparing.evaluations([tmp_path]))
