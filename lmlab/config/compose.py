@@ -102,7 +102,8 @@ def explain(error: Exception, name: str) -> str:
         return f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
     if lines and lines[0].startswith(("Could not override", "Key '")):
         wrong = lines[0].split("'")[1]
-        return f'there is no key "{wrong}".{nearest(wrong, known_keys(name))}'
+        meant = nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
+        return f'there is no key "{wrong}".{meant}'
     return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
 
 
