@@ -83,10 +83,10 @@ def shown(row: dict[str, Any]) -> list[str]:
     if row["difference"] is None:
         return [*cells, "", "", ""]
     difference = f"{row['difference']:+.4f}"
-    # Of so many replicates none went as far.
-    p = "< 0.0001" if row["p"] is not None and row["p"] < 0.0001 else f"{row['p'] or 0:.4f}"
     if row["p"] is None:
         return [*cells, difference, "too few documents", ""]
+    # Of so many replicates none went as far.
+    p = "< 0.0001" if row["p"] < 0.0001 else f"{row['p']:.4f}"
     return [*cells, difference, f"{row['low']:+.4f} to {row['high']:+.4f}", p]
 
 

@@ -113,11 +113,12 @@ def prove(cfg: DictConfig) -> None:
         other.start({"masks": cfg.seed})
         write_text(other.config, OmegaConf.to_yaml(again))
         measure_on_all(again)
-        found = records.difference(records.read(run.path), records.read(other.path))
+        first = records.read(run.path)
+        found = records.difference(first, records.read(other.path))
     finally:
         shutil.rmtree(other.path, ignore_errors=True)
     widths = {"batch_size": [cfg.batch_size, again.batch_size], "devices": [cfg.trainer.devices, again.trainer.devices]}
-    write_json(run.certificate, records.read(run.path).certificate | {"check": widths | found})
+    write_json(run.certificate, first.certificate | {"check": widths | found})
 
 
 def show(run: RunDirectory, seconds: float) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 
 from lmlab.errors import UserError
 from lmlab.evaluation.records import Records, read
+from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
 FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
@@ -70,11 +71,11 @@ def evaluations(places: Sequence[Path]) -> list[Records]:
     """The evaluations in directories; one that holds none itself stands for all those under it."""
     found: list[Path] = []
     for place in places:
-        under = [place] if (place / "certificate.json").is_file() else []
-        under = under or sorted(file.parent for file in place.rglob("certificate.json"))
+        certificate = RunDirectory(place).certificate
+        under = [place] if certificate.is_file() else sorted(file.parent for file in place.rglob(certificate.name))
         if not under:
             raise UserError(
-                f"{place} holds no evaluation (no certificate.json).\n"
+                f"{place} holds no evaluation (no {certificate.name}).\n"
                 "A run writes one at its end; for any other model: python -m lmlab.evaluate model=…"
             )
         found += under
@@ -205,8 +206,8 @@ def difference(side: Side, first: Side) -> Difference:
     """How far `side` lies from `first`: paired bootstrap interval and permutation test over the documents.
 
     The interval holds the middle 95 % of the differences of R resamples of the documents
-    (Efron and Tibshirani 1993, chapter 13), widened for few documents. The test swaps the two sides document by
-    document (Noreen 1989). Where sides have several runs, each replicate also gets a
+    (Efron and Tibshirani 1993, chapter 13), widened for few documents. The test swaps the
+    two sides document by document (Noreen 1989). Where sides have several runs, each replicate also gets a
     difference that their seeds could have made: a draw from t with the standard error of
     `seed_error`.
     """

@@ -22,10 +22,10 @@ from torch import Tensor
 from lmlab.data.documents import Documents
 from lmlab.errors import UserError, first_line
 from lmlab.evaluation.perplexity import perplexity
+from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_beside, write_json
 
 FORMAT = 1
-RECORDS, CERTIFICATE = "records.parquet", "certificate.json"
 SCHEMA = pa.schema(
     [
         pa.field("document", pa.string(), False),  # a name made from its text
@@ -120,9 +120,10 @@ def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray,
             `policy` decide their names and errors (see `figures_of`).
     """
     table = pa.table([documents.ids, documents.starts, *nll.T, *units.T], SCHEMA)
-    write_beside(place / RECORDS, lambda beside: pq.write_table(table, beside))
+    run = RunDirectory(place)
+    write_beside(run.records, lambda beside: pq.write_table(table, beside))
     write_json(
-        place / CERTIFICATE,
+        run.certificate,
         {"format": FORMAT, **added_up(nll, units, facts), **facts, "records_hash": rows_hash(table)},
     )
 
@@ -141,15 +142,16 @@ def read(place: Path) -> Records:
         UserError: there is none, it is of another version, damaged, or does not add up.
     """
     again = "Evaluate again: python -m lmlab.evaluate model=…"
-    for name in (CERTIFICATE, RECORDS):
-        if not (place / name).is_file():
-            raise UserError(f"{place} holds no evaluation: it has no {name}.\n{again}")
+    run = RunDirectory(place)
+    for file in (run.certificate, run.records):
+        if not file.is_file():
+            raise UserError(f"{place} holds no evaluation: it has no {file.name}.\n{again}")
     try:
-        certificate = json.loads((place / CERTIFICATE).read_text("utf-8"))
+        certificate = json.loads(run.certificate.read_text("utf-8"))
     except ValueError as error:
-        raise UserError(f"{place / CERTIFICATE} can't be read: {first_line(error)}.\n{again}") from error
+        raise UserError(f"{run.certificate} can't be read: {first_line(error)}.\n{again}") from error
     if not isinstance(certificate, dict) or "format" not in certificate:
-        raise UserError(f"{place / CERTIFICATE} is no certificate of lmlab.\n{again}")
+        raise UserError(f"{run.certificate} is no certificate of lmlab.\n{again}")
     version = certificate["format"]
     if version != FORMAT:
         raise UserError(
@@ -157,22 +159,23 @@ def read(place: Path) -> Records:
             "Evaluate again, or use the lmlab that wrote them."
         )
     try:
-        records = Records(place, certificate, pq.read_table(place / RECORDS))
+        records = Records(place, certificate, pq.read_table(run.records))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{place / RECORDS} is damaged or cut short: {first_line(error)}\n{again}") from error
+        raise UserError(f"{run.records} is damaged or cut short: {first_line(error)}\n{again}") from error
     if not records.table.schema.equals(SCHEMA, check_metadata=True):
-        raise UserError(f"{place / RECORDS} has other columns than records of version {FORMAT}.\n{again}")
+        raise UserError(f"{run.records} has other columns than records of version {FORMAT}.\n{again}")
     for part, kind in PARTS.items():
         if not isinstance(certificate.get(part), kind):
-            raise UserError(f"{place / CERTIFICATE} lacks a part, or has another in its place: {part}.\n{again}")
+            raise UserError(f"{run.certificate} lacks a part, or has another in its place: {part}.\n{again}")
     changed = [
         f"{name}={value}, and the certificate says {certificate[part].get(name)}"
         for part, values in added_up(*records.sums, certificate).items()
         for name, value in values.items()
         if repr(value) != repr(certificate[part].get(name))  # nan is not equal to itself
     ]
-    if not changed and rows_hash(records.table) != certificate.get("records_hash"):
-        changed = [f"the same totals in other rows, {rows_hash(records.table)}"]
+    hashed = rows_hash(records.table)
+    if not changed and hashed != certificate["records_hash"]:
+        changed = [f"the same totals in other rows, {hashed}"]
     if changed:
         raise UserError(f"{place}: the records add up to {changed[0]}.\nOne of them was changed. {again}")
     return records

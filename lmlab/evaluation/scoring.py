@@ -127,10 +127,9 @@ class Pseudo:
         """
         self.documents, self.windows, self.mask_id, self.within_word = documents, windows, mask_id, within_word
         tokens, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        special = np.array(sorted(special_ids))
         chosen = None if sample is None else self.chosen(sample, seed or 0)
         for place, (start, end) in enumerate(zip(windows.starts, windows.ends, strict=True)):
-            scored = ~np.isin(documents.tokens[start:end], special)
+            scored = ~np.isin(documents.tokens[start:end], special_ids)
             if chosen is not None:
                 scored &= chosen[start:end]
             tokens.append(start + np.flatnonzero(scored))
