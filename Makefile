@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check build clean
+.PHONY: train test check bench build clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lmlab.train
@@ -15,6 +15,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks
 
 build: $(VENV)/installed-dev
 	$(BIN)/python -m build --wheel --no-isolation

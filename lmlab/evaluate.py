@@ -69,6 +69,7 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.evaluation import records
     from lmlab.evaluation.scoring import Scorer
     from lmlab.models.loading import check_belongs
+    from lmlab.models.scored import rows_at_once
 
     run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).resolve().parent)
     tokenizer = check.build(cfg.tokenizer, "tokenizer")
@@ -84,7 +85,7 @@ def measure(cfg: DictConfig) -> None:
             "Bring them back, or name other text: data=… on the command line."
         )
     held_out = build.build_held_out(cfg, data, objective)
-    scorer = Scorer(model, len(data.validation))
+    scorer = Scorer(model, len(data.validation), rows_at_once(model, None, check.uses_gpu(cfg.trainer)))
     trainer = build.build_evaluation_trainer(cfg)
     trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
     if not np.isfinite(scorer.result[0]).all():

@@ -50,7 +50,9 @@ def start(cfg: DictConfig) -> float:
 def train(cfg: DictConfig) -> None:
     """One rank's share of a run; each rank calls this with the same composed config."""
     from lmlab.data.datamodule import BlocksDataModule
+    from lmlab.models.scored import rows_at_once
     from lmlab.runs.summary import show_ledger
+    from lmlab.training.checkpoint import best_weights
     from lmlab.training.loggers import close
     from lmlab.training.module import LMModule
 
@@ -67,6 +69,7 @@ def train(cfg: DictConfig) -> None:
         cfg.seed,
         len(data.validation),
         objective.figure,
+        rows_at_once(model, cfg.loss_rows, check.uses_gpu(cfg.trainer)),
     )
     held_out = build.build_held_out(cfg, data, objective)
     datamodule = BlocksDataModule(
@@ -88,8 +91,13 @@ def train(cfg: DictConfig) -> None:
             show_ledger(data.ledger)
         trainer.validate(module, datamodule, verbose=False)
         trainer.fit(module, datamodule)
+        weights, best = best_weights(trainer)
         if trainer.is_global_zero:
-            finish(cfg, run, trainer, module, data)
+            if module.device_mesh is not None:  # a shard can't take whole weights
+                module.model = build.build_model(cfg, data.tokenizer)[1]
+            module.model.load_state_dict(weights)
+            step = trainer.global_step if best is None else best["global_step"]
+            finish(cfg, run, trainer, module, data, step)
     except BaseException:
         if trainer.interrupted and trainer.is_global_zero:
             print(f"Interrupted at step {trainer.global_step}. What was kept is in {run.checkpoints}.")
@@ -98,17 +106,13 @@ def train(cfg: DictConfig) -> None:
     close(trainer.loggers)
 
 
-def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any) -> None:
-    """Export the best weights, and say what came of the run and what the model says."""
+def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any, step: int) -> None:
+    """Export the module's weights, which are those of `step`, and say what came of the run and what the model says."""
     from lmlab.models.inference import speak
     from lmlab.runs.summary import show_result
     from lmlab.training.callbacks import Measure
-    from lmlab.training.checkpoint import best_checkpoint, export
+    from lmlab.training.checkpoint import export
 
-    best, step = best_checkpoint(trainer), trainer.global_step
-    if best is not None:
-        module.load_state_dict(best["state_dict"])
-        step = best["global_step"]
     export(module.model, data.tokenizer, run.model)
     before, after = module.validations[0], module.validations[step]
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
@@ -117,9 +121,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         **after,
         f"{figure}_before": before[figure],
         "steps": trainer.global_step,
-        "tokens": measure.tokens,
-        "seconds": round(measure.seconds, 3),
-        "tokens_per_s": round(measure.tokens / measure.seconds, 1),
+        **measure.result(),
     }
     write_json(run.summary, result)
     place = from_here(run.path)
@@ -132,8 +134,10 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
             f"{title(module.figure)} before": f"{before[figure]:,.2f}",
             f"{title(module.figure)} after": f"{after[figure]:,.2f}   (best weights, held-out text)",
             **{title(name): f"{value:.4f}" for name, value in after.items() if name.endswith("bits_per_byte")},
-            "tokens": f"{measure.tokens:,} trained on in {measure.seconds:.1f} s",
-            "speed": f"{result['tokens_per_s']:,.0f} tokens/s",
+            "tokens": f"{result['tokens']:,} trained on in {result['seconds']:.1f} s",
+            "speed": f"{result['tokens_per_s']:,.0f} tokens/s, {result['data_wait']:.1%} of the time waiting for data",
+            **({"mfu": f"{result['mfu']:.1%} of what the device could do"} if "mfu" in result else {}),
+            "peak memory": f"{result['peak_memory_gib']:.2f} GiB",
             "run directory": str(place),
             "model": str(place / run.model.name),
             "it says": said,

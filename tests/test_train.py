@@ -78,8 +78,13 @@ def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pyte
         "optim/grad_norm",
         "perf/tokens_per_s",
         "perf/step_ms",
+        "perf/data_wait",
+        "perf/peak_memory_gib",
         "data/tokens_seen",
     }
+    assert all(0 < line["perf/data_wait"] < 1 for line in trained)
+    assert 0.1 < trained[-1]["perf/peak_memory_gib"] < 20
+    assert "perf/mfu" not in trained[-1]  # nobody promises what a CPU could do
     assert trained[-1]["data/tokens_seen"] == 4 * 8 * 32
 
     summary = json.loads((run / "summary.json").read_text())
@@ -107,6 +112,31 @@ def test_exported_model_is_the_best_and_loads_in_transformers(train: Callable[..
     assert generator("The Milky Way", max_new_tokens=5)[0]["generated_text"].startswith("The Milky Way")
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(run / "model")) == 300
+
+
+def test_utilisation_where_the_peak_is_known(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lmlab.training.callbacks.get_available_flops", lambda device, kind: 10**12)
+    run = train(*TINY, "trainer.log_every_n_steps=2")
+    last = metrics(run)[-2]
+    # 6 per weight and token, of a block of 32: the body's matrices, the head's on 31 tokens, and attention.
+    per_block = 32 * (6 * 12 * 32**2 + 12 * 32 * 32) + 31 * 6 * 300 * 32
+    per_second = 8 * per_block / (last["perf/step_ms"] / 1000)
+    assert last["perf/mfu"] == pytest.approx(per_second / 10**12, rel=1e-6)
+    assert json.loads((run / "summary.json").read_text())["mfu"] > 0
+    assert "of what the device could do" in capsys.readouterr().out
+
+
+def test_profile_writes_a_trace(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(*TINY, "trainer.max_steps=8", "profile=true")
+    trace = json.loads((run / "profile" / "rank0.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert any(name.startswith("aten::addmm") for name in names)
+    assert len({name for name in names if name.startswith("ProfilerStep#")}) == 3
+    short = train(*TINY, "trainer.max_steps=3", "profile=true", run_dir=run.parent / "short")
+    assert not (short / "profile").exists()
+    assert "no trace" in capsys.readouterr().out
 
 
 def test_masked_run(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    from lmlab.models import steps
     from lmlab.models.loading import check, positions
 
     # What a run has to say, it says itself.
@@ -62,6 +63,13 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
     if cfg.preprocess.block_size is None:
         cfg.preprocess.block_size = min(positions(model) or LONGEST, LONGEST)
     check(model, tokenizer, cfg.preprocess.block_size, objective.causal)
+    steps.fuse_activations(model)
+    if cfg.attention is not None:
+        steps.choose_attention(model, cfg.attention)
+    if cfg.get("activation_checkpointing"):
+        steps.checkpoint_activations(model)
+    if cfg.get("compile"):
+        steps.compile_layers(model)
     return objective, model
 
 
@@ -126,10 +134,10 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
     """
     from lightning.pytorch.callbacks import Checkpoint
 
-    from lmlab.training.callbacks import Measure
+    from lmlab.training.callbacks import Measure, Profile
     from lmlab.training.checkpoint import AtomicCheckpoints
 
-    callbacks: list[Any] = [Measure()]
+    callbacks: list[Any] = [Measure(), *([Profile(cfg.run_dir)] if cfg.profile else [])]
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     # Last, since W&B begins a run.
     given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
@@ -169,8 +177,10 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     warnings.filterwarnings("ignore", module="lightning")
     options = arguments(L.Trainer, cfg.trainer, "trainer") | options
     # Lightning would start a process group for one rank, and leave its variables behind.
-    if cfg.trainer.devices == 1 and cfg.trainer.strategy == "ddp":
+    if cfg.trainer.devices == 1:
         options["strategy"] = "auto"
+    elif isinstance(cfg.trainer.strategy, DictConfig):
+        options["strategy"] = build(cfg.trainer.strategy, "trainer.strategy")
     try:
         return L.Trainer(
             **options,

@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -108,6 +109,14 @@ def check_run(cfg: DictConfig) -> None:
         value = cfg.trainer.get(key, 1)
         if type(value) is not int or value < 1:
             raise UserError(f"trainer.{key} is a whole number, 1 or more, not {value}.")
+    for key in ("compile", "activation_checkpointing", "profile"):
+        if type(cfg[key]) is not bool:
+            raise UserError(f"{key} is true or false, not {cfg[key]}.")
+    compiler = os.environ.get("CXX") or "g++"
+    if cfg.compile and not (shutil.which(compiler) or shutil.which("clang++")):
+        raise UserError(f"compile=true needs a C++ compiler, and there is no {compiler}: install one, or set CXX.")
+    if cfg.loss_rows is not None and (type(cfg.loss_rows) is not int or cfg.loss_rows < 1):
+        raise UserError(f"loss_rows is a number of scored positions, 1 or more, or null, not {cfg.loss_rows}.")
     clip = cfg.trainer.get("gradient_clip_val")
     if clip is not None and clip < 0:
         raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
@@ -154,6 +163,8 @@ def check_numbers(cfg: DictConfig) -> None:
         least = 1 if key == "batch_size" else 0
         if type(cfg[key]) is not int or not least <= cfg[key] < 2**63:
             raise UserError(f"{key} is a whole number, {least} or more, not {cfg[key]}.")
+    if cfg.attention is not None and not isinstance(cfg.attention, str):
+        raise UserError(f"attention is a name, such as sdpa, or null for the model's own choice, not {cfg.attention}.")
     if not isinstance(cfg.cache_dir, str):
         raise UserError(f"cache_dir is a directory, not {cfg.cache_dir}.")
 

@@ -3,8 +3,9 @@
 Shapes: B samples, T positions, N scored positions of the whole batch.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import lightning as L
 import numpy as np
@@ -82,6 +83,22 @@ class Rows(Protocol):
     def __getitem__(self, indices: list[int]) -> NamedTuple: ...
 
 
+class TimedLoader(DataLoader):
+    """Counts the seconds that its reader waits for batches."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+
 class HeldOutData(L.LightningDataModule):
     """The loader of an evaluation; knows its rank from the trainer it is attached to."""
 
@@ -97,8 +114,8 @@ class HeldOutData(L.LightningDataModule):
             EvaluationSampler(len(self.held_out), self.rows_at_once, self.trainer.global_rank, self.trainer.world_size),
         )
 
-    def loader(self, batches: Dataset | Rows, sampler: TrainSampler | EvaluationSampler) -> DataLoader:
-        return DataLoader(
+    def loader(self, batches: Dataset | Rows, sampler: TrainSampler | EvaluationSampler) -> TimedLoader:
+        return TimedLoader(
             batches,  # type: ignore[arg-type]
             sampler=sampler,
             batch_size=None,
@@ -144,5 +161,12 @@ class BlocksDataModule(HeldOutData):
             self.trainer.global_rank,
             self.trainer.world_size,
             self.accumulate,
+            self.trainer.global_step * self.accumulate,
         )
-        return self.loader(self.batches, sampler)
+        self.training_loader = self.loader(self.batches, sampler)
+        return self.training_loader
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for batches."""
+        return self.training_loader.waited

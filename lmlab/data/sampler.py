@@ -82,7 +82,8 @@ class TrainSampler:
         self.rank, self.world_size, self.accumulate, self.start = rank, world_size, accumulate, start
 
     def __len__(self) -> int:
-        return self.steps * self.accumulate - self.start
+        # Of the whole run, wherever it starts: Lightning counts from the first batch of the epoch.
+        return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
         for number in range(self.start, self.steps * self.accumulate):

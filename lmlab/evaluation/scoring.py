@@ -22,6 +22,7 @@ from lmlab.data.documents import Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.evaluation.windows import Windows
 from lmlab.models.scored import scored_nll
+from lmlab.models.steps import shard
 from lmlab.objectives.mlm import lots, uniform
 
 
@@ -231,14 +232,22 @@ class DocumentSums(Metric):
 class Scorer(L.LightningModule):
     """Scores held-out documents with one model."""
 
-    def __init__(self, model: PreTrainedModel, documents: int):
+    def __init__(self, model: PreTrainedModel, documents: int, rows: int | None = None):
+        """`rows` of logits are held at once, None: all; see `rows_at_once`."""
         super().__init__()
-        self.model = model
+        self.model, self.rows = model, rows
         self.sums = DocumentSums(documents)
 
+    def configure_model(self) -> None:
+        if self._device_mesh is not None:
+            shard(self.model, self._device_mesh["data_parallel"])
+
+    def nll(self, batch: Any) -> Tensor:
+        """[N] of a batch's targets."""
+        return scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets, self.rows)
+
     def validation_step(self, batch: Targets, batch_idx: int) -> None:
-        nll = scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
-        self.sums.update(nll, batch)
+        self.sums.update(self.nll(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         nll, units = self.sums.compute()

@@ -1,13 +1,26 @@
-"""The head runs on scored positions only (promise 3).
+"""Only labelled positions go through the vocabulary head (promise 3), and only so many at a time.
 
-Shapes: B samples, T positions, H hidden, N scored positions, V vocabulary.
+Shapes: B samples, T positions, H hidden, N scored positions, V vocabulary, R rows held at once.
 """
 
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
+
+LOGITS = 128 * 2**20
+"""Bytes of float32 logits held at once on a CPU: from half to all of this was fastest (benchmarks/README.md)."""
+
+ASKED = (
+    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    (masking_utils, "find_packed_sequence_indices"),
+)
+"""What transformers reads from the device in each forward pass, and a host would wait for: whether rows
+end in padding, or position ids begin anew, where no mask says so. In lmlab's batches neither happens."""
 
 
 def scored_nll(
@@ -16,6 +29,7 @@ def scored_nll(
     attention_mask: Tensor | None,
     positions: Tensor,
     targets: Tensor,
+    rows: int | None = None,
 ) -> Tensor:
     """Negative log-likelihood [N] of `targets` [N] at `positions` [N] of the flat B·T.
 
@@ -23,17 +37,125 @@ def scored_nll(
     head (transform and vocabulary projection), whatever the architecture. Positions come
     as indices rather than as a mask: on a GPU a mask would have to be counted first, and
     the host would wait for it.
+
+    Args:
+        rows: of the logits, held at once; None holds all [N, V]. For models whose logits are
+            what `projection` gives, and sums of the result: see `ChunkedNLL`.
     """
+    projected: list[Tensor] = []
 
     def keep_scored(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output.last_hidden_state  # [B, T, H]
         output.last_hidden_state = hidden.flatten(0, 1).index_select(0, positions)[None]  # [1, N, H]
         return output
 
+    def project_nothing(module: nn.Module, args: Any) -> Any:
+        projected.append(args[0][0])  # [N, H], through the head's transform
+        return (args[0][:, :0],)
+
+    head = model.get_output_embeddings()
     cache = {"use_cache": False} if model.can_generate() else {}
-    handle = model.base_model.register_forward_hook(keep_scored)
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.base_model.register_forward_hook(keep_scored).remove)
+        if rows is not None:
+            stack.callback(head.register_forward_pre_hook(project_nothing).remove)
+        for owner, question in ASKED:
+            stack.enter_context(patch.object(owner, question, lambda *args: None))
         logits = model(input_ids=input_ids, attention_mask=attention_mask, **cache).logits[0]  # [N, V]
+    if rows is None:
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+    return ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, rows, torch.is_grad_enabled())
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """nll [N] of targets under softmax(hidden · weightᵀ + bias), without ever holding logits [N, V].
+
+    The gradients are made in the forward pass, while the logits of R rows are at hand, and
+    scaled in the backward pass. So the nll of all rows must weigh the same, as in their sum.
+    Softmax and sums are float32 whatever the precision of the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, learning: bool
+    ) -> Tensor:
+        """`hidden` [N, H], `weight` [V, H], `bias` [V], `targets` [N]; `learning`: gradients will be asked for."""
+        dtype = torch.float32 if multiplies_bf16_slowly(hidden) else hidden.dtype
+        h, w = hidden.to(dtype), weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
+        if learning:
+            d_hidden = torch.empty_like(h)
+            d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+            d_bias = torch.zeros(len(w), dtype=torch.float32, device=w.device)
+        with torch.autocast(h.device.type, enabled=False):
+            for start in range(0, len(h), rows):
+                part, wanted = slice(start, start + rows), targets[start : start + rows, None]
+                logits = F.linear(h[part], w, b).float()  # [R, V]
+                norm = logits.logsumexp(1, keepdim=True)
+                nll[part] = (norm - logits.gather(1, wanted))[:, 0]
+                if learning:
+                    # The probabilities, less 1 for the target: d nll / d logits.
+                    slope = logits.sub_(norm).exp_()
+                    slope.scatter_(1, wanted, slope.gather(1, wanted) - 1)
+                    d_bias += slope.sum(0)
+                    slope = slope.to(dtype)
+                    torch.mm(slope, w, out=d_hidden[part])
+                    if dtype == torch.float32:
+                        d_weight.addmm_(slope.t(), h[part])
+                    else:
+                        d_weight += slope.t() @ h[part]
+        if learning:
+            # Not saved as autograd saves: the backward pass may write into them.
+            ctx.gradients = d_hidden, d_weight, d_bias if bias is not None else None
+            ctx.dtypes = hidden.dtype, weight.dtype
+        return nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        if upstream.numel() > 1 and upstream.stride() != (0,):
+            raise RuntimeError("the nll of all rows must weigh the same in what is differentiated: take their sum.")
+        d_hidden, d_weight, d_bias = ctx.gradients
+        ctx.gradients = None
+        scale = upstream[:1].float().sum()  # 0 where N is 0
+        scaled = [None if d is None else d.mul_(scale.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]
+        hidden_type, weight_type = ctx.dtypes
+        types = (hidden_type, weight_type, weight_type)
+        return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
+
+
+def multiplies_bf16_slowly(tensor: Tensor) -> bool:
+    """Whether a CPU below AVX-512 would multiply this: by a fallback some 100 times slower than float32."""
+    return tensor.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
+
+@torch.no_grad()
+def projection(model: PreTrainedModel) -> nn.Linear | None:
+    """The last layer of a model, if the logits are just what it gives; None where more is done to them."""
+    head = model.get_output_embeddings()
+    # A hook may do anything to what comes out.
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    given: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: given.append(output))
+    training = model.training
+    model.eval()
+    ids = torch.arange(2, 10, device=model.device)[None] % head.out_features
+    try:
+        logits = model(input_ids=ids, **({"use_cache": False} if model.can_generate() else {})).logits
     finally:
         handle.remove()
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+        model.train(training)
+    return head if len(given) == 1 and torch.equal(given[0], logits) else None
+
+
+def rows_at_once(model: PreTrainedModel, wanted: int | None, on_gpu: bool) -> int | None:
+    """How many rows of logits to hold: `wanted`, or what was measured to be fastest. None holds all.
+
+    On GPUs nothing was measured yet: there all are held, unless the number is given.
+    """
+    head = projection(model)
+    if head is None or (wanted is None and on_gpu):
+        return None
+    return wanted or max(1, LOGITS // (4 * head.out_features))

@@ -47,6 +47,7 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.profile = self.path / "profile"
 
     def start(self, seeds: dict[str, int]) -> None:
         """Claim the directory for a new run, by writing its manifest.

@@ -1,10 +1,14 @@
 """What is watched while a run trains: figures at an interval, and where it stands."""
 
+import resource
 import sys
 import time
 from typing import Any
 
 import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lmlab.evaluation import records
 from lmlab.evaluation.perplexity import perplexity
 from lmlab.evaluation.scoring import Targets
+from lmlab.models.steps import Flops
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.checkpoint import best_checkpoint
+from lmlab.runs.files import write_beside
+from lmlab.training.checkpoint import best_weights
 from lmlab.training.module import LMModule
 
 
@@ -29,12 +35,15 @@ class Measure(Callback):
         # None while it stands still: validation or a checkpoint is under way.
         self.clock: float | None = None
         # Over the whole run, for the table at its end.
-        self.seconds = 0.0
-        self.tokens = 0
+        self.total = dict.fromkeys(("seconds", "waited", "tokens", "flops"), 0.0)
 
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
         self.step, self.tokens_then, self.interval = trainer.global_step, int(module.tokens), 0.0
-        self.first_tokens = self.tokens_then
+        self.waited_then = trainer.datamodule.waited
+        self.flops = Flops.of(module.model)
+        self.peak_flops = peak_flops(module.device, trainer.precision)
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
         self.clock = time.perf_counter()
 
     def on_train_batch_start(self, *args: Any) -> None:
@@ -63,24 +72,39 @@ class Measure(Callback):
         module.stop_on_nonfinite()
         reading = time.perf_counter()
         loss = float(module.train_nll.compute())
+        targets = int(module.train_nll.targets)
         module.train_nll.reset()
         tokens = int(module.tokens)
         # Reading those figures waited for the device to finish its steps.
         self.interval += time.perf_counter() - reading
+        waited = trainer.datamodule.waited
+        # Of the rank that waited longest, and of the one that needed most.
+        worst = torch.tensor([waited - self.waited_then, peak_memory(module.device)], device=module.device)
+        if dist.is_initialized():
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        wait, memory = worst.tolist()
+        done = tokens - self.tokens_then
+        # By one rank: each device has a peak of its own.
+        flops = self.flops.step(done // trainer.world_size, targets, module.block_size)
+        steps = trainer.global_step - self.step
+        for name, value in (("seconds", self.interval), ("waited", wait), ("tokens", done), ("flops", flops)):
+            self.total[name] += value
         self.latest = {
             "train/loss": loss,
             f"train/{module.figure}": perplexity(loss),
             "optim/lr": module.lr,
             "optim/grad_norm": float(module.grad_norm) if module.grad_norm is not None else 0.0,
-            "perf/tokens_per_s": (tokens - self.tokens_then) / self.interval,
-            "perf/step_ms": 1000 * self.interval / (trainer.global_step - self.step),
+            "perf/tokens_per_s": done / self.interval,
+            "perf/step_ms": 1000 * self.interval / steps,
+            "perf/data_wait": wait / self.interval,
+            "perf/peak_memory_gib": memory,
             "data/tokens_seen": tokens,
         }
+        if self.peak_flops:
+            self.latest["perf/mfu"] = flops / self.interval / self.peak_flops
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, trainer.global_step)
-        self.seconds += self.interval
-        self.tokens = tokens - self.first_tokens
-        self.step, self.tokens_then, self.interval = trainer.global_step, tokens, 0.0
+        self.step, self.tokens_then, self.interval, self.waited_then = trainer.global_step, tokens, 0.0, waited
         self.clock = time.perf_counter()
 
     def on_validation_start(self, *args: Any) -> None:
@@ -89,6 +113,33 @@ class Measure(Callback):
     def on_save_checkpoint(self, *args: Any) -> None:
         self.clock = None
 
+    def result(self) -> dict[str, float]:
+        """Of the whole run, for its summary."""
+        seconds = self.total["seconds"]
+        result = {
+            "tokens": int(self.total["tokens"]),
+            "seconds": round(seconds, 3),
+            "tokens_per_s": round(self.total["tokens"] / seconds, 1),
+            "data_wait": round(self.total["waited"] / seconds, 4),
+            "peak_memory_gib": round(self.latest["perf/peak_memory_gib"], 3),
+        }
+        if self.peak_flops:
+            result["mfu"] = round(self.total["flops"] / seconds / self.peak_flops, 4)
+        return result
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has had at most: of the GPU it uses, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def peak_flops(device: torch.device, precision: str) -> int | None:
+    """Floating-point operations a second that the device's maker promises; None where that is not known."""
+    kind = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0], torch.float32)
+    return get_available_flops(device, kind)
+
 
 class WriteCertificate(Callback):
     """At the end of a run, writes the records and the certificate of its best validation into the run directory."""
@@ -96,25 +147,56 @@ class WriteCertificate(Callback):
     def __init__(self, run_dir: str):
         self.run = RunDirectory(run_dir)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, module: LMModule) -> None:
-        best = best_checkpoint(trainer)
-        if best is None:
-            weights, nll, units = module.model.state_dict(), *module.result
-        else:
-            inside = {name: tensor for name, tensor in best["state_dict"].items() if name.startswith("model.")}
-            weights = {name.removeprefix("model."): tensor for name, tensor in inside.items()}
-            nll, units = best["validation"]["nll"].numpy(), best["validation"]["units"].numpy()
-        held_out = trainer.datamodule.held_out
-        facts = {
-            **held_out.facts,
-            "precision": trainer.precision,
-            "weights_hash": records.weights_hash(weights),
-            "model": str(self.run.model),
-            "run": self.run.trained_as(),
-            **self.run.provenance(),
-        }
-        records.write(self.run.path, held_out.documents, nll, units, facts)
+        weights, best = best_weights(trainer)
+        if trainer.is_global_zero:
+            nll, units = module.result
+            if best is not None:
+                nll, units = best["validation"]["nll"].numpy(), best["validation"]["units"].numpy()
+            held_out = trainer.datamodule.held_out
+            facts = {
+                **held_out.facts,
+                "precision": trainer.precision,
+                "weights_hash": records.weights_hash(weights),
+                "model": str(self.run.model),
+                "run": self.run.trained_as(),
+                **self.run.provenance(),
+            }
+            records.write(self.run.path, held_out.documents, nll, units, facts)
+
+
+class Profile(Callback):
+    """Writes a torch profiler trace of a few batches, for chrome://tracing or ui.perfetto.dev; each rank its own."""
+
+    WAIT, STEPS = 3, 3  # batches: the first ones allocate, and compile
+
+    def __init__(self, run_dir: str):
+        self.folder = RunDirectory(run_dir).profile
+
+    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.rank = trainer.global_rank
+        self.profiler: torch.profiler.profile | None = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=self.WAIT - 1, warmup=1, active=self.STEPS, repeat=1),
+            on_trace_ready=self.write,
+        )
+        self.profiler.start()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.profiler:
+            self.profiler.step()
+
+    def on_train_end(self, *args: Any) -> None:
+        if self.profiler:
+            self.profiler.stop()  # which writes what there is
+        if self.profiler:
+            print(f"profile=true: no trace, as the run has not more than {self.WAIT} batches.")
+
+    def write(self, profiler: torch.profiler.profile) -> None:
+        if profiler.step_num <= self.WAIT:
+            return  # stopped before the first of them was done
+        self.profiler = None
+        self.folder.mkdir(exist_ok=True)
+        write_beside(self.folder / f"rank{self.rank}.json", lambda place: profiler.export_chrome_trace(str(place)))
 
 
 class ShowProgress(Callback):
@@ -123,12 +205,12 @@ class ShowProgress(Callback):
     def __init__(self, every_seconds: float = 5.0):
         self.every_seconds = every_seconds
         self.bar: Progress | None = None
-        self.shown_at = 0.0
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
         self.measure = next(c for c in trainer.callbacks if isinstance(c, Measure))
-        self.first, self.began = trainer.global_step, time.perf_counter()
+        self.first = trainer.global_step
+        self.began = self.shown_at = time.perf_counter()
         if sys.stderr.isatty():
             columns = ("[bold]train", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
             self.bar = Progress(*columns, "ETA", TimeRemainingColumn())
@@ -145,11 +227,11 @@ class ShowProgress(Callback):
         figures = self.figures(module.figure)
         if self.bar:
             self.bar.update(self.task, completed=trainer.global_step, figures=figures)
-        elif figures and time.perf_counter() - self.shown_at > self.every_seconds:
+        elif trainer.global_step > self.first and time.perf_counter() - self.shown_at > self.every_seconds:
             self.shown_at = time.perf_counter()
             done = trainer.global_step - self.first
             left = (self.shown_at - self.began) / done * (module.steps - trainer.global_step)
-            print(f"step {trainer.global_step}/{module.steps}  {figures}  ETA {left:.0f} s", flush=True)
+            print(f"step {trainer.global_step}/{module.steps}  {figures}ETA {left:.0f} s", flush=True)
 
     def figures(self, name: str) -> str:
         latest = self.measure.latest
@@ -157,7 +239,7 @@ class ShowProgress(Callback):
             return ""
         return (
             f"loss {latest['train/loss']:.3f}  {name} {latest[f'train/{name}']:.2f}  "
-            f"{latest['perf/tokens_per_s']:,.0f} tokens/s"
+            f"{latest['perf/tokens_per_s']:,.0f} tokens/s  "
         )
 
     @rank_zero_only

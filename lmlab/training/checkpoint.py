@@ -8,6 +8,7 @@ import lightning as L
 import torch
 import transformers
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.runs.files import replaced
@@ -31,10 +32,16 @@ class AtomicCheckpoints(TorchCheckpointIO):
             beside.unlink(missing_ok=True)
 
 
-def best_checkpoint(trainer: L.Trainer) -> dict[str, Any] | None:
-    """The checkpoint that a run was found best at; None where none monitors a figure. Nothing in the file is run."""
+def best_weights(trainer: L.Trainer) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The model's state dict that a run was found best at, and the checkpoint it is of.
+
+    The last weights, and None, where no callback monitors a figure. Nothing in the file is run.
+    All ranks have to call it: weights that are sharded come together, on rank 0.
+    """
     path = next((callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor), "")  # type: ignore[attr-defined]
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path else None
+    best = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path else None
+    state = trainer.strategy.lightning_module_state_dict() if best is None else best["state_dict"]
+    return {n.removeprefix("model."): tensor for n, tensor in state.items() if n.startswith("model.")}, best
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

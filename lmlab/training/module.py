@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import Batch
@@ -20,7 +21,7 @@ from lmlab.errors import UserError, nearest
 from lmlab.evaluation.perplexity import MeanNLL
 from lmlab.evaluation.records import figures_of, totals_of
 from lmlab.evaluation.scoring import Scorer
-from lmlab.models.scored import scored_nll
+from lmlab.models.steps import share_tied_gradient
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -48,15 +49,16 @@ class LMModule(Scorer):
         seed: int,
         documents: int,
         figure: str = "perplexity",
+        rows: int | None = None,
     ):
         """`steps` and `batch_size` count optimizer steps and their samples, `documents` held-out ones.
 
-        `figure` names the exponential of the loss.
+        `figure` names the exponential of the loss; `rows` of logits are held at once.
         """
-        super().__init__(model, documents)
+        super().__init__(model, documents, rows)
         self.optimizer, self.steps = optimizer, steps
         self.batch_size, self.seed, self.figure = batch_size, seed, figure
-        self.nominal_targets = batch_size * block_size
+        self.block_size, self.nominal_targets = block_size, batch_size * block_size
         self.train_nll = MeanNLL()
         # Tokens seen in the whole run, by all ranks.
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
@@ -84,6 +86,7 @@ class LMModule(Scorer):
         # Targets and tokens of the step under way:
         self.step_counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.first_bad_batch = torch.tensor(NEVER, device=self.device)
+        share_tied_gradient(self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank): nothing to carry over a stop.
@@ -91,7 +94,7 @@ class LMModule(Scorer):
         torch.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        nll = scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets)
+        nll = self.nll(batch)
         total = nll.sum()
         self.train_nll.update(nll)
         self.step_counts[0] += nll.numel()
@@ -115,11 +118,17 @@ class LMModule(Scorer):
         self.tokens += self.step_counts[1]
         self.step_counts.zero_()
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(grads) * scale
+        shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        norm = torch.nn.utils.get_total_norm(shards)
+        if self._device_mesh is not None:
+            norm = norm.square()
+            dist.all_reduce(norm)
+            norm = norm.sqrt()
+        self.grad_norm = norm * scale
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        if grads:
-            torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+        if shards:
+            torch._foreach_mul_(shards, scale.to(shards[0].dtype))
         self.lr = optimizer.param_groups[0]["lr"]
 
     def stop_on_nonfinite(self) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from lmlab.models.scored import scored_nll
+from lmlab.models.scored import projection, rows_at_once, scored_nll
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -31,8 +32,9 @@ def small(architecture: str, causal: bool) -> PreTrainedModel:
     return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config).eval()
 
 
+@pytest.mark.parametrize("rows", [None, 2, 100])
 @pytest.mark.parametrize("architecture", [*MASKED, *CAUSAL])
-def test_loss_and_gradients_are_the_models_own(architecture: str) -> None:
+def test_loss_and_gradients_are_the_models_own(architecture: str, rows: int | None) -> None:
     causal = architecture in CAUSAL
     model = small(architecture, causal)
     ids = torch.randint(5, 100, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -47,23 +49,100 @@ def test_loss_and_gradients_are_the_models_own(architecture: str) -> None:
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
-    rows = []
-    model.get_output_embeddings().register_forward_hook(lambda m, args, out: rows.append(out.numel() // out.shape[-1]))
-    nll = scored_nll(model, ids, mask, positions, targets)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.numel() // out.shape[-1]))
+    nll = scored_nll(model, ids, mask, positions, targets, rows)
     nll.sum().backward()
 
     torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-6)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         if gradient is not None:
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
-    assert rows == [5]
+    assert seen == [5 if rows is None else 0]
     # Nothing is left behind: the model gives all its logits again.
     assert model(input_ids=ids, attention_mask=mask).logits.shape[1] == 16
 
 
-def test_nothing_to_score() -> None:
+@pytest.mark.parametrize("rows", [None, 4])
+def test_nothing_to_score(rows: int | None) -> None:
     model = small("gpt2", True)
     none = torch.zeros(0, dtype=torch.long)
-    nll = scored_nll(model, torch.ones(2, 8, dtype=torch.long), None, none, none)
+    nll = scored_nll(model, torch.ones(2, 8, dtype=torch.long), None, none, none, rows)
     assert nll.shape == (0,)
     nll.sum().backward()
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most rows that any tensor with the vocabulary as its last dimension has."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return made
+
+
+@pytest.mark.parametrize(("rows", "held"), [(None, 60), (40, 40)])  # the matrix itself has 32
+def test_logits_are_held_a_few_rows_at_a_time(rows: int | None, held: int) -> None:
+    model = small("gpt2", True)
+    ids, positions = torch.randint(2, 90, (4, 16)), torch.arange(60)
+    with LargestLogits(100) as largest:
+        scored_nll(model, ids, None, positions, positions % 90, rows).sum().backward()
+    assert largest.rows == held
+
+
+def test_without_gradients_none_are_made() -> None:
+    model = small("gpt2", True)
+    ids, positions = torch.randint(2, 90, (4, 16)), torch.arange(60)
+    with torch.no_grad():
+        nll = scored_nll(model, ids, None, positions, positions % 90, 8)
+        torch.testing.assert_close(nll, scored_nll(model, ids, None, positions, positions % 90))
+    assert not nll.requires_grad
+
+
+def test_rows_of_unequal_weight_are_refused() -> None:
+    model = small("gpt2", True)
+    positions = torch.arange(5)
+    nll = scored_nll(model, torch.ones(1, 8, dtype=torch.long), None, positions, positions, 2)
+    with pytest.raises(RuntimeError, match="take their sum"):
+        (nll * torch.arange(5)).sum().backward()
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_in_bf16_sums_and_softmax_are_float32(rows: int) -> None:
+    model = small("roberta", False)
+    ids, positions = torch.randint(5, 90, (4, 16)), torch.arange(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = scored_nll(model, ids, None, positions, positions + 5)
+        expected.sum().backward()
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        nll = scored_nll(model, ids, None, positions, positions + 5, rows)
+        nll.sum().backward()
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, expected, rtol=2e-2, atol=2e-2)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        if gradient is not None:
+            assert parameter.grad.dtype == gradient.dtype
+            # A key's bias has no gradient but rounding.
+            torch.testing.assert_close(
+                parameter.grad, gradient, rtol=0.1, atol=1e-5 + 0.05 * float(gradient.abs().max())
+            )
+
+
+def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
+    """Gemma 2 bends its logits; what the last layer gives is not what it scores."""
+    bent = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gemma2", **{k: v for k, v in SMALL.items() if k != "embedding_size"})
+    )
+    assert projection(bent) is None
+    assert rows_at_once(bent, 8, on_gpu=False) is None
+    plain = small("gpt2", True)
+    assert projection(plain) is plain.get_output_embeddings()
+    assert [rows_at_once(plain, wanted, on_gpu) for wanted, on_gpu in ((8, True), (None, True))] == [8, None]
+    assert rows_at_once(plain, None, on_gpu=False) == 128 * 2**20 // 400

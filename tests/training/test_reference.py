@@ -92,9 +92,27 @@ def losses_of_trainer(
     return losses
 
 
+def fitted(module: LMModule, data: BlocksDataModule, steps: int, **options: Any) -> None:
+    """Train, without validation."""
+    L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        callbacks=[Measure()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **({"logger": False} | options),
+    ).fit(module, data)
+
+
+@pytest.mark.parametrize("rows", [None, 100])
 @pytest.mark.parametrize("name", ["clm", "mlm"])
 def test_losses_agree_with_the_trainer(
-    name: str, tokenizer: PreTrainedTokenizerFast, blocks: Blocks, tmp_path: Path
+    name: str, rows: int | None, tokenizer: PreTrainedTokenizerFast, blocks: Blocks, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     if name == "clm":
@@ -110,7 +128,7 @@ def test_losses_agree_with_the_trainer(
     reference = copy.deepcopy(model)
     optim = AdamW(lr=5e-3, weight_decay=0.05, warmup_steps=4)
 
-    rows = []
+    samples = []
     for step in range(STEPS):
         batch = collate(blocks, draws(SEED, step * BATCH, BATCH, len(blocks)), objective, SEED, pad_id=92)
         labels = torch.full(batch.input_ids.shape, -100).flatten()
@@ -120,27 +138,14 @@ def test_losses_agree_with_the_trainer(
         for ids, seen, wanted in zip(batch.input_ids, mask, labels.view_as(batch.input_ids), strict=True):
             padding = BLOCK - len(ids)
             assert padding == 0  # every batch here holds a full block
-            rows.append({"input_ids": ids, "attention_mask": seen, "labels": wanted})
-    assert not all(row["attention_mask"].all() for row in rows)
-    expected = losses_of_trainer(reference, rows, tmp_path / "trainer", optim, name == "clm")
+            samples.append({"input_ids": ids, "attention_mask": seen, "labels": wanted})
+    assert not all(sample["attention_mask"].all() for sample in samples)
+    expected = losses_of_trainer(reference, samples, tmp_path / "trainer", optim, name == "clm")
 
     logger = LossesOf(tmp_path)
-    module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, 1, objective.figure)
+    module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, 1, objective.figure, rows)
     data = BlocksDataModule(blocks, [], objective, 92, BATCH, STEPS, SEED)  # nothing is validated
-    L.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-        logger=logger,
-        callbacks=[Measure()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, data)
+    fitted(module, data, STEPS, logger=logger, log_every_n_steps=1)
 
     assert len(expected) == len(logger.losses) == STEPS
     assert expected[-1] < 0.97 * expected[0]  # it learns, so agreement is no accident of a still model

@@ -1,0 +1,123 @@
+"""What makes a model's steps faster or smaller, and leaves what it computes and how it is saved alone."""
+
+from collections.abc import Callable
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from lmlab.errors import UserError, first_line
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of forward and backward pass, as Chowdhery et al. 2022 (appendix B) count them.
+
+    6 per weight of a matrix, 12 · layers · hidden size per token and position of attention.
+    What activation checkpointing computes again is not counted; all experts of a mixture are.
+    """
+
+    token: int
+    """Per token, in the base model's matrices."""
+    position: int
+    """Per token and position of its block, in attention."""
+    target: int
+    """Per scored position, in the head."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Flops":
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        inside = {id(p): p.numel() for p in model.base_model.parameters() if p.ndim > 1}
+        head = model.get_output_embeddings()
+        outside = {id(p): p.numel() for p in [*model.parameters(), head.weight] if p.ndim > 1}
+        base = sum(size for name, size in inside.items() if name not in embeddings)
+        tied = head.weight.numel() if id(head.weight) in inside else 0
+        beyond = sum(size for name, size in outside.items() if name not in inside) + tied
+        config = model.config.get_text_config()
+        return cls(6 * base, 12 * config.num_hidden_layers * config.hidden_size, 6 * beyond)
+
+    def step(self, tokens: int, targets: int, length: int) -> int:
+        """Of so many tokens in blocks of `length`, so many of them scored."""
+        return tokens * (self.token + length * self.position) + targets * self.target
+
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated layers: the longest list of modules in the base model."""
+    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda modules: len(modules))) if lists else []
+
+
+def fuse_activations(model: PreTrainedModel) -> None:
+    """GPT-2's GELU in one kernel instead of eight passes over memory; it has no weights."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """`torch.compile` for each layer while it trains, in place: no name in the state dict changes.
+
+    Layers of one kind share their code, so a deep model takes no longer to compile than a
+    flat one. What has another shape each time stays as it is: the scored positions of a
+    step, held-out windows, generated text.
+    """
+    for layer in layers(model):
+        layer.forward = compiled_in_training(layer)
+
+
+def compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
+    """A layer's forward: compiled in training, as it is elsewhere."""
+    eager = layer.forward
+    compiled = torch.compile(eager)
+    return lambda *args, **options: (compiled if layer.training else eager)(*args, **options)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input, and compute the rest again in the backward pass (Chen et al. 2016)."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"activation_checkpointing: {model.config.model_type} can't do it. Leave it out.")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def choose_attention(model: PreTrainedModel, name: str) -> None:
+    """Set how attention is computed: eager, sdpa, flash_attention_2, flex_attention, or another of transformers."""
+    try:
+        if "/" in name:
+            raise ValueError("a kernel of the hub would be code from there, which lmlab does not run.")
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise ValueError(f"{model.config.model_type} has no choice of attention.")
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"attention={name}: {shorten(first_line(error), 150, placeholder=' …')}\nUse eager, sdpa, or leave it out for the model's own choice."
+        ) from error
+
+
+def share_tied_gradient(model: PreTrainedModel) -> None:
+    """Let the input embedding add its few rows to the head's gradient, where both share one matrix.
+
+    Otherwise autograd would fill a second gradient [V, H] with zeros and add all of it. On a
+    CPU that took a fifth of a DistilRoBERTa-sized step; on a GPU adding single rows has no fixed
+    order, and the result no fixed bits. Called when wrappers are on: DDP takes an embedding that
+    says so for one whose gradient stays sparse, which this one's does not.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = isinstance(embedding, nn.Embedding) and head is not None and embedding.weight is head.weight
+    if tied and embedding.weight.device.type == "cpu" and not isinstance(embedding.weight, DTensor):
+        embedding.sparse = True
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Parameters, gradients and optimizer states over the ranks of a mesh, layer by layer (FSDP2)."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # most runs need not wait for it
+
+    if isinstance(model, FSDPModule):
+        return  # Lightning asks before each of its runs
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)

@@ -1,0 +1,171 @@
+"""Cheaper steps that compute the same, and leave no trace in what is saved."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmlab.errors import UserError
+from lmlab.models.scored import scored_nll
+from lmlab.models.steps import (
+    Flops,
+    checkpoint_activations,
+    choose_attention,
+    compile_layers,
+    fuse_activations,
+    layers,
+    share_tied_gradient,
+)
+
+from ..conftest import TINY, TINY_MLM, metrics
+from .test_scored import CAUSAL, MASKED, small
+
+IDS = torch.randint(5, 100, (3, 16), generator=torch.Generator().manual_seed(1))
+POSITIONS = torch.tensor([1, 5, 20, 33, 40])
+
+
+def gradients(model: Any, rows: int | None = 100) -> tuple[Tensor, list[Tensor | None]]:
+    nll = scored_nll(model, IDS, None, POSITIONS, POSITIONS + 1, rows)
+    nll.sum().backward()
+    return nll.detach(), [p.grad for p in model.parameters()]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    for mine, theirs in zip([one[0], *one[1]], [other[0], *other[1]], strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", [*MASKED, *CAUSAL])
+def test_layers_are_found(architecture: str) -> None:
+    model = small(architecture, architecture in CAUSAL)
+    assert len(layers(model)) == 2
+    assert len({type(layer) for layer in layers(model)}) == 1
+
+
+def test_fused_activation_is_the_same_function() -> None:
+    model = small("gpt2", True)
+    other = copy.deepcopy(model)
+    fuse_activations(other)
+    assert sum(type(module) is nn.GELU for module in other.modules()) == 2
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert_same(gradients(other), gradients(model))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_tied_embedding_adds_rows_to_the_gradient_of_the_head(rows: int | None) -> None:
+    model = small("gpt2", True)
+    other = copy.deepcopy(model)
+    share_tied_gradient(other)
+    expected = gradients(model, rows)
+    with Calls() as calls:
+        found = gradients(other, rows)
+    assert_same(found, expected)
+    assert not any(gradient.is_sparse for gradient in found[1] if gradient is not None)
+    # Only positions have a gradient [V, H] of their own.
+    assert calls.names.count("embedding_dense_backward") == 1
+
+
+def test_untied_embedding_keeps_a_gradient_that_optimizers_take() -> None:
+    model = small("llama", True)
+    share_tied_gradient(model)
+    assert not any(gradient.is_sparse for gradient in gradients(model)[1] if gradient is not None)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta", "llama"])
+def test_activations_computed_again_give_the_same(architecture: str) -> None:
+    model = small(architecture, architecture != "roberta").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    other = copy.deepcopy(model)
+    checkpoint_activations(other)
+
+    def kept(m: Any) -> int:
+        """Bytes that the forward pass leaves for the backward pass."""
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if not any(tensor.data_ptr() == p.data_ptr() for p in m.parameters()):
+                sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            m.base_model(input_ids=IDS, use_cache=False)
+        return sum(sizes.values())
+
+    assert kept(other) < 0.5 * kept(model)
+    assert_same(gradients(other), gradients(model))
+
+
+def test_attention_by_name() -> None:
+    model = small("gpt2", True)
+    expected = gradients(copy.deepcopy(model))
+    choose_attention(model, "eager")
+    assert model.config._attn_implementation == "eager"
+    assert_same(gradients(model), expected)
+    for name in ("sdpaa", "somebody/kernel", "flash_attention_2"):
+        with pytest.raises(UserError, match="Use eager, sdpa"):
+            choose_attention(model, name)
+
+
+@pytest.mark.parametrize(("architecture", "causal"), [("gpt2", True), ("roberta", False), ("llama", True)])
+def test_flops_are_those_of_torchs_counter(architecture: str, causal: bool) -> None:
+    model = small(architecture, causal)
+    choose_attention(model, "eager")  # which the counter sees as plain products
+    with FlopCounterMode(display=False) as counter:
+        gradients(model, None)
+    # Forward, and twice as much backward.
+    found = Flops.of(model).step(IDS.numel(), len(POSITIONS), IDS.shape[1])
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_tied_head_is_counted_once_for_each_scored_position() -> None:
+    model = small("gpt2", True)
+    assert Flops.of(model).target == 6 * model.get_output_embeddings().weight.numel()
+
+
+@pytest.mark.parametrize("options", [TINY, TINY_MLM])
+def test_compiled_run(options: list[str], train: Callable[..., Path], tmp_path: Path) -> None:
+    """Compiles once per kind of layer: not for each step's scored positions, not for held-out text."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    common = [*options, "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "preprocess.test_size=0.07"]
+    common += ["+model.config.embd_pdrop=0", "+model.config.resid_pdrop=0"] if options is TINY else []
+    common += ["+model.config.hidden_dropout_prob=0"] if options is TINY_MLM else []
+    compiled = train(*common, "compile=true", run_dir=tmp_path / "compiled")
+    stats = dict(torch._dynamo.utils.counters["stats"])
+    plain = train(*common, run_dir=tmp_path / "plain")
+    assert stats["unique_graphs"] == 1
+    one, other = ([line.get("train/loss", line.get("val/loss")) for line in metrics(run)] for run in (compiled, plain))
+    assert one == pytest.approx(other, rel=1e-4)
+    names = [set(torch.load(run / "checkpoints" / "last.ckpt")["state_dict"]) for run in (compiled, plain)]
+    assert names[0] == names[1]
+
+
+def test_layers_are_compiled_in_training_only() -> None:
+    model = small("gpt2", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(model)
+    with torch.no_grad():
+        model.eval()(IDS)
+    assert not torch._dynamo.utils.counters["frames"]
