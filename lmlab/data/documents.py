@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+ROWS_AT_ONCE = 1000  # of the file of documents
 START = 60  # characters of a document that are kept to know it by
-SPACE = np.array([point for point in range(0x3001) if chr(point).isspace()], np.uint32)
+SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # the last stands for all above
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def spans(
         return found
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     size = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
-    space = np.isin(points, SPACE)
+    space = SPACE[np.minimum(points, len(SPACE) - 1)]
     begins = ~space & np.concatenate([[True], space[:-1]])[: len(points)]
     start = 0
     if offsets is None or words is None:
@@ -85,14 +88,14 @@ def spans(
         kept = edges[lost:] if left else edges[: tokens + 1]
         start, ends = kept[0], kept[1:]
     else:
-        spanned = np.array(offsets, np.int64).reshape(tokens, 2)
-        own = [i for i, word in enumerate(words) if word is not None] or [tokens - 1]
+        spanned = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * tokens).reshape(tokens, 2)
+        number = np.fromiter((-1 if word is None else word for word in words), np.int64, tokens)
+        own = np.flatnonzero(number >= 0) if (number >= 0).any() else [tokens - 1]
         if lost and left:
             start = spanned[own[0], 0]
         ends = np.maximum(start, np.maximum.accumulate(spanned[:, 1]))
         if left or not lost:
             ends[own[-1] :] = len(points)
-        number = np.array([-1 if word is None else word for word in words])
         found[1:, 2] = (number[1:] == number[:-1]) & (number[1:] >= 0)
     for column, counts in enumerate((size, begins)):
         total = np.concatenate([[0], np.cumsum(counts)])
@@ -101,11 +104,11 @@ def spans(
 
 
 class Names:
-    """Gathers the names, beginnings and hash of documents as they come by."""
+    """Writes the names, beginnings and hash of documents as they come by."""
 
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-        self.starts: list[str] = []
+    def __init__(self, place: Path) -> None:
+        self.writer = pq.ParquetWriter(place, pa.schema([("id", pa.string()), ("start", pa.string())]))
+        self.rows: list[dict[str, str]] = []
         self.seen: Counter[str] = Counter()
         self.all = hashlib.sha256()
 
@@ -115,24 +118,35 @@ class Names:
         name = digest.hexdigest()[:16]
         self.seen[name] += 1
         # The second of two equal documents is another one.
-        self.ids.append(name if self.seen[name] == 1 else f"{name}-{self.seen[name]}")
-        self.starts.append(" ".join(text[: 2 * START].split())[:START].encode("utf-8", "replace").decode())
+        unique = name if self.seen[name] == 1 else f"{name}-{self.seen[name]}"
+        start = " ".join(text[: 2 * START].split())[:START].encode("utf-8", "replace").decode()
+        self.rows.append({"id": unique, "start": start})
+        if len(self.rows) == ROWS_AT_ONCE:
+            self.write()
 
-    def write(self, place: Path) -> None:
-        table = pa.table(
-            {"id": self.ids, "start": self.starts}, pa.schema([("id", pa.string()), ("start", pa.string())])
-        )
-        pq.write_table(table.replace_schema_metadata({"hash": self.all.hexdigest()[:32]}), place)
+    def write(self) -> None:
+        self.writer.write_table(pa.Table.from_pylist(self.rows, self.writer.schema))
+        self.rows = []
+
+    def __enter__(self) -> "Names":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.write()
+            self.writer.add_key_value_metadata({"hash": self.all.hexdigest()[:32]})
+        self.writer.close()
 
 
 def read_documents(folder: Path, name: str, lengths: np.ndarray) -> Documents:
     """The documents that `write_split` (preprocess.py) left in a folder."""
-    names = pq.read_table(folder / f"{name}.documents.parquet")
+    place = folder / f"{name}.documents.parquet"
+    names = pq.read_table(place)
     return Documents(
         np.memmap(folder / f"{name}.tokens", np.int32, "r"),
         np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 3),
         np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         names["id"].to_pylist(),
         names["start"].to_pylist(),
-        names.schema.metadata[b"hash"].decode(),
+        pq.read_metadata(place).metadata[b"hash"].decode(),
     )

@@ -10,9 +10,11 @@ file. Held-out documents also keep which text each token stands for (documents.p
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, pairwise
+from functools import cache as once
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmlab.data.documents import Documents, Names, read_documents, spans
 from lmlab.data.sources import Corpus, fingerprint
-from lmlab.data.tokenizers import content_hash
-from lmlab.errors import UserError, nearest
+from lmlab.data.texts import flatten
+from lmlab.data.tokenizers import content_hash, encode
+from lmlab.errors import UserError
 from lmlab.runs.files import replaced
 
 FORMAT = 2  # Goes into every cache key: raised when the steps below change their output.
-RECORDS_PER_CALL = 1000  # What the tokenizer gets at once; memory stays flat in the corpus.
+# What the tokenizer gets at once: enough for its threads to share (they are all the workers that
+# tokenizing needs), and no more of either, so that memory stays flat in the corpus.
+DOCUMENTS_PER_CALL = 1000
+CHARACTERS_PER_CALL = 2**20
 
 
 @dataclass(frozen=True)
@@ -146,58 +152,6 @@ def split(corpus: Corpus, choices: Preprocessing) -> DatasetDict:
     return parts
 
 
-def flatten(records: Dataset, path: str) -> Iterator[list[str]]:
-    """The texts of each record, by the dotted path of the text (guide, `flatten`).
-
-    Works for a struct of lists (`answers: {text: [...]}`) and for a list of structs
-    (`answers: [{text: ...}]`) alike.
-    """
-    # A column may have the whole path as its name: so `Dataset.flatten` calls them.
-    top, *rest = [path] if path in records.column_names else path.split(".")
-    if top not in records.column_names:
-        raise no_such_text(records, path)
-    for start in range(0, len(records), RECORDS_PER_CALL):
-        for value in records[start : start + RECORDS_PER_CALL][top]:
-            try:
-                yield list(texts_at(value, rest))
-            except (KeyError, TypeError):
-                raise no_such_text(records, path) from None
-
-
-def texts_at(value: Any, path: list[str]) -> Iterator[str]:
-    if value is None:
-        return
-    if isinstance(value, list):
-        for item in value:
-            yield from texts_at(item, path)
-    elif path:
-        yield from texts_at(value[path[0]], path[1:])
-    elif isinstance(value, str):
-        yield value
-    else:
-        raise TypeError
-
-
-def no_such_text(records: Dataset, path: str) -> UserError:
-    found = sorted(set(text_paths("", records.features)))
-    return UserError(
-        f"data.text={path}: no text there.{nearest(path, found)} Texts are at: {', '.join(found) or 'nowhere'}."
-    )
-
-
-def text_paths(prefix: str, feature: Any) -> Iterator[str]:
-    """The dotted paths of all strings in a data set's features."""
-    if isinstance(feature, dict):
-        for name, inner in feature.items():
-            yield from text_paths(f"{prefix}.{name}" if prefix else name, inner)
-    elif isinstance(feature, (list, tuple)):
-        yield from text_paths(prefix, feature[0])
-    elif hasattr(feature, "feature"):
-        yield from text_paths(prefix, feature.feature)
-    elif getattr(feature, "dtype", None) in ("string", "large_string"):
-        yield prefix
-
-
 class Tokens(NamedTuple):
     """One document, tokenized."""
 
@@ -223,30 +177,36 @@ def tokenize(
     else:
         documents = (text for texts in records for text in texts)
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
-    # Only a fast tokenizer knows where in the text its tokens lie.
-    located = held_out and tokenizer.is_fast
-    options = {
-        "add_special_tokens": choices.special_tokens,
-        "split_special_tokens": not choices.special_tokens,
-        "return_offsets_mapping": located,
-        "verbose": False,
-    }
-    while batch := list(islice(documents, RECORDS_PER_CALL)):
-        encoded = tokenizer(batch, **options)
-        for row, text in enumerate(batch):
-            ids, source, place = encoded["input_ids"][row], encoded, row
+    left = tokenizer.truncation_side == "left"
+    for batch in batches(documents):
+        for text, (ids, encoding) in zip(
+            batch, encode(batch, tokenizer, choices.special_tokens, located=held_out), strict=True
+        ):
             full = len(ids)
             if choices.truncation and full > tokenizer.model_max_length:
-                source, place = tokenizer([text], truncation=True, **options), 0
-                ids = source["input_ids"][0]
+                ((ids, encoding),) = encode([text], tokenizer, choices.special_tokens, held_out, truncation=True)
             lost = full - len(ids)
             found = None
             if held_out:
-                offsets = source["offset_mapping"][place] if located else None
-                words = source.word_ids(place) if located else None
-                found = spans(text, offsets, words, len(ids), lost, tokenizer.truncation_side == "left")
+                # Only a fast tokenizer knows where in the text its tokens lie.
+                offsets, words = (encoding.offsets, encoding.word_ids) if encoding is not None else (None, None)
+                found = spans(text, offsets, words, len(ids), lost, left)
                 found = np.concatenate([found, np.zeros((len(end) if ids else 0, 3), np.int32)])
             yield Tokens(text, np.array(ids + (end if ids else []), np.int32), found, lost)
+
+
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """As many documents as the tokenizer gets at once."""
+    batch: list[str] = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) >= DOCUMENTS_PER_CALL or characters >= CHARACTERS_PER_CALL:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -292,37 +252,44 @@ def prepare(
 ) -> Prepared:
     """All the steps, each kept in the cache under a key of all that went into it.
 
+    A start that finds all it needs there reads no record.
+
     Args:
         make_tokenizer: from the training texts to a tokenizer.
         tokenizer_key: the tokenizer's own settings, as plain values; None when it does
             not depend on the texts and needs no keeping.
         cache: a directory for every run's prepared data.
     """
-    parts = split(corpus, choices)
+    parts = once(lambda: split(corpus, choices))
     if tokenizer_key is None:
         tokenizer = make_tokenizer([])
     else:
         held_out = [choices.test_size, choices.split_seed, choices.max_records]
         key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
-        texts = (text for texts in flatten(parts["train"], corpus.text) for text in texts)
-        folder = kept(cache / f"tokenizer-{key}", lambda place: make_tokenizer(texts).save_pretrained(place))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return prepare_splits(dict(parts), corpus, choices, tokenizer, cache)
+
+        def write(place: Path) -> None:
+            texts = (text for texts in flatten(parts()["train"], corpus.text) for text in texts)
+            make_tokenizer(texts).save_pretrained(place)
+
+        tokenizer = AutoTokenizer.from_pretrained(kept(cache / f"tokenizer-{key}", write))
+    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache)
 
 
 def prepare_validation(
     corpus: Corpus, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> Prepared:
     """Only the held-out part, for a tokenizer that is there already."""
-    if corpus.train is None and corpus.validation is not None:
-        held_out = corpus.validation
-    else:
-        held_out = split(corpus, choices)["validation"]
-    return prepare_splits({"validation": held_out}, corpus, choices, tokenizer, cache)
+
+    def parts() -> Mapping[str, Dataset]:
+        alone = corpus.train is None and corpus.validation is not None
+        return {"validation": corpus.validation} if alone else split(corpus, choices)
+
+    return prepare_splits(("validation",), parts, corpus, choices, tokenizer, cache)
 
 
 def prepare_splits(
-    parts: Mapping[str, Dataset],
+    names: Sequence[str],
+    parts: Callable[[], Mapping[str, Dataset]],
     corpus: Corpus,
     choices: Preprocessing,
     tokenizer: PreTrainedTokenizerBase,
@@ -333,17 +300,17 @@ def prepare_splits(
     # How documents are cut into blocks changes nothing in the files.
     decided = asdict(replace(choices, block_size=2, drop_remainder_every=None))
     folders, bounds, ledger = {}, {}, {}
-    for name, records in parts.items():
+    for name in names:
         key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decided, hashed)
 
-        def write(place: Path, name: str = name, records: Dataset = records) -> None:
-            write_split(place, name, flatten(records, corpus.text), tokenizer, choices)
+        def write(place: Path, name: str = name) -> None:
+            write_split(place, name, flatten(parts()[name], corpus.text), tokenizer, choices)
 
         folders[name] = kept(cache / f"tokens-{key}", write)
         bounds[name], ledger[name] = cut(folders[name], name, choices)
     return Prepared(
         tokenizer,
-        Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in parts else None,
+        Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in names else None,
         read_documents(folders["validation"], "validation", read_lengths(folders["validation"], "validation")),
         bounds["validation"],
         ledger,
@@ -355,8 +322,10 @@ def prepare_splits(
 def kept(place: Path, write: Callable[[Path], Any]) -> Path:
     """`place`, written by `write` if it is not there yet: whole or not at all.
 
-    Of several processes one writes and the others wait.
+    Of several processes one writes and the others wait, here and not inside a collective.
     """
+    if place.exists():
+        return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -376,25 +345,31 @@ def write_split(
 ) -> None:
     """Tokens, lengths and counts of one split, as files in `place`; of the held-out one its text's spans too."""
     held_out = name == "validation"
-    names = Names()
-    lengths: list[int] = []
-    size = truncated = 0
-    with (place / f"{name}.tokens").open("wb") as tokens, (place / f"{name}.spans").open("wb") as found:
+    documents = kept_tokens = size = truncated = 0
+    with ExitStack() as files:
+        tokens = files.enter_context((place / f"{name}.tokens").open("wb"))
+        lengths = files.enter_context((place / f"{name}.lengths").open("wb"))
+        if held_out:
+            found = files.enter_context((place / f"{name}.spans").open("wb"))
+            names = files.enter_context(Names(place / f"{name}.documents.parquet"))
         for document in tokenize(records, tokenizer, choices, held_out):
             tokens.write(document.ids.tobytes())
-            lengths.append(len(document.ids))
+            lengths.write(np.int64(len(document.ids)).tobytes())
+            documents += 1
+            kept_tokens += len(document.ids)
             size += len(document.text.encode("utf-8", "surrogatepass"))
             truncated += document.lost
             if document.spans is not None:
                 found.write(document.spans.tobytes())
                 names.add(document.text)
-    if held_out:
-        names.write(place / f"{name}.documents.parquet")
-    total = sum(lengths)
-    if total == 0:
-        raise UserError(f"the {name} split gives no token: its {len(lengths)} texts are empty (check data.text).")
-    np.array(lengths, np.int64).tofile(place / f"{name}.lengths")
-    counts = {"documents": len(lengths), "bytes": size, "tokens": total + truncated, "tokens_truncated": truncated}
+    if kept_tokens == 0:
+        raise UserError(f"the {name} split gives no token: its {documents} texts are empty (check data.text).")
+    counts = {
+        "documents": documents,
+        "bytes": size,
+        "tokens": kept_tokens + truncated,
+        "tokens_truncated": truncated,
+    }
     (place / f"{name}.counts.json").write_text(json.dumps(counts))
 
 

@@ -10,15 +10,19 @@ import hashlib
 import json
 import os
 import re
+import time
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from lmlab.errors import UserError, disk_full, first_line, from_hub, nearest
+from lmlab.runs.files import write_text
 
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
 BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -27,15 +31,34 @@ SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
 UNREADABLE = (datasets.exceptions.DatasetGenerationError, ValueError, OSError, EOFError, zlib.error, StopIteration)
 
 
-@dataclass(frozen=True)
 class Corpus:
     """Records, the dotted path of the text in them, and a hash of where they came from."""
 
-    train: datasets.Dataset | None
-    """None where there is only something to evaluate on."""
-    validation: datasets.Dataset | None
-    text: str
-    fingerprint: str
+    def __init__(
+        self,
+        train: datasets.Dataset | Callable[[], datasets.Dataset] | None,
+        validation: datasets.Dataset | Callable[[], datasets.Dataset] | None,
+        text: str,
+        fingerprint: str,
+    ):
+        """`train` is None where there is only something to evaluate on.
+
+        A function is called for its records only if what is prepared of them is not in the cache.
+        """
+        self.given = {"train": train, "validation": validation}
+        self.text, self.fingerprint = text, fingerprint
+
+    @cached_property
+    def train(self) -> datasets.Dataset | None:
+        return self.records("train")
+
+    @cached_property
+    def validation(self) -> datasets.Dataset | None:
+        return self.records("validation")
+
+    def records(self, part: str) -> datasets.Dataset | None:
+        given = self.given[part]
+        return given() if callable(given) else given
 
 
 def fingerprint(*parts: Any) -> str:
@@ -46,7 +69,10 @@ def fingerprint(*parts: Any) -> str:
 def load_sample(text: str = "answers.text") -> Corpus:
     """The corpus that ships with lmlab, in the ELI5 schema."""
     content = SAMPLE.read_bytes()
-    records = datasets.Dataset.from_list([json.loads(line) for line in content.splitlines()])
+
+    def records() -> datasets.Dataset:
+        return datasets.Dataset.from_list([json.loads(line) for line in content.splitlines()])
+
     return Corpus(records, None, text, fingerprint("sample", hashlib.sha256(content).hexdigest()))
 
 
@@ -79,18 +105,20 @@ def load_hub(
         raise UserError(f'data set "{path}" is not cached at data.revision={revision}, and the hub did not answer.')
     # The cache fingerprint of a builder names the repository's commit and files.
     source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
-    kept = [select(part, filter or {}) for part in loaded]
+    for part in loaded:
+        for column in filter or {}:
+            if column not in part.column_names:
+                raise UserError(
+                    f'data.filter names the column "{column}", which is not there.'
+                    f"{nearest(column, part.column_names)} Columns: {', '.join(part.column_names)}."
+                )
+    kept = [partial(select, part, filter or {}) for part in loaded]
     return Corpus(kept[0], kept[1] if validation else None, text, source)
 
 
 def select(records: datasets.Dataset, wanted: dict[str, Any]) -> datasets.Dataset:
     """The records whose columns hold the wanted value, or one of the wanted values."""
     for column, value in wanted.items():
-        if column not in records.column_names:
-            raise UserError(
-                f'data.filter names the column "{column}", which is not there.'
-                f"{nearest(column, records.column_names)} Columns: {', '.join(records.column_names)}."
-            )
         values = value if isinstance(value, list) else [value]
         records = records.select([i for i, found in enumerate(records[column]) if found in values])
     return records
@@ -131,21 +159,84 @@ def load_files(
         options = {"sample_by": SAMPLE_BY[document], "encoding": "utf-8-sig"}
     elif builder == "csv":
         options = {"na_filter": False}  # "NA" is a text, no missing value
-    contents = {part: [digest(file) for file in found] for part, found in files.items()}
+    seen = [identity(file) for file in everything]
+    places = {part: [str(file.absolute()) for file in found] for part, found in files.items()}
+    memo = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{fingerprint(builder, document, places)}.json"
+    known = remembered(memo, seen)
+    digests = dict(zip(everything, known or [digest(file) for file in everything], strict=True))
+    contents = {part: [digests[file] for file in found] for part, found in files.items()}
     source = fingerprint("files", builder, document, contents)
+
+    @cache
+    def read() -> dict[str, datasets.Dataset]:
+        loaded = read_files(builder, files, source, options)
+        for file, before in zip(everything, seen, strict=True):
+            if identity(file) != before:
+                raise UserError(f"{file} has changed since this began. Start again.")
+        return loaded
+
+    if known is None:
+        read()  # so that a fault in a file shows here, and the first time
+        remember(memo, seen, list(digests.values()))
+    records = {part: partial(lambda part: read()[part], part) for part in files}
+    return Corpus(records.get("train"), records.get("validation"), text, source)
+
+
+def read_files(
+    builder: str, files: dict[str, list[Path]], source: str, options: dict[str, Any]
+) -> dict[str, datasets.Dataset]:
+    """The records of files, of which `source` is a hash."""
     names = {part: [glob.escape(str(file)) for file in found] for part, found in files.items()}
     # Where `datasets` keeps what it read, by content: its own key is path and time, which a copy can keep.
-    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}")
+    cache_dir = str(Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is said below, once
     try:
-        loaded = datasets.load_dataset(builder, data_files=names, cache_dir=cache, **options)
+        loaded = datasets.load_dataset(builder, data_files=names, cache_dir=cache_dir, **options)
         for records in loaded.values():
-            records.data.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
+            for kept in records.cache_files:
+                # Not by its mapping: all of the file would count as memory of this process.
+                with pa.OSFile(kept["filename"]) as stream:
+                    for batch in pa.ipc.open_stream(stream):
+                        batch.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
     except UNREADABLE as error:
         if disk_full(error):
             raise
+        everything = [file for part in files.values() for file in part]
         raise UserError(fault(everything, builder) or reason(deepest(error))) from error
-    return Corpus(loaded.get("train"), loaded.get("validation"), text, source)
+    return loaded
+
+
+# What was learned of files is kept, so that the next start need not read them. A file is taken for
+# the one it was if size, times, and inode are: what git and ccache trust. A program can set the
+# time of modification back, but not that of change (ctime). Both are as fine as the clock of the
+# file system, so what changed just now could change again unseen (git's "racily clean" entries):
+# nothing is kept of a file that was not at rest. What remains is a clock set back, that of a file
+# server far behind ours, and a write to the raw disk.
+AT_REST = 2.0  # seconds since the last change; FAT's times, the coarsest, are 2 s apart
+
+
+def identity(file: Path) -> list[int]:
+    """What tells, without reading it, whether a file is as it was."""
+    about = file.stat()
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def remembered(memo: Path, seen: list[list[int]]) -> list[str] | None:
+    """The digests of files that were read without a fault, if they are as they were then."""
+    # A memo that is missing, half or none at all is as good as none.
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads(memo.read_text())
+        if content["files"] == seen and content["check"] == fingerprint(seen, content["digests"]):
+            return content["digests"]
+    return None
+
+
+def remember(memo: Path, seen: list[list[int]], digests: list[str]) -> None:
+    """Keep them for the next start, if none of the files changed just before they were read."""
+    last = max(max(modified, changed) for _, modified, changed, _ in seen)
+    if time.time() - last / 1e9 >= AT_REST:
+        with suppress(OSError):  # It only saves time.
+            write_text(memo, json.dumps({"files": seen, "digests": digests, "check": fingerprint(seen, digests)}))
 
 
 def find(patterns: str | Sequence[str], part: str) -> list[Path]:

@@ -6,9 +6,10 @@ the training texts as `texts`.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -63,6 +64,50 @@ def char(texts: Iterable[str]) -> PreTrainedTokenizerBase:
         pad_token=PAD,
         mask_token=MASK,
         unk_token=UNKNOWN,
+    )
+
+
+def encode(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: bool = False,
+    located: bool = False,
+    truncation: bool = False,
+) -> Iterator[tuple[list[int], Any]]:
+    """The ids of each text and, where the tokenizer is a fast one, its `tokenizers.Encoding`.
+
+    Args:
+        special_tokens: add the tokenizer's own, and take one that a text spells out for the token.
+        located: the encoding has to know where in the text each token lies.
+        truncation: cut at the tokenizer's longest input.
+    """
+    if calls_rust_alone(tokenizer) and not truncation:
+        # What the call below comes to, less a mask, type ids and offsets for each token as Python objects.
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = not special_tokens
+        call = backend.encode_batch if located else backend.encode_batch_fast
+        for encoding in call(texts, add_special_tokens=special_tokens):
+            yield encoding.ids, encoding
+    else:
+        called = tokenizer(
+            texts,
+            add_special_tokens=special_tokens,
+            split_special_tokens=not special_tokens,
+            truncation=truncation,
+            verbose=False,
+        )
+        yield from zip(called["input_ids"], called.encodings or [None] * len(texts), strict=True)
+
+
+def calls_rust_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether calling a tokenizer calls the Rust library and no more: a few models' own do."""
+    kind = type(tokenizer)
+    return (
+        tokenizer.is_fast
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
+        and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
     )
 
 

@@ -48,7 +48,7 @@ class Flops(NamedTuple):
 def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated layers: the longest list of modules in the base model."""
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda modules: len(modules))) if lists else []
+    return list(max(lists, key=lambda modules: len(list(modules)))) if lists else []
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
@@ -93,8 +93,9 @@ def choose_attention(model: PreTrainedModel, name: str) -> None:
         if model.config._attn_implementation != name:
             raise ValueError(f"{model.config.model_type} has no choice of attention.")
     except (ValueError, ImportError) as error:
+        why = shorten(first_line(error), 150, placeholder=" …")
         raise UserError(
-            f"attention={name}: {shorten(first_line(error), 150, placeholder=' …')}\nUse eager, sdpa, or leave it out for the model's own choice."
+            f"attention={name}: {why}\nUse eager, sdpa, or leave it out for the model's own choice."
         ) from error
 
 

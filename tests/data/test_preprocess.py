@@ -5,19 +5,22 @@ import multiprocessing
 import pickle
 import random
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmlab.data import preprocess
+from lmlab.data import texts as from_records
 from lmlab.data.preprocess import (
     Prepared,
     Preprocessing,
@@ -27,7 +30,7 @@ from lmlab.data.preprocess import (
     prepare_validation,
     split,
 )
-from lmlab.data.sources import Corpus
+from lmlab.data.sources import Corpus, load_files
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 
@@ -165,7 +168,7 @@ def test_calls_of_the_tokenizer(
     """How many documents go into one call changes nothing."""
     texts = random_texts(random.Random(0), 50)
     whole = np.concatenate(list(run(corpus_of(texts, texts)).train))
-    monkeypatch.setattr(preprocess, "RECORDS_PER_CALL", 7)
+    monkeypatch.setattr(preprocess, "DOCUMENTS_PER_CALL", 7)
     again = run(corpus_of(texts, texts, "another")).train
     np.testing.assert_array_equal(np.concatenate(list(again)), whole)
 
@@ -228,6 +231,24 @@ def test_blocks_pickle_by_path(run: Callable[..., Prepared]) -> None:
 
 
 # --- Records to documents ---
+
+
+def test_flatten_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shuffled records of a file, which let go of what was read; those in memory are not copied."""
+    monkeypatch.setattr(from_records, "RECORDS_AT_ONCE", 7)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"a": {"b": [f"{i}", "x"]}, "c": i}) + "\n" for i in range(100)))
+    records = load_files(str(file)).train
+    shuffled = records.train_test_split(test_size=20, seed=3)["train"]
+    assert list(flatten(shuffled, "a.b")) == [[f"{i}", "x"] for i in shuffled["c"]]
+    for kept, files in ((shuffled, 1), (records.select(range(9, 20)), 1), (concatenate_datasets([records] * 2), 2)):
+        again, mappings = from_records.mapped(kept)
+        assert again[:] == kept[:]
+        assert len(mappings) == files
+    for other in (Dataset.from_dict({"text": ["a"]}), records.flatten()):
+        again, mappings = from_records.mapped(other)
+        assert again is other
+        assert mappings == []
 
 
 def test_flatten() -> None:
@@ -483,6 +504,65 @@ def test_writer_that_fails(run: Callable[..., Prepared], tmp_path: Path, monkeyp
     assert entries(tmp_path) == set()
     made = run(corpus_of(texts))
     assert made.ledger["train"].documents == 90
+
+
+def test_what_is_on_disk(run: Callable[..., Prepared], tmp_path: Path) -> None:
+    """Every byte: an id is 4, a length 8, a held-out token's span 12; no mask and no label, which are implied."""
+    draw = random.Random(0)
+    prepared = run(corpus_of(random_texts(draw, 100), random_texts(draw, 50)))
+    assert prepared.train.tokens.dtype == prepared.validation.tokens.dtype == np.int32
+    for name, tokens in (("train", prepared.train.tokens), ("validation", prepared.validation.tokens)):
+        (folder,) = tmp_path.glob(f"*/{name}.tokens")
+        files = {path.name.removeprefix(f"{name}."): path for path in folder.parent.iterdir()}
+        sizes = {kind: path.stat().st_size for kind, path in files.items()}
+        wanted = {"tokens": 4 * len(tokens), "lengths": 8 * prepared.ledger[name].documents}
+        if name == "validation":
+            wanted["spans"] = 12 * len(tokens)
+            assert pq.read_schema(files.pop("documents.parquet")).names == ["id", "start"]
+        assert json.loads(files["counts.json"].read_text()).keys() <= asdict(prepared.ledger[name]).keys()
+        assert files.keys() == {*wanted, "counts.json"}
+        assert {kind: sizes[kind] for kind in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_memory_is_flat_in_the_corpus(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight times the records take no more at once; of what is allocated here, not of what the machine says."""
+    monkeypatch.setattr(preprocess, "DOCUMENTS_PER_CALL", 10)
+    monkeypatch.setattr("lmlab.data.documents.ROWS_AT_ONCE", 10)
+
+    def peak(count: int) -> int:
+        texts = ([f"{i} " + "some words " * 100] for i in range(count))
+        (tmp_path / str(count)).mkdir()
+        tracemalloc.start()
+        preprocess.write_split(tmp_path / str(count), name, texts, tokenizer, Preprocessing())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak(20)  # what is made once and kept
+    small, large = peak(50), peak(400)
+    ids = (tmp_path / "400" / f"{name}.tokens").stat().st_size
+    assert ids > 2 * small, "too little data to tell"
+    assert large < 1.3 * small
+
+
+def test_long_documents_go_fewer_at_once() -> None:
+    texts = ["a" * n for n in [10] * 1001 + [2**19] * 3 + [2**22, 1]]
+    found = list(preprocess.batches(texts))
+    assert [text for batch in found for text in batch] == texts
+    assert [len(batch) for batch in found] == [1000, 3, 2, 1]
+    assert list(preprocess.batches([])) == []
+
+
+def test_a_filled_cache_is_only_read(run: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No record is loaded and no lock taken, so that it may lie where nothing can be written."""
+    texts = random_texts(random.Random(0), 100)
+    first = run(corpus_of(texts))
+    monkeypatch.setattr(preprocess, "FileLock", never)
+    second = run(Corpus(never, None, "text", "texts"))
+    assert second.ledger == first.ledger
 
 
 def test_leftovers_of_a_killed_writer(

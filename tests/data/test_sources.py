@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -9,12 +10,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from transformers import AutoTokenizer
 
-from lmlab.data.preprocess import flatten
+from lmlab.data import preprocess, sources
+from lmlab.data.preprocess import Preprocessing, flatten, prepare, prepare_validation
 from lmlab.data.sources import SAMPLE, Corpus, load_files, load_hub, load_sample
+from lmlab.data.tokenizers import char
 from lmlab.errors import UserError
 
 TEXTS = ['a "quoted" word, a comma', "two\nlines", "é, e\u0301, 👩‍🚀, 你好", "  spaces  ", "last\n"]
@@ -185,6 +190,103 @@ def test_changed_file(tmp_path: Path) -> None:
     after = load_files(str(file))
     assert (texts(before), texts(after)) == (["before"], ["afterw"])
     assert before.fingerprint != after.fingerprint
+
+
+# --- What is remembered of files ---
+
+
+def never(*args: object) -> None:
+    raise AssertionError("read again")
+
+
+@pytest.fixture
+def memos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
+    """The memos of this test; files need not be at rest for one."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(sources, "AT_REST", 0)
+    return lambda: list((tmp_path / "datasets").glob("lmlab-*.json"))
+
+
+def prepared(train: str, place: Path) -> list[list[int]]:
+    """The training blocks of files, from the cache in `place` if they are there."""
+    corpus = load_files(train, document="line")
+    data = prepare(corpus, Preprocessing(block_size=8), char, {"kind": "char"}, place)
+    return [block.tolist() for block in data.train]
+
+
+def test_second_start(memos: Callable[[], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads no data file, no record, and tokenizes nothing; an evaluation neither."""
+    file, place = tmp_path / "a.txt", tmp_path / "cache"
+    file.write_text("".join(f"line {i}\n" for i in range(50)))
+    first = prepared(str(file), place)
+    assert len(memos()) == 1
+    with monkeypatch.context() as patched:
+        for module, name in ((sources, "digest"), (sources, "read_files"), (preprocess, "tokenize")):
+            patched.setattr(module, name, never)
+        assert prepared(str(file), place) == first
+        tokenizer = AutoTokenizer.from_pretrained(next(place.glob("tokenizer-*[!k]")))
+        corpus = load_files(str(file), document="line")
+        assert len(prepare_validation(corpus, Preprocessing(block_size=8), tokenizer, place).validation) == 5
+    # Other choices need the records, and find them.
+    assert texts(load_files(str(file), document="line"))[:2] == ["line 0", "line 1"]
+
+
+def test_a_file_that_changed_is_noticed(memos: Callable[[], list[Path]], tmp_path: Path) -> None:
+    """Written over in place: the same size, the same inode, and the time of modification set back."""
+    file, place = tmp_path / "a.txt", tmp_path / "cache"
+    file.write_text("".join(f"line {i}\n" for i in range(50)))
+    before, about = prepared(str(file), place), file.stat()
+    old = load_files(str(file), document="line")
+    with file.open("r+") as stream:
+        stream.write("Line")
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    again = file.stat()
+    assert [(x.st_size, x.st_mtime_ns, x.st_ino) for x in (about, again)] == [
+        (about.st_size, about.st_mtime_ns, about.st_ino)
+    ] * 2
+    assert prepared(str(file), place) != before
+    assert load_files(str(file), document="line").fingerprint != old.fingerprint
+    # Nor are its new records ever taken for the old ones.
+    with pytest.raises(UserError, match="has changed since"):
+        _ = old.train
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "null", "[]", "{}", "\xff", '{"files": [[1, 2, 3, 4]], "digests": ["a"]}']
+)
+def test_a_memo_that_is_none(content: str | None, memos: Callable[[], list[Path]], tmp_path: Path) -> None:
+    """Half-written, of another form, or with a digest that is another's: the file is read."""
+    file = tmp_path / "a.txt"
+    file.write_text("words")
+    wanted = load_files(str(file)).fingerprint
+    (memo,) = memos()
+    whole = memo.read_bytes()
+    memo.write_bytes(whole[: len(whole) // 2] if content is None else content.encode("latin1"))
+    assert load_files(str(file)).fingerprint == wanted
+    assert memo.read_bytes() == whole
+    memo.write_text(memo.read_text().replace(hashlib.sha256(b"words").hexdigest(), hashlib.sha256(b"x").hexdigest()))
+    assert load_files(str(file)).fingerprint == wanted
+
+
+def test_no_memo(memos: Callable[[], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file with a fault, of one that changed just now, or where none can be written; and no harm in that."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("{")
+    with pytest.raises(UserError):
+        load_files(str(file))
+    assert memos() == []
+    file.write_text('{"text": "a"}')
+    monkeypatch.setattr(sources, "AT_REST", 60)
+    assert texts(load_files(str(file))) == ["a"]
+    assert memos() == []
+    monkeypatch.setattr(sources, "AT_REST", 0)
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources, "write_text", refuse)
+    assert texts(load_files(str(file))) == ["a"]
+    assert memos() == []
 
 
 # --- Hub layout ---

@@ -5,12 +5,13 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmlab.data.sources import load_sample
-from lmlab.data.tokenizers import bpe, char, content_hash
+from lmlab.data.tokenizers import PAD, bpe, char, content_hash, encode
 from lmlab.errors import UserError
 
 TEXTS = [
@@ -124,6 +125,35 @@ def test_char_special_tokens() -> None:
     ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id}
     assert len(ids) == 4
     assert not ids & {a, space, b}
+
+
+# --- encode ---
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """Does something of its own to a text, as a few models' tokenizers do."""
+
+    def _encode_plus(self, text: list[str], *args: Any, **kwargs: Any) -> Any:
+        return super()._encode_plus([each.upper() for each in text], *args, **kwargs)
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+@pytest.mark.parametrize("located", [False, True])
+def test_encode_is_the_call(special_tokens: bool, located: bool) -> None:
+    """The same ids and places, whatever a call before has left set; a text's special tokens are text or tokens."""
+    texts = [*TEXTS, "a <mask> b<|endoftext|> <pad>"]
+    plain = bpe(TEXTS, vocab_size=300)
+    own = Shouting(tokenizer_object=bpe(TEXTS, vocab_size=300).backend_tokenizer, pad_token=PAD)
+    for tokenizer in (plain, own, ByT5Tokenizer()):
+        options = {"add_special_tokens": special_tokens, "split_special_tokens": not special_tokens}
+        wanted = tokenizer(texts, return_offsets_mapping=tokenizer.is_fast, **options)
+        if tokenizer.is_fast:
+            tokenizer(texts, padding="max_length", truncation=True, max_length=4, split_special_tokens=special_tokens)
+        found = list(encode(texts, tokenizer, special_tokens, located))
+        assert [ids for ids, _ in found] == wanted["input_ids"]
+        if tokenizer.is_fast and located:
+            assert [encoding.offsets for _, encoding in found] == wanted["offset_mapping"]
+            assert [encoding.word_ids for _, encoding in found] == [wanted.word_ids(i) for i in range(len(texts))]
 
 
 # --- content_hash ---
