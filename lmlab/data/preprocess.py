@@ -96,7 +96,7 @@ class Blocks(TorchDataset):
     def __init__(self, path: Path, bounds: np.ndarray):
         """`path` of the raw int32 ids, `bounds` [blocks, 2] int64: first and past-the-last token."""
         self.path, self.bounds = path, bounds
-        self.tokens = np.memmap(path, np.int32, "r")
+        self.tokens = np.asarray(np.memmap(path, np.int32, "r"))  # a plain array: slices of a memmap take twice as long
 
     def __reduce__(self) -> tuple:
         # A worker maps the file again; pickling the map would copy the corpus.

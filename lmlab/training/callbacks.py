@@ -1,8 +1,8 @@
 """What is watched while a run trains: figures at an interval, and where it stands."""
 
-import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -132,7 +132,9 @@ def peak_memory(device: torch.device) -> float:
     """GiB that this process has had at most: of the GPU it uses, or of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    # Not ru_maxrss, which a process begins with its parent's.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
 def peak_flops(device: torch.device, precision: str) -> int | None:

@@ -1,0 +1,1 @@
+"""lmlab measured against its peers, side by side on one machine: see README.md."""

@@ -1,0 +1,87 @@
+"""What is written down of a comparison, and shown of it."""
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lmlab
+from benchmarks.arguments import Arguments
+from lmlab.errors import shown_plainly
+from lmlab.runs.directory import PACKAGES, git_state
+from lmlab.runs.files import write_json
+from lmlab.runs.summary import show_rows
+
+RESULTS = Path(__file__).parent / "results"
+EFFORT = ("pairs", "turn", "agree", "warmup", "runs")  # how well is measured, not what
+COLUMNS = ("", "lmlab", "peer", "median", "spread", "target")
+
+
+def verb(
+    name: str, text: str, settings: type[Arguments], compare: Callable[[Any], dict[str, Any]], **options: Any
+) -> None:
+    """Run one comparison as the command line says, write it down and show it; `text` is for `--help`."""
+    with shown_plainly():
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(text)
+        else:
+            result = record(name, settings.parse(sys.argv[1:], **options), compare)
+            show([(result["command"].removeprefix("python -m benchmarks."), result, "")])
+
+
+def record(name: str, settings: Arguments, compare: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Compare, and write the result with all that it depends on."""
+    command = " ".join(["python", "-m", f"benchmarks.{name}", *settings.words()])
+    result = {"command": command, **compare(settings), "settings": asdict(settings), **provenance()}
+    RESULTS.mkdir(exist_ok=True)
+    write_json(place(name, settings, result.get("device", "cpu")), result)
+    return result
+
+
+def place(name: str, settings: Arguments, device: str = "cpu") -> Path:
+    """One file per comparison and kind of device, however long it was measured."""
+    what = [word for word in settings.words() if word.partition("=")[0] not in EFFORT]
+    words = [*([] if device == "cpu" else ["gpu"]), name, *what]
+    return RESULTS / f"{re.sub('[^a-zA-Z0-9_.=-]', '-', '-'.join(words))}.json"
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions and commit; neither the machine's name nor a place on it."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
+    return {
+        "machine": {
+            "cpu": cpu[1] if cpu else platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in (*PACKAGES, "accelerate")},
+        },
+        "git": git_state(Path(lmlab.__file__).parent),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def cells(title: str, result: dict[str, Any] | None, target: str) -> list[str]:
+    """A row of the table."""
+    if result is None:
+        return [title, "", "", "", "", target]
+    sides = [f"{value:,.{0 if value >= 100 else 2}f} {result['unit']}" for value in result["sides"].values()]
+    found = result["result"]
+    judged = [f"{found['median']:.3g}", f"{found['min']:.3g} – {found['max']:.3g}"] if found else ["void", ""]
+    return [title, *sides, *[""] * (2 - len(sides)), *judged, target]
+
+
+def show(rows: list[tuple[str, dict[str, Any] | None, str]]) -> None:
+    show_rows("Benchmarks", COLUMNS, [cells(*row) for row in rows])
+    for title, result, _ in rows:
+        if result and result["void"]:
+            print(f"void: {title}\n  {result['void']}")

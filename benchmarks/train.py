@@ -1,0 +1,343 @@
+"""Training steps of lmlab and of a peer, pair by pair: the same weights, batches, threads and precision.
+
+  python -m benchmarks.train objective=mlm size=distil                     over the Hugging Face Trainer
+  python -m benchmarks.train size=small peer=loop                          over a plain PyTorch loop
+  python -m benchmarks.train size=small peer=lmlab lmlab.compile=true      over lmlab without the lmlab.… keys
+  python -m benchmarks.train size=distil block_size=1024 measure=memory    peak memory of one step
+
+Keys, with their defaults:
+
+  objective=clm         clm, mlm
+  size=distil           tiny, small (4 × 128), distil (6 × 768), gpt2 (12 × 768): layers × width
+  peer=trainer          trainer, loop, lmlab (without the lmlab.… keys)
+  precision=32-true     32-true, bf16-mixed
+  batch_size=8          blocks of a step
+  block_size=0          positions of a block; 0: 16, 64, 128 or 1024, by size
+  vocabulary=0          tokens; 0: 200, 4096 or the trained model's, by size
+  pairs=3               turns of each side
+  turn=3.0              seconds of the faster side's turn, at least: it makes one step or more
+  agree=2               steps without dropout at the start, whose losses must agree
+  warmup=1              steps after them that are not timed; as many again where they are short
+  measure=speed         speed, memory (one step each, one side after the other)
+  lmlab.KEY=VALUE       any override of `python -m lmlab.train`, for lmlab's side alone
+
+With a GPU in the machine it runs there.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.arguments import Arguments
+from benchmarks.pairs import Side, agreement, outcome, spread, take_turns, workplace
+from benchmarks.results import verb
+from benchmarks.side import Turns
+
+SIZES = {  # layers, width, heads, positions of a block; vocabulary of a causal and of a masked model
+    "tiny": (1, 32, 2, 16, 200, 200),
+    "small": (4, 128, 4, 64, 4096, 4096),
+    "distil": (6, 768, 12, 128, 50257, 50265),
+    "gpt2": (12, 768, 12, 1024, 50257, 50265),
+}
+SEED, STEPS, LR, WARMUP_STEPS, WEIGHT_DECAY = 0, 100_000, 1e-3, 20, 0.01
+TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2}
+
+
+@dataclass
+class Settings(Arguments):
+    objective: Literal["clm", "mlm"] = "clm"
+    size: Literal["tiny", "small", "distil", "gpt2"] = "distil"
+    peer: Literal["trainer", "loop", "lmlab"] = "trainer"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    batch_size: int = 8
+    block_size: int = 0
+    vocabulary: int = 0
+    pairs: int = 3
+    turn: float = 3.0
+    agree: int = 2
+    warmup: int = 1
+    measure: Literal["speed", "memory"] = "speed"
+    lmlab: tuple[str, ...] = ()
+
+    @property
+    def causal(self) -> bool:
+        return self.objective == "clm"
+
+    @property
+    def positions(self) -> int:
+        return self.block_size or SIZES[self.size][3]
+
+
+def compare(settings: Settings) -> dict[str, Any]:
+    plain = replace(settings, lmlab=())
+    peer = "plain" if settings.peer == "lmlab" else settings.peer
+    with workplace() as folder:
+        make(folder, settings.size, settings.causal, settings.positions, settings.vocabulary)
+        ours, theirs = Side("train", "lmlab", settings, folder), Side("train", peer, plain, folder)
+        if settings.measure == "memory":
+            return compare_memory(settings, (ours, theirs))
+        with ours, theirs:
+            agreed = [side.turn(steps=settings.agree, dropout=False) for side in (ours, theirs)]
+            steps = long_enough((ours, theirs), settings)
+            tokens = steps * settings.batch_size * settings.positions
+            pairs = take_turns((ours, theirs), settings.pairs, (tokens, tokens), steps=steps, dropout=True)
+            memory = {side.name: side.end() for side in (ours, theirs)}
+    losses = {side.name: turn["losses"] for side, turn in zip((ours, theirs), agreed, strict=True)}
+    found = outcome(pairs, agreement(losses, TOLERANCE[settings.precision]), memory)
+    return found | {"steps_per_turn": steps} | ours.facts
+
+
+def long_enough(sides: tuple[Side, Side], settings: Settings) -> int:
+    """Warm up, and find how many steps last a turn."""
+    for _ in range(2):  # the first ones are slower, and only where a step is short does it matter
+        warm = [side.turn(steps=settings.warmup, dropout=True)["seconds"] for side in sides]
+        if min(warm) > settings.turn:
+            break
+    return math.ceil(settings.turn * settings.warmup / min(warm))
+
+
+def compare_memory(settings: Settings, sides: tuple[Side, Side]) -> dict[str, Any]:
+    """One after the other, so that both fit: a step without dropout, whose losses must agree, and one with it."""
+    losses, memory = {}, {}
+    for side in sides:
+        with side:
+            losses[side.name] = side.turn(steps=1, dropout=False)["losses"]
+            side.turn(steps=1, dropout=True)
+            memory[side.name] = side.end()
+    peaks = {name: facts["peak"] / 2**20 for name, facts in memory.items()}
+    ours, theirs = peaks.values()
+    agreed = agreement(losses, TOLERANCE[settings.precision])
+    ratio = None if agreed["void"] else spread([ours / theirs])
+    return {"unit": "MiB", "sides": peaks, "result": ratio, **agreed, "pairs": [], "memory": memory, **sides[0].facts}
+
+
+# --- what both sides are given
+
+
+def make(folder: Path, size: str, causal: bool, positions: int, vocabulary: int = 0, blocks: int = 256) -> None:
+    """Weights, a tokenizer with a word for each token, and a text: `blocks` lines of one block each."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    from lmlab.models.loading import from_scratch
+
+    disable_progress_bar()
+    layers, width, heads, _, *vocabularies = SIZES[size]
+    count = vocabulary or vocabularies[not causal]
+    special = ["<s>", "<pad>", "</s>", "<mask>"]  # RoBERTa wants a low id to pad with
+    words = [f"w{i}" for i in range(count - len(special))]
+    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="w0"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "mask_token"), special, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, **names)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    if causal:
+        config = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": max(positions, 1024)}
+    else:
+        config = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+        config |= {"intermediate_size": 4 * width, "max_position_embeddings": max(positions, 512) + 2}
+        config |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    torch.manual_seed(SEED)
+    from_scratch(tokenizer, causal, "gpt2" if causal else "roberta", config).save_pretrained(folder / "model")
+    # Skewed, so that there is something to learn.
+    drawn = (len(words) * np.random.default_rng(SEED).random((blocks, positions)) ** 3).astype(int)
+    lines = [" ".join(words[i] for i in row) for row in drawn]
+    (folder / "train.txt").write_text("\n".join(lines) + "\n")
+    (folder / "validation.txt").write_text("\n".join(lines[:2]) + "\n")
+
+
+class Batches:
+    """The peers' (input_ids, labels), both [B, T]: lmlab's own batches, made before the clock starts.
+
+    Shapes: B blocks, T positions.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, shift: int):
+        """`shift`: places from the position that predicts a token to where its label is wanted."""
+        from transformers import AutoTokenizer
+
+        from lmlab.data.preprocess import Preprocessing, prepare
+        from lmlab.data.sources import load_files
+        from lmlab.objectives.clm import CausalLM
+        from lmlab.objectives.mlm import MaskedLM
+
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        corpus = load_files(str(folder / "train.txt"), "text", str(folder / "validation.txt"), "line")
+        choices = Preprocessing(settings.positions, end_of_text=False)
+        self.blocks: Any = prepare(corpus, choices, lambda texts: tokenizer, None, folder / "lmlab").train
+        self.objective: Any = CausalLM() if settings.causal else MaskedLM(tokenizer)
+        self.pad_id, self.batch_size, self.shift = tokenizer.pad_token_id, settings.batch_size, shift
+        self.made: dict[int, Any] = {}
+
+    def prepare(self, first: int, count: int) -> None:
+        # The Trainer's loader reads ahead.
+        self.made = {number: self[number] for number in range(first, first + count + 2)}
+
+    def __getitem__(self, number: int) -> tuple[Any, Any]:
+        import torch
+
+        from lmlab.data.datamodule import collate
+        from lmlab.data.sampler import draws
+
+        if number in self.made:
+            return self.made[number]
+        drawn = draws(SEED, number * self.batch_size, self.batch_size, len(self.blocks))
+        batch = collate(self.blocks, drawn, self.objective, SEED, self.pad_id, number)
+        labels = torch.full((batch.input_ids.numel(),), -100)
+        labels[batch.positions + self.shift] = batch.targets
+        return batch.input_ids, labels.view_as(batch.input_ids)
+
+
+def load(folder: Path, causal: bool) -> Any:
+    """The guide's line."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder / "model")
+
+
+# --- the sides, each in a process of its own
+
+
+def serve(name: str, values: dict[str, Any], folder: str, turns: Turns) -> None:
+    settings = Settings(**values)
+    if name in ("trainer", "loop"):
+        {"trainer": trainer_side, "loop": loop_side}[name](settings, Path(folder), turns)
+    else:
+        lmlab_side(settings, Path(folder), turns, name)
+
+
+def lmlab_side(settings: Settings, folder: Path, turns: Turns, name: str) -> None:
+    """`python -m lmlab.train` as it is, with a callback that waits for its turn."""
+    import torch
+
+    import lmlab.training.module  # noqa: F401 (as a run does)
+    from benchmarks.callback import InTurns
+    from lmlab.train import main
+
+    InTurns.turns = turns
+    turns.ready()
+    sys.argv = [
+        "lmlab.train",
+        f"objective={settings.objective}",
+        "model=pretrained",
+        f"model.name={folder}/model",
+        f"tokenizer.name={folder}/tokenizer",
+        "data=files",
+        f"data.train={folder}/train.txt",
+        f"data.validation={folder}/validation.txt",
+        "data.document=line",
+        f"preprocess.block_size={settings.positions}",
+        "preprocess.end_of_text=false",
+        f"batch_size={settings.batch_size}",
+        f"seed={SEED}",
+        f"optim.lr={LR}",
+        f"optim.weight_decay={WEIGHT_DECAY}",
+        f"optim.warmup_steps={WARMUP_STEPS}",
+        f"trainer={'gpu' if torch.cuda.is_available() else 'cpu'}",
+        f"trainer.precision={settings.precision}",
+        f"trainer.max_steps={STEPS}",
+        f"trainer.val_check_interval={STEPS}",
+        "logger=file",
+        "+callbacks.in_turns._target_=benchmarks.callback.InTurns",
+        f"hydra.run.dir={folder}/{name}",
+        *settings.lmlab,
+    ]
+    main()
+
+
+def trainer_side(settings: Settings, folder: Path, turns: Turns) -> None:
+    """The guide's code, "Train"; rows come labelled, in lmlab's order."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    turns.ready()
+    # The model shifts causal labels itself.
+    batches = Batches(settings, folder, shift=int(settings.causal))
+    losses: list[Any] = []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return STEPS * settings.batch_size
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            ids, labels = (part[index % settings.batch_size] for part in batches[index // settings.batch_size])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    class InTurns(TrainerCallback):
+        def on_train_begin(self, *args: Any, model: Any, **others: Any) -> None:
+            turns.start(model, batches.prepare)
+
+        def on_step_end(self, *args: Any, model: Any, **others: Any) -> None:
+            if turns.step(losses.pop()):
+                turns.start(model, batches.prepare)
+
+    class KeepsLosses(Trainer):
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            loss = super().compute_loss(*args, **options)
+            losses.append(loss.detach())
+            return loss
+
+    training_args = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        learning_rate=LR,
+        weight_decay=WEIGHT_DECAY,
+        warmup_steps=WARMUP_STEPS,
+        max_steps=STEPS,
+        per_device_train_batch_size=settings.batch_size,
+        bf16=settings.precision == "bf16-mixed",
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    KeepsLosses(
+        model=load(folder, settings.causal), args=training_args, train_dataset=Rows(), callbacks=[InTurns()]
+    ).train()
+
+
+def loop_side(settings: Settings, folder: Path, turns: Turns) -> None:
+    """A plain loop as nanoGPT's: the floor."""
+    import torch
+    from torch.nn import functional as F
+    from transformers.utils import logging
+
+    turns.ready()
+    logging.set_verbosity_error()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batches = Batches(settings, folder, shift=0)
+    model = load(folder, settings.causal).to(device).train()
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], lr=LR, fused=True
+    )
+    factor = lambda step: min(step / WARMUP_STEPS, (STEPS - step) / (STEPS - WARMUP_STEPS))  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    half = torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16-mixed")
+    options = {"use_cache": False} if settings.causal else {}
+    turns.start(model, batches.prepare)
+    for number in range(STEPS):
+        input_ids, labels = (tensor.to(device) for tensor in batches[number])
+        with half:
+            logits = model(input_ids=input_ids, **options).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        if turns.step(loss.detach()):
+            turns.start(model, batches.prepare)
+
+
+if __name__ == "__main__":
+    from lmlab.config.compose import known_keys
+
+    verb("train", __doc__, Settings, compare, lmlab_keys=lambda: known_keys("train"))

@@ -1,0 +1,249 @@
+"""The benchmarks at a size of seconds: what they compare, and what makes a row void. No speed is asserted."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from benchmarks import __main__ as everything
+from benchmarks import data, evaluate, results, start, train
+from benchmarks.pairs import ROOT, Side, agreement, in_pairs
+from lmlab.errors import UserError
+
+QUICK = ["size=tiny", "batch_size=2", "pairs=2", "turn=0.01"]
+FIELDS = {"command", "unit", "sides", "result", "void", "losses", "agreement", "pairs", "memory", "settings"}
+FIELDS |= {"machine", "versions", "git", "date", "threads", "device", "steps_per_turn"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results are written."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(everything, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize(("objective", "peer"), [("clm", "loop"), ("mlm", "trainer")])
+def test_train(objective: str, peer: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = train.Settings.parse([*QUICK, f"objective={objective}", f"peer={peer}"])
+    results.record("train", settings, train.compare)
+    (file,) = folder.iterdir()
+    result = json.loads(file.read_text())
+    assert result.keys() == FIELDS
+    assert result["void"] is None
+    assert result["agreement"]["agree"]
+    assert [len(losses) for losses in result["losses"].values()] == [2, 2]
+    assert result["losses"]["lmlab"][0] == pytest.approx(math.log(200), rel=0.1)  # the mean over targets
+
+    assert [pair["first"] for pair in result["pairs"]] == ["lmlab", peer]
+    for pair in result["pairs"]:
+        assert pair["ratio"] == pytest.approx(pair[peer]["seconds"] / pair["lmlab"]["seconds"])
+        done = result["steps_per_turn"] * 2 * 16
+        assert pair["lmlab"]["tokens_per_s"] == pytest.approx(done / pair["lmlab"]["seconds"])
+    ratios = [pair["ratio"] for pair in result["pairs"]]
+    assert result["result"] == {"median": sum(ratios) / 2, "min": min(ratios), "max": max(ratios)}
+    for memory in result["memory"].values():
+        assert 2**20 < memory["imported"] <= memory["peak"]
+    assert result["threads"] == 1
+    assert {"torch", "lightning", "transformers", "accelerate"} <= result["versions"].keys()
+    # Nothing of this machine but what it is.
+    assert not re.search(r'"/', file.read_text())
+
+    # Shown with the rows, by the command that measures it again.
+    words = f"objective={objective} size=tiny {'peer=loop ' if peer == 'loop' else ''}batch_size=2 pairs=2 turn=0.01"
+    command = f"python -m benchmarks.train {words.removeprefix('objective=clm ')}"
+    assert result["command"] == command
+    assert f"`{command}` |" in everything.table()
+
+
+class FakeSide:
+    """Answers at once: 2 s a step at first and 0.5 s later, another loss for the peer where it is told so."""
+
+    facts: ClassVar = {"threads": 1, "device": "cpu"}
+    log: ClassVar[list[tuple[str, int]]] = []
+    peer_loss = 2.0
+
+    def __init__(self, verb: str, name: str, settings: Any, folder: Path):
+        self.name, self.turns = name, 0
+
+    def __enter__(self) -> "FakeSide":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.log.append((self.name, 0))
+
+    def turn(self, steps: int, dropout: bool) -> dict[str, Any]:
+        self.turns += 1
+        self.log.append((self.name, steps))
+        loss = 2.0 if self.name == "lmlab" else self.peer_loss
+        return {"seconds": steps * (2.0 if self.turns == 2 else 0.5), "losses": [loss] * steps}
+
+    def end(self) -> dict[str, Any]:
+        return {"peak": 2**30 if self.name == "lmlab" else 2**31, "imported": 2**20}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeSide]:
+    monkeypatch.setattr(train, "Side", FakeSide)
+    monkeypatch.setattr(train, "make", lambda *arguments: None)
+    monkeypatch.setattr(FakeSide, "log", [])
+    return FakeSide
+
+
+def test_turns_are_long_enough(fake: type[FakeSide]) -> None:
+    """Two steps without dropout, a warm-up, again as the first was short, and then 3 s: 6 steps of 0.5 s."""
+    result = train.compare(train.Settings())
+    assert result["steps_per_turn"] == 6
+    one, other = "lmlab", "trainer"
+    both = [(one, 2), (other, 2), (one, 1), (other, 1), (one, 1), (other, 1)]
+    assert fake.log[:-2] == [*both, (one, 6), (other, 6), (other, 6), (one, 6), (one, 6), (other, 6)]
+    # A warm-up that is long enough is not repeated, and a turn is a step at least.
+    fake.log.clear()
+    assert train.compare(train.Settings(turn=1.0))["steps_per_turn"] == 1
+    assert fake.log[:6] == [*both[:4], (one, 1), (other, 1)]
+
+
+def test_other_losses_make_the_row_void(
+    fake: type[FakeSide], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for loss, void in ((2.0001, False), (2.001, True), (math.nan, True)):
+        monkeypatch.setattr(FakeSide, "peer_loss", loss)
+        for measure in ("speed", "memory"):
+            result = results.record("train", train.Settings(measure=measure), train.compare)
+            assert (result["result"] is None) == bool(result["void"]) == void
+            assert result["agreement"]["agree"] is not void
+            results.show([("row", result, "≥ 1")])
+            shown = capsys.readouterr().out
+            assert ("void: row\n  the losses differ by" in shown) == void
+            assert bool(re.search(r"\d – \d", shown)) != void
+
+
+def test_memory_of_one_side_after_the_other(fake: type[FakeSide]) -> None:
+    result = train.compare(train.Settings(measure="memory", peer="lmlab"))
+    assert fake.log == [("lmlab", 1), ("lmlab", 1), ("lmlab", 0), ("plain", 1), ("plain", 1), ("plain", 0)]
+    assert result["result"]["median"] == 0.5
+    assert result["sides"] == {"lmlab": 1024.0, "plain": 2048.0}
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.001], [1.0, math.nan], [math.nan, 2.0]])
+def test_one_step_that_differs_is_enough(wrong: list[float]) -> None:
+    assert agreement({"a": [1.0, 2.0], "b": [1.0, 2.0001]}, 1e-4)["void"] is None
+    assert agreement({"a": [1.0, 2.0], "b": wrong}, 1e-4)["void"]
+
+
+def test_sides_take_turns() -> None:
+    log: list[str] = []
+
+    def turn(name: str) -> dict[str, Any]:
+        log.append(name)
+        return {"tokens_per_s": {"a": 6.0, "b": 3.0}[name]}
+
+    pairs = in_pairs(("a", "b"), 3, turn)
+    assert log == ["a", "b", "b", "a", "a", "b"]
+    assert [pair["ratio"] for pair in pairs] == [2.0] * 3
+    assert [pair["first"] for pair in pairs] == ["a", "b", "a"]
+
+
+def test_a_side_that_fails_says_why(tmp_path: Path) -> None:
+    why = "the side lmlab ended before its work was done:\n(.*\n)*.*No module named 'benchmarks.tra'"
+    with Side("tra", "lmlab", train.Settings(), tmp_path) as side, pytest.raises(UserError, match=why):
+        side.turn(steps=1, dropout=True)
+
+
+@pytest.mark.parametrize("peer", ["forward", "blocks"])
+def test_evaluate(peer: str) -> None:
+    settings = evaluate.Settings.parse([f"peer={peer}", "size=tiny", "blocks=8", "pairs=1"])
+    result = evaluate.compare(settings)
+    names = ["blocks", "forward"] if peer == "forward" else ["sliding", "blocks"]
+    assert list(result["sides"]) == list(result["losses"]) == names
+    assert result["void"] is None
+    assert (result["agreement"] is None) == (peer == "blocks")
+    (pair,) = result["pairs"]
+    # By default half a block from window to window: twice the cost of blocks is allowed.
+    allowed = 1 if peer == "forward" else 2
+    assert pair["ratio"] == pytest.approx(allowed * pair[names[1]]["seconds"] / pair[names[0]]["seconds"])
+
+
+@pytest.mark.parametrize(("task", "tampered"), [("blocks", False), ("group_texts", True)])
+def test_data(task: str, tampered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = Side.turn
+    found: list[str] = []
+
+    def turn_of_other_blocks(side: Side, **order: Any) -> dict[str, Any]:
+        done = turn(side, **order)
+        found.append(done["hash"])
+        return done | ({"hash": "another"} if side.name == "guide" and tampered else {})
+
+    monkeypatch.setattr(Side, "turn", turn_of_other_blocks)
+    # More records than the guide groups at once.
+    result = data.compare(data.Settings.parse([f"task={task}", "records=1400", "tokens=300000", "pairs=1"]))
+    assert found[0] == found[1]
+    assert (result["result"] is None) == bool(result["void"]) == tampered
+    (pair,) = result["pairs"]
+    assert pair["lmlab"]["blocks"] == pair["guide"]["blocks"] > 1000
+
+
+def test_help_is_timed() -> None:
+    result = start.compare(start.Settings.parse(["what=help", "runs=1"]))
+    assert result["result"]["median"] == result["seconds"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("batch_sise=4", 'there is no key "batch_sise". Did you mean "batch_size"?'),
+        ("pairs", 'there is no key "pairs". Did you mean "pairs"?'),
+        ("objective=mlmm", 'objective is one of clm, mlm, not "mlmm". Did you mean "mlm"?'),
+        ("pairs=0", "pairs is more than 0, not 0."),
+        ("turn=nan", "turn is more than 0, not nan."),
+        ("pairs=some", "pairs is a number, not some."),
+        ("loss_rows=4", 'there is no key "loss_rows". Did you mean "lmlab.loss_rows"?'),
+    ],
+)
+def test_words_refused(word: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        train.Settings.parse([word], lambda: {"loss_rows", "compile"})
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("module", [train, evaluate, data, start])
+def test_words_and_help(module: Any) -> None:
+    settings = module.Settings()
+    assert settings.words() == []
+    for field in fields(settings):
+        default = getattr(settings, field.name)
+        assert (f"\n  {field.name}={default}" if field.name != "lmlab" else "\n  lmlab.KEY=") in module.__doc__
+    again = module.Settings.parse([f"{key}={value}" for key, value in asdict(settings).items() if key != "lmlab"])
+    assert again == settings
+
+
+def test_rows() -> None:
+    """Each row is what its command says, and has a file of its own."""
+    files = []
+    for row in everything.ROWS:
+        _, settings = row.parsed()
+        assert row.words.split()[1:] == settings.words()
+        files.append(results.place(row.words.split()[0], settings))
+    assert len(set(files)) == len(files)
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    for row in everything.ROWS:
+        assert f"`{row.command}" in readme, row.command
+
+
+def test_commands(tmp_path: Path) -> None:
+    """As they are typed, from the command line to an exit code."""
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+
+    done = run("benchmarks.train", "obective=mlm")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith('error: there is no key "obective". Did you mean "objective"?')
+    assert "rows=mlm" in run("benchmarks", "--help").stdout
+    assert "| target | command |" in run("benchmarks", "--table").stdout
