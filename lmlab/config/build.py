@@ -20,7 +20,7 @@ def prepare_data(cfg: DictConfig) -> Any:
 
     learned = "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters
     return prepare(
-        build_corpus(cfg),
+        build(cfg.data, "data"),
         preprocessing(cfg),
         lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
         OmegaConf.to_container(cfg.tokenizer) if learned else None,
@@ -32,15 +32,7 @@ def prepare_held_out(cfg: DictConfig, tokenizer: Any) -> Any:
     """The `Prepared` data of an evaluation."""
     from lmlab.data.preprocess import prepare_validation
 
-    return prepare_validation(build_corpus(cfg), preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
-
-
-def build_corpus(cfg: DictConfig) -> Any:
-    """The records of a config."""
-    from datasets import disable_progress_bars
-
-    disable_progress_bars()
-    return build(cfg.data, "data")
+    return prepare_validation(build(cfg.data, "data"), preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
 
 
 def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:

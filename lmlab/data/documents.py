@@ -141,12 +141,13 @@ class Names:
 def read_documents(folder: Path, name: str, lengths: np.ndarray) -> Documents:
     """The documents that `write_split` (preprocess.py) left in a folder."""
     place = folder / f"{name}.documents.parquet"
-    names = pq.read_table(place)
+    with pq.ParquetFile(place) as file:  # read_table would import pandas, half a second of a start
+        names, about = file.read(), file.metadata.metadata
     return Documents(
         np.memmap(folder / f"{name}.tokens", np.int32, "r"),
         np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 3),
         np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         names["id"].to_pylist(),
         names["start"].to_pylist(),
-        pq.read_metadata(place).metadata[b"hash"].decode(),
+        about[b"hash"].decode(),
     )

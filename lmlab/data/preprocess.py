@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, DatasetDict
 from filelock import FileLock
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -30,6 +29,9 @@ from lmlab.data.texts import flatten
 from lmlab.data.tokenizers import content_hash, encode
 from lmlab.errors import UserError
 from lmlab.runs.files import replaced
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # see sources.py
 
 FORMAT = 2  # Goes into every cache key: raised when the steps below change their output.
 # What the tokenizer gets at once: enough for its threads to share (they are all the workers that
@@ -125,7 +127,7 @@ class Prepared:
     tokenizer_hash: str
 
 
-def split(corpus: Corpus, choices: Preprocessing) -> DatasetDict:
+def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
     """Hold out validation records, unless the source brought some (guide, `train_test_split`)."""
     train = corpus.train
     if train is None:
@@ -135,14 +137,14 @@ def split(corpus: Corpus, choices: Preprocessing) -> DatasetDict:
     if len(train) == 0:
         raise UserError("the data set is empty: no record to train on (check data.train and data.filter).")
     if corpus.validation is not None:
-        parts = DatasetDict(train=train, validation=corpus.validation)
+        parts = {"train": train, "validation": corpus.validation}
     elif round(len(train) * choices.test_size) >= 1 and len(train) >= 2:
         # As `train_test_split` counts, but never all of them.
         held_out = min(math.ceil(len(train) * choices.test_size), len(train) - 1)
         halves = train.train_test_split(test_size=held_out, seed=choices.split_seed)
-        parts = DatasetDict(train=halves["train"], validation=halves["test"])
+        parts = {"train": halves["train"], "validation": halves["test"]}
     else:
-        parts = DatasetDict(train=train, validation=train.select([]))
+        parts = {"train": train, "validation": train.select([])}
     if len(parts["validation"]) == 0:
         raise UserError(
             f"the validation split is empty: {len(train)} records at preprocess.test_size={choices.test_size}.\n"
@@ -280,7 +282,7 @@ def prepare_validation(
 ) -> Prepared:
     """Only the held-out part, for a tokenizer that is there already."""
 
-    def parts() -> Mapping[str, Dataset]:
+    def parts() -> "Mapping[str, Dataset]":
         alone = corpus.train is None and corpus.validation is not None
         return {"validation": corpus.validation} if alone else split(corpus, choices)
 
@@ -289,7 +291,7 @@ def prepare_validation(
 
 def prepare_splits(
     names: Sequence[str],
-    parts: Callable[[], Mapping[str, Dataset]],
+    parts: "Callable[[], Mapping[str, Dataset]]",
     corpus: Corpus,
     choices: Preprocessing,
     tokenizer: PreTrainedTokenizerBase,

@@ -16,19 +16,22 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 
 from lmlab.errors import UserError, disk_full, first_line, from_hub, nearest
 from lmlab.runs.files import write_text
 
+if TYPE_CHECKING:
+    # Imported where it is needed: a run that finds its data prepared need not wait a second for it.
+    import datasets
+
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
 BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
 # What reading a file that is damaged, or of another kind than its name says, may raise.
-UNREADABLE = (datasets.exceptions.DatasetGenerationError, ValueError, OSError, EOFError, zlib.error, StopIteration)
+UNREADABLE = (ValueError, OSError, EOFError, zlib.error, StopIteration)
 
 
 class Corpus:
@@ -36,8 +39,8 @@ class Corpus:
 
     def __init__(
         self,
-        train: datasets.Dataset | Callable[[], datasets.Dataset] | None,
-        validation: datasets.Dataset | Callable[[], datasets.Dataset] | None,
+        train: "datasets.Dataset | Callable[[], datasets.Dataset] | None",
+        validation: "datasets.Dataset | Callable[[], datasets.Dataset] | None",
         text: str,
         fingerprint: str,
     ):
@@ -49,14 +52,14 @@ class Corpus:
         self.text, self.fingerprint = text, fingerprint
 
     @cached_property
-    def train(self) -> datasets.Dataset | None:
+    def train(self) -> "datasets.Dataset | None":
         return self.records("train")
 
     @cached_property
-    def validation(self) -> datasets.Dataset | None:
+    def validation(self) -> "datasets.Dataset | None":
         return self.records("validation")
 
-    def records(self, part: str) -> datasets.Dataset | None:
+    def records(self, part: str) -> "datasets.Dataset | None":
         given = self.given[part]
         return given() if callable(given) else given
 
@@ -70,7 +73,9 @@ def load_sample(text: str = "answers.text") -> Corpus:
     """The corpus that ships with lmlab, in the ELI5 schema."""
     content = SAMPLE.read_bytes()
 
-    def records() -> datasets.Dataset:
+    def records() -> "datasets.Dataset":
+        import datasets
+
         return datasets.Dataset.from_list([json.loads(line) for line in content.splitlines()])
 
     return Corpus(records, None, text, fingerprint("sample", hashlib.sha256(content).hexdigest()))
@@ -96,6 +101,9 @@ def load_hub(
         validation: the same; without it a share of `train` is held out.
         filter: keep the records whose column has this value, or one of these values.
     """
+    import datasets
+
+    datasets.disable_progress_bars()  # what a run has to say, it says itself
     splits = [train] if validation is None else [train, validation]
     with from_hub(f'data set "{path}"', "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
@@ -116,7 +124,7 @@ def load_hub(
     return Corpus(kept[0], kept[1] if validation else None, text, source)
 
 
-def select(records: datasets.Dataset, wanted: dict[str, Any]) -> datasets.Dataset:
+def select(records: "datasets.Dataset", wanted: dict[str, Any]) -> "datasets.Dataset":
     """The records whose columns hold the wanted value, or one of the wanted values."""
     for column, value in wanted.items():
         values = value if isinstance(value, list) else [value]
@@ -141,6 +149,8 @@ def load_files(
         document: what one document of a plain text file is: `file`, `line` or
             `paragraph` (separated by a blank line).
     """
+    import datasets
+
     if document not in SAMPLE_BY:
         raise UserError(
             f'data.document is one of {", ".join(SAMPLE_BY)}, not "{document}".{nearest(document, SAMPLE_BY)}'
@@ -168,7 +178,7 @@ def load_files(
     source = fingerprint("files", builder, document, contents)
 
     @cache
-    def read() -> dict[str, datasets.Dataset]:
+    def read() -> "dict[str, datasets.Dataset]":
         loaded = read_files(builder, files, source, options)
         for file, before in zip(everything, seen, strict=True):
             if identity(file) != before:
@@ -184,8 +194,11 @@ def load_files(
 
 def read_files(
     builder: str, files: dict[str, list[Path]], source: str, options: dict[str, Any]
-) -> dict[str, datasets.Dataset]:
+) -> "dict[str, datasets.Dataset]":
     """The records of files, of which `source` is a hash."""
+    import datasets
+
+    datasets.disable_progress_bars()
     names = {part: [glob.escape(str(file)) for file in found] for part, found in files.items()}
     # Where `datasets` keeps what it read, by content: its own key is path and time, which a copy can keep.
     cache_dir = str(Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}")
@@ -198,7 +211,7 @@ def read_files(
                 with pa.OSFile(kept["filename"]) as stream:
                     for batch in pa.ipc.open_stream(stream):
                         batch.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
-    except UNREADABLE as error:
+    except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
         if disk_full(error):
             raise
         everything = [file for part in files.values() for file in part]
@@ -283,6 +296,8 @@ def digest(file: Path) -> str:
 
 def fault(files: list[Path], builder: str) -> str | None:
     """The first fault in the files, in words: where one is no UTF-8, malformed or damaged."""
+    import datasets
+
     for file in files:
         number = 1
         try:
@@ -310,7 +325,7 @@ def fault(files: list[Path], builder: str) -> str | None:
             )
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             return f"{file}: not a whole gzip file ({error}). Get it again, or leave it out."
-        except UNREADABLE as error:
+        except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
             return f"{file}: {reason(deepest(error))} Mend it, or leave it out."
     return None
 
@@ -324,6 +339,8 @@ def deepest(error: BaseException) -> BaseException:
 
 def reason(error: BaseException) -> str:
     """Why files could not be read, in words."""
+    import datasets
+
     if isinstance(error, datasets.table.CastError):
         here, there = (", ".join(sorted(names)) for names in (error.table_column_names, error.requested_column_names))
         return f"the data files differ in their columns: {here} in one, {there} in another. Name files of one form."

@@ -2,20 +2,21 @@
 
 import mmap
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from datasets import Dataset
-from datasets.table import InMemoryTable, MemoryMappedTable
 
 from lmlab.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # see sources.py
 
 RECORDS_AT_ONCE = 100
 BYTES_AT_ONCE = 2**22  # Fewer records where each is long.
 VIEWS = {"replace_schema_metadata", "select", "slice"}  # What leaves a table in its file.
 
 
-def flatten(records: Dataset, path: str) -> Iterator[list[str]]:
+def flatten(records: "Dataset", path: str) -> Iterator[list[str]]:
     """The texts of each record, by the dotted path of the text (guide, `flatten`).
 
     Works for a struct of lists (`answers: {text: [...]}`) and for a list of structs
@@ -39,11 +40,14 @@ def flatten(records: Dataset, path: str) -> Iterator[list[str]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def mapped(records: Dataset) -> tuple[Dataset, list[mmap.mmap]]:
+def mapped(records: "Dataset") -> "tuple[Dataset, list[mmap.mmap]]":
     """The same records, and the mappings of their files, by which what was read can be let go.
 
     Else it would count as memory of this process: records are shuffled, so soon all of the file.
     """
+    from datasets import Dataset
+    from datasets.table import InMemoryTable, MemoryMappedTable
+
     rows = getattr(records.data, "blocks", [[records.data]])
     tables = [table for row in rows for table in row]
     in_files = all(isinstance(table, MemoryMappedTable) for table in tables)
@@ -76,7 +80,7 @@ def texts_at(value: Any, path: list[str]) -> Iterator[str]:
         raise TypeError
 
 
-def no_such_text(records: Dataset, path: str) -> UserError:
+def no_such_text(records: "Dataset", path: str) -> UserError:
     found = sorted(set(text_paths("", records.features)))
     return UserError(
         f"data.text={path}: no text there.{nearest(path, found)} Texts are at: {', '.join(found) or 'nowhere'}."

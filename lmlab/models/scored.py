@@ -80,14 +80,14 @@ class ChunkedNLL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, learning: bool
     ) -> Tensor:
         """`hidden` [N, H], `weight` [V, H], `bias` [V], `targets` [N]; `learning`: gradients will be asked for."""
-        dtype = torch.float32 if multiplies_bf16_slowly(hidden) else hidden.dtype
+        dtype = torch.float32 if wants_float32(hidden) else hidden.dtype
         h, w = hidden.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         if learning:
             d_hidden = torch.empty_like(h)
             d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-            d_bias = torch.zeros(len(w), dtype=torch.float32, device=w.device)
+            d_bias = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=w.device)
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, len(h), rows):
                 part, wanted = slice(start, start + rows), targets[start : start + rows, None]
@@ -98,7 +98,8 @@ class ChunkedNLL(torch.autograd.Function):
                     # The probabilities, less 1 for the target: d nll / d logits.
                     slope = logits.sub_(norm).exp_()
                     slope.scatter_(1, wanted, slope.gather(1, wanted) - 1)
-                    d_bias += slope.sum(0)
+                    if d_bias is not None:
+                        d_bias += slope.sum(0)
                     slope = slope.to(dtype)
                     torch.mm(slope, w, out=d_hidden[part])
                     if dtype == torch.float32:
@@ -107,7 +108,7 @@ class ChunkedNLL(torch.autograd.Function):
                         d_weight += slope.t() @ h[part]
         if learning:
             # Not saved as autograd saves: the backward pass may write into them.
-            ctx.gradients = d_hidden, d_weight, d_bias if bias is not None else None
+            ctx.gradients = d_hidden, d_weight, d_bias
             ctx.dtypes = hidden.dtype, weight.dtype
         return nll
 
@@ -125,9 +126,14 @@ class ChunkedNLL(torch.autograd.Function):
         return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
 
 
-def multiplies_bf16_slowly(tensor: Tensor) -> bool:
-    """Whether a CPU below AVX-512 would multiply this: by a fallback some 100 times slower than float32."""
-    return tensor.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+def wants_float32(hidden: Tensor) -> bool:
+    """Whether the head's products are better made in float32, whatever the precision of the rest.
+
+    In float16 gradients would vanish, as they are not yet scaled; a CPU below AVX-512 multiplies
+    bf16 by a fallback some 100 times slower than float32.
+    """
+    slow = hidden.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return hidden.dtype == torch.float16 or slow
 
 
 @torch.no_grad()

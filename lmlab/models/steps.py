@@ -73,7 +73,8 @@ def compile_layers(model: PreTrainedModel) -> None:
 def compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
     """A layer's forward: compiled in training, as it is elsewhere."""
     eager = layer.forward
-    compiled = torch.compile(eager)
+    # On a CPU the compiler's own random numbers are slower than torch's; these also give the same dropout.
+    compiled = torch.compile(eager, options={"fallback_random": not torch.cuda.is_available()})
     return lambda *args, **options: (compiled if layer.training else eager)(*args, **options)
 
 

@@ -82,6 +82,8 @@ class LMModule(Scorer):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        # transformers hands out pretrained models for use, without dropout; Lightning leaves modes as they are.
+        self.train()
         # What a rank counts for itself is no buffer: DDP overwrites those with rank 0's.
         # Targets and tokens of the step under way:
         self.step_counts = torch.zeros(2, dtype=torch.int64, device=self.device)
