@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.summary import show_result
 from lmlab.training.checkpoint import AtomicCheckpoints
+from lmlab.training.module import LMModule
 
 from .conftest import TINY, TINY_MLM, metrics
 
@@ -137,6 +139,22 @@ def test_profile_writes_a_trace(train: Callable[..., Path], capsys: pytest.Captu
     short = train(*TINY, "trainer.max_steps=3", "profile=true", run_dir=run.parent / "short")
     assert not (short / "profile").exists()
     assert "no trace" in capsys.readouterr().out
+
+
+def test_a_pretrained_model_trains_with_its_dropout(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers loads models for use: with dropout off, until somebody turns it on."""
+    modes = []
+    step = LMModule.training_step
+
+    def watched(self: LMModule, *args: Any) -> Any:
+        modes.append({module.training for module in self.model.modules()})
+        return step(self, *args)
+
+    monkeypatch.setattr(LMModule, "training_step", watched)
+    first = train(*TINY, "trainer.max_steps=2", "trainer.val_check_interval=1")
+    any_model = [override for override in TINY if not override.startswith(("model.", "tokenizer."))]
+    train(*any_model, "model=pretrained", f"model.name={first / 'model'}", run_dir=first.parent / "second")
+    assert modes == [{True}] * 6
 
 
 def test_masked_run(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
