@@ -40,7 +40,7 @@ class Arguments:
             number = kind(value)
         except ValueError:
             raise UserError(f"{key} is a number, not {value}.") from None
-        if (kind is int and number < min(1, default)) or (kind is float and not number > 0):
+        if (kind is int and number < min(1, default)) or (kind is float and not 0 < number < float("inf")):
             raise UserError(f"{key} is more than 0, not {value}.")
         return number
 

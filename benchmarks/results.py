@@ -19,7 +19,7 @@ from lmlab.runs.files import write_json
 from lmlab.runs.summary import show_rows
 
 RESULTS = Path(__file__).parent / "results"
-EFFORT = ("pairs", "turn", "agree", "warmup", "runs")  # how well is measured, not what
+EFFORT = ("pairs", "turn", "agree", "warmup", "runs", "rounds")  # how well is measured, not what
 COLUMNS = ("", "lmlab", "peer", "median", "spread", "target")
 
 

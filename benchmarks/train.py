@@ -36,6 +36,7 @@ from benchmarks.arguments import Arguments
 from benchmarks.pairs import Side, agreement, outcome, spread, take_turns, workplace
 from benchmarks.results import verb
 from benchmarks.side import Turns
+from lmlab.errors import UserError
 
 SIZES = {  # layers, width, heads, positions of a block; vocabulary of a causal and of a masked model
     "tiny": (1, 32, 2, 16, 200, 200),
@@ -44,6 +45,8 @@ SIZES = {  # layers, width, heads, positions of a block; vocabulary of a causal 
     "gpt2": (12, 768, 12, 1024, 50257, 50265),
 }
 SEED, STEPS, LR, WARMUP_STEPS, WEIGHT_DECAY = 0, 100_000, 1e-3, 20, 0.01
+# What lmlab's side may not be told otherwise: speeds are of so many tokens a step.
+WORK = ("batch_size", "preprocess", "data", "objective", "model", "trainer.accumulate", "trainer.devices", "seed")
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2}
 
 
@@ -73,6 +76,9 @@ class Settings(Arguments):
 
 
 def compare(settings: Settings) -> dict[str, Any]:
+    for word in settings.lmlab:
+        if word.lstrip("+~").startswith(WORK):
+            raise UserError(f"lmlab.{word} changes what a step does, and speeds would not compare. Leave it out.")
     plain = replace(settings, lmlab=())
     peer = "plain" if settings.peer == "lmlab" else settings.peer
     with workplace() as folder:

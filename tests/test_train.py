@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
+from lmlab.data.datamodule import Batches
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.summary import show_result
@@ -141,7 +143,9 @@ def test_profile_writes_a_trace(train: Callable[..., Path], capsys: pytest.Captu
     assert "no trace" in capsys.readouterr().out
 
 
-def test_a_pretrained_model_trains_with_its_dropout(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pretrained_model_trains_with_its_dropout(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers loads models for use: with dropout off, until somebody turns it on."""
     modes = []
     step = LMModule.training_step
@@ -155,6 +159,21 @@ def test_a_pretrained_model_trains_with_its_dropout(train: Callable[..., Path], 
     any_model = [override for override in TINY if not override.startswith(("model.", "tokenizer."))]
     train(*any_model, "model=pretrained", f"model.name={first / 'model'}", run_dir=first.parent / "second")
     assert modes == [{True}] * 6
+
+
+def test_waiting_for_a_batch_after_a_validation_counts(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = Batches.__getitem__
+
+    def slow(self: Batches, drawn: Any) -> Any:
+        time.sleep(0.1)
+        return item(self, drawn)
+
+    monkeypatch.setattr(Batches, "__getitem__", slow)
+    run = train(*TINY, "trainer.val_check_interval=1", "trainer.log_every_n_steps=1")
+    lines = [line for line in metrics(run) if "perf/data_wait" in line]
+    assert all(line["perf/step_ms"] > 100 and line["perf/data_wait"] < 1 for line in lines[1:])
 
 
 def test_masked_run(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
+from lmlab.errors import UserError
+
 LOGITS = 128 * 2**20
 """Bytes of float32 logits held at once on a CPU: from half to all of this was fastest (benchmarks/README.md)."""
 
@@ -80,7 +82,11 @@ class ChunkedNLL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, learning: bool
     ) -> Tensor:
         """`hidden` [N, H], `weight` [V, H], `bias` [V], `targets` [N]; `learning`: gradients will be asked for."""
-        dtype = torch.float32 if wants_float32(hidden) else hidden.dtype
+        device = hidden.device.type
+        # A last norm gives float32 under autocast, and the product would not have been made in it.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        if wants_float32(device, dtype):
+            dtype = torch.float32
         h, w = hidden.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
@@ -88,7 +94,7 @@ class ChunkedNLL(torch.autograd.Function):
             d_hidden = torch.empty_like(h)
             d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
             d_bias = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=w.device)
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             for start in range(0, len(h), rows):
                 part, wanted = slice(start, start + rows), targets[start : start + rows, None]
                 logits = F.linear(h[part], w, b).float()  # [R, V]
@@ -120,20 +126,20 @@ class ChunkedNLL(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.gradients
         ctx.gradients = None
         scale = upstream[:1].float().sum()  # 0 where N is 0
-        scaled = [None if d is None else d.mul_(scale.to(d.dtype)) for d in (d_hidden, d_weight, d_bias)]
+        scaled = [None if d is None else d.mul_(scale) for d in (d_hidden, d_weight, d_bias)]
         hidden_type, weight_type = ctx.dtypes
         types = (hidden_type, weight_type, weight_type)
         return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
 
 
-def wants_float32(hidden: Tensor) -> bool:
+def wants_float32(device: str, dtype: torch.dtype) -> bool:
     """Whether the head's products are better made in float32, whatever the precision of the rest.
 
     In float16 gradients would vanish, as they are not yet scaled; a CPU below AVX-512 multiplies
     bf16 by a fallback some 100 times slower than float32.
     """
-    slow = hidden.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return hidden.dtype == torch.float16 or slow
+    slow = device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return dtype == torch.float16 or slow
 
 
 @torch.no_grad()
@@ -145,14 +151,18 @@ def projection(model: PreTrainedModel) -> nn.Linear | None:
         return None
     given: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: given.append(output))
-    training = model.training
+    training, attention = model.training, model.config._attn_implementation
     model.eval()
+    if attention not in ("eager", "sdpa"):  # another may not run where the model lies now
+        model.set_attn_implementation("eager")
     ids = torch.arange(2, 10, device=model.device)[None] % head.out_features
     try:
         logits = model(input_ids=ids, **({"use_cache": False} if model.can_generate() else {})).logits
     finally:
         handle.remove()
         model.train(training)
+        if attention not in ("eager", "sdpa"):
+            model.set_attn_implementation(attention)
     return head if len(given) == 1 and torch.equal(given[0], logits) else None
 
 
@@ -160,8 +170,18 @@ def rows_at_once(model: PreTrainedModel, wanted: int | None, on_gpu: bool) -> in
     """How many rows of logits to hold: `wanted`, or what was measured to be fastest. None holds all.
 
     On GPUs nothing was measured yet: there all are held, unless the number is given.
+
+    Raises:
+        UserError: a number was given, and the model does more to its logits than project.
     """
+    if wanted is None and on_gpu:
+        return None
     head = projection(model)
-    if head is None or (wanted is None and on_gpu):
+    if head is None:
+        if wanted is not None:
+            raise UserError(
+                f"loss_rows={wanted}: {model.config.model_type} does more to its logits than project, so that they "
+                "can't be made a few at a time.\nLeave it out."
+            )
         return None
     return wanted or max(1, LOGITS // (4 * head.out_features))

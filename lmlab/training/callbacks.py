@@ -40,15 +40,16 @@ class Measure(Callback):
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
         self.step, self.tokens_then, self.interval = trainer.global_step, int(module.tokens), 0.0
         self.waited_then = trainer.datamodule.waited
-        self.flops = Flops.of(module.model)
         self.peak_flops = peak_flops(module.device, trainer.precision)
+        self.flops = Flops.of(module.model) if self.peak_flops else None
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
         self.clock = time.perf_counter()
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         if self.clock is None:
-            self.clock = time.perf_counter()
+            # The batch was waited for before this, and that counts.
+            self.clock = time.perf_counter() - (trainer.datamodule.waited - self.waited_when_stopped)
 
     def on_train_batch_end(
         self,
@@ -85,7 +86,7 @@ class Measure(Callback):
         wait, memory = worst.tolist()
         done = tokens - self.tokens_then
         # By one rank: each device has a peak of its own.
-        flops = self.flops.step(done // trainer.world_size, targets, module.block_size)
+        flops = self.flops.step(done // trainer.world_size, targets, module.block_size) if self.flops else 0
         steps = trainer.global_step - self.step
         for name, value in (("seconds", self.interval), ("waited", wait), ("tokens", done), ("flops", flops)):
             self.total[name] += value
@@ -107,11 +108,16 @@ class Measure(Callback):
         self.step, self.tokens_then, self.interval, self.waited_then = trainer.global_step, tokens, 0.0, waited
         self.clock = time.perf_counter()
 
-    def on_validation_start(self, *args: Any) -> None:
-        self.clock = None
+    def stop(self, trainer: L.Trainer) -> None:
+        """Stop the clock until the next batch."""
+        if self.clock is not None:
+            self.clock, self.waited_when_stopped = None, trainer.datamodule.waited
 
-    def on_save_checkpoint(self, *args: Any) -> None:
-        self.clock = None
+    def on_validation_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.stop(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        self.stop(trainer)
 
     def result(self) -> dict[str, float]:
         """Of the whole run, for its summary."""
@@ -190,7 +196,7 @@ class Profile(Callback):
     def on_train_end(self, *args: Any) -> None:
         if self.profiler:
             self.profiler.stop()  # which writes what there is
-        if self.profiler:
+        if self.profiler and self.rank == 0:
             print(f"profile=true: no trace, as the run has not more than {self.WAIT} batches.")
 
     def write(self, profiler: torch.profiler.profile) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from lmlab.errors import UserError
 from lmlab.models.scored import projection, rows_at_once, scored_nll
 
 SMALL: dict[str, Any] = {
@@ -113,9 +114,17 @@ def test_rows_of_unequal_weight_are_refused() -> None:
         (nll * torch.arange(5)).sum().backward()
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta"])
 @pytest.mark.parametrize("rows", [2, 100])
-def test_in_bf16_sums_and_softmax_are_float32(rows: int) -> None:
-    model = small("roberta", False)
+def test_in_bf16_sums_and_softmax_are_float32(
+    rows: int, architecture: str, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = small(architecture, architecture == "gpt2")
+    products = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: products.append((len(w), x.dtype)) or linear(x, w, b))
     ids, positions = torch.randint(5, 90, (4, 16)), torch.arange(40)
     with torch.autocast("cpu", torch.bfloat16):
         expected = scored_nll(model, ids, None, positions, positions + 5)
@@ -125,6 +134,7 @@ def test_in_bf16_sums_and_softmax_are_float32(rows: int) -> None:
         nll = scored_nll(model, ids, None, positions, positions + 5, rows)
         nll.sum().backward()
     assert nll.dtype == torch.float32
+    assert products[-1] == (100, torch.bfloat16 if capability == "AVX512" else torch.float32)
     torch.testing.assert_close(nll, expected, rtol=2e-2, atol=2e-2)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         if gradient is not None:
@@ -141,7 +151,9 @@ def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
         AutoConfig.for_model("gemma2", **{k: v for k, v in SMALL.items() if k != "embedding_size"})
     )
     assert projection(bent) is None
-    assert rows_at_once(bent, 8, on_gpu=False) is None
+    assert rows_at_once(bent, None, on_gpu=False) is None
+    with pytest.raises(UserError, match="gemma2 does more to its logits"):
+        rows_at_once(bent, 8, on_gpu=False)
     plain = small("gpt2", True)
     assert projection(plain) is plain.get_output_embeddings()
     assert [rows_at_once(plain, wanted, on_gpu) for wanted, on_gpu in ((8, True), (None, True))] == [8, None]
