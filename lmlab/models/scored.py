@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, masking_utils
 from lmlab.errors import UserError
 
 LOGITS = 128 * 2**20
-"""Bytes of float32 logits held at once on a CPU: no slower than all of them, smaller chunks are (benchmarks/README.md)."""
+"""Bytes of float32 logits held at once on a CPU: as fast as all of them, as fewer are not (benchmarks/README.md)."""
 
 ASKED = (
     (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
