@@ -212,26 +212,30 @@ def lmlab_blocks(settings: Settings, place: Path, turns: Turns) -> None:
 
 
 def guide_blocks(settings: Settings, place: Path, turns: Turns) -> None:
-    """The guide's code, "Load ELI5 dataset" and "Preprocess", but for `num_proc` and a seed of the split."""
+    """The guide's code, "Load ELI5 dataset" and "Preprocess"."""
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
 
     disable_progress_bars()
-    group_texts = guide_function(settings.block_size)
 
     def work() -> Any:
         eli5 = load_dataset("json", data_files=str(place.parent / "corpus.jsonl"), split="train")
-        eli5 = eli5.train_test_split(test_size=0.2, seed=0)
         tokenizer = AutoTokenizer.from_pretrained(place.parent / "tokenizer")
-        eli5 = eli5.flatten()
-
-        def preprocess_function(examples: dict) -> dict:
-            return tokenizer([" ".join(x) for x in examples["answers.text"]], truncation=True)
-
-        tokenized_eli5 = eli5.map(preprocess_function, batched=True, remove_columns=eli5["train"].column_names)
-        return tokenized_eli5.map(group_texts, batched=True)
+        return guide_preprocessing(eli5, tokenizer, settings.block_size)[1]
 
     timed(turns, work, lambda halves: chain(halves["train"]["input_ids"], halves["test"]["input_ids"]))
+
+
+def guide_preprocessing(eli5: Any, tokenizer: Any, block_size: int) -> tuple[Any, Any]:
+    """The guide's code as it stands, but for `num_proc` and a seed of the split: tokenized, and in blocks."""
+    eli5 = eli5.train_test_split(test_size=0.2, seed=0)
+    eli5 = eli5.flatten()
+
+    def preprocess_function(examples: dict) -> dict:
+        return tokenizer([" ".join(x) for x in examples["answers.text"]], truncation=True)
+
+    tokenized_eli5 = eli5.map(preprocess_function, batched=True, remove_columns=eli5["train"].column_names)
+    return tokenized_eli5, tokenized_eli5.map(guide_function(block_size), batched=True)
 
 
 def guide_function(block_size: int) -> Callable[[dict], dict]:

@@ -8,12 +8,13 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from omegaconf import OmegaConf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from benchmarks.data import guide_preprocessing
 from lmlab.config.compose import CONF
 from lmlab.data.preprocess import Preprocessing, prepare, split
 from lmlab.data.sources import Corpus, load_sample
@@ -66,35 +67,13 @@ def records() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def guide(eli5: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[DatasetDict, DatasetDict]:
-    """The guide's code as it stands, but for the seed of the split and `num_proc`: tokenized, and in blocks."""
-
-    def preprocess_function(examples: dict) -> dict:
-        return tokenizer([" ".join(x) for x in examples["answers.text"]], truncation=True)
-
-    def group_texts(examples: dict) -> dict:
-        concatenated_examples = {k: sum(examples[k], []) for k in examples.keys()}  # noqa: RUF017, SIM118
-        total_length = len(concatenated_examples[list(examples.keys())[0]])  # noqa: RUF015
-        total_length = (total_length // block_size) * block_size
-        result = {
-            k: [t[i : i + block_size] for i in range(0, total_length, block_size)]
-            for k, t in concatenated_examples.items()
-        }
-        result["labels"] = result["input_ids"].copy()
-        return result
-
-    halves = eli5.train_test_split(test_size=0.2, seed=0).flatten()
-    tokenized = halves.map(preprocess_function, batched=True, remove_columns=halves["train"].column_names)
-    return tokenized, tokenized.map(group_texts, batched=True)
-
-
 @pytest.mark.parametrize("make", [gpt2_like, roberta_like])
 def test_blocks_and_ledger(
     records: Dataset, make: Callable[[Iterator[str]], PreTrainedTokenizerBase], tmp_path: Path
 ) -> None:
     corpus = Corpus(records, None, "answers.text", "records")
     tokenizer = make(text for answers in records["answers"][:300] for text in answers["text"])
-    tokenized, reference = guide(records, tokenizer, block_size=128)
+    tokenized, reference = guide_preprocessing(records, tokenizer, block_size=128)
     ours = prepare(corpus, CHOICES, lambda texts: tokenizer, None, tmp_path)
 
     # The edges of the batches of 1,000 matter: in one go, other blocks come out.
