@@ -56,7 +56,7 @@ def plainly(error: BaseException) -> str | None:
     """What to show for an error a person can mend; None for a defect of lmlab."""
     if isinstance(error, UserError):
         return str(error)
-    number = errno.ENOSPC if disk_full(error) else error.errno if isinstance(error, OSError) else None
+    number = error.errno if isinstance(error, OSError) else os_error(error) if disk_full(error) else None
     if number not in UNWRITABLE:
         return None
     place = f" {error.filename}" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
@@ -69,12 +69,19 @@ def plainly(error: BaseException) -> str | None:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is what an error came from; torch and safetensors raise errors of their own over it."""
+    """Whether a full disk, or a full quota, is what an error came from."""
+    return os_error(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def os_error(error: BaseException | None) -> int | None:
+    """The number of the system error that an error came from; torch and safetensors raise their own over it."""
     while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
-            return True
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if f"(os error {errno.ENOSPC})" in str(error):
+            return errno.ENOSPC
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 class Arguments(argparse.ArgumentParser):

@@ -11,10 +11,11 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, check, compose
+from lmlab.config import build, check, compose, resuming
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, write_json, write_text
+from lmlab.training import launch
 
 
 def main() -> None:
@@ -25,13 +26,31 @@ def main() -> None:
             if Path(name).exists():  # as typed, whatever signs of Hydra's own are in it
                 name = f'"{name.replace(chr(92), chr(92) * 2).replace(chr(34), chr(92) + chr(34))}"'
             sys.argv[place : place + 1] = ["model=pretrained", f"model.name={name}"]
-    compose.run_verb(start, "evaluate")
+    if launch.rank():
+        from lmlab.worker import follow
+
+        follow("evaluate")
+    else:
+        compose.run_verb(start, "evaluate")
 
 
-def start(cfg: DictConfig) -> float:
+def start(cfg: DictConfig) -> float | None:
     """Evaluate here, on all the devices asked for; returns the perplexity, by whatever name."""
-    overrides = HydraConfig.get().overrides.task
+    if launch.rank():
+        from lmlab.worker import follow
+
+        follow("evaluate")
+        return None  # rank 0's counts
+    with launch.leading():
+        return evaluate(cfg, list(HydraConfig.get().overrides.task))
+
+
+def evaluate(cfg: DictConfig, overrides: list[str]) -> float:
+    """An evaluation of this config, in its directory."""
+    if cfg.check and launch.rank() is not None:
+        raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
     cfg = compose.freeze(compose.completed(cfg, overrides))
+    resuming.settle_width(cfg)
     check.check_evaluation(cfg)
     run = RunDirectory(cfg.run_dir)
     run.start({"masks": cfg.seed})
@@ -53,12 +72,14 @@ def start(cfg: DictConfig) -> float:
 
 def measure_on_all(cfg: DictConfig) -> None:
     """Measure, on as many processes as the config has devices."""
-    if cfg.trainer.devices == 1:
+    run = RunDirectory(cfg.run_dir)
+    if check.world(cfg.trainer) == 1:
         measure(cfg)
+    elif launch.rank() is None:
+        launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)])
     else:
-        from lmlab.training.launch import launch
-
-        launch("evaluate", RunDirectory(cfg.run_dir).path, cfg.trainer.devices)
+        launch.tell([str(run.path)])
+        measure(cfg)
 
 
 def measure(cfg: DictConfig) -> None:

@@ -3,61 +3,156 @@
 Takes Hydra overrides; `--help` lists them.
 """
 
+import logging
 import shlex
 import shutil
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, check, compose
+from lmlab.config import build, check, compose, resuming
 from lmlab.errors import UserError, first_line
-from lmlab.runs.directory import RunDirectory
+from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, write_json, write_text
+from lmlab.runs.log import kept_log
+from lmlab.runs.stopping import SIGNALS, Stopped
+from lmlab.training import launch
+
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
+LOG = logging.getLogger("lmlab.train")
 
 
 def main() -> None:
-    compose.run_verb(start, "train")
+    if launch.rank():
+        from lmlab.worker import follow
+
+        follow("train")
+    else:
+        compose.run_verb(start, "train")
 
 
-def start(cfg: DictConfig) -> float:
-    """Begin a run here, on all the devices it asks for; returns its best val/loss."""
-    overrides = HydraConfig.get().overrides.task
-    cfg = compose.freeze(cfg)
-    check.check_run(cfg)
+def start(cfg: DictConfig) -> float | None:
+    """Begin a run here, or go on with the one that is; returns its best val/loss."""
+    if launch.rank():  # a SLURM launcher of Hydra's composes in every rank
+        from lmlab.worker import follow
+
+        follow("train")
+        return None  # rank 0's counts
+    hydra = HydraConfig.get()
+    with launch.leading():
+        own_ranks = hydra.mode is not RunMode.MULTIRUN or hydra.launcher._target_.startswith(SUBMITIT)
+        if launch.rank() is not None and not own_ranks:
+            raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
+        return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task))
+
+
+def run_or_go_on(cfg: DictConfig, overrides: list[str], **facts: Any) -> float:
+    """A run of this config in its directory: a new one, with `facts` in its manifest, or the one that is there."""
     run = RunDirectory(cfg.run_dir)
-    run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed})
-    try:
-        write_text(run.config, OmegaConf.to_yaml(cfg))
-        write_text(run.overrides, OmegaConf.to_yaml(overrides))
-        if cfg.trainer.devices == 1:
-            train(cfg)
-        else:
-            from lmlab.training.launch import launch
-
-            # One process prepares; the ranks find the cache.
-            build.prepare_data(cfg)
-            launch("train", run.path, cfg.trainer.devices)
-    except BaseException:
-        run.give_up()
-        raise
+    with run.lock(), SIGNALS.heeded():
+        kept = compose.read_config(run.path) if run.begun() else None
+        if kept is not None and "optim" not in kept:
+            raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
+        resuming.settle_width(cfg, kept)
+        check.check_run(cfg)
+        if kept is not None:
+            resuming.check_same(cfg, kept)
+            if run.finished() and resuming.length(cfg) == resuming.length(kept):
+                print(finished(run))
+                launch.tell([])
+                return run.result()["val/loss"]
+        with kept_log(run.log):
+            try:
+                if kept is None:
+                    state = None
+                    write_text(run.config, OmegaConf.to_yaml(cfg))
+                    write_text(run.overrides, OmegaConf.to_yaml(overrides))
+                    run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed}, **facts)
+                else:
+                    state = go_on(run, kept, cfg)
+                on_all_ranks(cfg, run, state)
+            except Stopped as stop:
+                LOG.warning("Stopped by %s. %s", stop.signal.name, what_is_kept(run))
+                raise
+            except BaseException:
+                if kept is None:
+                    run.give_up()
+                raise
     return run.result()["val/loss"]
 
 
-def train(cfg: DictConfig) -> None:
-    """One rank's share of a run; each rank calls this with the same composed config."""
+def go_on(run: RunDirectory, kept: DictConfig, cfg: DictConfig) -> Path | None:
+    """The state from which a run goes on, with what has changed noted; None: it has kept none, and begins again."""
+    from lmlab.training.checkpoint import last_state
+
+    state = last_state(run)
+    then, now = run.identity(), surroundings()
+    for line in differences(then, now):
+        LOG.warning("other than when the run began: %s", line)
+    step = run.step_of(state) if state else 0
+    attempt = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "host": now["machine"]["host"]}
+    attempt |= {"packages": now["packages"], "git": now["git"], "devices": check.world(cfg.trainer)}
+    if resuming.length(cfg) != resuming.length(kept):
+        attempt["length_before"] = resuming.length(kept)
+    run.note(went_on=[*then.get("went_on", ()), attempt])
+    write_text(run.config, OmegaConf.to_yaml(cfg))
+    LOG.info("Going on with run %s from step %d.", then["run_id"], step)
+    return state
+
+
+def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None) -> None:
+    """Train, on as many processes as the config has devices."""
+    word = [str(run.path), *([str(state)] if state else [])]
+    if check.world(cfg.trainer) == 1:
+        train(cfg, state)
+        return
+    build.prepare_data(cfg)  # once: the ranks find the cache
+    if launch.rank() is None:
+        launch.launch("train", run, cfg.trainer.devices, word)
+    else:
+        launch.tell(word)
+        train(cfg, state)
+
+
+def finished(run: RunDirectory) -> str:
+    """What to say of a run that has come to its end."""
+    place = from_here(run.path)
+    return (
+        f"{place} is finished: {run.result()['steps']} steps, val/loss {run.result()['val/loss']:.4f}.\n"
+        f"To train it longer: python -m lmlab.resume {place} trainer.max_steps=…"
+    )
+
+
+def what_is_kept(run: RunDirectory) -> str:
+    states = run.states()
+    kept = f"Kept: the state of step {run.step_of(states[-1])}." if states else "It had kept no state yet."
+    return f"{kept} To go on: python -m lmlab.resume {from_here(run.path)}"
+
+
+def train(cfg: DictConfig, state: Path | None = None) -> None:
+    """One rank's share of a run, from a kept state on; each rank calls this with the same composed config."""
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.models.scored import rows_at_once
     from lmlab.runs.summary import show_ledger
-    from lmlab.training.checkpoint import best_weights
-    from lmlab.training.loggers import close
+    from lmlab.training import checkpoint, loggers
     from lmlab.training.module import LMModule
 
     run = RunDirectory(cfg.run_dir)
+    leads = not launch.rank()
     data = build.prepare_data(cfg)
+    identity = run.identity()
+    for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
+        if identity.get(key, getattr(data, key)) != getattr(data, key):
+            raise UserError(
+                f"the {name} of {run.path} is not what the run was begun with: its files have changed.\n"
+                "Bring them back, or begin another run."
+            )
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module = LMModule(
@@ -70,6 +165,7 @@ def train(cfg: DictConfig) -> None:
         len(data.validation),
         objective.figure,
         rows_at_once(model, cfg.loss_rows, check.uses_gpu(cfg.trainer)),
+        interval,
     )
     held_out = build.build_held_out(cfg, data, objective)
     datamodule = BlocksDataModule(
@@ -83,27 +179,33 @@ def train(cfg: DictConfig) -> None:
         accumulate=cfg.trainer.accumulate_grad_batches,
         num_workers=cfg.num_workers,
     )
-    trainer = build.build_trainer(cfg, steps, interval, run.identity()["run_id"])
+    kept = checkpoint.read_state(state) if state else {"global_step": 0, "metrics": 0}
+    if state:
+        checkpoint.check_fits(kept, module, state)
+        if steps < kept["global_step"]:
+            raise UserError(f"{run.path} is at step {kept['global_step']} already, and {steps} steps are fewer.")
+    known = loggers.rewind(run.metrics, kept["metrics"]) if leads else None
+    del kept
+    trainer = build.build_trainer(cfg, interval, identity["run_id"], known)
     try:
-        if trainer.is_global_zero:
+        if leads:
+            run.summary.unlink(missing_ok=True)  # of a run that is to go on further
             run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash)
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
-            show_ledger(data.ledger)
-        trainer.validate(module, datamodule, verbose=False)
-        trainer.fit(module, datamodule)
-        weights, best = best_weights(trainer)
-        if trainer.is_global_zero:
+            if not state:
+                show_ledger(data.ledger)
+        trainer.fit(module, datamodule, ckpt_path=state, weights_only=True)
+        weights, best = checkpoint.best_weights(trainer)
+        if leads:
             if module.device_mesh is not None:  # a shard can't take whole weights
                 module.model = build.build_model(cfg, data.tokenizer)[1]
             module.model.load_state_dict(weights)
             step = trainer.global_step if best is None else best["global_step"]
             finish(cfg, run, trainer, module, data, step)
-    except BaseException:
-        if trainer.interrupted and trainer.is_global_zero:
-            print(f"Interrupted at step {trainer.global_step}. What was kept is in {run.checkpoints}.")
-        close(trainer.loggers, exit_code=1)
+    except BaseException as error:
+        loggers.close(trainer.loggers, exit_code=1, will_go_on=isinstance(error, Stopped))
         raise
-    close(trainer.loggers)
+    loggers.close(trainer.loggers)
 
 
 def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any, step: int) -> None:

@@ -1,30 +1,58 @@
-"""`python -m lmlab.worker VERB RUN_DIR`: one rank of a run or an evaluation, started by torchrun.
+"""`python -m lmlab.worker VERB RUN_DIR [STATE]`: one rank of a run or an evaluation.
 
 It reads the composed config of the run directory and never sees the command line.
 """
 
+import os
 import sys
 from pathlib import Path
-
-import torch.distributed as dist
 
 from lmlab.config.compose import read_config
 from lmlab.errors import plainly
 from lmlab.evaluate import measure
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.log import kept_log
+from lmlab.runs.stopping import SIGNALS
 from lmlab.train import train
-from lmlab.training.launch import leave_message
+from lmlab.training import launch
 
 
 def main() -> None:
-    share = {"train": train, "evaluate": measure}[sys.argv[1]]
-    cfg = read_config(Path(sys.argv[2]))
+    launch.end_with_parent()
+    share(*sys.argv[1:])
+
+
+def follow(verb: str) -> None:
+    """A rank that torchrun or srun started: what rank 0 tells, is done."""
+    word = launch.hear()
+    if not word:
+        sys.exit(word is None)  # rank 0 says why
+    run = RunDirectory(word[0])
+    log = run.rank_log(int(os.environ["RANK"]))
+    log.parent.mkdir(exist_ok=True)
+    with log.open("ab") as stream:
+        os.dup2(stream.fileno(), sys.stdout.fileno())
+    share(verb, *word)
+
+
+def share(verb: str, run_dir: str, state: str | None = None) -> None:
+    """This rank's share of a verb."""
+    import torch.distributed as dist
+
+    cfg = read_config(Path(run_dir))
+    run, leads = RunDirectory(run_dir), os.environ["RANK"] == "0"
     try:
-        share(cfg)
+        if verb == "evaluate":
+            measure(cfg)
+        else:
+            with SIGNALS.heeded(), kept_log(run.log if leads else run.rank_log(int(os.environ["RANK"]))):
+                train(cfg, Path(state) if state else None)
     except Exception as error:
         message = None if cfg.debug else plainly(error)
-        if message is None:
-            raise
-        leave_message(message)
+        shown = f"error: {message}" if message else launch.traced(error)
+        # Rank 0 shares the terminal with the process that will show it.
+        if not launch.report(message or shown, message is not None) or not leads:
+            print(shown, file=sys.stderr)
         sys.exit(1)
     finally:
         # Lightning leaves gloo's threads running, and a process that ends over them may abort.

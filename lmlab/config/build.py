@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config.check import arguments, blocks, build, preprocessing, target
+from lmlab.config.check import arguments, blocks, build, preprocessing, target, world
 from lmlab.errors import UserError, first_line
 
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
@@ -119,10 +119,11 @@ def special_ids(tokenizer: Any, *names: str) -> list[int]:
     return [token for token in ids if token is not None]
 
 
-def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> Any:
+def build_trainer(cfg: DictConfig, interval: int, run_id: str, known: Any = frozenset()) -> Any:
     """The Lightning trainer of a run, with its callbacks and loggers.
 
-    `steps` and `interval` (between validations) count optimizer steps.
+    `interval` counts optimizer steps between validations; `known` are the rows of figures that
+    were logged already, before the run went on.
     """
     from lightning.pytorch.callbacks import Checkpoint
 
@@ -132,7 +133,7 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
     callbacks: list[Any] = [Measure(), *([Profile(cfg.run_dir)] if cfg.profile else [])]
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     # Last, since W&B begins a run.
-    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg), "known": known}
     loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     return lightning_trainer(
         cfg,
@@ -141,7 +142,7 @@ def build_trainer(cfg: DictConfig, steps: int, interval: int, run_id: str) -> An
         logger=loggers or False,
         plugins=[AtomicCheckpoints()],
         max_epochs=1,  # one long row of batches; see data/sampler.py
-        max_steps=steps,
+        max_steps=-1,  # the module says when it ends, after a last validation
         val_check_interval=interval * cfg.trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         # Without one Lightning would add its own, elsewhere.
@@ -161,6 +162,7 @@ def build_evaluation_trainer(cfg: DictConfig) -> Any:
 def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     """A `lightning.Trainer` of the block `trainer`, `options` over it, that says nothing of its own."""
     import lightning as L
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     # Lightning's greetings and hints; what a run has to say, it says itself.
@@ -168,8 +170,12 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     options = arguments(L.Trainer, cfg.trainer, "trainer") | options
+    # Who started the ranks is known, and not to be guessed from a SLURM job's variables.
+    alone = world(cfg.trainer) == 1
+    environment = LightningEnvironment() if alone else TorchElasticEnvironment()
+    options["plugins"] = [environment, *options.get("plugins", ())]
     # Lightning would start a process group for one rank, and leave its variables behind.
-    if cfg.trainer.devices == 1:
+    if alone:
         options["strategy"] = "auto"
     elif isinstance(cfg.trainer.strategy, DictConfig):
         options["strategy"] = build(cfg.trainer.strategy, "trainer.strategy")

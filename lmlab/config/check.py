@@ -13,13 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.compose import CONF
 from lmlab.errors import UserError, first_line, nearest
+from lmlab.training import launch
 
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
 SUPPLIED = {
     "tokenizer": ("texts",),
     "model": ("tokenizer", "causal"),
     "objective": ("tokenizer",),
-    "logger": ("run_dir", "run_id", "config"),
+    "logger": ("run_dir", "run_id", "config", "known"),
     "trainer": (
         "callbacks",
         "check_val_every_n_epoch",
@@ -124,7 +125,7 @@ def check_run(cfg: DictConfig) -> None:
 
     from lmlab.data.sampler import share_of
 
-    share_of(cfg.batch_size, cfg.trainer.devices, cfg.trainer.accumulate_grad_batches)
+    share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
 
 
 def check_evaluation(cfg: DictConfig) -> None:
@@ -186,14 +187,20 @@ def check_devices(trainer: DictConfig) -> None:
     import torch
 
     precision, devices = str(trainer.precision), trainer.devices
-    if "LOCAL_RANK" in os.environ:
-        raise UserError("this process is a rank of torchrun. Run the command without it: lmlab starts the ranks.")
     if precision not in PRECISIONS:
         raise UserError(
             f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'
         )
     if not isinstance(devices, int) or devices < 1:
         raise UserError(f"trainer.devices is a number of devices, 1 or more, not {devices}.")
+    nodes = trainer.get("num_nodes", 1)
+    if type(nodes) is not int or nodes < 1:
+        raise UserError(f"trainer.num_nodes is a number of nodes, 1 or more, not {nodes}.")
+    if nodes > 1 and launch.rank() is None:
+        raise UserError(
+            f"trainer.num_nodes={nodes}: on several nodes the ranks are started by SLURM or torchrun.\n"
+            "Use -m hydra/launcher=slurm, or sbatch sweeps/train.sbatch, or torchrun on each node."
+        )
     gpus, on_gpu = torch.cuda.device_count(), uses_gpu(trainer)
     if on_gpu and devices > gpus:
         raise UserError(
@@ -202,6 +209,11 @@ def check_devices(trainer: DictConfig) -> None:
         )
     if not on_gpu and precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
+
+
+def world(trainer: DictConfig) -> int:
+    """Ranks of a run: devices of all nodes."""
+    return trainer.devices * trainer.get("num_nodes", 1)
 
 
 def uses_gpu(trainer: DictConfig) -> bool:
@@ -215,7 +227,7 @@ def other_width(cfg: DictConfig) -> dict[str, Any]:
     """Another batch size for an evaluation and, where more than one process can run, another number of them."""
     import torch
 
-    alone = cfg.trainer.devices > 1 or (uses_gpu(cfg.trainer) and torch.cuda.device_count() < 2)
+    alone = world(cfg.trainer) > 1 or (uses_gpu(cfg.trainer) and torch.cuda.device_count() < 2)
     return {
         # Odd where it was even: halves of a batch may be computed alike to the last bit.
         "batch_size": cfg.batch_size - 1 if cfg.batch_size > 1 else 2,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmlab.data.preprocess import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, share_of
+from lmlab.runs.stopping import signals_blocked
 
 # An objective: ids [T] and key (seed, epoch, sample) to (inputs [T], scored positions [n], targets [n]).
 # One that is not causal also takes the position of ids[0] in the sample, for samples that are cut.
@@ -89,7 +90,8 @@ class TimedLoader(DataLoader):
     waited = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
+        with signals_blocked():
+            batches = super().__iter__()
         while True:
             began = time.perf_counter()
             batch = next(batches, None)

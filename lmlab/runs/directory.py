@@ -1,5 +1,7 @@
 """The run directory: where every file of a run lies, and what the run is (promise 4)."""
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -7,6 +9,8 @@ import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,48 +52,92 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.profile = self.path / "profile"
+        self.log = self.path / "train.log"
+        self.logs = self.path / "logs"
+        self.locked = self.path / ".lock"
 
-    def start(self, seeds: dict[str, int]) -> None:
-        """Claim the directory for a new run, by writing its manifest.
+    def state_at(self, step: int) -> Path:
+        """The whole state of the run after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step}.ckpt"
+
+    def best_at(self, step: int) -> Path:
+        """The weights after `step` optimizer steps, kept as some of the best."""
+        return self.checkpoints / f"best-{step}.ckpt"
+
+    def rank_log(self, rank: int) -> Path:
+        """What a rank other than 0 printed."""
+        return self.logs / f"rank{rank}.log"
+
+    def states(self) -> list[Path]:
+        """The states that are kept, the newest last."""
+        return sorted(self.checkpoints.glob("step-*.ckpt"), key=self.step_of)
+
+    def best(self) -> list[Path]:
+        """The best weights that are kept, in the order of their steps."""
+        return sorted(self.checkpoints.glob("best-*.ckpt"), key=self.step_of)
+
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        return int(checkpoint.stem.rpartition("-")[2])
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from this directory. However this one ends, the lock goes with it.
+
+        Raises:
+            UserError: another process has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.locked.open("a+") as file:
+            try:
+                # POSIX locks hold over NFS too, and a forked worker does not inherit them.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is being written by another process: {file.read().strip() or 'which just began'}.\n"
+                    "Wait until it has ended, or stop it by Ctrl-C or kill: it keeps its state and can go on."
+                ) from None
+            file.truncate(0)
+            print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+            yield
+
+    def begun(self) -> bool:
+        """Whether the directory holds a run or an evaluation."""
+        return self.manifest.is_file() and self.manifest.stat().st_size > 0
+
+    def start(self, seeds: dict[str, int], **facts: Any) -> None:
+        """Make this the directory of a new run, by writing its manifest. `facts` are added to it.
 
         Raises:
             UserError: the directory holds a run or an evaluation already.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            # Exclusive: of two runs started here at once, one gets it.
-            self.manifest.touch(exist_ok=False)
-        except FileExistsError:
+        if self.begun():
             raise UserError(
                 f"{self.path} holds a run or an evaluation already.\nChoose another directory: hydra.run.dir=DIR"
-            ) from None
+            )
         manifest = {
             "run_id": uuid.uuid4().hex[:8],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
-            "lmlab": lmlab.__version__,
-            "git": git_state(Path(lmlab.__file__).parent),
             "seeds": seeds,
-            "packages": {name: metadata.version(name) for name in PACKAGES},
-            "python": platform.python_version(),
-            "machine": {
-                "host": socket.gethostname(),
-                "platform": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "cpus": os.cpu_count(),
-            },
+            **surroundings(),
+            **facts,
         }
-        try:
-            write_json(self.manifest, manifest)
-        except BaseException:  # a full disk: an empty manifest would hold the directory for ever
-            self.manifest.unlink()
-            raise
+        write_json(self.manifest, manifest)
 
     def give_up(self) -> None:
         """Free the directory of a run that was refused before it began."""
         if not self.ledger.exists() and not self.certificate.exists():
             for file in (self.manifest, self.config, self.overrides):
                 file.unlink(missing_ok=True)
+
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.summary.is_file()
 
     def identity(self) -> dict[str, Any]:
         """The manifest."""
@@ -117,6 +165,31 @@ class RunDirectory:
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest."""
         write_json(self.manifest, self.identity() | facts)
+
+
+def surroundings() -> dict[str, Any]:
+    """By what, and where, this process runs."""
+    return {
+        "lmlab": lmlab.__version__,
+        "git": git_state(Path(lmlab.__file__).parent),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": {
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+    }
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What code and versions differ between the surroundings of two runs."""
+    pairs = {name: (then[name], now[name]) for name in ("lmlab", "python")}
+    pairs["commit"] = tuple((side["git"] or {}).get("commit", "none")[:12] for side in (then, now))
+    for name in sorted(then["packages"].keys() | now["packages"].keys()):
+        pairs[name] = then["packages"].get(name, "none"), now["packages"].get(name, "none")
+    return [f"{name} {before} → {after}" for name, (before, after) in pairs.items() if before != after]
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ def write_beside(place: Path, write: Callable[[Path], Any]) -> None:
         with beside.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(beside, place)
+        flush_folder(place.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -41,8 +42,18 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
                     os.fsync(stream.fileno())
         shutil.rmtree(place, ignore_errors=True)
         os.replace(beside, place)
+        flush_folder(place.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring a rename to the disk: until then a power cut may undo it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def from_here(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """What is watched while a run trains: figures at an interval, and where it stands."""
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from lmlab.runs.files import write_beside
 from lmlab.training.checkpoint import best_weights
 from lmlab.training.module import LMModule
 
+LOG = logging.getLogger(__name__)
+
 
 class Measure(Callback):
     """Logs loss, learning rate, gradient norm and speed every `trainer.log_every_n_steps` steps.
@@ -36,9 +39,17 @@ class Measure(Callback):
         self.clock: float | None = None
         # Over the whole run, for the table at its end.
         self.total = dict.fromkeys(("seconds", "waited", "tokens", "flops"), 0.0)
+        # At the last report; then seconds since it.
+        self.step, self.tokens_then, self.interval = 0, 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("latest", "total", "step", "tokens_then", "interval")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
-        self.step, self.tokens_then, self.interval = trainer.global_step, int(module.tokens), 0.0
         self.waited_then = trainer.datamodule.waited
         self.peak_flops = peak_flops(module.device, trainer.precision)
         self.flops = Flops.of(module.model) if self.peak_flops else None
@@ -197,7 +208,7 @@ class Profile(Callback):
         if self.profiler:
             self.profiler.stop()  # which writes what there is
         if self.profiler and self.rank == 0:
-            print(f"profile=true: no trace, as the run has not more than {self.WAIT} batches.")
+            LOG.info("profile=true: no trace, as the run has not more than %d batches.", self.WAIT)
 
     def write(self, profiler: torch.profiler.profile) -> None:
         if profiler.step_num <= self.WAIT:
@@ -239,7 +250,7 @@ class ShowProgress(Callback):
             self.shown_at = time.perf_counter()
             done = trainer.global_step - self.first
             left = (self.shown_at - self.began) / done * (module.steps - trainer.global_step)
-            print(f"step {trainer.global_step}/{module.steps}  {figures}ETA {left:.0f} s", flush=True)
+            LOG.info("step %d/%d  %sETA %.0f s", trainer.global_step, module.steps, figures, left)
 
     def figures(self, name: str) -> str:
         latest = self.measure.latest
@@ -257,10 +268,7 @@ class ShowProgress(Callback):
             f"step {trainer.global_step}/{module.steps}  val/loss {figures['val/loss']:.4f}  "
             f"val/{module.figure} {figures[f'val/{module.figure}']:.2f}"
         )
-        if self.bar:
-            self.bar.console.print(line)
-        else:
-            print(line, flush=True)
+        LOG.info(line)
 
     def on_exception(self, trainer: L.Trainer, module: LMModule, exception: BaseException) -> None:
         self.teardown(trainer, module, "fit")  # else the terminal's cursor stays hidden

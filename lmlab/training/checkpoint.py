@@ -1,45 +1,336 @@
-"""Files that are whole or not there (promise 6)."""
+"""What a run keeps of itself: whole files or none (promise 6), and the way back to them."""
 
+import logging
 import os
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import transformers
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmlab.runs.files import replaced
+from lmlab.errors import UserError, first_line, os_error
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import replaced, write_beside
+from lmlab.runs.stopping import BEFORE_THE_LIMIT, SIGNALS, requeue
+from lmlab.training.module import LMModule
+
+LOG = logging.getLogger(__name__)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written beside their place, flushed, and renamed."""
+    """Lightning's checkpoints, written beside their place, flushed, and renamed.
+
+    A file that can't be written is warned of; the run goes on, and what was there stays.
+    """
+
+    def __init__(self, background: bool = False):
+        """In the `background`, training waits only for a copy to main memory."""
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.pending: list[Future] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Any error while writing leaves the file that was there before."""
-        place = Path(path)
+        if self.thread:
+            checkpoint = apply_to_collection(checkpoint, Tensor, copy_to_host)
+        self.then(partial(keep, checkpoint, Path(path)))
+
+    def then(self, job: Callable[[], None]) -> None:
+        """Do a thing when all that was saved before is written."""
+        if not self.thread:
+            job()
+            return
+        self.wait(all_of_them=False)
+        self.pending.append(self.thread.submit(job))
+
+    def wait(self, all_of_them: bool = True) -> None:
+        """Until everything is written. Raises what went wrong."""
+        while self.pending and (all_of_them or self.pending[0].done()):
+            self.pending.pop(0).result()
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing in the file is run (promise 10)."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def teardown(self) -> None:
+        self.wait()
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def keep(checkpoint: dict[str, Any], place: Path) -> None:
+    """Write a checkpoint, or warn that it can't be."""
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as stream:  # given a path, torch would not say why it can't write
+            torch.save(checkpoint, stream)
+
+    try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_name(f".{place.name}.partial")
-        try:
-            with beside.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(beside, place)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_beside(place, write)
+    except (OSError, RuntimeError) as error:
+        why = os_error(error)
+        if why is None:
+            raise
+        LOG.warning(
+            "step %d could not be kept (%s): training goes on, and what was kept before stays.\nFree some space in %s.",
+            checkpoint["global_step"],
+            os.strerror(why),
+            place.parent,
+        )
+
+
+class Checkpoints(Checkpoint):
+    """Keeps the best weights, and the whole state of a run: the last one and the one before it.
+
+    The state is written after each validation, every so many steps or minutes, and when the
+    run is told to stop. Steps, minutes and stops are those of optimizer steps: a state never
+    lies in the middle of accumulated batches. A best file stays as long as a kept state
+    speaks of it, so that the run can go on from either state after any stop.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        monitor: str = "val/loss",
+        mode: str = "min",
+        keep_best: int = 1,
+        every_steps: int | None = None,
+        every_minutes: float | None = 30.0,
+        background: bool | None = None,
+        max_requeues: int = 100,
+    ):
+        """`background` writing is for GPUs, if null."""
+        if mode not in ("min", "max"):
+            raise UserError(f"callbacks.checkpoints.mode is min or max, not {mode}.")
+        if keep_best < 0 or max_requeues < 0:
+            raise UserError("callbacks.checkpoints.keep_best and max_requeues are whole numbers, 0 or more.")
+        for key, value in (("every_steps", every_steps), ("every_minutes", every_minutes)):
+            if value is not None and value <= 0:
+                raise UserError(f"callbacks.checkpoints.{key} is more than 0, or null for never, not {value}.")
+        self.run = RunDirectory(run_dir)
+        self.monitor, self.sign, self.keep_best = monitor, 1 if mode == "min" else -1, keep_best
+        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.background, self.max_requeues = background, max_requeues
+        # By the step of a kept state: the steps of the best weights then, and their values.
+        self.kept: dict[int, dict[int, float]] = {}
+        self.best: dict[int, float] = {}
+        self.early: int | None = None  # the length of the run that was stopped early, if it was
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept, "best": self.best, "early": self.early}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept, self.best, self.early = state["kept"], state["best"], state["early"]
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, AtomicCheckpoints)
+        self.io = io
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        if self.io.thread is None and (on_gpu if self.background is None else self.background):
+            self.io.thread = ThreadPoolExecutor(1)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: LMModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        # So that figures of steps which are made again are not there twice.
+        checkpoint["metrics"] = self.run.metrics.stat().st_size if self.run.metrics.is_file() else 0
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: LMModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        step = checkpoint["global_step"]
+        if trainer.is_global_zero:
+            # Of steps that are still to come, since it is an earlier state that the run goes on from.
+            for place in [*self.run.states(), *self.run.best()]:
+                if self.run.step_of(place) > step:
+                    place.unlink()
+        if checkpoint["callbacks"][self.state_key]["early"] == module.steps:
+            trainer.should_stop = True
+
+    def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+        self.step, self.began, self.intervals = trainer.global_step, time.monotonic(), 0
+        # Apart from the device's own, so that asking the other ranks makes no step wait for it.
+        self.group = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
+        self.asked: tuple[Any, Tensor] | None = None
+        # Lightning asks too, and makes the device wait each time.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        SIGNALS.heed()  # Lightning's handler, put there since, talks to other ranks from within
+        SIGNALS.patient = True
+
+    def agreed(self) -> tuple[int, int]:
+        """The signal to stop for and the intervals of minutes gone by, as all ranks see them.
+
+        Several ranks learn the answer one call later, when it has long been there.
+        """
+        minutes = (time.monotonic() - self.began) / 60
+        mine = torch.tensor([SIGNALS.received, int(minutes / self.every_minutes) if self.every_minutes else 0])
+        if self.group is None:
+            signal, intervals = mine.tolist()
+            return signal, intervals
+        before, self.asked = self.asked, (dist.all_reduce(mine, dist.ReduceOp.MAX, self.group, async_op=True), mine)
+        if before is None:
+            return 0, 0
+        before[0].wait()
+        signal, intervals = before[1].tolist()
+        return signal, intervals
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LMModule, *args: Any) -> None:  # type: ignore[override]
+        if trainer.global_step == self.step:  # accumulating
+            return
+        self.step = trainer.global_step
+        signal, intervals = self.agreed()
+        if signal:
+            self.stop(trainer, module, signal)
+        due = intervals > self.intervals or (self.every_steps and self.step % self.every_steps == 0)
+        self.intervals = max(intervals, self.intervals)
+        if due and not module.validation_due():  # which keeps the state when it is through
+            self.keep_state(trainer, module)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: LMModule, *args: Any) -> None:  # type: ignore[override]
+        if trainer.state.fn == TrainerFn.FITTING:
+            signal, _ = self.agreed()
+            if signal:
+                self.stop(trainer, module, signal)
+
+    def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        step = trainer.global_step
+        ranked = {**self.best, step: module.validations[step][self.monitor]}
+        best = sorted(ranked, key=lambda at: (self.sign * ranked[at], at))[: self.keep_best]
+        self.best = {at: ranked[at] for at in sorted(best)}
+        if step in self.best:
+            trainer.save_checkpoint(self.run.best_at(step), weights_only=True)
+        if trainer.should_stop and step < module.steps:
+            self.early = module.steps
+        self.keep_state(trainer, module)
+
+    def keep_state(self, trainer: L.Trainer, module: LMModule) -> None:
+        """Keep the whole state, and then no more of the older ones than are needed."""
+        module.stop_on_nonfinite()
+        step = trainer.global_step
+        self.kept[step] = self.best
+        self.kept = {at: self.kept[at] for at in sorted(self.kept)[-3:]}
+        trainer.save_checkpoint(self.run.state_at(step), weights_only=False)
+        if trainer.is_global_zero:
+            self.io.then(partial(self.clear, self.kept))
+
+    def clear(self, kept: dict[int, dict[int, float]]) -> None:
+        """Remove all but the last two states that were written, and the best weights that these speak of."""
+        for place in self.run.states()[:-2]:
+            place.unlink()
+        needed = {at for place in self.run.states() for at in kept.get(self.run.step_of(place), {})}
+        for place in self.run.best():
+            if self.run.step_of(place) not in needed:
+                place.unlink()
+
+    def stop(self, trainer: L.Trainer, module: LMModule, signal: int) -> None:
+        """Keep the state, put a SLURM job back in the queue where the signal asks for it, and end."""
+        self.keep_state(trainer, module)
+        self.io.wait()
+        if trainer.is_global_zero and signal in BEFORE_THE_LIMIT and "SLURM_JOB_ID" in os.environ:
+            LOG.info(requeue(self.max_requeues))
+        trainer.strategy.barrier()  # a rank that ended first would have SLURM kill the others
+        SIGNALS.end(signal)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.asked:
+            self.asked[0].wait()
+            self.asked = None
+        self.io.wait()
+        trainer.strategy.barrier()  # all ranks may read what was written
+        SIGNALS.patient = False
+        if SIGNALS.received:  # after the last step, which lies in the last state
+            SIGNALS.end(SIGNALS.received)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        SIGNALS.patient = False
+
+
+def last_state(run: RunDirectory) -> Path | None:
+    """The newest state of a run that is whole; None if it has kept none yet.
+
+    Raises:
+        UserError: there are states, and all are damaged.
+    """
+    places = run.states()[::-1]
+    for place in places:
+        why = damage(place)
+        if why is None:
+            return place
+        LOG.warning("%s is damaged (%s), and the state before it is used.", place, why)
+    if places:
+        raise UserError(
+            f"no state in {run.checkpoints} is whole, so the run can't go on.\n"
+            f"To train it again from the start: python -m lmlab.resume {run.path} --fresh"
+        )
+    return None
+
+
+def damage(place: Path) -> str | None:
+    """What is wrong with a checkpoint: its parts are read and held against their checksums. None if it is whole."""
+    try:
+        with zipfile.ZipFile(place) as parts:
+            bad = parts.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        return first_line(error)
+    return f"the checksum of {bad} is another" if bad else None
+
+
+def read_state(place: Path) -> dict[str, Any]:
+    """A kept state, mapped and not read. Nothing in the file is run (promise 10).
+
+    Raises:
+        UserError: it holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch says it in several ways
+        raise UserError(
+            f"{place} is refused: it is no state of a run, or holds code, which lmlab does not run.\n"
+            f"Remove it to go on from the state before it. ({first_line(error)})"
+        ) from error
+
+
+def check_fits(state: dict[str, Any], module: LMModule, place: Path) -> None:
+    """Refuse the state of another model.
+
+    Raises:
+        UserError: a weight is missing, or has another shape.
+    """
+    there, wanted = ({n: tuple(t.shape) for n, t in s.items()} for s in (state["state_dict"], module.state_dict()))
+    wrong = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{place} is of another model: {name} is {there.get(name, 'not there')} in it, "
+            f"and {wanted.get(name, 'not there')} in the model of the config ({len(wrong)} such)."
+        )
 
 
 def best_weights(trainer: L.Trainer) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The model's state dict that a run was found best at, and the checkpoint it is of.
 
-    The last weights, and None, where no callback monitors a figure. Nothing in the file is run.
-    All ranks have to call it: weights that are sharded come together, on rank 0.
+    The last weights, and None, where none was kept. All ranks have to call it: weights that
+    are sharded come together, on rank 0.
     """
-    path = next((callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor), "")  # type: ignore[attr-defined]
-    best = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path else None
+    callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), None)
+    there = [at for at in callback.best if callback.run.best_at(at).is_file()] if callback else []
+    best = None
+    if callback and there:
+        step = min(there, key=lambda at: (callback.sign * callback.best[at], at))
+        best = torch.load(callback.run.best_at(step), map_location="cpu", weights_only=True, mmap=True)
     state = trainer.strategy.lightning_module_state_dict() if best is None else best["state_dict"]
     return {n.removeprefix("model."): tensor for n, tensor in state.items() if n.startswith("model.")}, best
 

@@ -1,69 +1,253 @@
-"""Starting the ranks of a run on this machine.
+"""The ranks of a run: started here, or by torchrun or srun.
 
-Lightning's own launcher replays the command line in its children, `--multirun` included;
-here every rank reads the composed config instead (promise 5).
+Lightning's own launcher replays the command line in its children, `--multirun` included. Here
+one process composes the config (promise 5), and every other rank is told where it lies.
+
+Nothing heavy is imported at the top: each verb asks first who started it.
 """
 
+import ctypes
 import json
-import logging
 import os
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-import uuid
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from typing import Any
 
 from lmlab.errors import UserError
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.stopping import HEEDED, Stopped
+
+GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
+WORD = "lmlab/word"  # of the store: what rank 0 says
 
 
-def launch(verb: str, run_dir: Path, devices: int) -> None:
-    """Run `python -m lmlab.worker VERB RUN_DIR` once per device, and wait for all.
+def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
+    """Run `python -m lmlab.worker VERB RUN_DIR [STATE]` once per device, and wait for all.
+
+    `word` are the arguments after the verb.
+
+    The terminal is rank 0's; what the others print goes to `logs/` of the run directory.
 
     Raises:
-        UserError: a rank ended with an error.
+        UserError: a rank failed; the others were ended.
+        Stopped: the ranks ended for a signal.
     """
-    # The agent reports what each rank prints itself.
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // devices))
-    with tempfile.TemporaryDirectory() as logs:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=devices,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.5,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    run.logs.mkdir(exist_ok=True)
+    common = os.environ | {
+        "WORLD_SIZE": str(devices),
+        "LOCAL_WORLD_SIZE": str(devices),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and not rank 0's to make
+    }
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    command = [sys.executable, "-u", "-m", "lmlab.worker", verb, *word]
+    with tempfile.TemporaryDirectory() as folder:
+        ranks: list[subprocess.Popen] = []
+        with passed_on(ranks):
+            try:
+                for rank in range(devices):
+                    env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LMLAB_REPORT": f"{folder}/{rank}"}
+                    # Its own session: a Ctrl-C reaches the ranks once, from here.
+                    settings: dict[str, Any] = {"env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
+                    if rank:
+                        with run.rank_log(rank).open("ab") as log:
+                            ranks.append(subprocess.Popen(command, stdout=log, stderr=log, **settings))
+                    else:
+                        ranks.append(subprocess.Popen(command, **settings))
+                first = wait(ranks)
+            finally:
+                for process in ranks:
+                    process.kill()
+                    process.wait()
+        if first is not None:
+            raise failure(first, ranks, run, Path(folder))
+
+
+@contextmanager
+def passed_on(ranks: list[subprocess.Popen]) -> Iterator[None]:
+    """Pass the signals that this process gets on to the ranks, which know what to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in ranks:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in HEEDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def wait(ranks: list[subprocess.Popen]) -> int | None:
+    """Until all ranks have ended. The first that failed, or None; the others get a few seconds after it."""
+    first, failed_at = None, 0.0
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed and first is None:
+            # One that was killed did not fail because another did.
+            first = min(failed, key=lambda rank: (codes[rank] or 0, rank))
+            failed_at = time.monotonic()
+        if None not in codes:
+            return first
+        # After a stop, rank 0 may have more to end than the others.
+        if first is not None and not stopped(codes[first]) and time.monotonic() - failed_at > GRACE:
+            return first
+        time.sleep(0.1)
+
+
+def stopped(code: int | None) -> bool:
+    """Whether an exit code is that of `Stopped`."""
+    return code is not None and code - 128 in HEEDED
+
+
+def failure(first: int, ranks: list[subprocess.Popen], run: RunDirectory, folder: Path) -> BaseException:
+    """What to raise for ranks that failed."""
+    reports = {}
+    for rank in range(len(ranks)):
+        if (folder / str(rank)).is_file():
+            reports[rank] = json.loads((folder / str(rank)).read_text())
+    code = ranks[first].returncode
+    if stopped(code):
+        return Stopped(code - 128)
+    if code > 0 and reports:  # the first to fail, as their own clocks say
+        first = min(reports, key=lambda rank: reports[rank]["time"])
+        code = ranks[first].returncode
+    report = reports.get(first)
+    if report and report["plainly"]:
+        return UserError(report["text"])
+    if report:
+        print(report["text"], file=sys.stderr)
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    log = f" Its log: {run.rank_log(first)}" if first else ""
+    return UserError(
+        f"rank {first} {ended}, and the other ranks were stopped.{log}\n"
+        f"The run can go on from its last state: python -m lmlab.resume {run.path}"
+    )
+
+
+def report(text: str, plainly: bool) -> bool:
+    """Leave an error of this rank to the process that started it, which shows it; False if that was another's."""
+    place = os.environ.get("LMLAB_REPORT")
+    if place is None:
+        return False
+    Path(place).write_text(json.dumps({"text": text, "plainly": plainly, "time": time.time()}))
+    return True
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when the one that started it ends, however that ends."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank() -> int | None:
+    """Which of several ranks this process is, where torchrun or srun started them; None where nobody did.
+
+    From then on the variables of torchrun are set, whoever it was.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        tasks, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(tasks)
+        env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(tasks // nodes)
+        env["GROUP_RANK"] = env["SLURM_NODEID"]
+        # A node's own name, and a port that two steps hardly share.
+        env["MASTER_ADDR"] = SLURMEnvironment.resolve_root_node_address(env["SLURM_STEP_NODELIST"])
+        env["MASTER_PORT"] = str(12000 + (31 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000)
+    if int(env.get("WORLD_SIZE", 1)) == 1 or not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys():
+        return None
+    return int(env["RANK"])
+
+
+def width() -> tuple[int, int]:
+    """Ranks per node, and nodes, that were started."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return per_node, ranks // per_node
+
+
+def store() -> Any:
+    """What the ranks of another's start share: kept by rank 0, or by torchrun's agent."""
+    global _store
+    if _store is None:
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        mine = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        _store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=mine,
+            wait_for_workers=False,
+            timeout=timedelta(days=2),  # a large corpus is tokenized meanwhile
+            multi_tenant=True,  # the process group will use it too
         )
-        try:
-            elastic_launch(config, sys.executable)("-u", "-m", "lmlab.worker", verb, str(run_dir))
-        except SignalException as error:
-            raise UserError(f"stopped by {error.sigval.name}; what was kept is in {run_dir}.") from error
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            # A rank that met a person's error leaves its message; any other has printed its traceback.
-            if failure.message and not failure.message.startswith("To enable traceback"):
-                raise UserError(failure.message) from error
-            raise UserError(
-                f"rank {rank} ended with exit code {failure.exitcode}, and the other ranks were stopped."
-            ) from error
-        finally:
-            # The next run of this process may have another number of devices.
-            if threads is None:
-                del os.environ["OMP_NUM_THREADS"]
+    return _store
 
 
-def leave_message(message: str) -> None:
-    """Hand an error of this rank to the process that launched it, which shows it once for all ranks."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
-    else:
-        print(f"error: {message}", file=sys.stderr)
+_store: Any = None
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """What rank 0 does before it has told the others: if it fails, they end too."""
+    if rank() is None:
+        yield
+        return
+    store()
+    try:
+        yield
+    except BaseException:
+        tell(None)
+        raise
+
+
+def tell(word: list[str] | None) -> None:
+    """Tell the other ranks the arguments of their share; [] if there is nothing to do, None if that is an error."""
+    if rank() is None or store().check([WORD]):
+        return
+    store().set(WORD, json.dumps(word))
+    if not word:  # the store may end with this process
+        others, patience = int(os.environ["WORLD_SIZE"]) - 1, time.monotonic() + 30
+        while store().add(f"{WORD}/heard", 0) < others and time.monotonic() < patience:
+            time.sleep(0.05)
+
+
+def hear() -> list[str] | None:
+    """What rank 0 tells; None if it ended without a word."""
+    from torch.distributed import DistError
+
+    try:
+        store().wait([WORD])
+        word = json.loads(store().get(WORD))
+        store().add(f"{WORD}/heard", 1)
+    except DistError:
+        return None
+    return word
+
+
+def traced(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()

@@ -1,30 +1,38 @@
 """Where metrics go: a file in the run directory, and W&B."""
 
 import json
+import logging
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lmlab.errors import UserError, first_line, nearest
+from lmlab.errors import UserError, disk_full, first_line, nearest
+from lmlab.runs.directory import RunDirectory
 
+Row = tuple[int | None, frozenset[str]]
+"""A row of figures, by its step and their names: what is logged once in a run."""
+LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
 
 
 class MetricsFile(Logger):
     """`metrics.jsonl`: one object per line, with `step`, `time` (Unix seconds) and the metrics.
 
-    Lines are only added, so a run that goes on keeps what it wrote before.
+    Lines are only added, so a run that goes on keeps what it wrote before. Those that a full
+    disk has no room for are written when it has some again.
     """
 
     def __init__(self, run_dir: str):
         super().__init__()
-        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path = RunDirectory(run_dir).metrics
+        self.waiting = ""
 
     @property
     def name(self) -> str:
@@ -36,18 +44,63 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        with self.path.open("a") as lines:
-            print(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}), file=lines)
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n"
+        lines = (self.waiting + line).encode()
+        with self.path.open("ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                done = file.write(lines) == len(lines)
+            except OSError as error:
+                if not disk_full(error):
+                    raise
+                done = False
+            if not done:
+                file.truncate(size)  # no half of a line
+                if not self.waiting:
+                    LOG.warning("no room for figures in %s: they wait until there is some.", self.path)
+        self.waiting = "" if done else lines.decode()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The run directory holds the config already."""
 
 
+def rewind(metrics: Path, size: int) -> set[Row]:
+    """Take back the lines of a metrics file after its first `size` bytes; returns which there were.
+
+    They are of steps that the run, going on from a kept state, will make again.
+    """
+    if not metrics.is_file():
+        return set()
+    with metrics.open("r+b") as file:
+        file.seek(size)
+        undone = set()
+        for line in file:
+            with suppress(json.JSONDecodeError):  # the half that a kill left
+                row = json.loads(line)
+                undone.add((row.pop("step"), frozenset(row) - {"time"}))
+        file.truncate(size)
+    return undone
+
+
+class WandB(WandbLogger):
+    """Logs no row twice: what a run goes through again, W&B has already."""
+
+    def __init__(self, experiment: Any, known: set[Row]):
+        super().__init__(experiment=experiment)
+        self.known = known
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if (step, frozenset(metrics)) not in self.known:
+            super().log_metrics(metrics, step)
+
+
 def weights_and_biases(
     run_dir: str,
     run_id: str,
     config: dict[str, Any],
+    known: set[Row],
     project: str = "lmlab",
     entity: str | None = None,
     name: str | None = None,
@@ -60,6 +113,7 @@ def weights_and_biases(
     """A W&B run whose id is the run's own, so that it stays one however often it is started.
 
     Args:
+        known: the rows, by step and names, that were logged before the run went on.
         mode: `online`, `offline`, `disabled`, or `auto`: online where an API key is configured. The
             variable WANDB_MODE wins. A service that can't be reached leaves the run offline.
     """
@@ -90,20 +144,25 @@ def weights_and_biases(
     try:
         run = wandb.init(**options | {"mode": mode})
     except wandb.errors.Error as error:
-        print(f"W&B could not be reached ({first_line(error)}); this run is logged offline.")
+        LOG.warning("W&B could not be reached (%s); this run is logged offline.", first_line(error))
         run = wandb.init(mode="offline", **options)
     if run.offline and not run.disabled:
-        print(f"W&B: offline. To upload: wandb sync {Path(run.dir).parent}")
+        LOG.info("W&B: offline. To upload: wandb sync %s", Path(run.dir).parent)
     elif run.url:
-        print(f"W&B: {run.url}")
+        LOG.info("W&B: %s", run.url)
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     run.define_metric("val/*", summary="min", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run)
+    return WandB(run, known)
 
 
-def close(loggers: Iterable[Logger], exit_code: int = 0) -> None:
-    """End W&B runs, so that the next run of this process begins one of its own."""
+def close(loggers: Iterable[Logger], exit_code: int = 0, will_go_on: bool = False) -> None:
+    """End W&B runs, so that the next run of this process begins one of its own.
+
+    One that `will_go_on`, W&B shows as pre-empted.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
+            if will_go_on and hasattr(logger.experiment, "mark_preempting"):
+                logger.experiment.mark_preempting()
             logger.experiment.finish(exit_code=exit_code)

@@ -50,13 +50,15 @@ class LMModule(Scorer):
         documents: int,
         figure: str = "perplexity",
         rows: int | None = None,
+        interval: int | None = None,
     ):
         """`steps` and `batch_size` count optimizer steps and their samples, `documents` held-out ones.
 
-        `figure` names the exponential of the loss; `rows` of logits are held at once.
+        `figure` names the exponential of the loss; `rows` of logits are held at once; every
+        `interval` steps there is a validation, and before the first and after the last.
         """
         super().__init__(model, documents, rows)
-        self.optimizer, self.steps = optimizer, steps
+        self.optimizer, self.steps, self.interval = optimizer, steps, interval or steps
         self.batch_size, self.seed, self.figure = batch_size, seed, figure
         self.block_size, self.nominal_targets = block_size, batch_size * block_size
         self.train_nll = MeanNLL()
@@ -89,6 +91,22 @@ class LMModule(Scorer):
         self.step_counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.first_bad_batch = torch.tensor(NEVER, device=self.device)
         share_tied_gradient(self.model)
+
+    def on_train_start(self) -> None:
+        # The validation before the first step, or one that the run was stopped in.
+        if self.validation_due():
+            loop = self.trainer.fit_loop.epoch_loop  # as Lightning does it between two steps
+            self.trainer.validating = True
+            loop.val_loop.run()
+            self.trainer.training = True
+        if self.global_step >= self.steps:
+            self.trainer.should_stop = True
+
+    def validation_due(self) -> bool:
+        """Whether the weights of this step are to be measured, and are not yet."""
+        step = self.global_step
+        due = step % self.interval == 0 or step >= self.steps or self.trainer.should_stop
+        return due and step not in self.validations
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank): nothing to carry over a stop.
@@ -174,10 +192,37 @@ class LMModule(Scorer):
             logger.log_metrics({**metrics, "data/tokens_seen": int(self.tokens)}, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The records of a validation lie with the weights they are of.
-        if self.global_step in self.validations:
+        """What is needed beside weights, optimizer and schedule: all of it follows from the step but these."""
+        # Lightning's own place in its loops: another width would count other batches.
+        del checkpoint["loops"]
+        checkpoint["validations"] = self.validations
+        if hasattr(self, "result"):
+            # The records of a validation lie with the weights they are of.
             nll, units = self.result
             checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
+        # Of the steps since the last report, by rank.
+        sums = torch.stack([self.train_nll.nll, self.train_nll.targets.double()])
+        ranks = [torch.empty_like(sums) for _ in range(self.trainer.world_size)]
+        if dist.is_initialized():
+            dist.all_gather(ranks, sums)
+        else:
+            ranks = [sums]
+        checkpoint["train_nll"] = torch.stack(ranks).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what `on_save_checkpoint` kept, on any number of ranks."""
+        self.validations = checkpoint["validations"]
+        if "validation" in checkpoint:
+            self.result = checkpoint["validation"]["nll"].numpy(), checkpoint["validation"]["units"].numpy()
+        # At the same width, each rank gets back its own.
+        nll, targets = checkpoint["train_nll"][self.global_rank :: self.trainer.world_size].sum(0)
+        self.train_nll.nll, self.train_nll.targets = nll.to(self.device), targets.long().to(self.device)
+        self.train_nll._update_count = 1  # else it warns of being read before it was written
+        steps = checkpoint["global_step"]
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(loop.batch_progress.total, count, steps * self.trainer.accumulate_grad_batches)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Lightning validates when training is about to stop; without this the last steps

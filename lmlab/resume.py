@@ -1,0 +1,105 @@
+"""`python -m lmlab.resume RUN_DIR [overrides]`: go on with a run, or run its experiment again."""
+
+import json
+import logging
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lmlab.config import build, resuming
+from lmlab.config.compose import read_config
+from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.runs.directory import RunDirectory, differences, surroundings
+from lmlab.runs.files import from_here
+from lmlab.train import finished, run_or_go_on
+from lmlab.training import launch
+
+LOG = logging.getLogger("lmlab.resume")
+EXAMPLES = """
+  python -m lmlab.resume outputs/2026-01-31/12-00-00                           where it stopped
+  python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer.max_steps=2000    longer
+  python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer=ddp trainer.devices=2
+  python -m lmlab.resume outputs/2026-01-31/12-00-00 --fresh                   again from the start, in a new directory
+"""
+
+
+def main() -> None:
+    if launch.rank():
+        from lmlab.worker import follow
+
+        follow("train")
+        return
+    with shown_plainly(), launch.leading():
+        parser = Arguments("python -m lmlab.resume", description=__doc__, epilog=EXAMPLES)
+        parser.formatter_class = type(parser.formatter_class(prog=""))
+        parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to how, or how far, it goes")
+        parser.add_argument("--fresh", action="store_true", help="run it again from the start, and compare")
+        parser.add_argument("--into", type=Path, metavar="DIR", help="directory of the run that --fresh begins")
+        given = parser.parse_intermixed_args()
+        run = RunDirectory(given.run.resolve())
+        if not (run.begun() and run.config.is_file()):
+            raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")
+        if given.fresh:
+            again(run, given.into, given.overrides)
+        elif given.into:
+            raise UserError("--into is for --fresh: a run goes on in its own directory.")
+        else:
+            go_on(run, given.overrides)
+
+
+def go_on(run: RunDirectory, overrides: list[str]) -> None:
+    """Go on with a run where it stopped."""
+    kept = read_config(run.path)
+    cfg = resuming.continued(kept, run.path, overrides)
+    if run.finished() and resuming.length(cfg) == resuming.length(kept):
+        raise UserError(finished(run))
+    run_or_go_on(cfg, overrides)
+
+
+def again(run: RunDirectory, into: Path | None, overrides: list[str]) -> None:
+    """Run the experiment of a manifest in a new directory; say what differs, before and after."""
+    place = (into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
+    cfg = resuming.continued(read_config(run.path), place, overrides)
+    then = run.identity()
+    data = build.prepare_data(cfg)
+    prepared = {"data_fingerprint": data.data_fingerprint, "tokenizer_hash": data.tokenizer_hash}
+    differ = differences(then, surroundings())
+    differ += [f"{name.replace('_', ' ')}: not what it was" for name in prepared if then.get(name) != prepared[name]]
+    differ += [
+        f"length: it was made another at step {a['step']}" for a in then.get("went_on", ()) if "length_before" in a
+    ]
+    if overrides:
+        differ.append(f"config: {shlex.join(overrides)}")
+    for line in differ or ["nothing: code, versions, data and tokenizer are the same"]:
+        print(f"differs from {from_here(run.path)}: {line}")
+    run_or_go_on(cfg, overrides, repeats={"run_id": then["run_id"], "path": str(run.path), "differs": differ})
+    print(compared(curve(run), curve(RunDirectory(place))))
+
+
+def curve(run: RunDirectory) -> dict[tuple[int, str], float]:
+    """The losses of a run, by step and name."""
+    names = ("train/loss", "val/loss")
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.is_file() else []
+    return {(line["step"], name): line[name] for line in lines for name in names if name in line}
+
+
+def compared(then: dict[Any, float], now: dict[Any, float]) -> str:
+    """How two loss curves agree, where both have a point."""
+    both = sorted(then.keys() & now.keys())
+    wrong = [at for at in both if then[at] != now[at]]
+    if not both:
+        return "The loss curves have no step in common."
+    if not wrong:
+        return f"The loss curve is the same, bit for bit: {len(both)} points, to step {both[-1][0]}."
+    step, name = wrong[0]
+    most = max(abs(now[at] / then[at] - 1) for at in wrong)
+    return (
+        f"The loss curves differ from step {step} on: {name} {now[wrong[0]]:.10g} here, {then[wrong[0]]:.10g} there; "
+        f"by {most:.1e} at most (relative)."
+    )
+
+
+if __name__ == "__main__":
+    main()

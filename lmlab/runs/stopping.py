@@ -1,0 +1,114 @@
+"""Stopping from outside: a signal becomes a wish, and the run ends where its state can be kept.
+
+Under SLURM, the signal before a time limit also puts the job back in the queue.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# What SLURM and submitit send ahead of a time limit; TERM is for those who want the job to end.
+BEFORE_THE_LIMIT = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(SystemExit):
+    """Ends the process for a signal, with exit code 128 + its number.
+
+    No Exception: submitit would take one for the job's result, and a sweep go on with its next job.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+class Signals:
+    """The signals that this process was sent."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        """The first of them, while `patient`."""
+        self.patient = False
+        """Whether somebody looks at `received`; if not, a signal ends the process at once."""
+        self.ending = False
+        self.process = 0
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Let signals end what is done inside, by `Stopped`."""
+        if threading.current_thread() is not threading.main_thread():  # only it may have handlers
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in HEEDED}
+        self.received, self.patient, self.ending, self.process = 0, False, False, os.getpid()
+        self.heed()
+        try:
+            yield
+        finally:
+            self.patient = False
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def heed(self) -> None:
+        """Install the handlers; again where a library has put its own over them."""
+        if self.process != os.getpid() or threading.current_thread() is not threading.main_thread():
+            return
+        for number in HEEDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self.note)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler. The same signal twice, or one while nobody looks, is not waited for."""
+        if os.getpid() != self.process:  # a worker process inherits handlers
+            return
+        if self.ending and number != signal.SIGINT:  # whoever stops a job may say so often
+            return
+        if self.patient and number != self.received:
+            self.received = self.received or number
+            return
+        self.end(number)
+
+    def end(self, number: int) -> None:
+        """End this process for a signal.
+
+        Raises:
+            Stopped: always.
+        """
+        self.ending = True
+        raise Stopped(number)
+
+
+SIGNALS = Signals()
+"""Of this process: handlers are the process's own, and so is this."""
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes begun inside never see the signals: SLURM sends them to each process of a job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def requeue(limit: int) -> str:
+    """Put the SLURM job that this process belongs to back in the queue, `limit` times at most; says what came of it."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    times = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    if times >= limit:
+        return f"Job {job} is not re-queued: it was {times} times already (callbacks.checkpoints.max_requeues)."
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"Job {job} could not be re-queued: {error}."
+    if done.returncode:
+        return f"Job {job} could not be re-queued: {done.stderr.strip()}"
+    return f"Job {job} is re-queued."
