@@ -12,7 +12,7 @@ from lmlab.errors import plainly
 from lmlab.evaluate import measure
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import kept_log
-from lmlab.runs.stopping import SIGNALS
+from lmlab.runs.stopping import SIGNALS, Stopped
 from lmlab.train import train
 from lmlab.training import launch
 
@@ -26,13 +26,16 @@ def follow(verb: str) -> None:
     """A rank that torchrun or srun started: what rank 0 tells, is done."""
     word = launch.hear()
     if not word:
-        sys.exit(word is None)  # rank 0 says why
+        return  # rank 0 says why, and its exit code is the run's
     run = RunDirectory(word[0])
     log = run.rank_log(int(os.environ["RANK"]))
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as stream:
         os.dup2(stream.fileno(), sys.stdout.fileno())
-    share(verb, *word)
+    try:
+        share(verb, *word)
+    except Stopped:
+        sys.exit(0)  # with another code SLURM would kill rank 0, which has W&B to end
 
 
 def share(verb: str, run_dir: str, state: str | None = None) -> None:

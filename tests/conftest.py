@@ -27,6 +27,12 @@ os.environ.pop("WANDB_API_KEY", None)
 
 import pytest  # noqa: E402
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="how often tests/training/test_kill.py kills its run")
+    parser.addoption("--kill-seed", type=int, default=0, help="decides the instants")
+
+
 TINY = [
     "model.config.n_embd=32",
     "model.config.n_head=2",
@@ -89,6 +95,23 @@ def evaluate(tmp_path: Path) -> Callable[..., Path]:
 def metrics(run_dir: Path) -> list[dict]:
     """The lines of a run's metrics file."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[tuple[int, str, float]]:
+    """Every loss that a run logged, in order."""
+    names = ("train/loss", "val/loss")
+    return [(line["step"], name, line[name]) for line in metrics(run_dir) for name in names if name in line]
+
+
+def stop_after(run_dir: Path, step: int, place: Path) -> None:
+    """A copy of a finished run as a kill would have left it some time after it kept the state of `step`."""
+    shutil.copytree(run_dir, place)
+    for name in ("summary.json", "certificate.json", "records.parquet"):
+        (place / name).unlink()
+    shutil.rmtree(place / "model")
+    for kept in place.glob("checkpoints/*.ckpt"):
+        if kept.name.startswith("step-") and int(kept.stem.rpartition("-")[2]) > step:
+            kept.unlink()
 
 
 def blocks_of(prepared: Any, split: str) -> list[Any]:

@@ -5,6 +5,7 @@ Nothing heavy is imported here at the top: `--help` and `--cfg job` come through
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
 PACKAGE = Path(__file__).parent.parent
 # Beside the package in a checkout, inside it when installed.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+
+# What a launcher asks a cluster for, per node.
+OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
 
 
 def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
@@ -47,9 +51,14 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             return job(cfg)
         except Exception as error:
             message = plainly(error)
+            submitted = "SUBMITIT_EXECUTOR" in os.environ  # then the error alone gets to who submitted the job
             if debug or message is None:
+                if submitted:
+                    traceback.print_exc()
                 raise
             print(f"error: {message}", file=sys.stderr)
+            if submitted:
+                raise UserError(message) from error
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 sys.exit(1)
             # An exception, unlike an exit, lets the other jobs of the sweep go on.
@@ -67,8 +76,8 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise UserError(explain(error, name)) from error
-        except ValueError as error:
-            if begun:  # a defect; before that, Hydra's word on a group's option
+        except (ValueError, RuntimeError) as error:
+            if begun:  # a defect; before that, Hydra's word on a group's option, or submitit's on a job
                 raise
             raise UserError(explain(error, name)) from error
         except OSError as error:
@@ -96,6 +105,8 @@ def explain(error: Exception, name: str) -> str:
     if lines and lines[0].startswith("Ambiguous value"):
         return f"{lines[0]}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
     missing = getattr(error, "missing_cfg_file", None)
+    if "hydra/launcher/submitit" in str(missing):
+        return "submitting jobs to SLURM takes a plugin of Hydra's that is not installed:\npip install 'lmlab[slurm]'"
     options = getattr(error, "options", None)
     if missing and options:
         group, _, option = str(missing).rpartition("/")

@@ -82,6 +82,10 @@ class Signals:
         self.ending = True
         raise Stopped(number)
 
+    def __reduce__(self) -> str:
+        """By its name: submitit pickles what a job runs, and the job's process has signals of its own."""
+        return "SIGNALS"
+
 
 SIGNALS = Signals()
 """Of this process: handlers are the process's own, and so is this."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import lightning as L
@@ -25,9 +26,11 @@ from lmlab.errors import UserError, first_line, os_error
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import replaced, write_beside
 from lmlab.runs.stopping import BEFORE_THE_LIMIT, SIGNALS, requeue
+from lmlab.training.loggers import close
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
+PATIENCE = 60.0  # seconds that W&B gets to end before a job is re-queued
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -204,9 +207,9 @@ class Checkpoints(Checkpoint):
                 self.stop(trainer, module, signal)
 
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
         step = trainer.global_step
+        if trainer.state.fn != TrainerFn.FITTING or step == 0:  # a run is not judged by the weights it began with
+            return
         ranked = {**self.best, step: module.validations[step][self.monitor]}
         best = sorted(ranked, key=lambda at: (self.sign * ranked[at], at))[: self.keep_best]
         self.best = {at: ranked[at] for at in sorted(best)}
@@ -218,8 +221,10 @@ class Checkpoints(Checkpoint):
 
     def keep_state(self, trainer: L.Trainer, module: LMModule) -> None:
         """Keep the whole state, and then no more of the older ones than are needed."""
-        module.stop_on_nonfinite()
         step = trainer.global_step
+        if step == 0:  # nothing to lose; and to save an optimizer that has not stepped, FSDP would step it
+            return
+        module.stop_on_nonfinite()
         self.kept[step] = self.best
         self.kept = {at: self.kept[at] for at in sorted(self.kept)[-3:]}
         trainer.save_checkpoint(self.run.state_at(step), weights_only=False)
@@ -240,6 +245,10 @@ class Checkpoints(Checkpoint):
         self.keep_state(trainer, module)
         self.io.wait()
         if trainer.is_global_zero and signal in BEFORE_THE_LIMIT and "SLURM_JOB_ID" in os.environ:
+            # W&B's own process does not outlive the re-queueing; nor is the job to be lost to a slow upload.
+            ending = Thread(target=close, args=(trainer.loggers, 1, True), daemon=True)
+            ending.start()
+            ending.join(PATIENCE)
             LOG.info(requeue(self.max_requeues))
         trainer.strategy.barrier()  # a rank that ended first would have SLURM kill the others
         SIGNALS.end(signal)

@@ -162,7 +162,12 @@ def close(loggers: Iterable[Logger], exit_code: int = 0, will_go_on: bool = Fals
     One that `will_go_on`, W&B shows as pre-empted.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if not isinstance(logger, WandbLogger) or hasattr(logger, "closed"):
+            continue
+        logger.closed = True  # type: ignore[attr-defined]
+        try:
             if will_go_on and hasattr(logger.experiment, "mark_preempting"):
                 logger.experiment.mark_preempting()
             logger.experiment.finish(exit_code=exit_code)
+        except Exception as error:  # a signal to all of a job has ended W&B's own process; no run fails for it
+            LOG.warning("W&B could not be told that the run ended: %s", first_line(error))

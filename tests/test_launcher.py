@@ -1,0 +1,95 @@
+"""What SLURM is asked for, and what a person is told, without one. With one: tests/slurm."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+from submitit.slurm.slurm import _make_sbatch_string
+
+from lmlab.config.compose import CONF
+from lmlab.runs.stopping import SIGNALS
+from tests.conftest import TINY
+
+SBATCH = CONF.parent / "sweeps" / "train.sbatch"
+
+
+def asked_for(*overrides: str) -> dict:
+    """What `hydra/launcher=slurm` asks for."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("train", ["hydra/launcher=slurm", *overrides], return_hydra_config=True)
+    launcher = OmegaConf.masked_copy(cfg.hydra.launcher, [*set(cfg.hydra.launcher) - {"submitit_folder"}])
+    launcher._set_parent(cfg.hydra)
+    return OmegaConf.to_container(launcher, resolve=True)
+
+
+def test_devices_and_nodes_are_the_trainers() -> None:
+    keys = ("nodes", "tasks_per_node", "gpus_per_node")
+    wide = asked_for("trainer=ddp", "trainer.devices=8", "trainer.num_nodes=4")
+    assert [wide[key] for key in keys] == [4, 8, 8]
+    assert [asked_for()[key] for key in keys] == [1, 1, None]
+    assert [asked_for("trainer=ddp", "trainer.accelerator=cpu")[key] for key in keys] == [1, 2, None]
+    assert asked_for("hydra.launcher.gpus_per_node=3")["gpus_per_node"] == 3
+
+
+def test_submitted_script() -> None:
+    """The keys are those that submitit knows; jobs may be re-queued, and a failed rank ends the others."""
+    asked = asked_for()
+    renamed = {"timeout_min": "time", "name": "job_name", "tasks_per_node": "ntasks_per_node"}
+    values = {renamed.get(name, name): value for name, value in asked.items() if name not in ("_target_", "mem_gb")}
+    del values["max_num_timeout"]
+    script = _make_sbatch_string("true", "folder", **values)
+    assert "#SBATCH --requeue\n" in script
+    assert "#SBATCH --signal=USR2@300\n" in script
+    assert script.index("SLURM_KILL_BAD_EXIT=1") < script.index("\nsrun ")
+
+
+def without(place: Path, *words: str, path: str | None = None) -> subprocess.CompletedProcess:
+    """`lmlab.train -m` with the launcher, and `place` before all other packages."""
+    env = os.environ | {"PYTHONPATH": str(place)} | ({"PATH": path} if path else {})
+    command = [sys.executable, "-m", "lmlab.train", "-m", "hydra/launcher=slurm", *TINY, *words]
+    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
+
+
+def test_missing_plugin_is_named(tmp_path: Path) -> None:
+    hidden = tmp_path / "hydra_plugins" / "hydra_submitit_launcher"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").touch()
+    done = without(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: submitting jobs to SLURM takes a plugin of Hydra's that is not installed:",
+        "pip install 'lmlab[slurm]'",
+    ]
+
+
+def test_no_slurm_is_said_plainly(tmp_path: Path) -> None:
+    done = without(tmp_path, path=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == 'error: Could not detect "srun", are you indeed on a slurm cluster?\n'
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_sbatch_runs_the_same_directory_again(tmp_path: Path, array: bool) -> None:
+    """The command that a job gives is the same after a re-queue; each job of an array has its seed."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NUM_NODES": "2"}
+    job |= {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"} if array else {}
+    env = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(SBATCH), "optim.lr=1"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (
+        "--kill-on-bad-exit=1 --cpus-per-task=2 python -u -m lmlab.train trainer.devices=4 trainer.num_nodes=2 "
+        f"hydra.run.dir=outputs/slurm-{'5_3 seed=3' if array else 7} optim.lr=1\n"
+    )
+
+
+def test_signals_are_the_processes_own() -> None:
+    """A pickled job, brought to another process, heeds the signals that training there looks at."""
+    assert pickle.loads(pickle.dumps(SIGNALS)) is SIGNALS
