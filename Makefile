@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check bench build clean
+.PHONY: train test test-slurm check bench build clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lmlab.train
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/slurm
+
+# Real jobs on a SLURM of two nodes, brought up on this machine and taken down again.
+test-slurm: $(VENV)/installed-dev
+	@if [ "$$(id -u)" != 0 ]; then echo "test-slurm: skipped, as SLURM's daemons need root here"; exit; fi; \
+	command -v apt-get > /dev/null || { echo "test-slurm: skipped, as there is no apt-get to install SLURM with"; exit; }; \
+	trap 'tests/slurm/cluster.sh down' EXIT; trap 'exit 1' INT TERM; \
+	tests/slurm/cluster.sh up && eval "$$(tests/slurm/cluster.sh env)" && timeout -k 10 400 $(BIN)/pytest -vv -rs tests/slurm
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -184,9 +184,10 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
         checkpoint.check_fits(kept, module, state)
         if steps < kept["global_step"]:
             raise UserError(f"{run.path} is at step {kept['global_step']} already, and {steps} steps are fewer.")
-    known = loggers.rewind(run.metrics, kept["metrics"]) if leads else None
+    if leads:
+        loggers.rewind(run.metrics, kept["metrics"])
     del kept
-    trainer = build.build_trainer(cfg, interval, identity["run_id"], known)
+    trainer = build.build_trainer(cfg, interval, identity["run_id"])
     try:
         if leads:
             run.summary.unlink(missing_ok=True)  # of a run that is to go on further
@@ -200,25 +201,27 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
             if module.device_mesh is not None:  # a shard can't take whole weights
                 module.model = build.build_model(cfg, data.tokenizer)[1]
             module.model.load_state_dict(weights)
-            step = trainer.global_step if best is None else best["global_step"]
-            finish(cfg, run, trainer, module, data, step)
+            finish(cfg, run, trainer, module, data, None if best is None else best["global_step"])
     except BaseException as error:
         loggers.close(trainer.loggers, exit_code=1, will_go_on=isinstance(error, Stopped))
         raise
     loggers.close(trainer.loggers)
 
 
-def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any, step: int) -> None:
-    """Export the module's weights, which are those of `step`, and say what came of the run and what the model says."""
+def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any, best: int | None) -> None:
+    """Export the module's weights, and say what came of the run and what the model says.
+
+    They are those of step `best`, or the last ones if that is None.
+    """
     from lmlab.models.inference import speak
     from lmlab.runs.summary import show_result
     from lmlab.training.callbacks import Measure
     from lmlab.training.checkpoint import export
 
     export(module.model, data.tokenizer, run.model)
-    before, after = module.validations[0], module.validations[step]
+    before, after = module.validations[0], module.validations[trainer.global_step if best is None else best]
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
-    figure = f"val/{module.figure}"
+    figure, which = f"val/{module.figure}", "last" if best is None else "best"
     result = {
         **after,
         f"{figure}_before": before[figure],
@@ -234,7 +237,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     show_result(
         {
             f"{title(module.figure)} before": f"{before[figure]:,.2f}",
-            f"{title(module.figure)} after": f"{after[figure]:,.2f}   (best weights, held-out text)",
+            f"{title(module.figure)} after": f"{after[figure]:,.2f}   ({which} weights, held-out text)",
             **{title(name): f"{value:.4f}" for name, value in after.items() if name.endswith("bits_per_byte")},
             "tokens": f"{result['tokens']:,} trained on in {result['seconds']:.1f} s",
             "speed": f"{result['tokens_per_s']:,.0f} tokens/s, {result['data_wait']:.1%} of the time waiting for data",

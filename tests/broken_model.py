@@ -1,21 +1,57 @@
-"""A model whose third training forward gives no number, on rank 1 alone."""
+"""Models that go wrong on purpose, on rank 1 alone, or take their time."""
 
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lmlab.models import loading
 
 
 def from_scratch_and_fails_once(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
-    model = loading.from_scratch(tokenizer, causal, architecture, config)
+    """Its third training forward gives no number, on rank 1."""
+    return hooked(
+        loading.from_scratch(tokenizer, causal, architecture, config),
+        lambda step, logits: logits * float("nan") if step == 3 and on_rank_1() else logits,
+    )
+
+
+def from_scratch_and_raises(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+    """Its third training forward is a defect, on rank 1."""
+
+    def fail(step: int, logits: Tensor) -> Tensor:
+        if step == 3 and on_rank_1():
+            raise ZeroDivisionError("only rank 1")
+        return logits
+
+    return hooked(loading.from_scratch(tokenizer, causal, architecture, config), fail)
+
+
+def from_scratch_and_slow(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+    """Each training forward takes its time."""
+
+    def wait(step: int, logits: Tensor) -> Tensor:
+        time.sleep(0.15 if step else 0.0)
+        return logits
+
+    return hooked(loading.from_scratch(tokenizer, causal, architecture, config), wait)
+
+
+def on_rank_1() -> bool:
+    return os.environ.get("RANK") == "1"
+
+
+def hooked(model: Any, change: Callable[[int, Tensor], Tensor]) -> Any:
+    """The model, its logits given to `change` with the number of the training forward, 0 outside of training."""
     steps = 0
 
-    def spoil(module: torch.nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
+    def hook(module: torch.nn.Module, args: Any, logits: Tensor) -> Tensor:
         nonlocal steps
         steps += module.training
-        return logits * float("nan") if module.training and steps == 3 and os.environ.get("RANK") == "1" else logits
+        return change(steps if module.training else 0, logits)
 
-    model.get_output_embeddings().register_forward_hook(spoil)
+    model.get_output_embeddings().register_forward_hook(hook)
     return model

@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ def evaluate(tmp_path: Path) -> Callable[..., Path]:
         return run_dir
 
     return run
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that takes a run's first files, and then no more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk can't be mounted here, which takes root: {error}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from submitit.slurm.slurm import _make_sbatch_string
 
 from lmlab.config.compose import CONF
-from lmlab.runs.stopping import SIGNALS
+from lmlab.runs.stopping import SIGNALS, Stopped
 from tests.conftest import TINY
 
 SBATCH = CONF.parent / "sweeps" / "train.sbatch"
@@ -93,3 +94,24 @@ def test_sbatch_runs_the_same_directory_again(tmp_path: Path, array: bool) -> No
 def test_signals_are_the_processes_own() -> None:
     """A pickled job, brought to another process, heeds the signals that training there looks at."""
     assert pickle.loads(pickle.dumps(SIGNALS)) is SIGNALS
+
+
+def test_signals_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One ahead of a limit waits for training to begin; one that comes again is no hurry."""
+
+    def send(number: int) -> None:
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(Stopped), SIGNALS.heeded():
+        send(signal.SIGUSR2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with SIGNALS.heeded():
+        send(signal.SIGUSR2)
+        assert SIGNALS.received == signal.SIGUSR2
+    with pytest.raises(Stopped), SIGNALS.heeded():
+        send(signal.SIGTERM)
+    with SIGNALS.heeded():
+        SIGNALS.patient = True
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert SIGNALS.received == signal.SIGTERM

@@ -250,10 +250,11 @@ def test_wandb_has_one_run_per_run(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     for number, seed in (("0", 1), ("1", 2)):
-        records = wandb_records(tmp_path / number)
+        (folder,) = (tmp_path / number).glob("wandb/offline-run-*")
+        records = wandb_records(folder)
         runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
         identity = json.loads((tmp_path / number / "manifest.json").read_text())["run_id"]
-        assert {run.run_id for run in runs} == {identity}
+        assert {(run.run_id, run.display_name) for run in runs} == {(identity, "n")}
         config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
         assert config["seed"] == seed
         assert config["preprocess"]["block_size"] == 32
@@ -268,11 +269,22 @@ def test_wandb_has_one_run_per_run(tmp_path: Path) -> None:
     assert "wandb sync" in done.stdout
 
 
-def wandb_records(run_dir: Path) -> list:
+def wandb_rows(folder: Path) -> list[tuple[int, frozenset[str]]]:
+    """What an offline run logged: the step and the names of each row."""
+    rows = []
+    for record in wandb_records(folder):
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            names = frozenset(name for name in items if not name.startswith("_")) - {"trainer/global_step"}
+            rows.append((int(items["trainer/global_step"]), names))
+    return rows
+
+
+def wandb_records(folder: Path) -> list:
     """The records of an offline run: a LevelDB log (blocks of 32 KiB) behind a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    (file,) = folder.glob("*.wandb")
     data, place, gathered, records = file.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:  # no header fits into the rest of a block

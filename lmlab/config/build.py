@@ -119,11 +119,10 @@ def special_ids(tokenizer: Any, *names: str) -> list[int]:
     return [token for token in ids if token is not None]
 
 
-def build_trainer(cfg: DictConfig, interval: int, run_id: str, known: Any = frozenset()) -> Any:
+def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:
     """The Lightning trainer of a run, with its callbacks and loggers.
 
-    `interval` counts optimizer steps between validations; `known` are the rows of figures that
-    were logged already, before the run went on.
+    `interval` counts optimizer steps between validations.
     """
     from lightning.pytorch.callbacks import Checkpoint
 
@@ -133,7 +132,7 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str, known: Any = froz
     callbacks: list[Any] = [Measure(), *([Profile(cfg.run_dir)] if cfg.profile else [])]
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     # Last, since W&B begins a run.
-    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg), "known": known}
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
     loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     return lightning_trainer(
         cfg,
@@ -163,6 +162,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     """A `lightning.Trainer` of the block `trainer`, `options` over it, that says nothing of its own."""
     import lightning as L
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     # Lightning's greetings and hints; what a run has to say, it says itself.
@@ -177,6 +177,10 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     # Lightning would start a process group for one rank, and leave its variables behind.
     if alone:
         options["strategy"] = "auto"
+    elif cfg.trainer.strategy in ("auto", "ddp"):
+        # Otherwise DDP orders its buckets anew after the first step of each process, and with them the sums
+        # over ranks: a run that goes on would have other last bits.
+        options["strategy"] = DDPStrategy(find_unused_parameters=True)
     elif isinstance(cfg.trainer.strategy, DictConfig):
         options["strategy"] = build(cfg.trainer.strategy, "trainer.strategy")
     try:

@@ -20,7 +20,7 @@ SUPPLIED = {
     "tokenizer": ("texts",),
     "model": ("tokenizer", "causal"),
     "objective": ("tokenizer",),
-    "logger": ("run_dir", "run_id", "config", "known"),
+    "logger": ("run_dir", "run_id", "config"),
     "trainer": (
         "callbacks",
         "check_val_every_n_epoch",

@@ -109,7 +109,7 @@ def slurm() -> str:
         code, said = ended(command, 10)
         if code:
             raise UserError(
-                f"{command[0]}: {last_line(said)}\n"
+                f"{command[0]}: {last_line(said).removeprefix(f'{command[0]}: ')}\n"
                 "ask the cluster's admins; `scontrol ping` names the controller, SLURM_CONF the configuration"
             )
         answers[command[0]] = said
@@ -159,20 +159,26 @@ def wandb() -> str:
         raise UserError("wandb is not installed\npip install wandb, or logger=file for each run")
     code, said = ended(
         python(
-            "import sys, urllib.error, urllib.request, wandb\n"
-            "if not wandb.login(prompt=False, verify=False): sys.exit(print('no key'))\n"
+            "import os, urllib.error, urllib.request, wandb\n"
+            "def end(code, text):\n"
+            "    print(text, flush=True)\n"
+            "    os._exit(code)\n"  # its service may take minutes to end by itself
+            "try: key = wandb.login(prompt=False, verify=False)\n"
+            "except wandb.errors.Error as error: end(1, error)\n"
+            "if not key: end(0, 'no key')\n"
             "url = wandb.setup().settings.base_url\n"
-            # First of all: its own client takes minutes to say that nobody answers.
+            # First of all: its own client takes long to say that nobody answers.
             "try: urllib.request.urlopen(url, timeout=5).close()\n"
             "except urllib.error.HTTPError: pass\n"
-            "except OSError as error: sys.exit(f'{url} does not answer: {getattr(error, \"reason\", error)}')\n"
-            "wandb.Api(timeout=10)\n"
-            "print(url)"
+            "except OSError as error: end(1, f'{url} does not answer: {getattr(error, \"reason\", error)}')\n"
+            "try: wandb.Api(timeout=10)\n"
+            "except wandb.errors.Error as error: end(1, error)\n"
+            "end(0, url)"
         ),
         25,
         WANDB_SILENT="true",
     )
-    answer = last_line(said).rpartition("AuthenticationError: ")[2]
+    answer = last_line(said)
     if code == 0 and answer == "no key":
         raise NotThere("no key, so runs are logged offline; to send them: python -m wandb login")
     if code:
@@ -275,8 +281,8 @@ def sums(backend: str, world: int) -> None:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     command = python(f"from lmlab.runs.machine import add_up; add_up({backend!r})")
-    with tempfile.TemporaryDirectory() as folder, processes() as start:
-        logs = [Path(folder, str(rank)) for rank in range(world)]
+    with processes() as (folder, start):
+        logs = [folder / str(rank) for rank in range(world)]
         ranks = [
             start(command, log, **place, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
             for rank, log in enumerate(logs)
@@ -318,8 +324,8 @@ def add_up(backend: str) -> None:
 def resuming(seconds: float) -> str:
     """A run that is killed and goes on ends with the weights of one that nobody disturbed."""
     until = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory(prefix="lmlab-doctor-") as folder, processes() as start:
-        whole, killed = (RunDirectory(Path(folder, name)) for name in ("whole", "killed"))
+    with processes() as (folder, start):
+        whole, killed = RunDirectory(folder / "whole"), RunDirectory(folder / "killed")
         options = [*TINY, f"trainer.max_steps={STEPS}", f"callbacks.checkpoints.every_steps={KEPT_EVERY}"]
         options.append(f"cache_dir={folder}/cache")
 
@@ -400,27 +406,32 @@ def python(code: str) -> list[str]:
 
 
 @contextmanager
-def processes() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Yields a function that starts a command, its output in a file; all of them end here, with what they started."""
-    begun: list[subprocess.Popen[bytes]] = []
+def processes() -> Iterator[tuple[Path, Callable[..., subprocess.Popen[bytes]]]]:
+    """Yields a folder, and a function that starts a command with its output in a file.
 
-    def start(command: list[str], log: Path, **variables: str) -> subprocess.Popen[bytes]:
+    Afterwards all of them have ended, with what they started themselves, and the folder is gone.
+    """
+    begun: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="lmlab-doctor-", ignore_cleanup_errors=True) as folder:
         # What a job or torchrun says of its ranks is not for these.
         ranks = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "TORCHELASTIC_", "SLURM_PROC", "SLURM_STEP")
-        env = {key: value for key, value in os.environ.items() if not key.startswith(ranks)}
-        env = {"OMP_NUM_THREADS": "1"} | env | variables
-        with log.open("wb") as out:
-            settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-            begun.append(subprocess.Popen(command, env=env, start_new_session=True, **settings))
-        return begun[-1]
+        common = {key: value for key, value in os.environ.items() if not key.startswith(ranks)}
+        common = {"OMP_NUM_THREADS": "1"} | common | {"TMPDIR": folder}
 
-    try:
-        yield start
-    finally:
-        for process in begun:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        def start(command: list[str], log: Path, **variables: str) -> subprocess.Popen[bytes]:
+            with log.open("wb") as out:
+                settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+                settings |= {"env": common | variables, "start_new_session": True}
+                begun.append(subprocess.Popen(command, **settings))
+            return begun[-1]
+
+        try:
+            yield Path(folder), start
+        finally:
+            for process in begun:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def process_end(process: subprocess.Popen[bytes], until: float) -> int:
@@ -434,8 +445,8 @@ def process_end(process: subprocess.Popen[bytes], until: float) -> int:
 
 def ended(command: list[str], seconds: float, **variables: str) -> tuple[int, str]:
     """Exit code and output of a command, of which nothing runs any more."""
-    with tempfile.TemporaryDirectory() as folder, processes() as start:
-        log = Path(folder, "output")
+    with processes() as (folder, start):
+        log = folder / "output"
         code = process_end(start(command, log, **variables), time.monotonic() + seconds)
         return code, log.read_text(errors="replace")
 

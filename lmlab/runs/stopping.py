@@ -68,10 +68,17 @@ class Signals:
             return
         if self.ending and number != signal.SIGINT:  # whoever stops a job may say so often
             return
-        if self.patient and number != self.received:
+        # SLURM signals each process of a job, and a rank's parent passes on what it gets: that is one wish.
+        once_more = number == self.received and (number == signal.SIGINT or "SLURM_JOB_ID" not in os.environ)
+        if (self.patient or self.ahead_of_a_limit(number)) and not once_more:
             self.received = self.received or number
             return
         self.end(number)
+
+    @staticmethod
+    def ahead_of_a_limit(number: int) -> bool:
+        """Whether a signal leaves time: until training begins, to go on another time, or to finish what comes after."""
+        return number in BEFORE_THE_LIMIT and "SLURM_JOB_ID" in os.environ
 
     def end(self, number: int) -> None:
         """End this process for a signal.

@@ -49,9 +49,11 @@ class Measure(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
+    def on_fit_start(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.peak_flops = peak_flops(trainer.strategy.root_device, trainer.precision)
+
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
         self.waited_then = trainer.datamodule.waited
-        self.peak_flops = peak_flops(module.device, trainer.precision)
         self.flops = Flops.of(module.model) if self.peak_flops else None
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)

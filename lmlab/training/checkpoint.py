@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmlab.errors import UserError, first_line, os_error
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import replaced, write_beside
-from lmlab.runs.stopping import BEFORE_THE_LIMIT, SIGNALS, requeue
+from lmlab.runs.stopping import SIGNALS, requeue
 from lmlab.training.loggers import close
 from lmlab.training.module import LMModule
 
@@ -244,7 +244,7 @@ class Checkpoints(Checkpoint):
         """Keep the state, put a SLURM job back in the queue where the signal asks for it, and end."""
         self.keep_state(trainer, module)
         self.io.wait()
-        if trainer.is_global_zero and signal in BEFORE_THE_LIMIT and "SLURM_JOB_ID" in os.environ:
+        if trainer.is_global_zero and SIGNALS.ahead_of_a_limit(signal):
             # W&B's own process does not outlive the re-queueing; nor is the job to be lost to a slow upload.
             ending = Thread(target=close, args=(trainer.loggers, 1, True), daemon=True)
             ending.start()
@@ -260,7 +260,7 @@ class Checkpoints(Checkpoint):
         self.io.wait()
         trainer.strategy.barrier()  # all ranks may read what was written
         SIGNALS.patient = False
-        if SIGNALS.received:  # after the last step, which lies in the last state
+        if SIGNALS.received and not SIGNALS.ahead_of_a_limit(SIGNALS.received):  # the last step lies in the last state
             SIGNALS.end(SIGNALS.received)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:

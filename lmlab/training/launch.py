@@ -23,7 +23,7 @@ from typing import Any
 
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.stopping import HEEDED, Stopped
+from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
 
 GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
 WORD = "lmlab/word"  # of the store: what rank 0 says
@@ -238,6 +238,8 @@ def tell(word: list[str] | None) -> None:
 
 def hear() -> list[str] | None:
     """What rank 0 tells; None if it ended without a word."""
+    for number in BEFORE_THE_LIMIT:  # for rank 0 to heed; here it would end the process, and with it the job
+        signal.signal(number, signal.SIG_IGN)
     from torch.distributed import DistError
 
     try:

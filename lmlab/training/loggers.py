@@ -6,7 +6,6 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lmlab.errors import UserError, disk_full, first_line, nearest
 from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import write_json
 
-Row = tuple[int | None, frozenset[str]]
-"""A row of figures, by its step and their names: what is logged once in a run."""
 LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -65,42 +63,59 @@ class MetricsFile(Logger):
         """The run directory holds the config already."""
 
 
-def rewind(metrics: Path, size: int) -> set[Row]:
-    """Take back the lines of a metrics file after its first `size` bytes; returns which there were.
+def rewind(metrics: Path, size: int) -> None:
+    """Take back what a metrics file has after its first `size` bytes.
 
-    They are of steps that the run, going on from a kept state, will make again.
+    It is of steps that the run, going on from a kept state, will make again, row for row.
     """
-    if not metrics.is_file():
-        return set()
-    with metrics.open("r+b") as file:
-        file.seek(size)
-        undone = set()
-        for line in file:
-            with suppress(json.JSONDecodeError):  # the half that a kill left
-                row = json.loads(line)
-                undone.add((row.pop("step"), frozenset(row) - {"time"}))
-        file.truncate(size)
-    return undone
+    if metrics.is_file():
+        os.truncate(metrics, min(size, metrics.stat().st_size))
 
 
 class WandB(WandbLogger):
-    """Logs no row twice: what a run goes through again, W&B has already."""
+    """A W&B run that has the rows of metrics.jsonl, each once, whatever became of the processes that sent them.
 
-    def __init__(self, experiment: Any, known: set[Row]):
+    A row's W&B step is its number in that file; steps of the optimizer are in the row.
+    """
+
+    def __init__(self, experiment: Any, run_dir: str, there: int):
+        """`there`: the rows that W&B has already; those of the file beyond them are sent again."""
         super().__init__(experiment=experiment)
-        self.known = known
+        self.there, self.number = there, 0
+        metrics = RunDirectory(run_dir).metrics
+        for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+            row = json.loads(line)
+            self.log_metrics({name: row[name] for name in row if name not in ("step", "time")}, row["step"])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if (step, frozenset(metrics)) not in self.known:
-            super().log_metrics(metrics, step)
+        if self.number >= self.there:
+            self.experiment.log({**metrics, "trainer/global_step": step}, step=self.number)
+        self.number += 1
+
+
+def delivered(run_dir: str) -> Path:
+    """What earlier offline runs of W&B hold of a run: the count of its rows, and their folders."""
+    return Path(run_dir) / "wandb" / "delivered.json"
+
+
+def rows_offline(run_dir: str) -> int:
+    """The rows that a run's earlier processes left to be uploaded.
+
+    One that was killed has lost some, nobody knows which: what it left is set aside, and its rows are sent again.
+    """
+    place = delivered(run_dir)
+    known: dict[str, Any] = json.loads(place.read_text()) if place.is_file() else {"rows": 0, "folders": []}
+    for folder in place.parent.glob("offline-run-*"):
+        if folder.name not in known["folders"]:
+            folder.rename(folder.with_name(f"killed-{folder.name}"))
+    return known["rows"]
 
 
 def weights_and_biases(
     run_dir: str,
     run_id: str,
     config: dict[str, Any],
-    known: set[Row],
     project: str = "lmlab",
     entity: str | None = None,
     name: str | None = None,
@@ -113,7 +128,6 @@ def weights_and_biases(
     """A W&B run whose id is the run's own, so that it stays one however often it is started.
 
     Args:
-        known: the rows, by step and names, that were logged before the run went on.
         mode: `online`, `offline`, `disabled`, or `auto`: online where an API key is configured. The
             variable WANDB_MODE wins. A service that can't be reached leaves the run offline.
     """
@@ -121,12 +135,10 @@ def weights_and_biases(
 
     if getattr(rank_zero_only, "rank", 0) != 0:
         return WandbLogger(offline=True)
-    for name, value in (("logger.wandb.mode", mode), ("WANDB_MODE", os.environ.get("WANDB_MODE", mode))):
+    for key, value in (("logger.wandb.mode", mode), ("WANDB_MODE", os.environ.get("WANDB_MODE", mode))):
         if value not in MODES:
-            raise UserError(f'{name} is one of {", ".join(MODES)}, not "{value}".{nearest(value, MODES)}')
+            raise UserError(f'{key} is one of {", ".join(MODES)}, not "{value}".{nearest(value, MODES)}')
     mode = value
-    if mode == "auto":
-        mode = "online" if wandb.login(prompt=False) else "offline"
     options: dict[str, Any] = {
         "dir": run_dir,
         "id": run_id,
@@ -141,19 +153,23 @@ def weights_and_biases(
         "resume": "allow",
         "settings": wandb.Settings(silent=True, console="off"),
     }
+    there = rows_offline(run_dir)
     try:
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
         run = wandb.init(**options | {"mode": mode})
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:  # a key that is none is a ValueError
         LOG.warning("W&B could not be reached (%s); this run is logged offline.", first_line(error))
-        run = wandb.init(mode="offline", **options)
+        run = wandb.init(**options | {"mode": "offline"})
     if run.offline and not run.disabled:
         LOG.info("W&B: offline. To upload: wandb sync %s", Path(run.dir).parent)
     elif run.url:
         LOG.info("W&B: %s", run.url)
+        there = run.starting_step
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     run.define_metric("val/*", summary="min", step_metric="trainer/global_step", step_sync=True)
-    return WandB(run, known)
+    return WandB(run, run_dir, there)
 
 
 def close(loggers: Iterable[Logger], exit_code: int = 0, will_go_on: bool = False) -> None:
@@ -162,12 +178,12 @@ def close(loggers: Iterable[Logger], exit_code: int = 0, will_go_on: bool = Fals
     One that `will_go_on`, W&B shows as pre-empted.
     """
     for logger in loggers:
-        if not isinstance(logger, WandbLogger) or hasattr(logger, "closed"):
-            continue
-        logger.closed = True  # type: ignore[attr-defined]
-        try:
-            if will_go_on and hasattr(logger.experiment, "mark_preempting"):
-                logger.experiment.mark_preempting()
-            logger.experiment.finish(exit_code=exit_code)
-        except Exception as error:  # a signal to all of a job has ended W&B's own process; no run fails for it
-            LOG.warning("W&B could not be told that the run ended: %s", first_line(error))
+        if isinstance(logger, WandB):
+            run = logger.experiment
+            if will_go_on:
+                run.mark_preempting()
+            run.finish(exit_code=exit_code)
+            if run.offline and not run.disabled:
+                place = delivered(run.settings.root_dir)
+                folders = [folder.name for folder in place.parent.glob("offline-run-*")]
+                write_json(place, {"rows": max(logger.number, logger.there), "folders": folders})

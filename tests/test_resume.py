@@ -1,0 +1,413 @@
+"""Runs that go on, and experiments that are run again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from .conftest import TINY, losses, metrics, run_verb, stop_after
+from .processes import begin, wait_for
+from .training.test_width import DROPOUT_OFF
+
+SIX = [*TINY, "trainer.max_steps=6", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that came to its end; not to be written to."""
+    place = tmp_path_factory.mktemp("whole") / "run"
+    run_verb("train", *SIX, f"hydra.run.dir={place}")
+    return place
+
+
+@pytest.fixture
+def stopped(whole: Path, tmp_path: Path) -> Path:
+    """The same, killed after the state of step 4."""
+    stop_after(whole, 4, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def resumed(run: Path, *words: object) -> None:
+    run_verb("resume", run, *words)
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a verb with arguments that it has to refuse; returns what it says."""
+
+    def run(verb: str, *words: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_verb(verb, *words)
+        assert ended.value.code == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert len(shown.splitlines()) <= 3
+        return shown
+
+    return run
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def equal(first: Path, second: Path) -> bool:
+    one, two = weights(first), weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("verb", ["train", "resume"])
+def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    identity = json.loads((stopped / "manifest.json").read_text())
+    words = [*SIX, f"hydra.run.dir={stopped}"] if verb == "train" else [stopped]
+    run_verb(verb, *words)
+    assert f"Going on with run {identity['run_id']} from step 4." in capsys.readouterr().out
+    assert equal(stopped, whole)
+    assert losses(stopped) == losses(whole)
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    assert manifest["run_id"] == identity["run_id"]
+    assert [attempt["step"] for attempt in manifest["went_on"]] == [4]
+    # Figures, counts and the certificate are those of the whole run.
+    for name in ("val/loss", "val/perplexity_before", "steps", "tokens"):
+        assert (
+            json.loads((stopped / "summary.json").read_text())[name]
+            == (json.loads((whole / "summary.json").read_text())[name])
+        )
+    log = (stopped / "train.log").read_text()
+    assert log.index("step 2/6") < log.index("Going on with run") < log.rindex("step 6/6")
+
+
+def test_goes_on_where_it_was_moved_to(whole: Path, stopped: Path, tmp_path: Path) -> None:
+    stopped.rename(tmp_path / "elsewhere")
+    resumed(tmp_path / "elsewhere")
+    assert equal(tmp_path / "elsewhere", whole)
+    assert not stopped.exists()
+
+
+def test_best_weights_of_before_the_stop_are_the_best_after(train: Callable[..., Path], tmp_path: Path) -> None:
+    harmful = [*SIX, "optim.lr=0.5", "optim.warmup_steps=2", "optim.schedule=constant"]
+    run = train(*harmful, "callbacks.checkpoints.keep_best=2", run_dir=tmp_path / "whole")
+    values = {line["step"]: line["val/loss"] for line in metrics(run) if line.get("val/loss") and line["step"]}
+    best = sorted(values, key=lambda step: values[step])
+    assert best[0] == 2
+    stop_after(run, 4, tmp_path / "stopped")
+    resumed(tmp_path / "stopped")
+    for place in (run, tmp_path / "stopped"):
+        there = {path.name for path in (place / "checkpoints").iterdir()}
+        assert {"step-4.ckpt", "step-6.ckpt", *(f"best-{step}.ckpt" for step in best[:2])} <= there
+    assert equal(tmp_path / "stopped", run)
+
+
+def test_early_stopping_counts_over_a_stop(train: Callable[..., Path], tmp_path: Path) -> None:
+    patience = ["callbacks=early_stopping", "callbacks.early_stopping.patience=2", "optim.lr=0.5"]
+    run = train(*SIX, *patience, "trainer.max_steps=40", run_dir=tmp_path / "whole")
+    ended = json.loads((run / "summary.json").read_text())["steps"]
+    assert ended < 40
+    # Before the validation that ends it, and right after it.
+    for step in (ended - 2, ended):
+        place = tmp_path / str(step)
+        stop_after(run, step, place)
+        resumed(place)
+        assert json.loads((place / "summary.json").read_text())["steps"] == ended
+        assert equal(place, run)
+        assert losses(place) == losses(run)
+
+
+def test_at_other_widths(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Two processes, then four, then one: the losses are those of one process all along."""
+    common = [*DROPOUT_OFF["clm"], *SIX[len(TINY) :], "trainer.accelerator=cpu", "optim.schedule=constant"]
+    alone = losses(train(*common, run_dir=tmp_path / "alone"))
+    run = train(*common, "trainer.devices=2", "trainer.max_steps=2", run_dir=tmp_path / "run")
+    resumed(run, "trainer.devices=4", "trainer.max_steps=5", "callbacks.checkpoints.every_steps=1")
+    # At the same width also the last bit is the same: four ranks could add up in another order.
+    stop_after(run, 4, tmp_path / "again")
+    resumed(tmp_path / "again")
+    assert equal(tmp_path / "again", run)
+    resumed(run, "trainer.devices=1", "trainer.max_steps=6")
+    found = [point for point in losses(run) if point[:2] != (5, "val/loss")]  # the end of it, for a time
+    assert [point[:2] for point in found] == [point[:2] for point in alone]
+    np.testing.assert_allclose([point[2] for point in found], [point[2] for point in alone], rtol=1e-5)
+    # What one device takes at once has not grown: 8 over 2 were 4, over 4 are 2, which is as much as 1 takes then.
+    assert OmegaConf.load(run / "config.yaml").trainer.accumulate_grad_batches == 4
+    attempts = json.loads((run / "manifest.json").read_text())["went_on"]
+    assert [(attempt["step"], attempt["devices"]) for attempt in attempts] == [(2, 4), (5, 1)]
+
+
+def test_a_width_that_does_not_divide(stopped: Path, refused: Refused) -> None:
+    shown = refused("resume", stopped, "trainer=ddp", "trainer.devices=3", "trainer.accelerator=cpu")
+    assert "batch_size=8 does not divide over 3 ranks" in shown
+    assert "1, 2, 4 or 8" in shown
+
+
+def test_longer(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(whole, place)
+    before = (place / "summary.json").read_bytes()
+    run_verb("train", *SIX, f"hydra.run.dir={place}")  # says so, and all is well: a sweep that is repeated goes on
+    assert f"{place} is finished: 6 steps" in capsys.readouterr().out
+    shown = refused("resume", place)
+    assert "is finished" in shown
+    assert f"python -m lmlab.resume {place} trainer.max_steps=" in shown
+    assert "at step 6 already" in refused("resume", place, "trainer.max_steps=5")
+    assert (place / "summary.json").read_bytes() == before
+    resumed(place, "trainer.max_steps=8")
+    assert json.loads((place / "summary.json").read_text())["steps"] == 8
+    assert [step for step, name, _ in losses(place) if name == "train/loss"] == list(range(1, 9))
+
+
+def test_a_sweep_that_is_repeated_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["-m", "seed=0,1", *SIX, f"hydra.sweep.dir={tmp_path}"]
+    shutil.copytree(whole, tmp_path / "0")
+    run_verb("train", *sweep)
+    shown = capsys.readouterr().out
+    assert f"{tmp_path / '0'} is finished" in shown
+    assert (tmp_path / "1" / "summary.json").is_file()
+
+
+def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:
+    assert "is no run" in refused("resume", tmp_path)
+    assert "is no run" in refused("resume", tmp_path / "nowhere")
+    assert "required: RUN_DIR" in refused("resume")
+    assert 'Did you mean "trainer.max_steps"?' in refused("resume", whole, "trainer.max_step=9")
+    assert "--into is for --fresh" in refused("resume", whole, "--into", tmp_path / "x")
+
+
+def test_a_changed_config_names_its_keys(refused: Refused, stopped: Path) -> None:
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file() and path.name != ".lock"}
+    shown = refused("train", *SIX, "optim.lr=3e-3", "seed=7", f"hydra.run.dir={stopped}")
+    assert "optim.lr=0.003 (it was 0.001)" in shown
+    assert "seed=7 (it was 0)" in shown
+    assert "trainer.max_steps" not in shown
+    assert "hydra.run.dir=" in shown
+    assert "batch_size=4 (it was 8)" in refused("resume", stopped, "batch_size=4")
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_run_that_goes_on_elsewhere_is_locked(refused: Refused, stopped: Path, tmp_path: Path) -> None:
+    running = begin("resume", stopped, out=tmp_path / "out", faults={"lmlab.models.scored.scored_nll": ["slow", 0.5]})
+    try:
+        wait_for(lambda: "Going on" in (tmp_path / "out").read_text() if (tmp_path / "out").exists() else False)
+        for words in (["resume", stopped], ["train", *SIX, f"hydra.run.dir={stopped}"]):
+            shown = refused(*words)
+            assert f"another process: pid {running.pid} on {os.uname().nodename}" in shown
+    finally:
+        running.kill()
+        running.join()
+    resumed(stopped)  # the lock went with its process
+
+
+def test_data_that_changed(train: Callable[..., Path], refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"The story of number {n} is told here at length." for n in range(200)))
+    words = [*SIX, "data=files", f"data.train={file}", "data.document=paragraph"]
+    run = train(*words, run_dir=tmp_path / "whole")
+    stop_after(run, 4, tmp_path / "run")
+    file.write_text(file.read_text() + "\n\nOne more.")
+    shown = refused("resume", tmp_path / "run")
+    assert "its files have changed" in shown
+    assert "data of" in shown
+
+
+def test_other_versions_are_named(stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    manifest["packages"]["torch"] = "1.0"
+    (stopped / "manifest.json").write_text(json.dumps(manifest))
+    resumed(stopped)
+    assert f"torch 1.0 → {torch.__version__}" in capsys.readouterr().out
+    assert equal(stopped, whole)
+
+
+def test_a_state_of_another_model(train: Callable[..., Path], refused: Refused, stopped: Path, tmp_path: Path) -> None:
+    other = train(*SIX, "model.config.n_embd=16", run_dir=tmp_path / "other")
+    shutil.copy(other / "checkpoints" / "step-4.ckpt", stopped / "checkpoints" / "step-4.ckpt")
+    shown = refused("resume", stopped)
+    assert "is of another model" in shown
+    assert "(300, 16)" in shown
+    assert "(300, 32)" in shown
+
+
+@pytest.mark.parametrize("damage", ["empty", 0.1, 0.5, 0.99, -1, "flipped", "renamed text"])
+def test_a_damaged_state_is_noticed(
+    damage: str | float, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = tmp_path / "run"
+    stop_after(whole, 6, stopped)
+    place = stopped / "checkpoints" / "step-6.ckpt"
+    content = bytearray(place.read_bytes())
+    if damage == "flipped":  # one bit, of a weight
+        content[len(content) // 2] ^= 1
+    elif damage == "renamed text":
+        content = bytearray(b"no checkpoint")
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        assert isinstance(damage, float | int)
+        del content[int(damage * len(content)) if damage > 0 else int(damage) :]
+    place.write_bytes(content)
+    resumed(stopped)
+    shown = capsys.readouterr().out
+    assert "step-6.ckpt is damaged" in shown
+    assert "from step 4." in shown
+    assert equal(stopped, whole)
+    assert losses(stopped) == losses(whole)
+
+
+def test_no_state_is_whole(refused: Refused, stopped: Path) -> None:
+    for place in (stopped / "checkpoints").glob("step-*.ckpt"):
+        place.write_bytes(b"")
+    shown = refused("resume", stopped)
+    assert "no state" in shown
+    assert "--fresh" in shown
+
+
+def test_code_in_a_state_does_not_run(refused: Refused, stopped: Path, tmp_path: Path) -> None:
+    place = stopped / "checkpoints" / "step-4.ckpt"
+
+    class Runs:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save(torch.load(place, weights_only=True) | {"more": Runs()}, place)
+    shown = refused("resume", stopped)
+    assert "holds code" in shown
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_fresh(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resumed(whole, "--fresh", "--into", tmp_path / "again")
+    shown = capsys.readouterr().out
+    assert "code, versions, data and tokenizer are the same" in shown
+    assert "The loss curve is the same, bit for bit: 10 points, to step 6." in shown
+    assert equal(tmp_path / "again", whole)
+    ids = [json.loads((run / "manifest.json").read_text()) for run in (whole, tmp_path / "again")]
+    assert ids[0]["run_id"] != ids[1]["run_id"] == ids[1]["run_id"]
+    assert ids[1]["repeats"]["run_id"] == ids[0]["run_id"]
+
+
+def test_fresh_says_what_differs(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(whole, place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["packages"]["numpy"], manifest["tokenizer_hash"] = "1.0", "0" * 32
+    manifest["git"] = {"commit": "0" * 40, "dirty": False}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    resumed(place, "optim.lr=2e-3", "--fresh", "--into", tmp_path / "again")
+    shown = capsys.readouterr().out
+    for line in ("numpy 1.0 → ", "tokenizer hash: not what it was", "commit 000000000000 → ", "config: optim.lr=2e-3"):
+        assert f"differs from {place}: {line}" in shown
+    assert "The loss curves differ from step" in shown
+
+
+def test_a_run_before_its_first_state_begins_again(whole: Path, stopped: Path) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    resumed(stopped)
+    assert losses(stopped) == losses(whole)
+    assert equal(stopped, whole)
+
+
+def test_full_disk_ends_no_run(
+    train: Callable[..., Path], full_disk: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """States of some 300 KiB do not fit; the run goes on, says so, and can be gone on with where there is room."""
+    train(*SIX, run_dir=full_disk / "run")
+    shown = capsys.readouterr().out
+    assert shown.count("could not be kept (No space left on device): training goes on") >= 3
+    assert losses(full_disk / "run") == losses(whole)
+    assert not list(full_disk.rglob("step-*.ckpt"))
+    assert not list(full_disk.rglob("*partial*"))
+
+
+def test_the_older_state_stays_on_a_full_disk(
+    stopped: Path, whole: Path, full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=900k", str(full_disk)], check=True)
+    place = full_disk / "run"
+    shutil.copytree(stopped, place, ignore=shutil.ignore_patterns("wandb", "best-6.ckpt"))
+    fill = full_disk / "taken"
+    with pytest.raises(OSError, match="No space"):
+        fill.write_bytes(bytes(2**20))
+    os.truncate(fill, fill.stat().st_size - 60_000)  # room for figures
+    with pytest.raises(SystemExit):  # the export needs room
+        resumed(place)
+    assert "step 6 could not be kept" in capsys.readouterr().out
+    assert [path.name for path in place.glob("checkpoints/step-*")] == ["step-4.ckpt"]
+    fill.unlink()
+    resumed(place)
+    assert equal(place, whole)
+    assert losses(place) == losses(whole)
+
+
+def test_a_directory_that_is_read_only(refused: Refused, stopped: Path, full_disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=2m", str(full_disk)], check=True)
+    shutil.copytree(stopped, full_disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
+    for words in (["resume", full_disk / "run"], ["train", *SIX, f"hydra.run.dir={full_disk / 'new'}"]):
+        assert "Read-only file system" in refused(*words)
+
+
+def test_states_by_time_and_by_steps(train: Callable[..., Path], tmp_path: Path) -> None:
+    rarely = [*SIX, "trainer.val_check_interval=6", "callbacks.checkpoints.every_minutes=null"]
+    for name, words, kept in (
+        ("rarely", [], ["step-6.ckpt"]),
+        ("steps", ["callbacks.checkpoints.every_steps=4"], ["step-4.ckpt", "step-6.ckpt"]),
+        ("time", ["callbacks.checkpoints.every_minutes=1e-6"], ["step-5.ckpt", "step-6.ckpt"]),
+    ):
+        run = train(*rarely, *words, run_dir=tmp_path / name)
+        assert sorted(path.name for path in run.glob("checkpoints/step-*")) == kept
+
+
+def test_written_in_the_background(train: Callable[..., Path], tmp_path: Path, whole: Path) -> None:
+    run = train(*SIX, "callbacks.checkpoints.background=true", run_dir=tmp_path / "run")
+    assert equal(run, whole)
+    for name in ("step-4.ckpt", "step-6.ckpt", "best-6.ckpt"):
+        kept = [torch.load(place / "checkpoints" / name, weights_only=True)["state_dict"] for place in (run, whole)]
+        assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[1])
+
+
+@pytest.mark.parametrize("key", ["keep_best=-1", "every_steps=0", "every_minutes=0", "mode=least", "max_requeues=-1"])
+def test_checkpoints_that_can_not_be(key: str, refused: Refused, tmp_path: Path) -> None:
+    name = key.partition("=")[0]
+    assert name in refused("train", *SIX, f"callbacks.checkpoints.{key}", f"hydra.run.dir={tmp_path / 'run'}")
+
+
+def test_wandb_is_one_run_without_gap_or_overlap(tmp_path: Path) -> None:
+    """A killed process and the one that went on, offline: together each row is there once."""
+    from .test_train import wandb_rows
+
+    run, env = tmp_path / "run", os.environ | {"WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "lmlab.train", *SIX[:-3], "logger=default", "trainer.max_steps=40"]
+    command += ["trainer.val_check_interval=10", "trainer.log_every_n_steps=2", f"hydra.run.dir={run}"]
+    command.remove("logger=file")
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    wait_for(lambda: any(line["step"] >= 14 for line in metrics(run)) if (run / "metrics.jsonl").exists() else False)
+    process.kill()
+    process.wait()
+    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+    identity = json.loads((run / "manifest.json").read_text())["run_id"]
+    (folder,) = run.glob("wandb/offline-run-*")  # what the killed one left is set aside
+    assert folder.name.endswith(identity)
+    expected = [(line["step"], frozenset(set(line) - {"step", "time"})) for line in metrics(run)]
+    assert wandb_rows(folder) == expected
+    # One that ends in peace has delivered its rows; another that goes on adds to them.
+    subprocess.run([*command, "trainer.max_steps=44"], env=env, check=True, stdout=subprocess.DEVNULL)
+    first, second = sorted(run.glob("wandb/offline-run-*"))
+    assert first == folder
+    assert wandb_rows(first) + wandb_rows(second) == [
+        (line["step"], frozenset(set(line) - {"step", "time"})) for line in metrics(run)
+    ]

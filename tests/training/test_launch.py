@@ -1,0 +1,202 @@
+"""Ranks that are started here or by others, ranks that die, and runs that are told to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..conftest import TINY, losses, metrics
+from ..processes import begin, finish, wait_for
+from .test_kill import content as all_of
+from .test_kill import same
+
+LONG = [*TINY, "trainer.max_steps=24", "trainer.val_check_interval=8", "trainer.log_every_n_steps=1"]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
+SLOW = {"lmlab.training.module.LMModule.training_step": ["slow", 0.1]}
+SLOW_TO_MEASURE = {"lmlab.evaluation.scoring.Scorer.validation_step": ["slow", 0.02]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("whole")
+    assert finish("train", *LONG, f"hydra.run.dir={place / 'run'}", out=place / "out") == 0
+    return place / "run"
+
+
+def reached(run: Path, step: int) -> Callable[[], bool]:
+    """Whether a run has logged so many steps."""
+    return lambda: (run / "metrics.jsonl").is_file() and any(line["step"] >= step for line in metrics(run))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_stops_a_run_that_can_go_on(name: str, whole: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    command = ["train", *LONG, f"hydra.run.dir={run}"]
+    process = begin(*command, out=out, faults=SLOW)
+    wait_for(reached(run, 3))
+    assert process.pid is not None
+    os.kill(process.pid, signal.Signals[name])
+    process.join(60)
+    assert process.exitcode == 128 + signal.Signals[name], out.read_text()
+    shown = out.read_text()
+    (state,) = (run / "checkpoints").glob("step-*.ckpt")
+    step = int(state.stem.removeprefix("step-"))
+    assert 3 <= step < 8
+    assert f"Stopped by {name}. Kept: the state of step {step}." in shown
+    assert f"python -m lmlab.resume {run}" in shown
+    assert "Traceback" not in shown
+    assert finish(*command, out=out) == 0
+    assert same(all_of(run), all_of(whole))
+
+
+def test_a_signal_during_a_validation(whole: Path, tmp_path: Path) -> None:
+    """It is not waited for; the one who goes on measures first."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    command = ["train", *LONG, f"hydra.run.dir={run}"]
+    process = begin(*command, out=out, faults=SLOW_TO_MEASURE)
+    wait_for(reached(run, 8))
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM, out.read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-8.ckpt"]
+    assert not [line for line in metrics(run) if line["step"] == 8 and "val/loss" in line]
+    assert finish(*command, out=out) == 0
+    assert same(all_of(run), all_of(whole))
+
+
+def test_the_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    # A step that goes on for ever, as far as the one who waits for it can tell.
+    process = begin("train", *LONG, f"hydra.run.dir={run}", out=out, faults={"torch.optim.AdamW.step": ["slow", 3.0]})
+    wait_for(lambda: (run / "metrics.jsonl").is_file())
+    assert process.pid is not None
+    time.sleep(1.5)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.exitcode is None
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGINT, out.read_text()
+    assert time.monotonic() - began < 10
+    assert "It had kept no state yet." in out.read_text()
+
+
+def start(*words: object, torchrun: bool = False) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"] if torchrun else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "lmlab.train", *map(str, words)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def ranks_of(run: Path) -> list[int]:
+    """The processes of a run's ranks, by their rank."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            if b"lmlab.worker" in words and str(run).encode() in words:
+                variables = dict(v.split(b"=", 1) for v in (place / "environ").read_bytes().split(b"\0") if b"=" in v)
+                found[int(variables[b"RANK"])] = int(place.name)
+        except OSError:  # it has ended meanwhile
+            continue
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_two_ranks_stop_together_and_go_on(train: Callable[..., Path], tmp_path: Path) -> None:
+    """TERM to the command: both ranks keep the state of one step; then kill -9 to one rank, and to the command."""
+    whole = train(*LONG, *TWO, run_dir=tmp_path / "whole")
+    run = tmp_path / "run"
+    slow = ["model._target_=tests.broken_model.from_scratch_and_slow"]
+    command = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
+    wait_for(reached(run, 3))
+    command.send_signal(signal.SIGTERM)
+    shown, errors = command.communicate(timeout=60)
+    assert command.returncode == 128 + signal.SIGTERM, errors
+    assert "Stopped by SIGTERM" in shown
+    assert ranks_of(run) == []
+    states = list((run / "checkpoints").glob("step-*.ckpt"))
+    assert len(states) == 1
+
+    # A rank dies: the others end within seconds, and the command says which it was.
+    command = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
+    wait_for(reached(run, 10))
+    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    began = time.monotonic()
+    shown, errors = command.communicate(timeout=60)
+    assert time.monotonic() - began < 8
+    assert command.returncode == 1
+    assert "error: rank 1 was killed by SIGKILL, and the other ranks were stopped." in errors
+    assert f"python -m lmlab.resume {run}" in errors
+    assert ranks_of(run) == []
+
+    # The command dies: its ranks do not go on without it, nor keep the next from the directory.
+    command = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
+    wait_for(reached(run, 12))
+    command.kill()
+    command.communicate()
+    wait_for(lambda: ranks_of(run) == [], 5)
+    last = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
+    shown, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    assert losses(run) == losses(whole)
+    assert "step 24/24" in (run / "train.log").read_text()
+    assert (run / "logs" / "rank1.log").is_file()
+
+
+def test_the_error_of_a_rank_is_shown(train: Callable[..., Path], tmp_path: Path) -> None:
+    """A defect in rank 1 alone: its traceback, once, and not that of the rank that lost its peer."""
+    broken = start(
+        *LONG, *TWO, "model._target_=tests.broken_model.from_scratch_and_raises", f"hydra.run.dir={tmp_path}"
+    )
+    shown, errors = broken.communicate(timeout=120)
+    assert broken.returncode == 1
+    assert errors.count("Traceback") == 1
+    assert "ZeroDivisionError: only rank 1" in errors
+    assert "error: rank 1 ended with exit code 1" in errors
+    assert "ZeroDivisionError" in (tmp_path / "logs" / "rank1.log").read_text()
+
+
+def test_under_torchrun(whole: Path, tmp_path: Path) -> None:
+    """Its ranks are taken; one directory, one config, one log; and the run can go on without it."""
+    run = tmp_path / "runs" / "run"
+    alone = {line["step"]: line["train/loss"] for line in metrics(whole) if "train/loss" in line}
+    torchrun = start(*LONG, f"hydra.run.dir={run}", "trainer.max_steps=2", torchrun=True)
+    shown, errors = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, errors
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+    config = json.loads(json.dumps(read(run)))
+    assert (config["trainer"]["devices"], config["trainer"]["num_nodes"]) == (2, 1)
+    assert shown.count("step 0/2") == 1
+    assert (run / "train.log").read_text().count("step 2/2  val/loss") == 1
+    assert (run / "logs" / "rank1.log").is_file()
+    assert metrics(run)[1]["train/loss"] == pytest.approx(alone[1], rel=1e-2)  # dropout is each rank's own
+    # What can't be is said once, and all ranks end.
+    for words, said in (
+        (["trainer=ddp", "trainer.devices=3"], "2 × 1 ranks were started"),
+        (["optim.lr=1"], "can't go on with optim.lr=1"),
+        (["-m", "seed=1,2"], "-m under torchrun"),
+    ):
+        refused = start(*words, *LONG, f"hydra.run.dir={run}", torchrun=True)
+        shown, errors = refused.communicate(timeout=120)
+        assert refused.returncode == 1
+        assert errors.count(said) == 1
+        assert "Traceback" not in errors.split("torch.distributed.elastic")[0]
+
+
+def read(run: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load((run / "config.yaml").read_text())
