@@ -26,6 +26,8 @@ from lmlab.runs.directory import RunDirectory
 from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
 
 GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
+# DDP warns of what config/build.py asks of it on purpose. Read when torch is imported.
+LOG_LEVEL = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 WORD = "lmlab/word"  # of the store: what rank 0 says
 
 
@@ -52,6 +54,7 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and not rank 0's to make
     }
+    common.setdefault(*LOG_LEVEL)
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     command = [sys.executable, "-u", "-m", "lmlab.worker", verb, *word]
     with tempfile.TemporaryDirectory() as folder:
@@ -178,6 +181,7 @@ def rank() -> int | None:
         env["MASTER_PORT"] = str(12000 + (31 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000)
     if int(env.get("WORLD_SIZE", 1)) == 1 or not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys():
         return None
+    env.setdefault(*LOG_LEVEL)
     return int(env["RANK"])
 
 
