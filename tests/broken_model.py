@@ -34,7 +34,7 @@ def from_scratch_and_slow(tokenizer: Any, causal: bool, architecture: str, confi
     """Each training forward takes its time."""
 
     def wait(step: int, logits: Tensor) -> Tensor:
-        time.sleep(0.15 if step else 0.0)
+        time.sleep(0.1 if step else 0.0)
         return logits
 
     return hooked(loading.from_scratch(tokenizer, causal, architecture, config), wait)
