@@ -15,6 +15,8 @@ test: $(VENV)/installed-dev
 test-slurm: $(VENV)/installed-dev
 	@if [ "$$(id -u)" != 0 ]; then echo "test-slurm: skipped, as SLURM's daemons need root here"; exit; fi; \
 	command -v apt-get > /dev/null || { echo "test-slurm: skipped, as there is no apt-get to install SLURM with"; exit; }; \
+	command -v slurmctld > /dev/null || { apt-get update && apt-cache show slurmctld; } > /dev/null 2>&1 || \
+		{ echo "test-slurm: skipped, as SLURM's packages can't be had here"; exit; }; \
 	trap 'tests/slurm/cluster.sh down' EXIT; trap 'exit 1' INT TERM; \
 	tests/slurm/cluster.sh up && eval "$$(tests/slurm/cluster.sh env)" && timeout -k 10 400 $(BIN)/pytest -vv -rs tests/slurm
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 import lmlab
 from lmlab.config.compose import CONF
 from lmlab.errors import Arguments, UserError, first_line, shown_plainly
-from lmlab.runs import machine
+from lmlab.machine import here, reachable, trials
 from lmlab.runs.stopping import SIGNALS
 
 LIMIT = 110  # seconds, for all checks
@@ -47,17 +47,17 @@ def examine(given: argparse.Namespace) -> bool:
     huggingface = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     # What takes longest comes last.
     checks: dict[str, Callable[[], str]] = {
-        "runs": partial(machine.writing, given.into, "choose another: hydra.run.dir=DIR"),
-        "data cache": partial(machine.writing, cache.expanduser(), "choose another: cache_dir=DIR, or LMLAB_CACHE=DIR"),
-        "hub cache": partial(machine.writing, huggingface.expanduser(), "choose another: HF_HOME=DIR"),
-        "compiler": machine.compiling,
-        "SLURM": machine.slurm,
-        "hub": machine.hub,
-        "W&B": machine.wandb,
-        "devices": machine.devices,
-        "bf16": machine.bf16,
-        "collectives": machine.collectives,
-        "resume": lambda: machine.resuming(LIMIT - (time.monotonic() - began)),
+        "runs": partial(here.writing, given.into, "choose another: hydra.run.dir=DIR"),
+        "data cache": partial(here.writing, cache.expanduser(), "choose another: cache_dir=DIR, or LMLAB_CACHE=DIR"),
+        "hub cache": partial(here.writing, huggingface.expanduser(), "choose another: HF_HOME=DIR"),
+        "compiler": here.compiling,
+        "SLURM": reachable.slurm,
+        "hub": reachable.hub,
+        "W&B": reachable.wandb,
+        "devices": here.devices,
+        "bf16": here.bf16,
+        "collectives": trials.collectives,
+        "resume": lambda: trials.resuming(LIMIT - (time.monotonic() - began)),
     }
     counts = {"pass": 0, "fail": 0, "skip": 0}
     for name, check in checks.items():
@@ -66,12 +66,12 @@ def examine(given: argparse.Namespace) -> bool:
         fix = ""
         try:
             verdict, found = "pass", check()
-        except machine.NotThere as missing:
+        except here.NotThere as missing:
             verdict, found = "skip", str(missing)
         except UserError as error:
             verdict, (found, fix) = "fail", str(error).split("\n", 1)
         except Exception as error:  # the other checks may say why
-            verdict, found, fix = "fail", f"{type(error).__name__}: {first_line(error)}", machine.REINSTALL
+            verdict, found, fix = "fail", f"{type(error).__name__}: {first_line(error)}", here.REINSTALL
         counts[verdict] += 1
         print(line(f"{verdict}  {name:<11}", found), flush=True)
         if fix:

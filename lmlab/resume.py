@@ -72,8 +72,10 @@ def again(run: RunDirectory, into: Path | None, overrides: list[str]) -> None:
     ]
     if overrides:
         differ.append(f"config: {shlex.join(overrides)}")
-    for line in differ or ["nothing: code, versions, data and tokenizer are the same"]:
+    for line in differ:
         print(f"differs from {from_here(run.path)}: {line}")
+    if not differ:
+        print(f"Code, versions, data and tokenizer are those of {from_here(run.path)}.")
     run_or_go_on(cfg, overrides, repeats={"run_id": then["run_id"], "path": str(run.path), "differs": differ})
     print(compared(curve(run), curve(RunDirectory(place))))
 

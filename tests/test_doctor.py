@@ -21,12 +21,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmlab.runs import machine
+from lmlab.machine import here, reachable, trials
 from lmlab.runs.directory import RunDirectory
 
 from .conftest import run_verb
 
-CHECKS = ("writing", "compiling", "slurm", "hub", "wandb", "devices", "bf16", "collectives", "resuming")
+CHECKS = {
+    **dict.fromkeys(("writing", "compiling", "devices", "bf16"), here),
+    **dict.fromkeys(("slurm", "hub", "wandb"), reachable),
+    **dict.fromkeys(("collectives", "resuming"), trials),
+}
 NAMES = (
     *("runs", "data cache", "hub cache", "compiler", "SLURM", "hub", "W&B"),
     *("devices", "bf16", "collectives", "resume"),
@@ -41,9 +45,9 @@ def doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     """Run `python -m lmlab.doctor` with one real check; returns its exit code, and the lines that don't pass."""
 
     def run(check: str, *arguments: object) -> tuple[int, str]:
-        for other in CHECKS:
+        for other, room in CHECKS.items():
             if other != check:
-                monkeypatch.setattr(machine, other, lambda *_: "not tried")
+                monkeypatch.setattr(room, other, lambda *_: "not tried")
         with pytest.raises(SystemExit) as ended:
             run_verb("doctor", "--into", tmp_path / "runs", *arguments)
         said = capsys.readouterr().out.splitlines()
@@ -149,7 +153,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, doctor: Doctor) -> None:
 
 
 def test_too_little_disk(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "FREE", 1e9)
+    monkeypatch.setattr(here, "FREE", 1e9)
     failed, said = doctor("writing")
     assert failed
     assert "GiB free, and the guide's runs take 1000000000" in said
@@ -262,7 +266,7 @@ def test_gpus_that_torch_does_not_see(
 
 
 def test_bf16_that_computes_wrong(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = machine.error_of_bf16("cpu")
+    right = here.error_of_bf16("cpu")
     assert 0 < right < 2**-7
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(
@@ -317,7 +321,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
 
     def behave(behaviour: str) -> None:
         command = [sys.executable, str(tmp_path / "played.py"), str(tmp_path), behaviour]
-        monkeypatch.setattr(machine, "verb", lambda name, *arguments: [*command, name, arguments[-1]])
+        monkeypatch.setattr(trials, "verb", lambda name, *arguments: [*command, name, arguments[-1]])
 
     return behave
 
@@ -355,7 +359,7 @@ def test_a_check_that_breaks_does_not_stop_the_others(doctor: Doctor, monkeypatc
     def breaks(_: str) -> float:
         raise ImportError("libcudart.so: cannot open\nmore")
 
-    monkeypatch.setattr(machine, "error_of_bf16", breaks)
+    monkeypatch.setattr(here, "error_of_bf16", breaks)
     failed, said = doctor("bf16")
     assert failed
     assert "fail  bf16         ImportError: libcudart.so: cannot open\n" in said
@@ -368,11 +372,12 @@ def test_stopped_it_leaves_nothing(number: signal.Signals, tmp_path: Path, play:
     play("slow")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    command = machine.verb("train", "DIR")[:-2]
+    command = trials.verb("train", "DIR")[:-2]
     code = (
-        "import sys, lmlab.doctor; from lmlab.runs import machine\n"
-        f"for name in {CHECKS[:-1]}: setattr(machine, name, lambda *_: 'not tried')\n"
-        f"machine.verb = lambda name, *arguments: [*{command}, name, arguments[-1]]\n"
+        "import sys, lmlab.doctor; from lmlab.machine import here, reachable, trials\n"
+        f"for name in {[*CHECKS][:-1]}:\n"
+        "    for room in (here, reachable, trials): setattr(room, name, lambda *_: 'not tried')\n"
+        f"trials.verb = lambda name, *arguments: [*{command}, name, arguments[-1]]\n"
         "sys.argv = ['doctor']; lmlab.doctor.main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)})

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lmlab.errors import UserError, disk_full, first_line, nearest
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import write_json
 
 LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
@@ -81,7 +80,7 @@ class WandB(WandbLogger):
     def __init__(self, experiment: Any, run_dir: str, there: int):
         """`there`: the rows that W&B has already; those of the file beyond them are sent again."""
         super().__init__(experiment=experiment)
-        self.there, self.number = there, 0
+        self.there, self.number, self.closed = there, 0, False
         metrics = RunDirectory(run_dir).metrics
         for line in metrics.read_text().splitlines() if metrics.is_file() else ():
             row = json.loads(line)
@@ -92,24 +91,6 @@ class WandB(WandbLogger):
         if self.number >= self.there:
             self.experiment.log({**metrics, "trainer/global_step": step}, step=self.number)
         self.number += 1
-
-
-def delivered(run_dir: str) -> Path:
-    """What earlier offline runs of W&B hold of a run: the count of its rows, and their folders."""
-    return Path(run_dir) / "wandb" / "delivered.json"
-
-
-def rows_offline(run_dir: str) -> int:
-    """The rows that a run's earlier processes left to be uploaded.
-
-    One that was killed has lost some, nobody knows which: what it left is set aside, and its rows are sent again.
-    """
-    place = delivered(run_dir)
-    known: dict[str, Any] = json.loads(place.read_text()) if place.is_file() else {"rows": 0, "folders": []}
-    for folder in place.parent.glob("offline-run-*"):
-        if folder.name not in known["folders"]:
-            folder.rename(folder.with_name(f"killed-{folder.name}"))
-    return known["rows"]
 
 
 def weights_and_biases(
@@ -153,7 +134,7 @@ def weights_and_biases(
         "resume": "allow",
         "settings": wandb.Settings(silent=True, console="off"),
     }
-    there = rows_offline(run_dir)
+    earlier = list(Path(run_dir).glob("wandb/offline-run-*"))
     try:
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False) else "offline"
@@ -161,7 +142,10 @@ def weights_and_biases(
     except (wandb.errors.Error, ValueError) as error:  # a key that is none is a ValueError
         LOG.warning("W&B could not be reached (%s); this run is logged offline.", first_line(error))
         run = wandb.init(**options | {"mode": "offline"})
+    there = 0
     if run.offline and not run.disabled:
+        for folder in earlier:  # the new one has their rows, and what a kill has kept from them
+            folder.rename(folder.with_name(f"earlier-{folder.name}"))
         LOG.info("W&B: offline. To upload: wandb sync %s", Path(run.dir).parent)
     elif run.url:
         LOG.info("W&B: %s", run.url)
@@ -178,12 +162,12 @@ def close(loggers: Iterable[Logger], exit_code: int = 0, will_go_on: bool = Fals
     One that `will_go_on`, W&B shows as pre-empted.
     """
     for logger in loggers:
-        if isinstance(logger, WandB):
-            run = logger.experiment
+        if not isinstance(logger, WandB) or logger.closed:
+            continue
+        logger.closed = True
+        try:
             if will_go_on:
-                run.mark_preempting()
-            run.finish(exit_code=exit_code)
-            if run.offline and not run.disabled:
-                place = delivered(run.settings.root_dir)
-                folders = [folder.name for folder in place.parent.glob("offline-run-*")]
-                write_json(place, {"rows": max(logger.number, logger.there), "folders": folders})
+                logger.experiment.mark_preempting()
+            logger.experiment.finish(exit_code=exit_code)
+        except Exception as error:  # a signal to all of a job has ended W&B's own process; no run fails for it
+            LOG.warning("W&B could not be told that the run ended: %s", first_line(error))
