@@ -1,5 +1,6 @@
 """`python -m lmlab.resume RUN_DIR [overrides]`: go on with a run, or run its experiment again."""
 
+import argparse
 import json
 import logging
 import shlex
@@ -16,12 +17,26 @@ from lmlab.train import finished, run_or_go_on
 from lmlab.training import launch
 
 LOG = logging.getLogger("lmlab.resume")
-EXAMPLES = """
+EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00                           where it stopped
   python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer.max_steps=2000    longer
   python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer=ddp trainer.devices=2
   python -m lmlab.resume outputs/2026-01-31/12-00-00 --fresh                   again from the start, in a new directory
 """
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Arguments(
+        "python -m lmlab.resume",
+        description="Go on with a run where it stopped, or run its experiment again.",
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to how, or how far, it goes")
+    p.add_argument("--fresh", action="store_true", help="run it again from the start, and compare")
+    p.add_argument("--into", type=Path, metavar="DIR", help="directory of the run that --fresh begins")
+    return p
 
 
 def main() -> None:
@@ -31,13 +46,7 @@ def main() -> None:
         follow("train")
         return
     with shown_plainly(), launch.leading():
-        parser = Arguments("python -m lmlab.resume", description=__doc__, epilog=EXAMPLES)
-        parser.formatter_class = type(parser.formatter_class(prog=""))
-        parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
-        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to how, or how far, it goes")
-        parser.add_argument("--fresh", action="store_true", help="run it again from the start, and compare")
-        parser.add_argument("--into", type=Path, metavar="DIR", help="directory of the run that --fresh begins")
-        given = parser.parse_intermixed_args()
+        given = parser().parse_intermixed_args()
         run = RunDirectory(given.run.resolve())
         if not (run.begun() and run.config.is_file()):
             raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")

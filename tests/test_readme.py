@@ -4,13 +4,15 @@ import re
 import shlex
 from pathlib import Path
 
+import hydra
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lmlab import compare as compare_verb
-from lmlab import evaluate, predict, train
-from lmlab.config import check, compose
+from lmlab import evaluate, predict, resume, train
+from lmlab.config import check, compose, resuming
 
+VERBS = ("train", "resume", "evaluate", "compare", "predict", "doctor")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
@@ -35,6 +37,7 @@ def test_there_are_commands() -> None:
     assert len(verb("predict")) >= 4
     assert len(verb("evaluate")) >= 6
     assert len(verb("compare")) >= 2
+    assert len(verb("resume")) >= 4
 
 
 @pytest.mark.parametrize("arguments", verb("train"), ids=" ".join)
@@ -89,12 +92,35 @@ def test_compare_command(arguments: list[str]) -> None:
     compare_verb.parser().parse_args(arguments)
 
 
+@pytest.mark.parametrize("arguments", verb("resume"), ids=" ".join)
+def test_resume_command(arguments: list[str]) -> None:
+    given = resume.parser().parse_intermixed_args(arguments)
+    cfg = compose.freeze(composed())
+    changed = resuming.continued(cfg, Path("/elsewhere"), given.overrides)
+    resuming.check_same(changed, cfg)
+    check.check_keys(changed, "train")
+
+
+def composed(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        return hydra.compose("train", [*overrides, "run_dir=/nowhere"])
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] in ("torchrun", "sbatch")], ids=" ".join)
+def test_command_of_another_launcher(words: list[str]) -> None:
+    overrides = [word for word in words[1:] if re.match(r"[a-z]", word) and "=" in word]
+    check.check_keys(compose.freeze(composed(*overrides)), "train")
+    assert {"lmlab.train", "sweeps/train.sbatch"} & set(words)
+
+
 def test_every_command_is_known() -> None:
     for words in COMMANDS:
+        if words[0] in ("torchrun", "sbatch"):
+            continue
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         elif words[:2] == ["python", "-m"]:
-            assert words[2].removeprefix("lmlab.") in ("train", "evaluate", "compare", "predict"), words
+            assert words[2].removeprefix("lmlab.") in VERBS, words
         else:
             assert words[0] in ("wandb", "git", "cd"), words
 

@@ -22,7 +22,7 @@ REINSTALL = "install the tested versions again: pip install -c constraints.txt -
 
 
 class NotThere(Exception):  # noqa: N818
-    """What this machine does without: no fault, as a `UserError` of two lines is, what is broken and how to mend it."""
+    """What a machine can do without. A fault is a `UserError`: a line of what is broken, then how to mend it."""
 
 
 def writing(folder: Path, another: str) -> str:
