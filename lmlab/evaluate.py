@@ -53,6 +53,12 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> float:
     resuming.settle_width(cfg)
     check.check_evaluation(cfg)
     run = RunDirectory(cfg.run_dir)
+    with run.lock():
+        return evaluate_here(cfg, run, overrides)
+
+
+def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
+    """Measure, and certify; nothing stays of an evaluation that failed."""
     run.start({"masks": cfg.seed})
     try:
         write_text(run.config, OmegaConf.to_yaml(cfg))

@@ -149,7 +149,7 @@ def unmeasured(
         assert stopped.value.code == 1
         assert not unfinished(tmp_path, Path(HOME))
         # The directory is given back.
-        assert taken or not [path for path in run_dir.glob("*") if path.suffix != ".log"]
+        assert taken or not [path for path in run_dir.glob("*") if path.suffix != ".log" and path.name != ".lock"]
         shown = capsys.readouterr()
         assert "Result" not in shown.out
         return message(shown.err)
@@ -715,7 +715,7 @@ def test_an_evaluation_is_not_written_over(
     command = [f"model={models / 'causal'}", "data=sample"]
     taken = evaluate(*command)
     before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file() and path.suffix != ".log"}
-    assert len(before) == 5
+    assert len(before) == 6
     shown = unmeasured(*command, "seed=1", run_dir=taken, taken=True)
     assert f"{taken} holds a run or an evaluation already" in shown
     assert "hydra.run.dir=" in shown
