@@ -4,6 +4,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's text, or its type's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = re.sub("\x1b\\[[0-9;]*m", "", str(error))  # torch prints in bold
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 def plainly(error: BaseException) -> str | None:

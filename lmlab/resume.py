@@ -1,19 +1,20 @@
 """`python -m lmlab.resume RUN_DIR [overrides]`: go on with a run, or run its experiment again."""
 
 import argparse
-import json
 import logging
 import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from lmlab.config import build, resuming
-from lmlab.config.compose import read_config
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here
-from lmlab.train import finished, run_or_go_on
+from lmlab.runs.stopping import SIGNALS
+from lmlab.train import config_of, finished, longer, run_or_go_on
 from lmlab.training import launch
 
 LOG = logging.getLogger("lmlab.resume")
@@ -45,32 +46,29 @@ def main() -> None:
 
         follow("train")
         return
-    with shown_plainly(), launch.leading():
+    with shown_plainly(), SIGNALS.heeded(), launch.leading():
         given = parser().parse_intermixed_args()
         run = RunDirectory(given.run.resolve())
-        if not (run.begun() and run.config.is_file()):
+        if not run.begun():
             raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")
+        kept = config_of(run)
         if given.fresh:
-            again(run, given.into, given.overrides)
+            again(run, kept, given.into, given.overrides)
         elif given.into:
             raise UserError("--into is for --fresh: a run goes on in its own directory.")
         else:
-            go_on(run, given.overrides)
+            cfg = resuming.continued(kept, run.path, given.overrides)
+            if run.finished() and not longer(cfg, kept, run):
+                raise UserError(finished(run))
+            run_or_go_on(cfg, given.overrides)
 
 
-def go_on(run: RunDirectory, overrides: list[str]) -> None:
-    """Go on with a run where it stopped."""
-    kept = read_config(run.path)
-    cfg = resuming.continued(kept, run.path, overrides)
-    if run.finished() and resuming.length(cfg) == resuming.length(kept):
-        raise UserError(finished(run))
-    run_or_go_on(cfg, overrides)
-
-
-def again(run: RunDirectory, into: Path | None, overrides: list[str]) -> None:
+def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: list[str]) -> None:
     """Run the experiment of a manifest in a new directory; say what differs, before and after."""
     place = (into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
-    cfg = resuming.continued(read_config(run.path), place, overrides)
+    if RunDirectory(place).begun():
+        raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
+    cfg = resuming.continued(kept, place, overrides)
     then = run.identity()
     data = build.prepare_data(cfg)
     prepared = {"data_fingerprint": data.data_fingerprint, "tokenizer_hash": data.tokenizer_hash}
@@ -91,9 +89,10 @@ def again(run: RunDirectory, into: Path | None, overrides: list[str]) -> None:
 
 def curve(run: RunDirectory) -> dict[tuple[int, str], float]:
     """The losses of a run, by step and name."""
+    from lmlab.training.loggers import rows
+
     names = ("train/loss", "val/loss")
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()] if run.metrics.is_file() else []
-    return {(line["step"], name): line[name] for line in lines for name in names if name in line}
+    return {(row["step"], name): row[name] for row in rows(run.metrics) for name in names if name in row}
 
 
 def compared(then: dict[Any, float], now: dict[Any, float]) -> str:

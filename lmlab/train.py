@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config import build, check, compose, resuming
 from lmlab.errors import UserError, first_line
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.files import from_here, write_json, write_text
+from lmlab.runs.files import from_here, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
 from lmlab.runs.stopping import SIGNALS, Stopped
 from lmlab.training import launch
@@ -56,54 +56,91 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], **facts: Any) -> float:
     """A run of this config in its directory: a new one, with `facts` in its manifest, or the one that is there."""
     run = RunDirectory(cfg.run_dir)
     with run.lock(), SIGNALS.heeded():
-        kept = compose.read_config(run.path) if run.begun() else None
-        if kept is not None and "optim" not in kept:
-            raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
+        kept = config_of(run) if run.begun() else None
         resuming.settle_width(cfg, kept)
         check.check_run(cfg)
         if kept is not None:
             resuming.check_same(cfg, kept)
-            if run.finished() and resuming.length(cfg) == resuming.length(kept):
+            if run.finished() and not longer(cfg, kept, run):
                 print(finished(run))
                 launch.tell([])
                 return run.result()["val/loss"]
         with kept_log(run.log):
             try:
                 if kept is None:
-                    state = None
-                    write_text(run.config, OmegaConf.to_yaml(cfg))
-                    write_text(run.overrides, OmegaConf.to_yaml(overrides))
-                    run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed}, **facts)
+                    begin(cfg, run, overrides, facts)
                 else:
-                    state = go_on(run, kept, cfg)
-                on_all_ranks(cfg, run, state)
+                    go_on(cfg, run, kept)
             except Stopped as stop:
                 LOG.warning("Stopped by %s. %s", stop.signal.name, what_is_kept(run))
-                raise
-            except BaseException:
-                if kept is None:
-                    run.give_up()
                 raise
     return run.result()["val/loss"]
 
 
-def go_on(run: RunDirectory, kept: DictConfig, cfg: DictConfig) -> Path | None:
-    """The state from which a run goes on, with what has changed noted; None: it has kept none, and begins again."""
+def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[str, Any]) -> None:
+    """A new run. One that is refused leaves its directory to others."""
+    try:
+        write_text(run.config, OmegaConf.to_yaml(cfg))
+        write_text(run.overrides, OmegaConf.to_yaml(overrides))
+        run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed}, **facts)
+        on_all_ranks(cfg, run, None)
+    except BaseException:
+        run.give_up()
+        raise
+
+
+def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig) -> None:
+    """Go on from the last state, or from the start where none was kept. What has changed is noted."""
     from lmlab.training.checkpoint import last_state
 
     state = last_state(run)
+    step = run.step_of(state) if state else 0
     then, now = run.identity(), surroundings()
+    data = build.prepare_data(cfg)
+    for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
+        if then.get(key, getattr(data, key)) != getattr(data, key):
+            raise UserError(
+                f"the {name} of {run.path} is not what the run was begun with: its files have changed.\n"
+                "Bring them back, or begin another run."
+            )
+    steps, _ = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    if steps < step:
+        raise UserError(f"{run.path} is at step {step} already, and {steps} steps are fewer.")
     for line in differences(then, now):
         LOG.warning("other than when the run began: %s", line)
-    step = run.step_of(state) if state else 0
     attempt = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "host": now["machine"]["host"]}
     attempt |= {"packages": now["packages"], "git": now["git"], "devices": check.world(cfg.trainer)}
     if resuming.length(cfg) != resuming.length(kept):
         attempt["length_before"] = resuming.length(kept)
-    run.note(went_on=[*then.get("went_on", ()), attempt])
-    write_text(run.config, OmegaConf.to_yaml(cfg))
     LOG.info("Going on with run %s from step %d.", then["run_id"], step)
-    return state
+    # The summary goes first: without it the run is not finished, whatever becomes of this process.
+    before = {place: place.read_bytes() for place in (run.summary, run.manifest, run.config) if place.is_file()}
+    try:
+        run.summary.unlink(missing_ok=True)
+        run.note(went_on=[*then.get("went_on", ()), attempt])
+        write_text(run.config, OmegaConf.to_yaml(cfg))
+        on_all_ranks(cfg, run, state)
+    except UserError:
+        newest = run.states()[-1] if run.states() else None
+        if state == newest:  # refused before it went on: as if never asked
+            for place, content in before.items():
+                write_beside(place, lambda beside, content=content: beside.write_bytes(content))  # type: ignore[misc]
+        raise
+
+
+def config_of(run: RunDirectory) -> DictConfig:
+    """The composed config of a run."""
+    cfg = compose.read_config(run.path)
+    if "optim" not in cfg:
+        raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
+    return cfg
+
+
+def longer(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
+    """Whether a config asks for more steps than a finished run has made."""
+    if resuming.length(cfg) == resuming.length(kept):
+        return False
+    return not 0 < (cfg.trainer.max_steps or 0) <= run.result()["steps"]
 
 
 def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None) -> None:
@@ -125,14 +162,17 @@ def finished(run: RunDirectory) -> str:
     place = from_here(run.path)
     return (
         f"{place} is finished: {run.result()['steps']} steps, val/loss {run.result()['val/loss']:.4f}.\n"
-        f"To train it longer: python -m lmlab.resume {place} trainer.max_steps=…"
+        f"To train it longer: python -m lmlab.resume {shlex.quote(str(place))} trainer.max_steps=…"
     )
 
 
 def what_is_kept(run: RunDirectory) -> str:
+    """What to say of a run that was stopped."""
+    if run.finished():
+        return finished(run)
     states = run.states()
     kept = f"Kept: the state of step {run.step_of(states[-1])}." if states else "It had kept no state yet."
-    return f"{kept} To go on: python -m lmlab.resume {from_here(run.path)}"
+    return f"{kept} To go on: python -m lmlab.resume {shlex.quote(str(from_here(run.path)))}"
 
 
 def train(cfg: DictConfig, state: Path | None = None) -> None:
@@ -146,13 +186,6 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     run = RunDirectory(cfg.run_dir)
     leads = not launch.rank()
     data = build.prepare_data(cfg)
-    identity = run.identity()
-    for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
-        if identity.get(key, getattr(data, key)) != getattr(data, key):
-            raise UserError(
-                f"the {name} of {run.path} is not what the run was begun with: its files have changed.\n"
-                "Bring them back, or begin another run."
-            )
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module = LMModule(
@@ -182,15 +215,12 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     kept = checkpoint.read_state(state) if state else {"global_step": 0, "metrics": 0}
     if state:
         checkpoint.check_fits(kept, module, state)
-        if steps < kept["global_step"]:
-            raise UserError(f"{run.path} is at step {kept['global_step']} already, and {steps} steps are fewer.")
     if leads:
         loggers.rewind(run.metrics, kept["metrics"])
     del kept
-    trainer = build.build_trainer(cfg, interval, identity["run_id"])
+    trainer = build.build_trainer(cfg, interval, run.identity()["run_id"])
     try:
         if leads:
-            run.summary.unlink(missing_ok=True)  # of a run that is to go on further
             run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash)
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
             if not state:

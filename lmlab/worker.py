@@ -46,7 +46,8 @@ def share(verb: str, run_dir: str, state: str | None = None) -> None:
     run, leads = RunDirectory(run_dir), os.environ["RANK"] == "0"
     try:
         if verb == "evaluate":
-            measure(cfg)
+            with SIGNALS.heeded():
+                measure(cfg)
         else:
             with SIGNALS.heeded(), kept_log(run.log if leads else run.rank_log(int(os.environ["RANK"]))):
                 train(cfg, Path(state) if state else None)

@@ -1,5 +1,6 @@
 """Runs in processes of their own that can be killed, begun from one that has done the imports already."""
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -82,6 +83,23 @@ def die(name: str, call: int, share: float | None = None) -> None:
     patch(name, wrap)
 
 
+def full(name: str, calls: int) -> None:
+    """Let a function find the disk full, but for its first calls."""
+    there = 0
+
+    def wrap(function: Any) -> Any:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            nonlocal there
+            there += 1
+            if there > calls:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        return fail
+
+    patch(name, wrap)
+
+
 def slow(name: str, seconds: float) -> None:
     """Let a function take so much longer."""
 
@@ -95,4 +113,4 @@ def slow(name: str, seconds: float) -> None:
     patch(name, wrap)
 
 
-FAULTS = {"die": die, "slow": slow}
+FAULTS = {"die": die, "full": full, "slow": slow}

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from .conftest import TINY, losses, metrics, run_verb, stop_after
-from .processes import begin, wait_for
+from .processes import begin, finish, wait_for
 from .training.test_width import DROPOUT_OFF
 
 SIX = [*TINY, "trainer.max_steps=6", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
@@ -114,14 +114,16 @@ def test_best_weights_of_before_the_stop_are_the_best_after(train: Callable[...,
 
 def test_early_stopping_counts_over_a_stop(train: Callable[..., Path], tmp_path: Path) -> None:
     patience = ["callbacks=early_stopping", "callbacks.early_stopping.patience=2", "optim.lr=0.5"]
-    run = train(*SIX, *patience, "trainer.max_steps=40", run_dir=tmp_path / "whole")
+    words = [*SIX, *patience, "trainer.max_steps=40", "trainer.log_every_n_steps=3"]
+    run = train(*words, run_dir=tmp_path / "whole")
     ended = json.loads((run / "summary.json").read_text())["steps"]
     assert ended < 40
-    # Before the validation that ends it, and right after it.
+    # Before the validation that ends it, and right after it, where no report is due.
     for step in (ended - 2, ended):
         place = tmp_path / str(step)
         stop_after(run, step, place)
         resumed(place)
+        assert json.loads((place / "summary.json").read_text())["tokens"] == ended * 8 * 32
         assert json.loads((place / "summary.json").read_text())["steps"] == ended
         assert equal(place, run)
         assert losses(place) == losses(run)
@@ -162,7 +164,7 @@ def test_longer(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     shown = refused("resume", place)
     assert "is finished" in shown
     assert f"python -m lmlab.resume {place} trainer.max_steps=" in shown
-    assert "at step 6 already" in refused("resume", place, "trainer.max_steps=5")
+    assert "is finished" in refused("resume", place, "trainer.max_steps=5")
     assert (place / "summary.json").read_bytes() == before
     resumed(place, "trainer.max_steps=8")
     assert json.loads((place / "summary.json").read_text())["steps"] == 8
@@ -186,6 +188,7 @@ def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:
     assert "required: RUN_DIR" in refused("resume")
     assert 'Did you mean "trainer.max_steps"?' in refused("resume", whole, "trainer.max_step=9")
     assert "--into is for --fresh" in refused("resume", whole, "--into", tmp_path / "x")
+    assert "holds a run" in refused("resume", whole, "--fresh", "--into", whole)
 
 
 def test_a_changed_config_names_its_keys(refused: Refused, stopped: Path) -> None:
@@ -199,8 +202,76 @@ def test_a_changed_config_names_its_keys(refused: Refused, stopped: Path) -> Non
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_what_is_refused_changes_nothing(refused: Refused, stopped: Path, whole: Path) -> None:
+    for word, said in (
+        ("trainer.max_steps=3", "at step 4 already"),
+        ("callbacks.checkpoints.monitor=val/nothing", 'monitors "val/nothing"'),
+        ("run_dir=/tmp/elsewhere", "--fresh --into DIR"),
+        ("hydra.run.dir=/tmp/elsewhere", "--fresh --into DIR"),
+        ("model=gpt2", "a run's model can't change"),
+        ("~callbacks", "nothing of that name"),
+        ("~callbacks.nothing", "nothing of that name"),
+        ("callbacks=nothing", "no such option"),
+        ("callbacks=null", "must be a string"),
+        ("trainer.max_steps=7,8", "one value"),
+        ("trainer.devices=null", "trainer.devices is a number of devices"),
+        ("trainer.max_steps", "KEY=VALUE"),
+    ):
+        assert said in refused("resume", stopped, word)
+    resumed(stopped)
+    assert equal(stopped, whole)
+    assert losses(stopped) == losses(whole)
+
+
+def test_an_extension_that_is_killed_before_it_trains(whole: Path, tmp_path: Path) -> None:
+    place, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(whole, place)
+    early = {"lmlab.config.build.build_model": ["die", 1]}
+    assert finish("resume", place, "trainer.max_steps=8", out=out, faults=early) < 0
+    resumed(place, "trainer.max_steps=8")
+    assert json.loads((place / "summary.json").read_text())["steps"] == 8
+    # The first command, which asked for less, finds it finished.
+    run_verb("train", *SIX, f"hydra.run.dir={place}")
+    assert OmegaConf.load(place / "config.yaml").trainer.max_steps == 8
+
+
+def test_a_callback_that_can_not_be_kept_is_named(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train(*SIX, "+callbacks.mine._target_=tests.broken_callback.KeepsASet")
+    shown = capsys.readouterr().err
+    assert "the state of the callback KeepsASet holds more than tensors and plain values" in shown
+
+
+def test_files_of_others_among_the_checkpoints_stay(stopped: Path, whole: Path) -> None:
+    others = [stopped / "checkpoints" / name for name in ("best-mine.ckpt", "step-old.ckpt")]
+    for place in others:
+        place.write_bytes(b"mine")
+    resumed(stopped)
+    assert equal(stopped, whole)
+    assert all(place.read_bytes() == b"mine" for place in others)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+@pytest.mark.parametrize("content", ["", "[1, 2]", "{", "a: {b"])
+def test_a_damaged_file_is_named(name: str, content: str, refused: Refused, stopped: Path) -> None:
+    (stopped / name).write_text(content)
+    for words in (["resume", stopped], ["train", *SIX, f"hydra.run.dir={stopped}"]):
+        assert f"{stopped / name}" in refused(*words)
+
+
+def test_a_line_that_a_kill_left_unfinished(stopped: Path, whole: Path, tmp_path: Path) -> None:
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tra')
+    resumed(stopped)
+    assert losses(stopped) == losses(whole)
+
+
 def test_a_run_that_goes_on_elsewhere_is_locked(refused: Refused, stopped: Path, tmp_path: Path) -> None:
-    running = begin("resume", stopped, out=tmp_path / "out", faults={"lmlab.models.scored.scored_nll": ["slow", 0.5]})
+    running = begin(
+        "resume", stopped, out=tmp_path / "out", faults={"lmlab.evaluation.scoring.scored_nll": ["slow", 0.5]}
+    )
     try:
         wait_for(lambda: "Going on" in (tmp_path / "out").read_text() if (tmp_path / "out").exists() else False)
         for words in (["resume", stopped], ["train", *SIX, f"hydra.run.dir={stopped}"]):
@@ -325,11 +396,13 @@ def test_full_disk_ends_no_run(
     train: Callable[..., Path], full_disk: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """States of some 300 KiB do not fit; the run goes on, says so, and can be gone on with where there is room."""
-    train(*SIX, run_dir=full_disk / "run")
+    subprocess.run(["mount", "-o", "remount,size=280k", str(full_disk)], check=True)
+    train(*SIX, "callbacks.checkpoints.keep_best=0", run_dir=full_disk / "run")
     shown = capsys.readouterr().out
-    assert shown.count("could not be kept (No space left on device): training goes on") >= 3
+    assert shown.count("could not be kept, as the disk is full: training goes on") == 3
     assert losses(full_disk / "run") == losses(whole)
-    assert not list(full_disk.rglob("step-*.ckpt"))
+    assert "(last weights, held-out text)" in shown
+    assert not list(full_disk.rglob("*.ckpt"))
     assert not list(full_disk.rglob("*partial*"))
 
 
@@ -345,12 +418,24 @@ def test_the_older_state_stays_on_a_full_disk(
     os.truncate(fill, fill.stat().st_size - 60_000)  # room for figures
     with pytest.raises(SystemExit):  # the export needs room
         resumed(place)
-    assert "step 6 could not be kept" in capsys.readouterr().out
+    assert "step-6.ckpt could not be kept" in capsys.readouterr().out
     assert [path.name for path in place.glob("checkpoints/step-*")] == ["step-4.ckpt"]
     fill.unlink()
     resumed(place)
     assert equal(place, whole)
     assert losses(place) == losses(whole)
+
+
+def test_the_best_weights_stay_on_a_full_disk(train: Callable[..., Path], tmp_path: Path) -> None:
+    """However many states in a row can't be written: those that are there still speak of them."""
+    best_first = [*SIX, "trainer.max_steps=14", "callbacks.checkpoints.mode=max"]
+    whole = train(*best_first, run_dir=tmp_path / "whole")
+    run, out = tmp_path / "run", tmp_path / "out"
+    no_room = {"lmlab.training.checkpoint.write_beside": ["full", 3]}
+    assert finish("train", *best_first, f"hydra.run.dir={run}", out=out, faults=no_room) == 0, out.read_text()
+    assert out.read_text().count("as the disk is full") == 5
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2.ckpt", "step-4.ckpt", "best-2.ckpt"}
+    assert equal(run, whole)
 
 
 def test_a_directory_that_is_read_only(refused: Refused, stopped: Path, full_disk: Path, tmp_path: Path) -> None:

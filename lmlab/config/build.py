@@ -129,8 +129,9 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:
     from lmlab.training.callbacks import Measure, Profile
     from lmlab.training.checkpoint import AtomicCheckpoints
 
-    callbacks: list[Any] = [Measure(), *([Profile(cfg.run_dir)] if cfg.profile else [])]
+    callbacks: list[Any] = [Profile(cfg.run_dir)] if cfg.profile else []
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
+    callbacks.append(Measure())  # behind those that may end the run; what keeps its state Lightning puts last
     # Last, since W&B begins a run.
     given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
     loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]

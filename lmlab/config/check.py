@@ -191,11 +191,7 @@ def check_devices(trainer: DictConfig) -> None:
         raise UserError(
             f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'
         )
-    if not isinstance(devices, int) or devices < 1:
-        raise UserError(f"trainer.devices is a number of devices, 1 or more, not {devices}.")
-    nodes = trainer.get("num_nodes", 1)
-    if type(nodes) is not int or nodes < 1:
-        raise UserError(f"trainer.num_nodes is a number of nodes, 1 or more, not {nodes}.")
+    nodes = world(trainer) // devices
     if nodes > 1 and launch.rank() is None:
         raise UserError(
             f"trainer.num_nodes={nodes}: on several nodes the ranks are started by SLURM or torchrun.\n"
@@ -213,6 +209,10 @@ def check_devices(trainer: DictConfig) -> None:
 
 def world(trainer: DictConfig) -> int:
     """Ranks of a run: devices of all nodes."""
+    for key in ("devices", "num_nodes"):
+        value = trainer.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise UserError(f"trainer.{key} is a number of {key.removeprefix('num_')}, 1 or more, not {value}.")
     return trainer.devices * trainer.get("num_nodes", 1)
 
 

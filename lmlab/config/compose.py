@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
+from lmlab.runs.stopping import SIGNALS
 
 PACKAGE = Path(__file__).parent.parent
 # Beside the package in a checkout, inside it when installed.
@@ -64,7 +65,7 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             # An exception, unlike an exit, lets the other jobs of the sweep go on.
             raise UserError("a job of the sweep failed; its error is above. The other jobs were run.") from error
 
-    with shown_plainly(debug):
+    with shown_plainly(debug), SIGNALS.heeded():
         # argparse would print its usage, all of it.
         unknown = get_args_parser().parse_known_args()[1]
         if unknown:
@@ -216,6 +217,11 @@ def elsewhere(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
 
 def read_config(run_dir: Path) -> DictConfig:
     """The composed config of a run directory."""
-    cfg = OmegaConf.load(run_dir / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    place = run_dir / "config.yaml"
+    try:
+        cfg = OmegaConf.load(place)
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{place} can't be read: {first_line(error)}") from error
+    if not isinstance(cfg, DictConfig) or not {"data", "model", "objective", "trainer", "run_dir"} <= set(cfg):
+        raise UserError(f"{place} is damaged: it is not the config of a run or an evaluation.")
     return cfg

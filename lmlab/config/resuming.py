@@ -5,6 +5,7 @@ from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,32 +37,53 @@ MACHINERY = (
     "trainer.strategy",
     "trainer.val_check_interval",
 )
+# Those that a run that goes on may choose another of.
+GROUPS = ("trainer", "callbacks", "logger")
 # What another `trainer=` brings to a run that has one: where it runs.
 PLACES = ("accelerator", "devices", "num_nodes", "strategy")
 
 
-def continued(kept: DictConfig, run_dir: Path, overrides: list[str]) -> DictConfig:
+def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
     """The composed config of a run, for a directory, with the overrides of a command.
 
     Raises:
-        UserError: an override that can't be read, or of a key or group that is not there.
+        UserError: an override that can't be read, or of what a run does not change.
     """
     cfg = moved(kept, run_dir)
-    for word in overrides:
-        try:
-            override = OverridesParser.create().parse_override(word)
-        except HydraException as error:
-            raise UserError(explain(error, "train")) from error
-        key, value = override.key_or_group, override.value()
-        if key in ("trainer", "callbacks", "logger"):
+    overrides = [(word, parsed(word)) for word in words]
+    # Groups first: what is said of their keys is said on top.
+    for word, override in sorted(overrides, key=lambda pair: pair[1].key_or_group not in GROUPS):
+        key, known = override.key_or_group, set(dotted(cfg))
+        if key == "run_dir" or key.startswith("hydra."):
+            raise UserError("a run goes on in its own directory. To run it again in another: --fresh --into DIR")
+        if override.is_delete():
+            if key not in known or key in GROUPS:
+                raise UserError(f"{word}: there is nothing of that name to leave out.{nearest(key, known)}")
+            holder, _, leaf = key.rpartition(".")
+            OmegaConf.select(cfg, holder).pop(leaf) if holder else cfg.pop(leaf)
+        elif key in GROUPS:
             block = composed(key, word, run_dir)
             cfg[key] = OmegaConf.merge(cfg[key], {k: block[k] for k in PLACES}) if key == "trainer" else block
-            continue
-        known = set(dotted(cfg))
-        if key not in known and not override.is_add():
-            raise UserError(f'there is no key "{key}".{nearest(key, known)} A new one is +{key}={value}.')
-        OmegaConf.update(cfg, key, value, force_add=True)
+        elif isinstance(cfg.get(key), DictConfig):
+            raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
+        elif key not in known and not override.is_add():
+            raise UserError(f'there is no key "{key}".{nearest(key, known)} A new one is +{word}.')
+        else:
+            OmegaConf.update(cfg, key, override.value(), force_add=True)
     return cfg
+
+
+def parsed(word: str) -> Override:
+    """An override of a command."""
+    if "=" not in word and not word.startswith("~"):
+        raise UserError(f"{word}: an override is KEY=VALUE.")
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise UserError(explain(error, "train")) from error
+    if override.is_sweep_override():
+        raise UserError(f"{word}: a run goes on with one value. A list is KEY=[a,b].")
+    return override
 
 
 def composed(group: str, word: str, run_dir: Path) -> Any:
@@ -69,7 +91,7 @@ def composed(group: str, word: str, run_dir: Path) -> Any:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("train", [word, f"run_dir={run_dir}"])
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
         raise UserError(explain(error, "train")) from error
     OmegaConf.resolve(cfg[group])
     return cfg[group]
@@ -97,7 +119,7 @@ def check_same(cfg: DictConfig, kept: DictConfig) -> None:
     Raises:
         UserError: names the keys.
     """
-    now, then = values(cfg), values(kept)
+    now, then = values(cfg), values(moved(kept, Path(cfg.run_dir)))
     changed = [
         f"{key}={now.get(key, 'not there')} (it was {then.get(key, 'not there')})"
         for key in sorted(now.keys() | then.keys())
@@ -105,7 +127,7 @@ def check_same(cfg: DictConfig, kept: DictConfig) -> None:
     ]
     if changed:
         raise UserError(
-            f"{kept.run_dir} was begun with other choices, and can't go on with {', '.join(changed)}.\n"
+            f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed)}.\n"
             "Choose another directory by hydra.run.dir=DIR; "
             "to begin there with this run's weights: model=pretrained model.name=RUN/model"
         )
@@ -140,8 +162,9 @@ def settle_width(cfg: DictConfig, kept: DictConfig | None = None) -> None:
                 f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.get('num_nodes', 1)}.\n"
                 "Leave both out to take those that were started."
             )
-    same_batches = kept is None or trainer.accumulate_grad_batches != kept.trainer.accumulate_grad_batches
-    if kept is None or same_batches or world(trainer) == world(kept.trainer):
+    if kept is None or world(trainer) == world(kept.trainer):
+        return
+    if trainer.accumulate_grad_batches != kept.trainer.accumulate_grad_batches:  # as the command says
         return
     most = cfg.batch_size // (world(kept.trainer) * kept.trainer.accumulate_grad_batches)
     for accumulate in range(1, cfg.batch_size + 1):

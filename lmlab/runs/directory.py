@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import platform
 import socket
@@ -20,7 +19,7 @@ import yaml
 
 import lmlab
 from lmlab.errors import UserError
-from lmlab.runs.files import write_json
+from lmlab.runs.files import read_json, write_json
 
 PACKAGES = (
     "lightning",
@@ -70,11 +69,16 @@ class RunDirectory:
 
     def states(self) -> list[Path]:
         """The states that are kept, the newest last."""
-        return sorted(self.checkpoints.glob("step-*.ckpt"), key=self.step_of)
+        return self.numbered("step")
 
     def best(self) -> list[Path]:
         """The best weights that are kept, in the order of their steps."""
-        return sorted(self.checkpoints.glob("best-*.ckpt"), key=self.step_of)
+        return self.numbered("best")
+
+    def numbered(self, name: str) -> list[Path]:
+        # What else a person or a callback put there is theirs.
+        places = (p for p in self.checkpoints.glob(f"{name}-*.ckpt") if p.stem.removeprefix(f"{name}-").isdecimal())
+        return sorted(places, key=self.step_of)
 
     @staticmethod
     def step_of(checkpoint: Path) -> int:
@@ -106,7 +110,7 @@ class RunDirectory:
 
     def begun(self) -> bool:
         """Whether the directory holds a run or an evaluation."""
-        return self.manifest.is_file() and self.manifest.stat().st_size > 0
+        return self.manifest.is_file()
 
     def start(self, seeds: dict[str, int], **facts: Any) -> None:
         """Make this the directory of a new run, by writing its manifest. `facts` are added to it.
@@ -141,7 +145,7 @@ class RunDirectory:
 
     def identity(self) -> dict[str, Any]:
         """The manifest."""
-        return json.loads(self.manifest.read_text())
+        return read_json(self.manifest)
 
     def trained_as(self) -> dict[str, Any] | None:
         """The run's id and composed config, as a certificate names them; None if this is no run."""
@@ -160,7 +164,7 @@ class RunDirectory:
 
     def result(self) -> dict[str, Any]:
         """What the run ended with."""
-        return json.loads(self.summary.read_text())
+        return read_json(self.summary)
 
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest."""

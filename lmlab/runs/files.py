@@ -7,9 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmlab.errors import UserError, first_line
+
 
 def write_json(place: Path, content: Any) -> None:
     write_text(place, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(place: Path) -> dict[str, Any]:
+    """Raises a `UserError` for a file that is not what `write_json` writes."""
+    try:
+        content = json.loads(place.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{place} is damaged: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{place} is damaged: it holds no object.")
+    return content
 
 
 def write_text(place: Path, text: str) -> None:
@@ -40,9 +53,13 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
             if file.is_file():
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
-        shutil.rmtree(place, ignore_errors=True)
+        old = place.with_name(f".{place.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            os.replace(place, old)
         os.replace(beside, place)
         flush_folder(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -77,10 +77,6 @@ class Measure(Callback):
         if due and trainer.global_step > self.step:
             self.report(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: LMModule) -> None:
-        if trainer.global_step > self.step:  # stopped early, between two reports
-            self.report(trainer, module)
-
     def report(self, trainer: L.Trainer, module: LMModule) -> None:
         """Log what has gathered since the last report."""
         module.stop_on_nonfinite()
@@ -128,6 +124,11 @@ class Measure(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
+        if trainer.should_stop and trainer.global_step > self.step:
+            self.report(trainer, module)  # so that the last state has it: early stopping may just have ended the run
+            self.stop(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
         self.stop(trainer)

@@ -7,7 +7,10 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
+from shlex import quote
 from threading import Thread
 from typing import Any
 
@@ -22,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmlab.errors import UserError, first_line, os_error
+from lmlab.errors import UserError, disk_full, first_line
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import replaced, write_beside
 from lmlab.runs.stopping import SIGNALS, requeue
@@ -30,6 +33,7 @@ from lmlab.training.loggers import close
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
+NOW = -1  # the step of what no state speaks of yet
 PATIENCE = 60.0  # seconds that W&B gets to end before a job is re-queued
 
 
@@ -41,10 +45,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def __init__(self, background: bool = False):
         """In the `background`, training waits only for a copy to main memory."""
+        self.plain = False  # whether what the callbacks keep was looked at
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending: list[Future] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if not self.plain and "callbacks" in checkpoint:
+            check_plain(checkpoint["callbacks"])
+            self.plain = True
         if self.thread:
             checkpoint = apply_to_collection(checkpoint, Tensor, copy_to_host)
         self.then(partial(keep, checkpoint, Path(path)))
@@ -74,6 +82,25 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
+def check_plain(states: dict[str, Any]) -> None:
+    """Refuse what a callback keeps, if it could not be loaded again.
+
+    Raises:
+        UserError: names the callback.
+    """
+    for name, state in states.items():
+        stream = BytesIO()
+        torch.save(state, stream)
+        stream.seek(0)
+        try:
+            torch.load(stream, weights_only=True)
+        except UnpicklingError as error:
+            raise UserError(
+                f"the state of the callback {name} holds more than tensors and plain values, and is not loaded again.\n"
+                "Its state_dict() has to return such values alone."
+            ) from error
+
+
 def keep(checkpoint: dict[str, Any], place: Path) -> None:
     """Write a checkpoint, or warn that it can't be."""
 
@@ -85,13 +112,12 @@ def keep(checkpoint: dict[str, Any], place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_beside(place, write)
     except (OSError, RuntimeError) as error:
-        why = os_error(error)
-        if why is None:
+        if not disk_full(error):
             raise
         LOG.warning(
-            "step %d could not be kept (%s): training goes on, and what was kept before stays.\nFree some space in %s.",
-            checkpoint["global_step"],
-            os.strerror(why),
+            "%s could not be kept, as the disk is full: training goes on, and what was kept before stays.\n"
+            "Free some space in %s.",
+            place.name,
             place.parent,
         )
 
@@ -149,7 +175,11 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: LMModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         # So that figures of steps which are made again are not there twice.
-        checkpoint["metrics"] = self.run.metrics.stat().st_size if self.run.metrics.is_file() else 0
+        checkpoint["metrics"] = 0
+        if self.run.metrics.is_file() and trainer.is_global_zero:
+            with self.run.metrics.open("rb") as file:
+                os.fsync(file.fileno())  # a state is not to outlive the figures of its steps
+                checkpoint["metrics"] = os.fstat(file.fileno()).st_size
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: LMModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         step = checkpoint["global_step"]
@@ -212,9 +242,11 @@ class Checkpoints(Checkpoint):
             return
         ranked = {**self.best, step: module.validations[step][self.monitor]}
         best = sorted(ranked, key=lambda at: (self.sign * ranked[at], at))[: self.keep_best]
-        self.best = {at: ranked[at] for at in sorted(best)}
-        if step in self.best:
+        if step in best:
             trainer.save_checkpoint(self.run.best_at(step), weights_only=True)
+            # What is not there is not the best: there may be no room for it.
+            if trainer.strategy.broadcast(self.io.thread is not None or self.run.best_at(step).is_file()):
+                self.best = {at: ranked[at] for at in sorted(best)}
         if trainer.should_stop and step < module.steps:
             self.early = module.steps
         self.keep_state(trainer, module)
@@ -226,16 +258,21 @@ class Checkpoints(Checkpoint):
             return
         module.stop_on_nonfinite()
         self.kept[step] = self.best
-        self.kept = {at: self.kept[at] for at in sorted(self.kept)[-3:]}
+        last = sorted(self.kept)[-3:]
+        self.kept = {at: self.kept[at] for at in self.kept if at in last or self.run.state_at(at).is_file()}
         trainer.save_checkpoint(self.run.state_at(step), weights_only=False)
         if trainer.is_global_zero:
-            self.io.then(partial(self.clear, self.kept))
+            self.io.then(partial(self.clear, {**self.kept, NOW: self.best}))
 
     def clear(self, kept: dict[int, dict[int, float]]) -> None:
-        """Remove all but the last two states that were written, and the best weights that these speak of."""
+        """Remove all but the last two states that could be written, and best weights that neither they nor `kept` need.
+
+        The newest may not be there, for lack of room.
+        """
         for place in self.run.states()[:-2]:
             place.unlink()
-        needed = {at for place in self.run.states() for at in kept.get(self.run.step_of(place), {})}
+        there = {NOW, *map(self.run.step_of, self.run.states())}
+        needed = {at for step in there for at in kept.get(step, {})}
         for place in self.run.best():
             if self.run.step_of(place) not in needed:
                 place.unlink()
@@ -282,7 +319,7 @@ def last_state(run: RunDirectory) -> Path | None:
     if places:
         raise UserError(
             f"no state in {run.checkpoints} is whole, so the run can't go on.\n"
-            f"To train it again from the start: python -m lmlab.resume {run.path} --fresh"
+            f"To train it again from the start: python -m lmlab.resume {quote(str(run.path))} --fresh"
         )
     return None
 

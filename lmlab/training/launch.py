@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lmlab.errors import UserError
@@ -26,6 +27,7 @@ from lmlab.runs.directory import RunDirectory
 from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
 
 GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
+PATIENCE = 300.0  # and after one has stopped for a signal
 # DDP warns of what config/build.py asks of it on purpose. Read when torch is imported.
 LOG_LEVEL = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 WORD = "lmlab/word"  # of the store: what rank 0 says
@@ -52,6 +54,7 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
         "GROUP_RANK": "0",
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
+        "LMLAB_PARENT": str(os.getpid()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and not rank 0's to make
     }
     common.setdefault(*LOG_LEVEL)
@@ -59,7 +62,7 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
     command = [sys.executable, "-u", "-m", "lmlab.worker", verb, *word]
     with tempfile.TemporaryDirectory() as folder:
         ranks: list[subprocess.Popen] = []
-        with passed_on(ranks):
+        with passed_on(ranks) as asked:
             try:
                 for rank in range(devices):
                     env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LMLAB_REPORT": f"{folder}/{rank}"}
@@ -70,38 +73,47 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
                             ranks.append(subprocess.Popen(command, stdout=log, stderr=log, **settings))
                     else:
                         ranks.append(subprocess.Popen(command, **settings))
-                first = wait(ranks)
+                first = wait(ranks, asked)
             finally:
                 for process in ranks:
                     process.kill()
                     process.wait()
         if first is not None:
-            raise failure(first, ranks, run, Path(folder))
+            raise failure(verb, first, ranks, run, Path(folder))
 
 
 @contextmanager
-def passed_on(ranks: list[subprocess.Popen]) -> Iterator[None]:
-    """Pass the signals that this process gets on to the ranks, which know what to do."""
+def passed_on(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
+    """Pass the signals that this process gets on to the ranks, which know what to do; yields those there were."""
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
 
     def pass_on(number: int, frame: Any) -> None:
+        asked.append(number)
         for process in ranks:
             process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in HEEDED}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def wait(ranks: list[subprocess.Popen]) -> int | None:
-    """Until all ranks have ended. The first that failed, or None; the others get a few seconds after it."""
-    first, failed_at = None, 0.0
+def wait(ranks: list[subprocess.Popen], asked: list[int]) -> int | None:
+    """Until all ranks have ended. The first that failed, or None; the others get a few seconds after it.
+
+    So do all after a signal that came twice: a rank may stand still.
+    """
+    first, failed_at, twice_at = None, 0.0, 0.0
     while True:
+        if len(set(asked)) < len(asked) and "SLURM_JOB_ID" not in os.environ:
+            twice_at = twice_at or time.monotonic()
+            if time.monotonic() - twice_at > GRACE:
+                raise Stopped(asked[-1])
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
         if failed and first is None:
@@ -110,8 +122,9 @@ def wait(ranks: list[subprocess.Popen]) -> int | None:
             failed_at = time.monotonic()
         if None not in codes:
             return first
-        # After a stop, rank 0 may have more to end than the others.
-        if first is not None and not stopped(codes[first]) and time.monotonic() - failed_at > GRACE:
+        # After a stop, rank 0 may have more to end than the others: W&B sends what it has.
+        grace = PATIENCE if first is not None and stopped(codes[first]) else GRACE
+        if first is not None and time.monotonic() - failed_at > grace:
             return first
         time.sleep(0.1)
 
@@ -121,7 +134,7 @@ def stopped(code: int | None) -> bool:
     return code is not None and code - 128 in HEEDED
 
 
-def failure(first: int, ranks: list[subprocess.Popen], run: RunDirectory, folder: Path) -> BaseException:
+def failure(verb: str, first: int, ranks: list[subprocess.Popen], run: RunDirectory, folder: Path) -> BaseException:
     """What to raise for ranks that failed."""
     reports = {}
     for rank in range(len(ranks)):
@@ -140,10 +153,8 @@ def failure(first: int, ranks: list[subprocess.Popen], run: RunDirectory, folder
         print(report["text"], file=sys.stderr)
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     log = f" Its log: {run.rank_log(first)}" if first else ""
-    return UserError(
-        f"rank {first} {ended}, and the other ranks were stopped.{log}\n"
-        f"The run can go on from its last state: python -m lmlab.resume {run.path}"
-    )
+    hint = f"\nThe run can go on from its last state: python -m lmlab.resume {quote(str(run.path))}"
+    return UserError(f"rank {first} {ended}, and the other ranks were stopped.{log}{hint if verb == 'train' else ''}")
 
 
 def report(text: str, plainly: bool) -> bool:
@@ -157,9 +168,8 @@ def report(text: str, plainly: bool) -> bool:
 
 def end_with_parent() -> None:
     """Let the system kill this process when the one that started it ends, however that ends."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
-    if os.getppid() != parent:
+    if os.getppid() != int(os.environ["LMLAB_PARENT"]):  # it has ended already
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -68,7 +68,13 @@ def rewind(metrics: Path, size: int) -> None:
     It is of steps that the run, going on from a kept state, will make again, row for row.
     """
     if metrics.is_file():
-        os.truncate(metrics, min(size, metrics.stat().st_size))
+        os.truncate(metrics, metrics.read_bytes().rfind(b"\n", 0, size) + 1)
+
+
+def rows(metrics: Path) -> list[dict[str, Any]]:
+    """What a metrics file holds; a line that a kill left unfinished is none."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class WandB(WandbLogger):
@@ -81,9 +87,7 @@ class WandB(WandbLogger):
         """`there`: the rows that W&B has already; those of the file beyond them are sent again."""
         super().__init__(experiment=experiment)
         self.there, self.number, self.closed = there, 0, False
-        metrics = RunDirectory(run_dir).metrics
-        for line in metrics.read_text().splitlines() if metrics.is_file() else ():
-            row = json.loads(line)
+        for row in rows(RunDirectory(run_dir).metrics):
             self.log_metrics({name: row[name] for name in row if name not in ("step", "time")}, row["step"])
 
     @rank_zero_only

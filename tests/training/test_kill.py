@@ -75,7 +75,7 @@ INSTANTS = {
     "between two accumulated batches": [f"{MODULE}.training_step", 14],
     "before the optimizer steps": [f"{MODULE}.configure_gradient_clipping", 7],
     "in the validation before training": ["lmlab.evaluation.scoring.Scorer.validation_step", 3],
-    "in a later validation": ["lmlab.evaluation.scoring.Scorer.validation_step", 800],
+    "in a later validation": ["lmlab.evaluation.scoring.Scorer.validation_step", 41],
     "in the last validation": [f"{MODULE}.on_validation_epoch_end", 5],
     "half of a state written": ["torch.save", 5, 0.5],
     "half of the best weights written": ["torch.save", 2, 0.5],

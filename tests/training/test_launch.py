@@ -142,9 +142,20 @@ def test_two_ranks_stop_together_and_go_on(train: Callable[..., Path], tmp_path:
     assert f"python -m lmlab.resume {run}" in errors
     assert ranks_of(run) == []
 
-    # The command dies: its ranks do not go on without it, nor keep the next from the directory.
+    # A rank stands still: the second Ctrl-C does not wait for it.
     command = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
     wait_for(reached(run, 11))
+    os.kill(ranks_of(run)[1], signal.SIGSTOP)
+    for _ in range(2):
+        command.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    command.communicate(timeout=30)
+    assert command.returncode == 128 + signal.SIGINT
+    assert ranks_of(run) == []
+
+    # The command dies: its ranks do not go on without it, nor keep the next from the directory.
+    command = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
+    wait_for(reached(run, 13))
     command.kill()
     command.communicate()
     wait_for(lambda: ranks_of(run) == [], 5)
