@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slurm check bench build clean
+.PHONY: train test test-long test-slurm check bench build clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lmlab.train
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/slurm
+	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/slurm -m "not long"
+
+# Ranks and whole runs in processes of their own, killed and gone on with.
+test-long: $(VENV)/installed-dev
+	$(BIN)/pytest -n 2 --dist load --ignore=tests/slurm -m long
 
 # Real jobs on a SLURM of two nodes, brought up on this machine and taken down again.
 test-slurm: $(VENV)/installed-dev

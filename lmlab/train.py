@@ -131,6 +131,8 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig) -> None:
 def config_of(run: RunDirectory) -> DictConfig:
     """The composed config of a run."""
     cfg = compose.read_config(run.path)
+    if not {"data", "model", "objective", "trainer", "run_dir"} <= set(cfg):
+        raise UserError(f"{run.config} is damaged: it is not the config of a run.")
     if "optim" not in cfg:
         raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
     return cfg
@@ -168,6 +170,8 @@ def finished(run: RunDirectory) -> str:
 
 def what_is_kept(run: RunDirectory) -> str:
     """What to say of a run that was stopped."""
+    if not run.begun():
+        return "It had not begun."
     if run.finished():
         return finished(run)
     states = run.states()

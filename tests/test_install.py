@@ -29,6 +29,7 @@ def test_wheel_holds_config_and_corpus_and_no_tests(wheel: Path) -> None:
     assert packed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
 
 
+@pytest.mark.long
 def test_installed_wheel_trains_from_another_directory(wheel: Path, tmp_path: Path) -> None:
     """A clean environment: the wheel itself, and the dependencies that are here already."""
     place = tmp_path / "environment"

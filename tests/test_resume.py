@@ -129,6 +129,7 @@ def test_early_stopping_counts_over_a_stop(train: Callable[..., Path], tmp_path:
         assert losses(place) == losses(run)
 
 
+@pytest.mark.long
 def test_at_other_widths(train: Callable[..., Path], tmp_path: Path) -> None:
     """Two processes, then four, then one: the losses are those of one process all along."""
     common = [*DROPOUT_OFF["clm"], *SIX[len(TINY) :], "trainer.accelerator=cpu", "optim.schedule=constant"]
@@ -471,6 +472,7 @@ def test_checkpoints_that_can_not_be(key: str, refused: Refused, tmp_path: Path)
     assert name in refused("train", *SIX, f"callbacks.checkpoints.{key}", f"hydra.run.dir={tmp_path / 'run'}")
 
 
+@pytest.mark.long
 def test_wandb_is_one_run_without_gap_or_overlap(tmp_path: Path) -> None:
     """A killed process and the one that went on, offline: together each row is there once."""
     from .test_train import wandb_rows

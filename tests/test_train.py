@@ -238,6 +238,7 @@ def test_a_piece_from_outside_needs_no_edit_here(train: Callable[..., Path], tmp
     assert (run / "model").is_dir()
 
 
+@pytest.mark.long
 def test_wandb_has_one_run_per_run(tmp_path: Path) -> None:
     """A multirun of two, offline, in a process of its own; read back with W&B's own messages."""
     command = [sys.executable, "-m", "lmlab.train", "-m", "seed=1,2", *TINY[:-1], "logger.wandb.name=n"]
@@ -299,6 +300,7 @@ def wandb_records(folder: Path) -> list:
     return records
 
 
+@pytest.mark.long
 def test_an_error_of_the_ranks_is_shown_once(train: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         train(*TINY, "optim.lr=1e30", "trainer.max_steps=20", "trainer=ddp", "trainer.accelerator=cpu")
@@ -309,6 +311,7 @@ def test_an_error_of_the_ranks_is_shown_once(train: Callable[..., Path], capfd: 
     assert len(shown.splitlines()) <= 3
 
 
+@pytest.mark.long
 def test_a_bad_batch_of_another_rank_is_named(train: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     """DDP overwrites a module's buffers with those of rank 0; what rank 1 saw has to survive that."""
     with pytest.raises(SystemExit):
@@ -350,6 +353,7 @@ def test_a_failed_job_does_not_end_the_sweep(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "1" / "model").is_dir()
 
 
+@pytest.mark.long
 def test_devices_as_a_swept_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmlab import train as verb
 

@@ -39,6 +39,8 @@ def slurm() -> str:
 def answer_of(*command: str) -> str:
     """Of a command of SLURM."""
     code, said = ended([*command], 10)
+    if "configuration source" in said:
+        raise NotThere("its commands are installed, and no cluster is configured: SLURM_CONF names one")
     if code:
         raise UserError(
             f"{command[0]}: {last_line(said).removeprefix(f'{command[0]}: ')}\n"

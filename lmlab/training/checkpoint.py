@@ -265,9 +265,9 @@ class Checkpoints(Checkpoint):
             self.io.then(partial(self.clear, {**self.kept, NOW: self.best}))
 
     def clear(self, kept: dict[int, dict[int, float]]) -> None:
-        """Remove all but the last two states that could be written, and best weights that neither they nor `kept` need.
+        """Remove all but the last two states, and the best weights that neither they nor the run as it is now speak of.
 
-        The newest may not be there, for lack of room.
+        They are those on the disk: there may have been no room for the newest.
         """
         for place in self.run.states()[:-2]:
             place.unlink()

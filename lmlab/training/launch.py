@@ -34,9 +34,7 @@ WORD = "lmlab/word"  # of the store: what rank 0 says
 
 
 def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
-    """Run `python -m lmlab.worker VERB RUN_DIR [STATE]` once per device, and wait for all.
-
-    `word` are the arguments after the verb.
+    """Run `python -m lmlab.worker VERB …` once per device, with `word` after the verb, and wait for all.
 
     The terminal is rank 0's; what the others print goes to `logs/` of the run directory.
 
@@ -79,7 +77,7 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
                     process.kill()
                     process.wait()
         if first is not None:
-            raise failure(verb, first, ranks, run, Path(folder))
+            raise failure(verb, first, ranks, run, Path(folder), asked)
 
 
 @contextmanager
@@ -134,8 +132,10 @@ def stopped(code: int | None) -> bool:
     return code is not None and code - 128 in HEEDED
 
 
-def failure(verb: str, first: int, ranks: list[subprocess.Popen], run: RunDirectory, folder: Path) -> BaseException:
-    """What to raise for ranks that failed."""
+def failure(
+    verb: str, first: int, ranks: list[subprocess.Popen], run: RunDirectory, folder: Path, asked: list[int]
+) -> BaseException:
+    """What to raise for ranks that failed, with their reports in a folder, after the signals that were passed on."""
     reports = {}
     for rank in range(len(ranks)):
         if (folder / str(rank)).is_file():
@@ -143,6 +143,8 @@ def failure(verb: str, first: int, ranks: list[subprocess.Popen], run: RunDirect
     code = ranks[first].returncode
     if stopped(code):
         return Stopped(code - 128)
+    if asked and not reports:  # they were still importing
+        return Stopped(asked[0])
     if code > 0 and reports:  # the first to fail, as their own clocks say
         first = min(reports, key=lambda rank: reports[rank]["time"])
         code = ranks[first].returncode

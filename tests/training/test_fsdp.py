@@ -15,6 +15,7 @@ FSDP = ["trainer=fsdp", "trainer.accelerator=cpu"]
 COMMON = ["trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_same_run_as_on_one_device(
     objective: str, train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path
@@ -38,6 +39,7 @@ def test_same_run_as_on_one_device(
     assert certificates[1]["totals"]["nll"] == pytest.approx(certificates[0]["totals"]["nll"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_without_best_weights_the_last_are_gathered(train: Callable[..., Path]) -> None:
     run = train(*DROPOUT_OFF["clm"], *COMMON, *FSDP, "callbacks.checkpoints.keep_best=0")
     last = torch.load(run / "checkpoints" / "step-6.ckpt", weights_only=True)["state_dict"]
@@ -45,6 +47,7 @@ def test_without_best_weights_the_last_are_gathered(train: Callable[..., Path]) 
     assert torch.equal(load_file(run / "model" / "model.safetensors")[weight], last[f"model.{weight}"])
 
 
+@pytest.mark.long
 def test_a_run_goes_on_sharded(train: Callable[..., Path], tmp_path: Path) -> None:
     """From the state of step 3 to step 6: weights, optimizer and schedule as if never stopped."""
     common = [*DROPOUT_OFF["clm"], *COMMON, *FSDP]

@@ -101,6 +101,7 @@ def test_killed_at_an_instant(instant: str, undisturbed: dict[str, Any], tmp_pat
     assert not list(run.rglob("*partial*"))
 
 
+@pytest.mark.long
 def test_killed_with_workers(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     command = ["train", *COMMON, STEPS, "num_workers=2", f"hydra.run.dir={run}"]
@@ -114,6 +115,7 @@ def newest(run: Path) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in run.glob("checkpoints/step-*.ckpt")), default=-1)
 
 
+@pytest.mark.long
 def test_killed_at_random(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """`--kills` times over one run, at instants drawn from `--kill-seed`; files are slow to reach the disk."""
     kills, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("kill_seed")

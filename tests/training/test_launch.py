@@ -115,6 +115,7 @@ def ranks_of(run: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+@pytest.mark.long
 def test_two_ranks_stop_together_and_go_on(train: Callable[..., Path], tmp_path: Path) -> None:
     """TERM to the command: both ranks keep the state of one step; then kill -9 to one rank, and to the command."""
     slow = ["model._target_=tests.broken_model.from_scratch_and_slow", "trainer.max_steps=16"]
@@ -167,6 +168,7 @@ def test_two_ranks_stop_together_and_go_on(train: Callable[..., Path], tmp_path:
     assert (run / "logs" / "rank1.log").is_file()
 
 
+@pytest.mark.long
 def test_the_error_of_a_rank_is_shown(train: Callable[..., Path], tmp_path: Path) -> None:
     """A defect in rank 1 alone: its traceback, once, and not that of the rank that lost its peer."""
     model = "model._target_=tests.broken_model.from_scratch_and_raises"
@@ -179,6 +181,7 @@ def test_the_error_of_a_rank_is_shown(train: Callable[..., Path], tmp_path: Path
     assert "ZeroDivisionError" in (tmp_path / "logs" / "rank1.log").read_text()
 
 
+@pytest.mark.long
 def test_under_torchrun(whole: Path, tmp_path: Path) -> None:
     """Its ranks are taken; one directory, one config, one log; and the run can go on without it."""
     run = tmp_path / "runs" / "run"

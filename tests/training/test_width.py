@@ -24,6 +24,7 @@ DROPOUT_OFF = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_loss_and_perplexity_are_the_same_at_any_width(
     objective: str, train: Callable[..., Path], tmp_path: Path
