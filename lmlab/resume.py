@@ -1,7 +1,6 @@
 """`python -m lmlab.resume RUN_DIR [overrides]`: go on with a run, or run its experiment again."""
 
 import argparse
-import logging
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +16,6 @@ from lmlab.runs.stopping import SIGNALS
 from lmlab.train import config_of, finished, longer, run_or_go_on
 from lmlab.training import launch
 
-LOG = logging.getLogger("lmlab.resume")
 EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00                           where it stopped
   python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer.max_steps=2000    longer

@@ -37,11 +37,13 @@ class Signals:
         """Whether somebody looks at `received`; if not, a signal ends the process at once."""
         self.ending = False
         self.process = 0
+        """The process that heeds them: what it forks inherits the handlers."""
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
         """Let signals end what is done inside, by `Stopped`."""
-        if threading.current_thread() is not threading.main_thread():  # only it may have handlers
+        alone = threading.current_thread() is threading.main_thread()  # only it may have handlers
+        if not alone or self.process == os.getpid():  # or it is so already
             yield
             return
         before = {number: signal.getsignal(number) for number in HEEDED}
@@ -50,7 +52,7 @@ class Signals:
         try:
             yield
         finally:
-            self.patient = False
+            self.patient, self.process = False, 0
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
@@ -64,7 +66,7 @@ class Signals:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler. The same signal twice, or one while nobody looks, is not waited for."""
-        if os.getpid() != self.process:  # a worker process inherits handlers
+        if os.getpid() != self.process:
             return
         if self.ending and number != signal.SIGINT:  # whoever stops a job may say so often
             return
