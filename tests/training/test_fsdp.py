@@ -40,20 +40,18 @@ def test_same_run_as_on_one_device(
 
 
 @pytest.mark.long
-def test_without_best_weights_the_last_are_gathered(train: Callable[..., Path]) -> None:
-    run = train(*DROPOUT_OFF["clm"], *COMMON, *FSDP, "callbacks.checkpoints.keep_best=0")
-    last = torch.load(run / "checkpoints" / "step-6.ckpt", weights_only=True)["state_dict"]
-    weight = "transformer.wpe.weight"
-    assert torch.equal(load_file(run / "model" / "model.safetensors")[weight], last[f"model.{weight}"])
-
-
-@pytest.mark.long
 def test_a_run_goes_on_sharded(train: Callable[..., Path], tmp_path: Path) -> None:
-    """From the state of step 3 to step 6: weights, optimizer and schedule as if never stopped."""
-    common = [*DROPOUT_OFF["clm"], *COMMON, *FSDP]
+    """From the state of step 3 to step 6: weights, optimizer and schedule as if never stopped.
+
+    Where no best weights are kept, the last ones are gathered for the export.
+    """
+    common = [*DROPOUT_OFF["clm"], *COMMON, *FSDP, "callbacks.checkpoints.keep_best=0"]
     whole = train(*common, run_dir=tmp_path / "whole")
     stop_after(whole, 3, tmp_path / "stopped")
     stopped = train(*common, run_dir=tmp_path / "stopped")
     assert losses(stopped) == losses(whole)
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, stopped)]
     assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+    last = torch.load(stopped / "checkpoints" / "step-6.ckpt", weights_only=True)["state_dict"]
+    weight = "transformer.wpe.weight"
+    assert torch.equal(weights[1][weight], last[f"model.{weight}"])
