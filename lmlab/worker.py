@@ -45,12 +45,12 @@ def share(verb: str, run_dir: str, state: str | None = None) -> None:
     cfg = read_config(Path(run_dir))
     run, leads = RunDirectory(run_dir), os.environ["RANK"] == "0"
     try:
-        if verb == "evaluate":
-            with SIGNALS.heeded():
+        with SIGNALS.heeded():
+            if verb == "evaluate":
                 measure(cfg)
-        else:
-            with SIGNALS.heeded(), kept_log(run.log if leads else run.rank_log(int(os.environ["RANK"]))):
-                train(cfg, Path(state) if state else None)
+            else:
+                with kept_log(run.log if leads else run.rank_log(int(os.environ["RANK"]))):
+                    train(cfg, Path(state) if state else None)
     except Exception as error:
         message = None if cfg.debug else plainly(error)
         shown = f"error: {message}" if message else launch.traced(error)

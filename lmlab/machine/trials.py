@@ -11,6 +11,7 @@ from lmlab.errors import UserError
 from lmlab.machine.here import REINSTALL
 from lmlab.machine.processes import calling, last_line, processes
 from lmlab.runs.directory import RunDirectory
+from lmlab.training.launch import meeting_point
 
 STEPS = 100  # of the runs of `resuming`: a second from the first state to the end
 TINY = f"""
@@ -34,10 +35,7 @@ def collectives() -> str:
 
 def sums(backend: str, world: int, fix: str) -> None:
     """Let ranks, started as a run starts them, add up."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    _held, place = meeting_point()
     with processes() as (_, start):
         until = time.monotonic() + 30
         for process in [

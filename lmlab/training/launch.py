@@ -42,19 +42,11 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
         UserError: a rank failed; the others were ended.
         Stopped: the ranks ended for a signal.
     """
-    from torch.distributed import TCPStore
-
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    _held, meeting = meeting_point()
     run.logs.mkdir(exist_ok=True)
-    common = os.environ | {
-        "WORLD_SIZE": str(devices),
-        "LOCAL_WORLD_SIZE": str(devices),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "LMLAB_PARENT": str(os.getpid()),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, and not rank 0's to make
-    }
+    common = os.environ | meeting
+    common |= {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices), "GROUP_RANK": "0"}
+    common["LMLAB_PARENT"] = str(os.getpid())
     common.setdefault(*LOG_LEVEL)
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     command = [sys.executable, "-u", "-m", "lmlab.worker", verb, *word]
@@ -78,6 +70,15 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
                     process.wait()
         if first is not None:
             raise failure(verb, first, ranks, run, Path(folder), asked)
+
+
+def meeting_point() -> tuple[Any, dict[str, str]]:
+    """Where ranks of this machine find each other: a store, to be held as long as they run, and their variables."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    return store, place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # it is here, and not rank 0's to make
 
 
 @contextmanager
