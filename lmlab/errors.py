@@ -27,7 +27,11 @@ UNWRITABLE = {
 
 
 class UserError(Exception):
-    """A fault its reader can mend. The message says what to do next."""
+    """A fault its reader can mend. The message says what to do next; `cause` is one word or two for a table."""
+
+    def __init__(self, message: str, cause: str = "error"):
+        super().__init__(message)
+        self.cause = cause
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -58,6 +62,12 @@ def plainly(error: BaseException) -> str | None:
     """What to show for an error a person can mend; None for a defect of lmlab."""
     if isinstance(error, UserError):
         return str(error)
+    if out_of_memory(error):
+        return (
+            f"out of memory: {first_line(error)}\n"
+            "Use less of it: smaller batches (trainer.accumulate_grad_batches=2 leaves the training the same), "
+            "activation_checkpointing=true, loss_rows=256, or trainer.precision=bf16-mixed."
+        )
     number = error.errno if isinstance(error, OSError) else os_error(error) if disk_full(error) else None
     if number not in UNWRITABLE:
         return None
@@ -67,6 +77,21 @@ def plainly(error: BaseException) -> str | None:
     return (
         f"cannot {verb}{place}: {os.strerror(number)}.\n"
         "Free some space or choose another place by hydra.run.dir=DIR, cache_dir=DIR or the variable HF_HOME."
+    )
+
+
+def cause_of(error: BaseException) -> str:
+    """What ended a run, in one word or two."""
+    if isinstance(error, UserError):
+        return error.cause
+    return "out of memory" if out_of_memory(error) else "disk full" if disk_full(error) else "error"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of the device, or of the machine."""
+    # torch's own class is a RuntimeError, and what its allocator for CPUs raises has no class of its own.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)) is not None
     )
 
 

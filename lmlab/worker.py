@@ -55,7 +55,7 @@ def share(verb: str, run_dir: str, state: str | None = None) -> None:
         message = None if cfg.debug else plainly(error)
         shown = f"error: {message}" if message else launch.traced(error)
         # Rank 0 shares the terminal with the process that will show it.
-        if not launch.report(message or shown, message is not None) or not leads:
+        if not launch.report(message or shown, error, message is not None) or not leads:
             print(shown, file=sys.stderr)
         sys.exit(1)
     finally:

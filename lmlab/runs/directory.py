@@ -19,7 +19,7 @@ import yaml
 
 import lmlab
 from lmlab.errors import UserError
-from lmlab.runs.files import read_json, write_json
+from lmlab.runs.files import held, read_json, write_json
 
 PACKAGES = (
     "lightning",
@@ -45,6 +45,7 @@ class RunDirectory:
         self.manifest = self.path / "manifest.json"
         self.ledger = self.path / "ledger.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.certificate = self.path / "certificate.json"
         self.records = self.path / "records.parquet"
         self.summary = self.path / "summary.json"
@@ -53,6 +54,7 @@ class RunDirectory:
         self.profile = self.path / "profile"
         self.log = self.path / "train.log"
         self.logs = self.path / "logs"
+        self.failure = self.path / "failure.json"
         self.locked = self.path / ".lock"
 
     def state_at(self, step: int) -> Path:
@@ -108,6 +110,10 @@ class RunDirectory:
             print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
             yield
 
+    def held(self) -> bool:
+        """Whether another process has this directory."""
+        return held(self.locked)
+
     def begun(self) -> bool:
         """Whether the directory holds a run or an evaluation."""
         return self.manifest.is_file()
@@ -123,8 +129,9 @@ class RunDirectory:
             raise UserError(
                 f"{self.path} holds a run or an evaluation already.\nChoose another directory: hydra.run.dir=DIR"
             )
+        swept = "WANDB_SWEEP_ID" in os.environ  # W&B's own agent starts this run, and has named it
         manifest = {
-            "run_id": uuid.uuid4().hex[:8],
+            "run_id": (swept and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
             "seeds": seeds,
@@ -142,6 +149,10 @@ class RunDirectory:
     def finished(self) -> bool:
         """Whether the run has come to its end."""
         return self.summary.is_file()
+
+    def failed(self) -> dict[str, Any] | None:
+        """What ended the last attempt at a run that has not come to its end: see states.py."""
+        return read_json(self.failure) if self.failure.is_file() else None
 
     def identity(self) -> dict[str, Any]:
         """The manifest."""

@@ -1,9 +1,12 @@
 """Files and folders that are whole or not there (promise 6)."""
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,13 @@ def read_json(place: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{place} is damaged: it holds no object.")
     return content
+
+
+def rows(place: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that has one a line; a line that a kill left unfinished is none."""
+    if place.is_file():
+        with place.open(encoding="utf-8") as lines:
+            yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def write_text(place: Path, text: str) -> None:
@@ -71,6 +81,25 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def kept_locked(place: Path) -> Iterator[Path]:
+    """A file that other processes find `held` as long as this one lives."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("wb") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield place
+    place.unlink(missing_ok=True)
+
+
+def held(place: Path) -> bool:
+    """Whether another process has a file locked; its lock is not touched."""
+    if not place.is_file():
+        return False
+    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
+    with place.open("rb") as file:
+        return struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
 
 
 def from_here(path: Path) -> Path:

@@ -21,8 +21,8 @@ def show_ledger(ledger: Mapping[str, Any]) -> None:
     console().print(table)
 
 
-def show_result(rows: Mapping[str, str]) -> None:
-    table = Table(show_header=False, title="Result", title_justify="left")
+def show_result(rows: Mapping[str, str], title: str = "Result") -> None:
+    table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():

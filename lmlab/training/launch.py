@@ -22,7 +22,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lmlab.errors import UserError
+from lmlab.errors import UserError, cause_of
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
 
@@ -151,21 +151,29 @@ def failure(
         code = ranks[first].returncode
     report = reports.get(first)
     if report and report["plainly"]:
-        return UserError(report["text"])
+        return UserError(report["text"], report["cause"])
+    what = ""
     if report:
         print(report["text"], file=sys.stderr)
-    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        what = f" ({report['text'].splitlines()[-1]})"
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}{what}"
     log = f" Its log: {run.rank_log(first)}" if first else ""
     hint = f"\nThe run can go on from its last state: python -m lmlab.resume {quote(str(run.path))}"
-    return UserError(f"rank {first} {ended}, and the other ranks were stopped.{log}{hint if verb == 'train' else ''}")
+    others = ", and the other ranks were stopped" if len(ranks) > 1 else ""
+    why = " The system does that when memory runs out." if code == -signal.SIGKILL else ""
+    who = f"rank {first}" if len(ranks) > 1 else "its process"
+    text = f"{who} {ended}{others}.{why}{log}{hint if verb == 'train' else ''}"
+    return UserError(text, "killed" if code < 0 else "crashed")
 
 
-def report(text: str, plainly: bool) -> bool:
+def report(text: str, error: BaseException, plainly: bool) -> bool:
     """Leave an error of this rank to the process that started it, which shows it; False if that was another's."""
     place = os.environ.get("LMLAB_REPORT")
     if place is None:
         return False
-    Path(place).write_text(json.dumps({"text": text, "plainly": plainly, "time": time.time()}))
+    Path(place).write_text(
+        json.dumps({"text": text, "plainly": plainly, "cause": cause_of(error), "time": time.time()})
+    )
     return True
 
 

@@ -167,7 +167,8 @@ class LMModule(Scorer):
         raise UserError(
             f"the loss became not finite at step {step + 1}. Blocks of that step's global batch: {samples}.\n"
             "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "
-            "or use trainer.precision=32-true."
+            "or use trainer.precision=32-true.",
+            "non-finite loss",
         )
 
     def on_validation_start(self) -> None:
@@ -181,7 +182,8 @@ class LMModule(Scorer):
         if loss is None or not math.isfinite(loss):
             raise UserError(
                 f"val/loss is {loss} at step {self.global_step}: the weights have diverged (lower optim.lr),\n"
-                "or the validation text is too short to hold anything to score (raise preprocess.test_size)."
+                "or the validation text is too short to hold anything to score (raise preprocess.test_size).",
+                "non-finite loss",
             )
         # Without a word or a byte in the text, some figures are none.
         named = {f"val/{name}": value for name, value in figures.items() if value is not None}

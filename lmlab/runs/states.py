@@ -1,0 +1,71 @@
+"""How far a run has come, and what ended it, as its directory says."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from lmlab.errors import UserError, cause_of, first_line, plainly
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import write_json
+from lmlab.runs.stopping import BEFORE_THE_LIMIT, Stopped
+
+ENDED = ("done", "pruned")
+"""States of a run that has come to its end."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a run, whatever became of the process."""
+
+    name: str
+    """waiting, running, done, pruned, stopped (by a signal, its state kept) or failed."""
+    cause: str | None = None
+    """Of a failure: out of memory, non-finite loss, killed, bad config, disk full or error; of a stop: timed out, or
+    the signal."""
+    message: str | None = None
+    """What was said then."""
+    step: int = 0
+    """Optimizer steps that were made, as far as the directory knows."""
+    steps: int | None = None
+    """Of how many."""
+
+
+def state_of(run: RunDirectory) -> State:
+    """The state of a run, or of the place of one that has not begun.
+
+    Raises:
+        UserError: a file of the directory is damaged.
+    """
+    if run.finished():
+        result = run.result()
+        return State("pruned" if "pruned" in result else "done", step=result["steps"], steps=result["steps"])
+    failure = run.failed()
+    step, steps = last_step(run), run.identity().get("steps") if run.begun() else None
+    if run.held():
+        return State("running", None, None, step, steps)
+    if failure:
+        return State(failure["state"], failure["cause"], failure["message"], step, steps)
+    if run.begun():
+        return State("failed", "killed", "Its process ended without a word: it was killed.", step, steps)
+    return State("waiting")
+
+
+def last_step(run: RunDirectory) -> int:
+    """The step of the last whole row of a run's figures."""
+    lines = run.metrics.read_bytes().splitlines(keepends=True) if run.metrics.is_file() else []
+    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def keep_failure(run: RunDirectory, error: BaseException) -> None:
+    """Leave in a run's directory what ended it."""
+    if isinstance(error, Stopped):
+        state, cause = "stopped", "timed out" if error.signal in BEFORE_THE_LIMIT else error.signal.name
+        message = f"Stopped by {error.signal.name}."
+    else:
+        state, cause = "failed", cause_of(error)
+        if cause == "error" and isinstance(error, UserError) and not run.begun():
+            cause = "bad config"  # it was refused
+        message = plainly(error) or f"{type(error).__name__}: {first_line(error)}"
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(run.failure, {"state": state, "cause": cause, "message": message, "time": time})

@@ -1,0 +1,28 @@
+"""Tables as files: CSV and LaTeX."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$"}
+LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with their keys on top, and all digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_latex(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A `tabular` for the booktabs package."""
+    lines = [" & ".join("".join(LATEX.get(sign, sign) for sign in cell) for cell in row) for row in [columns, *rows]]
+    head, *body = (f"{line} \\\\" for line in lines)
+    layout = "l" + "r" * (len(columns) - 1)
+    return "\n".join(
+        [f"\\begin{{tabular}}{{{layout}}}", "\\toprule", head, "\\midrule", *body, "\\bottomrule", "\\end{tabular}", ""]
+    )

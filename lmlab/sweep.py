@@ -1,0 +1,101 @@
+"""`python -m lmlab.sweep status|resume DIR`: what ran of a sweep, what failed and why; and the rest of it."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.runs import states, sweep
+from lmlab.runs.files import from_here
+from lmlab.runs.states import State
+
+EXAMPLES = """\
+  python -m lmlab.sweep status multirun/2026-01-31/12-00-00
+  python -m lmlab.sweep resume multirun/2026-01-31/12-00-00
+  python -m lmlab.sweep resume multirun/2026-01-31/12-00-00 hydra/launcher=slurm      on a cluster
+  python -m lmlab.sweep resume multirun/2026-01-31/12-00-00 hydra.sweeper.n_trials=50 a longer search
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Arguments(
+        "python -m lmlab.sweep",
+        description="Show where a sweep stands, or run what has not come to its end.",
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("what", choices=("status", "resume"))
+    p.add_argument("folder", type=Path, metavar="DIR", help="directory of a sweep")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of resume: changes to how, or how far, runs go")
+    return p
+
+
+def main() -> None:
+    with shown_plainly():
+        given = parser().parse_intermixed_args()
+        folder = given.folder.resolve()
+        points = sweep.points(folder)
+        if not points:
+            raise UserError(f"{given.folder} holds no sweep (no {sweep.FILE}). Name the directory of one: multirun/…")
+        if given.what == "status":
+            if given.overrides:
+                raise UserError(f"{given.overrides[0]}: status takes a directory alone.")
+            show(points)
+            return
+    resume(folder, given.overrides)
+
+
+def resume(folder: Path, overrides: list[str]) -> None:
+    """Give the command of a sweep again, where it was given, with overrides added."""
+    from lmlab import train
+
+    facts = sweep.facts(folder)
+    names = {word.partition("=")[0] for word in overrides} | {"hydra.sweep.dir"}
+    kept = [word for word in facts["arguments"] if word.partition("=")[0] not in names]
+    if Path(facts["directory"]).is_dir():
+        os.chdir(facts["directory"])  # relative paths in it are of there
+    sys.argv[1:] = [*kept, *overrides, f"hydra.sweep.dir={folder}"]
+    train.main()
+
+
+def conclude(folder: Path, points: Sequence[sweep.Point]) -> None:
+    """Say what became of a sweep's points.
+
+    Raises:
+        UserError: some failed.
+    """
+    found = show(points)
+    failed = sum(state.name == "failed" for state in found)
+    if failed:
+        raise UserError(
+            f"{failed} of {len(points)} runs failed. To run again what has not come to its end: "
+            f"python -m lmlab.sweep resume {shlex.quote(str(from_here(folder)))}"
+        )
+
+
+def show(points: Sequence[sweep.Point]) -> list[State]:
+    """Print a sweep's points and their states, which are returned."""
+    from lmlab.runs.summary import show_rows
+
+    found = [states.state_of(point.run) for point in points]
+    rows = []
+    for point, state in zip(points, found, strict=True):
+        result = point.run.result() if state.name in states.ENDED else {}
+        loss = f"{result['val/loss']:.4f}" if result else ""
+        steps = f"{state.step}/{state.steps}" if state.steps else ""
+        rows.append([f"{point.number}  {' '.join(point.overrides)}", state.name, steps, loss, state.cause or ""])
+    show_rows("Runs", ["run", "state", "step", "val/loss", "cause"], rows)
+    for point, state in zip(points, found, strict=True):
+        if state.name == "failed":
+            print(f"{point.number}: {state.message}")
+    counts = Counter(state.name for state in found)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    return found
+
+
+if __name__ == "__main__":
+    main()
