@@ -83,7 +83,8 @@ class Grid(Sweeper):
             key for key in changed if key not in GROUPS and not any(f"{key}.".startswith(f"{m}.") for m in MACHINERY)
         }
         if own or facts.get("kind", kind) != kind:
-            what = f"other choices: {', '.join(sorted(own))}" if own else f"another sweeper, {facts['kind']}"
+            other = facts.get("kind", kind) != kind
+            what = f"another sweeper, {facts['kind']}" if other else f"other choices: {', '.join(sorted(own))}"
             raise UserError(
                 f"{self.folder} holds a sweep that was begun with {what}.\nChoose another: hydra.sweep.dir=DIR"
             )

@@ -55,7 +55,10 @@ def resume(folder: Path, overrides: list[str]) -> None:
 
     facts = sweep.facts(folder)
     names = {word.partition("=")[0] for word in overrides} | {"hydra.sweep.dir"}
-    kept = [word for word in facts["arguments"] if word.partition("=")[0] not in names]
+    # Another launcher has keys of its own.
+    gone = ("hydra.launcher.",) if "hydra/launcher" in names else ()
+    words = (word for word in facts["arguments"] if not word.startswith(gone))
+    kept = [word for word in words if word.partition("=")[0] not in names]
     if Path(facts["directory"]).is_dir():
         os.chdir(facts["directory"])  # relative paths in it are of there
     sys.argv[1:] = [*kept, *overrides, f"hydra.sweep.dir={folder}"]

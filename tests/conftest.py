@@ -41,6 +41,7 @@ TINY = [
     "tokenizer.vocab_size=300",
     "preprocess.block_size=32",
     "trainer.max_steps=4",
+    "callbacks.samples.count=0",
     "logger=file",
 ]
 """Overrides that make a causal run take a second."""
@@ -69,6 +70,9 @@ def run_verb(name: str, *arguments: object) -> None:
         sys.argv, logging.root.handlers = argv, handlers
 
 
+Refused = Callable[..., str]
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Path]:
     """Run `python -m lmlab.train` with overrides; returns the run directory."""
@@ -89,6 +93,23 @@ def evaluate(tmp_path: Path) -> Callable[..., Path]:
         run_dir = run_dir or tmp_path / f"evaluation{next(numbers)}"
         run_verb("evaluate", *arguments, f"hydra.run.dir={run_dir}")
         return run_dir
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a verb with arguments that it has to refuse; returns what it says."""
+
+    def run(verb: str, *words: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_verb(verb, *words)
+        assert ended.value.code == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert len(shown.splitlines()) <= 3
+        return shown
 
     return run
 

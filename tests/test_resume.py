@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from .conftest import TINY, losses, metrics, run_verb, stop_after
+from .conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from .processes import begin, finish, wait_for
 from .training.test_width import DROPOUT_OFF
 
@@ -39,26 +39,6 @@ def stopped(whole: Path, tmp_path: Path) -> Path:
 
 def resumed(run: Path, *words: object) -> None:
     run_verb("resume", run, *words)
-
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a verb with arguments that it has to refuse; returns what it says."""
-
-    def run(verb: str, *words: object) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_verb(verb, *words)
-        assert ended.value.code == 1
-        shown = capsys.readouterr().err
-        assert shown.startswith("error: ")
-        assert len(shown.splitlines()) <= 3
-        return shown
-
-    return run
 
 
 def weights(run: Path) -> dict[str, Any]:

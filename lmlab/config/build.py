@@ -70,6 +70,9 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     from lmlab.evaluation.scoring import HeldOut, Labelled, Pseudo
     from lmlab.evaluation.windows import Context, windows
 
+    scoring = held_out_objective(cfg)
+    if scoring != cfg.objective:
+        objective = build(scoring, "objective", tokenizer=data.tokenizer)
     context = Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride"))
     # Masks do not follow a run's seed: runs of several seeds are scored on the same positions.
     seed = cfg.seed if "score" in cfg else 0
@@ -103,7 +106,7 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
                 "stride": context.step if objective.causal and context.name != "blocks" else None,
                 "drop_remainder_every": cfg.preprocess.drop_remainder_every if context.name == "blocks" else None,
                 **{key: cfg.preprocess[key] for key in ("end_of_text", "special_tokens", "truncation")},
-                "objective": None if pseudo else OmegaConf.to_container(cfg.objective),
+                "objective": None if pseudo else OmegaConf.to_container(scoring),
                 "masks_seed": None if pseudo or objective.causal else seed,
                 "pseudo": pseudo,
             },
@@ -111,6 +114,16 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
             "tokenizer_hash": data.tokenizer_hash,
         },
     )
+
+
+def held_out_objective(cfg: DictConfig) -> DictConfig:
+    """The block of the objective as held-out text is scored: what is said of validation stands in for what it names."""
+    block = cfg.objective.copy()
+    for key in [key for key in block if str(key).startswith("validation_")]:
+        value = block.pop(key)
+        if value is not None:
+            block[str(key).removeprefix("validation_")] = value
+    return block
 
 
 def special_ids(tokenizer: Any, *names: str) -> list[int]:

@@ -30,9 +30,12 @@ class MaskedLM:
         mask_probability: float = 0.15,
         replace_mask: float = 0.8,
         replace_random: float = 0.1,
+        validation_mask_probability: float | None = None,
     ):
-        if not 0 < mask_probability <= 1:
-            raise UserError(f"objective.mask_probability must be over 0 and at most 1, not {mask_probability}.")
+        """`validation_mask_probability` is that of held-out text, where runs that train with others are to compare."""
+        for name, value in (("", mask_probability), ("validation_", validation_mask_probability)):
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"objective.{name}mask_probability must be over 0 and at most 1, not {value}.")
         if min(replace_mask, replace_random) < 0 or replace_mask + replace_random > 1:
             raise UserError(
                 "objective.replace_mask and objective.replace_random are shares of the masked tokens: "

@@ -55,8 +55,8 @@ def named(module: Any, kind: type, key: str, block: dict[str, Any]) -> Any:
     Raises:
         UserError: there is none of that name, or it does not take them.
     """
-    known = {name: found for name, found in vars(module).items() if inspect.isclass(found) and issubclass(found, kind)}
-    del known[kind.__name__]
+    classes = {name: found for name, found in vars(module).items() if inspect.isclass(found)}
+    known = {n: found for n, found in classes.items() if issubclass(found, kind) and not n.startswith("Base")}
     name = block.get("name")
     if name not in known:
         raise UserError(

@@ -1,12 +1,13 @@
 """A run of a search: what it reports, and when it ends for being hopeless."""
 
 import logging
+import warnings
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lmlab.errors import first_line
+from lmlab.errors import UserError, first_line
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
@@ -53,8 +54,10 @@ class Prune(Callback):
             study = opened(self.storage, self.study, pruned=self.pruner)
             frozen = study.get_trials(deepcopy=False)[self.number]
             trial = optuna.trial.Trial(study, frozen._trial_id)
-            trial.report(figures[self.monitor], number)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a run that goes on may report a validation again
+                trial.report(figures[self.monitor], number)
             return trial.should_prune()
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        except (UserError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             LOG.warning("the study %s could not be told: %s", self.storage, first_line(error))
             return False

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from lmlab.runs.states import state_of
+from lmlab.runs.sweep import points
 from tests.conftest import TINY, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +240,7 @@ def test_killed_rank_ends_the_job(sbatch: Callable[..., str], place: Path) -> No
 
 
 def test_failed_job_says_why_and_a_wrong_key_is_no_job(train: Callable[..., subprocess.Popen], place: Path) -> None:
-    failing = train(*RUN, *RANKS, "hydra.sweep.dir=failing", "data=files", "data.train=none.txt")
+    failing = train(*RUN, *RANKS, "hydra.sweep.dir=failing", "data=files", "data.train=none.txt", "seed=1")
     refused = train(*RUN, "hydra.sweep.dir=refused", "optim.lear=1")
     said = refused.communicate(timeout=60)[0]
     assert refused.returncode == 1
@@ -246,8 +248,29 @@ def test_failed_job_says_why_and_a_wrong_key_is_no_job(train: Callable[..., subp
     assert not (place / "refused").exists()
     said = failing.communicate(timeout=90)[0]
     assert failing.returncode == 1
-    assert "none.txt" in said.splitlines()[-1]
+    assert "0: data.train=none.txt: no such file" in said
+    assert said.splitlines()[-1].startswith("error: 1 of 1 runs failed.")
     assert "Traceback" not in said
+
+
+def test_killed_job_does_not_hide_the_others(
+    train: Callable[..., subprocess.Popen], start: Callable[..., subprocess.Popen], place: Path, array: Path
+) -> None:
+    """The launcher waits for the whole array, says which job was killed, and runs that alone when told to go on."""
+    launcher = train(*RUN, *SLOW, "hydra.sweep.dir=killed", "seed=1,2")
+    folder = place / "killed"
+    training(folder / "0")
+    os.kill(int((folder / "0" / ".lock").read_text().split()[1]), signal.SIGKILL)  # nodes are of this machine
+    said = launcher.communicate(timeout=180)[0]
+    assert launcher.returncode == 1, said
+    assert [state_of(point.run).name for point in points(folder)] == ["failed", "done"]
+    assert state_of(points(folder)[0].run).cause == "killed"
+    there = (folder / "1" / "summary.json").stat().st_mtime_ns
+    resume = start("python", "-m", "lmlab.sweep", "resume", "killed", "hydra/launcher=basic")
+    said = resume.communicate(timeout=120)[0]
+    assert resume.returncode == 0, said
+    assert [weights(folder / name) for name in "01"] == [weights(array / name) for name in "01"]
+    assert (folder / "1" / "summary.json").stat().st_mtime_ns == there
 
 
 def test_time_limit(limited: dict, array: Path, place: Path) -> None:

@@ -1,0 +1,476 @@
+"""Sweeps: every point is accounted for, whatever becomes of it, and is run to its end once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lmlab.config.compose import CONF, read_config
+from lmlab.runs import states, sweep
+from lmlab.runs.directory import RunDirectory
+from lmlab.training import launch
+from tests.conftest import TINY, Refused, losses, metrics, run_verb, stop_after
+
+SWEEPS = CONF.parent / "sweeps"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points of a sweep run in this process: what they need of their own, tests of launch look at."""
+
+    def run(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
+        from lmlab.train import train
+
+        train(read_config(run.path), Path(word[1]) if word[1:] else None)
+
+    monkeypatch.setattr(launch, "launch", run)
+
+
+def swept(folder: Path, *words: str) -> None:
+    run_verb("train", "-m", *TINY, *words, f"hydra.sweep.dir={folder}")
+
+
+def found(folder: Path) -> list[tuple[list[str], str, str | None]]:
+    """The points of a sweep, their states and causes."""
+    of = [(point.overrides, states.state_of(point.run)) for point in sweep.points(folder)]
+    return [(overrides, state.name, state.cause) for overrides, state in of]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_failed_point_is_kept_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        swept(tmp_path, "optim.lr=1e30,abc,-1,1e-3", "trainer.log_every_n_steps=1")
+    assert found(tmp_path) == [
+        (["optim.lr=1e+30"], "failed", "non-finite loss"),
+        (["optim.lr=abc"], "failed", "bad config"),
+        (["optim.lr=-1"], "failed", "bad config"),
+        (["optim.lr=0.001"], "done", None),
+    ]
+    out, err = capsys.readouterr()
+    assert "3 failed, 1 done" in out
+    assert "the loss became not finite at step" in out
+    assert err.splitlines()[-1].startswith("error: 3 of 4 runs failed. To run again what has not come to its end: ")
+    # The run directories of what was refused are as free as before.
+    assert not RunDirectory(tmp_path / "1").begun()
+
+
+@pytest.mark.usefixtures("here")
+def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn
+
+    def forward(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: 12 bytes")
+
+    monkeypatch.setattr(nn.Embedding, "forward", forward)
+    with pytest.raises(SystemExit, match="1"):
+        swept(tmp_path, "seed=1,2")
+    assert [row[1:] for row in found(tmp_path)] == [("failed", "out of memory")] * 2
+    said = states.state_of(RunDirectory(tmp_path / "0")).message
+    assert said is not None
+    assert "trainer.accumulate_grad_batches=2" in said
+
+
+@pytest.mark.usefixtures("here")
+def test_only_what_is_missing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Done points are left alone, one that was stopped goes on, one that never began begins; a sweep may grow."""
+    swept(tmp_path, "seed=1,2,3", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1")
+    whole = {number: losses(tmp_path / str(number)) for number in range(3)}
+    untouched = (tmp_path / "0" / "summary.json").stat().st_mtime_ns
+    stop_after(tmp_path / "1", 2, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "1")
+    (tmp_path / "stopped").rename(tmp_path / "1")
+    shutil.rmtree(tmp_path / "2")
+    assert [row[1:] for row in found(tmp_path)] == [("done", None), ("failed", "killed"), ("waiting", None)]
+    capsys.readouterr()
+    run_verb("sweep", "resume", tmp_path)
+    assert "Going on with run" in capsys.readouterr().out
+    assert {number: losses(tmp_path / str(number)) for number in range(3)} == whole
+    assert (tmp_path / "0" / "summary.json").stat().st_mtime_ns == untouched
+    swept(tmp_path, "seed=0,1,2,3", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1")
+    assert [row[0] for row in found(tmp_path)] == [["seed=1"], ["seed=2"], ["seed=3"], ["seed=0"]]
+    assert read_config(tmp_path / "3").seed == 0
+    assert (tmp_path / "0" / "summary.json").stat().st_mtime_ns == untouched
+
+
+@pytest.mark.usefixtures("here")
+def test_a_sweep_goes_on_for_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swept(tmp_path, "seed=1,2")
+    run_verb("sweep", "resume", tmp_path, "trainer.max_steps=6")
+    assert [RunDirectory(tmp_path / name).result()["steps"] for name in "01"] == [6, 6]
+    # As the command now says.
+    capsys.readouterr()
+    run_verb("sweep", "resume", tmp_path)
+    assert "2 done" in capsys.readouterr().out
+    assert RunDirectory(tmp_path / "0").result()["steps"] == 6
+
+
+def test_runs_of_a_sweep_share_a_group_in_wandb(tmp_path: Path) -> None:
+    from lmlab.train import name_in_sweep
+
+    folder = tmp_path / "sweep"
+    sweep.begin(folder, {})
+    sweep.add(folder, [["optim.lr=0.1", "seed=1"], ["optim.lr=0.1", "seed=2"]])
+    cfg = OmegaConf.create({"logger": {"wandb": {"group": None, "name": None}}})
+    name_in_sweep(cfg, RunDirectory(folder / "1"))
+    assert cfg.logger.wandb == {"group": str(folder), "name": "optim.lr=0.1 seed=2"}
+    given = OmegaConf.create({"logger": {"wandb": {"group": "mine", "name": "this"}}})
+    name_in_sweep(given, RunDirectory(folder / "1"))
+    assert given.logger.wandb == {"group": "mine", "name": "this"}
+    name_in_sweep(OmegaConf.create({"logger": None}), RunDirectory(folder / "1"))
+
+
+def test_states(tmp_path: Path, whole: Path) -> None:
+    """What a directory says of its run."""
+
+    def place(name: str, *gone: str) -> RunDirectory:
+        shutil.copytree(whole, tmp_path / name)
+        for file in gone:
+            (tmp_path / name / file).unlink()
+        return RunDirectory(tmp_path / name)
+
+    assert states.state_of(RunDirectory(tmp_path / "nowhere")) == states.State("waiting")
+    assert states.state_of(RunDirectory(whole)) == states.State("done", step=4, steps=4)
+    killed = place("killed", "summary.json")
+    assert states.state_of(killed).cause == "killed"
+    assert (states.state_of(killed).step, states.state_of(killed).steps) == (4, 4)
+    with killed.metrics.open("a") as file:
+        file.write('{"step": 5, "ti')  # half of a row
+    assert states.state_of(killed).step == 4
+    states.keep_failure(killed, launch.Stopped(signal.SIGINT))
+    assert states.state_of(killed).name == "stopped"
+    assert states.state_of(killed).cause == "SIGINT"
+    states.keep_failure(killed, launch.Stopped(signal.SIGUSR2))
+    assert states.state_of(killed).cause == "timed out"
+    states.keep_failure(killed, OSError(28, "No space left on device"))
+    assert states.state_of(killed).cause == "disk full"
+    states.keep_failure(killed, ZeroDivisionError("no"))
+    assert states.state_of(killed).message == "ZeroDivisionError: no"
+    pruned = place("pruned")
+    pruned.summary.write_text(json.dumps(pruned.result() | {"pruned": 4}))
+    assert states.state_of(pruned).name == "pruned"
+    # POSIX locks are a process's own, so it takes another one to see it.
+    script = f"""
+from lmlab.runs import states
+from lmlab.runs.directory import RunDirectory
+print(states.state_of(RunDirectory({str(killed.path)!r})).name)
+"""
+    with killed.lock():
+        assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "running"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "failed"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("whole") / "run"
+    run_verb("train", *TINY, f"hydra.run.dir={place}")
+    return place
+
+
+def test_a_sweep_that_can_not_be_is_refused_before_it_begins(refused: Refused, tmp_path: Path) -> None:
+    place = tmp_path / "sweep"
+    for words, said in (
+        (["optim.lrr=1,2"], 'there is no key "optim.lrr". Did you mean "optim.lr"?'),
+        (["optim=adamw,sgd"], "optim=sgd: no such option."),
+        (["optim.lr=interval(1,2)"], "has no end of values. To search it: hydra/sweeper=optuna"),
+        (["hydra/sweeper=optuna"], "nothing to search"),
+        (
+            ["hydra/sweeper=optuna", "optim.lr=1,2", "hydra.sweeper.sampler.name=TPEsampler"],
+            'Did you mean "TPESampler"?',
+        ),
+        (
+            ["hydra/sweeper=optuna", "optim.lr=1,2", "+hydra.sweeper.pruner.patience=1"],
+            "MedianPruner does not take that",
+        ),
+    ):
+        assert said in refused("train", "-m", *TINY, *words, f"hydra.sweep.dir={place}")
+        assert not place.exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_another_sweep_does_not_go_on_in_its_folder(refused: Refused, tmp_path: Path) -> None:
+    swept(tmp_path, "seed=1")
+    before = (tmp_path / "sweep.json").read_bytes()
+    other = refused("train", "-m", *TINY, "seed=1", "optim.weight_decay=0.2", f"hydra.sweep.dir={tmp_path}")
+    assert "holds a sweep that was begun with other choices: optim.weight_decay" in other
+    search = ["hydra/sweeper=optuna", "optim.lr=1,2", f"hydra.sweep.dir={tmp_path}"]
+    assert "another sweeper, grid" in refused("train", "-m", *TINY, *search)
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_of_no_sweep(refused: Refused, tmp_path: Path) -> None:
+    for what in ("status", "resume"):
+        assert "holds no sweep (no sweep.json)" in refused("sweep", what, tmp_path)
+        assert "holds no sweep" in refused("sweep", what, tmp_path / "nowhere")
+    assert "invalid choice" in refused("sweep", "stat", tmp_path)
+    (tmp_path / "sweep.json").write_text('{"points": [["see')
+    assert "is damaged" in refused("sweep", "status", tmp_path)
+
+
+def first_values(file: Path) -> list[str]:
+    """A value of each swept key."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from hydra_plugins.lmlab_sweepers import distribution, first, text
+
+    params = OmegaConf.load(file).hydra.sweeper.params
+    parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()])
+    return [f"{override.get_key_element()}={text(first(distribution(override)))}" for override in parsed]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_sweep_starts(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = first_values(file)
+    if file.stem == "hpo_mlm":  # a search draws them
+        values = ["hydra.sweeper.n_trials=1"]
+    small = ["tokenizer.vocab_size=300", "trainer.max_steps=2", "trainer.val_check_interval=1.0", "logger=file"]
+    run_verb("train", "-cd", SWEEPS, "-cn", file.stem, *small, *values, f"hydra.sweep.dir={tmp_path}")
+    assert [row[1] for row in found(tmp_path)] == ["done"]
+    assert "val/loss" in capsys.readouterr().out
+    if file.stem == "mask_mlm":
+        assert json.loads((tmp_path / "0" / "certificate.json").read_text())["policy"]["objective"] == {
+            "_target_": "lmlab.objectives.mlm.MaskedLM",
+            "mask_probability": 0.15,
+            "replace_mask": 0.8,
+            "replace_random": 0.1,
+        }
+        assert read_config(tmp_path / "0").objective.mask_probability == 0.1
+
+
+def test_shapes_of_the_shipped_sweep_have_equal_compute() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    params = OmegaConf.load(SWEEPS / "shape_clm.yaml").hydra.sweeper.params
+    (shapes,) = OverridesParser.create().parse_overrides([f"model.config={params['model.config']}"])
+    found = list(shapes.sweep_iterator())
+    assert len(found) >= 3
+    assert len({shape["n_layer"] * shape["n_embd"] ** 2 for shape in found}) == 1
+    assert all(shape["n_embd"] % shape["n_head"] == 0 for shape in found)
+
+
+def test_a_study_that_is_gone_ends_no_run(train: Callable[..., Path], tmp_path: Path) -> None:
+    block = "{_target_:lmlab.training.pruning.Prune,storage:'sqlite:////nowhere/study.db',study:a,trial:0}"
+    run = train(*TINY, f"+callbacks.pruning={block}")
+    assert RunDirectory(run).finished()
+    assert "the study sqlite:////nowhere/study.db could not be told" in (run / "train.log").read_text()
+
+
+class TestSearch:
+    WORDS = ("hydra/sweeper=optuna", "optim.lr=tag(log,interval(1e-4,1e-1))", "trainer.max_steps=6")
+    WORDS += ("trainer.val_check_interval=2",)
+
+    @pytest.mark.usefixtures("here")
+    def test_draws_do_not_hang_on_stops(self, tmp_path: Path) -> None:
+        """A search that is stopped after each trial tries what one in one go does."""
+        swept(tmp_path / "one", *self.WORDS, "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=null")
+        for trials in (1, 2, 3):
+            swept(tmp_path / "two", *self.WORDS, f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.pruner=null")
+        assert found(tmp_path / "one") == found(tmp_path / "two")
+        assert len({row[0][0] for row in found(tmp_path / "one")}) == 3
+        values = [float(row[0][0].removeprefix("optim.lr=")) for row in found(tmp_path / "one")]
+        assert all(1e-4 <= value <= 1e-1 for value in values)
+        assert [read_config(tmp_path / "one" / name).optim.lr for name in "012"] == values
+
+    @pytest.mark.usefixtures("here")
+    def test_hopeless_runs_are_pruned(self, tmp_path: Path) -> None:
+        import optuna
+
+        early = ["hydra.sweeper.pruner.n_startup_trials=2", "hydra.sweeper.sampler={name:RandomSampler,seed:5}"]
+        swept(tmp_path, *self.WORDS, *early, "hydra.sweeper.n_trials=6")
+        rows = found(tmp_path)
+        study = optuna.load_study(study_name="lmlab", storage=f"sqlite:///{tmp_path}/study.db")
+        told = {"done": "COMPLETE", "pruned": "PRUNED"}
+        assert [trial.state.name for trial in study.trials] == [told[row[1]] for row in rows]
+        pruned = [number for number, row in enumerate(rows) if row[1] == "pruned"]
+        assert 0 < len(pruned) < 6
+        for number in pruned:
+            run = RunDirectory(tmp_path / str(number))
+            assert run.result()["steps"] == run.result()["pruned"] < 6
+            assert run.certificate.is_file()
+            # As the median of those before it, at the same validation, says.
+            at = len(study.trials[number].intermediate_values)
+            before = [trial.intermediate_values for trial in study.trials[:number] if trial.state.name == "COMPLETE"]
+            median = sorted(values[at] for values in before if at in values)
+            assert min(study.trials[number].intermediate_values.values()) > median[(len(median) - 1) // 2]
+        for number, trial in enumerate(study.trials):
+            if number not in pruned:
+                assert trial.value == RunDirectory(tmp_path / str(number)).result()["val/loss"]
+
+    @pytest.mark.usefixtures("here")
+    def test_a_failed_trial_is_told(self, tmp_path: Path) -> None:
+        import optuna
+
+        with pytest.raises(SystemExit, match="1"):
+            swept(tmp_path, "hydra/sweeper=optuna", "optim.lr=1e30,1e-3", "hydra.sweeper.n_trials=5")
+        study = optuna.load_study(study_name="lmlab", storage=f"sqlite:///{tmp_path}/study.db")
+        told = {"done": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED"}
+        assert [trial.state.name for trial in study.trials] == [told[row[1]] for row in found(tmp_path)]
+        assert {"failed"} < {row[1] for row in found(tmp_path)}
+
+    @pytest.mark.usefixtures("here")
+    def test_a_trial_whose_process_was_killed_goes_on(self, tmp_path: Path) -> None:
+        import optuna
+
+        swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=2", "hydra.sweeper.pruner=null")
+        whole = losses(tmp_path / "1")
+        # As if the process had been killed during the last trial, and another one at work on a third.
+        stop_after(tmp_path / "1", 4, tmp_path / "stopped")
+        shutil.rmtree(tmp_path / "1")
+        (tmp_path / "stopped").rename(tmp_path / "1")
+        study = optuna.load_study(study_name="lmlab", storage=f"sqlite:///{tmp_path}/study.db")
+        reopen(tmp_path / "study.db", 1)
+        other = study.ask({"optim.lr": study.trials[0].distributions["optim.lr"]})
+        script = f"""
+import sys, time
+from pathlib import Path
+from lmlab.runs.files import kept_locked
+with kept_locked(Path({str(tmp_path)!r}) / ".search" / "other"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+        command = [sys.executable, "-c", script]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            with sweep.written(tmp_path) as content:
+                content["owners"][str(other.number)] = "other"
+            swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=null")
+            assert process.stdin is not None
+            process.stdin.close()
+        assert losses(tmp_path / "1") == whole
+        assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "RUNNING"]
+        assert [row[1] for row in found(tmp_path)] == ["done", "done", "waiting"]
+        # When that one has ended, its trial is taken up.
+        swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=null")
+        assert [row[1] for row in found(tmp_path)] == ["done"] * 3
+
+
+def reopen(database: Path, number: int) -> None:
+    """Take back what a study was told of a trial."""
+    import sqlite3
+
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL WHERE number = ?", (number,))
+        connection.execute(
+            "DELETE FROM trial_values WHERE trial_id IN (SELECT trial_id FROM trials WHERE number = ?)", (number,)
+        )
+
+
+TWELVE = ["objective=clm,mlm", "optim.lr=3e-4,1e-3,3e-3", "seed=1,2", "trainer.max_steps=24", "logger=file"]
+TWELVE += ["trainer.val_check_interval=8", "trainer.log_every_n_steps=1", "preprocess.block_size=64", "batch_size=4"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_twelve_points_killed_and_gone_on_with(tmp_path: Path) -> None:
+    """Killed in the middle of a point, gone on with, and reported: 12 done, none run twice to the end."""
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-m", "lmlab.train", "-m", *TWELVE, f"hydra.sweep.dir={folder}"]
+    fifth = folder / "4"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        patience = time.monotonic() + 300
+        while not list(fifth.glob("checkpoints/step-8.ckpt")):
+            assert process.poll() is None
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    wait_until_free(fifth)
+    assert [row[1] for row in found(folder)] == ["done"] * 4 + ["failed"] + ["waiting"] * 7
+    assert found(folder)[4][2] == "killed"
+    before = {number: (folder / str(number) / "summary.json").stat().st_mtime_ns for number in range(4)}
+    status = subprocess.check_output([sys.executable, "-m", "lmlab.sweep", "status", folder], text=True)
+    assert "4 done, 1 failed, 7 waiting" in status
+    shown = subprocess.check_output([sys.executable, "-m", "lmlab.sweep", "resume", folder], text=True)
+    assert shown.splitlines()[-1] == "12 done"
+    assert before == {number: (folder / str(number) / "summary.json").stat().st_mtime_ns for number in range(4)}
+    for number in range(12):
+        went_on = RunDirectory(folder / str(number)).identity().get("went_on", [])
+        assert [attempt["step"] >= 8 for attempt in went_on] == ([True] if number == 4 else [])
+        steps = [row["step"] for row in metrics(folder / str(number)) if "train/loss" in row]
+        assert steps == list(range(1, 25))
+    report = tmp_path / "report"
+    subprocess.run([sys.executable, "-m", "lmlab.report", folder, "--out", report], check=True)
+    assert len((report / "runs.csv").read_text().splitlines()) == 13
+    assert (report / "report.html").is_file()
+
+
+def wait_until_free(place: Path) -> None:
+    """Until what trained there has ended with the process that started it."""
+    patience = time.monotonic() + 30
+    while RunDirectory(place).held():
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+
+
+@pytest.mark.long
+def test_a_search_in_two_processes(tmp_path: Path) -> None:
+    words = ["hydra/sweeper=optuna", "optim.lr=tag(log,interval(1e-4,1e-1))", "hydra.sweeper.n_trials=6"]
+    command = [sys.executable, "-m", "lmlab.train", "-m", *TINY, *words, f"hydra.sweep.dir={tmp_path}"]
+    logs = [tmp_path / "one.log", tmp_path / "two.log"]
+    processes = []
+    for log in logs:
+        with log.open("w") as stream:
+            processes.append(subprocess.Popen(command, stdout=stream, stderr=stream))
+    assert [process.wait(240) for process in processes] == [0, 0], [log.read_text() for log in logs]
+    assert len(found(tmp_path)) == 6
+    assert len({tuple(row[0]) for row in found(tmp_path)}) == 6
+    assert {row[1] for row in found(tmp_path)} <= {"done", "pruned"}
+    shares = [log.read_text().count("Launching 1 jobs") for log in logs]
+    assert sum(shares) == 6
+    assert min(shares) >= 1
+
+
+@pytest.mark.long
+def test_a_killed_point_does_not_end_the_others(tmp_path: Path) -> None:
+    """By the system, as where memory runs out: the sweep's own process lives on."""
+    folder = tmp_path / "sweep"
+    words = ["seed=1,2", *TINY, "trainer.max_steps=4"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
+    (tmp_path / "fatal.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Fatal(Callback):\n"
+        "    def on_train_batch_end(self, trainer, module, *args):\n"
+        "        if module.seed == 1:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-m", "lmlab.train", "-m", *words, "+callbacks.fatal._target_=fatal.Fatal"]
+    done = subprocess.run([*command, f"hydra.sweep.dir={folder}"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert found(folder) == [(["seed=1"], "failed", "killed"), (["seed=2"], "done", None)]
+    assert "its process was killed by SIGKILL. The system does that when memory runs out." in done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_submitit_on_this_machine(tmp_path: Path) -> None:
+    """Jobs of submitit's local executor, one of them on two devices; a killed one hides none."""
+    folder = tmp_path / "sweep"
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
+    (tmp_path / "fatal.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Fatal(Callback):\n"
+        "    def on_train_batch_end(self, trainer, module, *args):\n"
+        "        if module.seed == 1:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    words = [*TINY, "trainer.accelerator=cpu", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+    words += ["+callbacks.fatal._target_=fatal.Fatal", "seed=1,2,3", f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, "-m", "lmlab.train", "-m", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert [row[1:] for row in found(folder)] == [("failed", "killed"), ("done", None), ("done", None)]
+    # The rest of it, another way, on two devices.
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "hydra/launcher=basic", "~callbacks.fatal"]
+    subprocess.run([sys.executable, "-m", "lmlab.sweep", "resume", folder, *two], env=env, check=True)
+    assert [row[1] for row in found(folder)] == ["done"] * 3
+    assert RunDirectory(folder / "0").identity().get("went_on", [{"devices": 2}])[0]["devices"] == 2
