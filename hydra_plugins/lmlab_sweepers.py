@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -37,6 +37,7 @@ class Grid(Sweeper):
 
     launcher: Launcher
     config: DictConfig
+    hydra_context: HydraContext
 
     def __init__(self, params: dict[str, Any] | None = None):
         """`params`: values by key, swept or fixed; the command line wins."""
@@ -51,7 +52,7 @@ class Grid(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
-    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+    def sweep(self, arguments: list[str]) -> None:
         swept, shared = self.overrides(arguments)
         for override in swept:
             if not override.is_discrete_sweep():
@@ -64,9 +65,9 @@ class Grid(Sweeper):
             longer = self.begin(shared)
             points = sweep.add(self.folder, wanted)
             left = [point for point in points if longer or states.state_of(point.run).name not in states.ENDED]
-            results = self.launch(left, [shared] * len(left)) if left else []
+            if left:
+                self.launch(left, [shared] * len(left))
         conclude(self.folder, points)
-        return results
 
     def begin(self, shared: list[str]) -> bool:
         """Begin a sweep in its folder, or take up the one there; whether its runs are to be longer than they were.
@@ -100,7 +101,7 @@ class Grid(Sweeper):
         fixed = [override for override in last.values() if not override.is_sweep_override()]
         return swept, [f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in fixed]
 
-    def launch(self, points: Sequence[Point], shared: Sequence[list[str]]) -> list[JobReturn]:
+    def launch(self, points: Sequence[Point], shared: Sequence[list[str]]) -> None:
         """Run points, each in its directory, where what keeps one from beginning is left as well."""
         batch = [
             [*words, *point.overrides, f"hydra.sweep.subdir={point.number}"]
@@ -112,7 +113,6 @@ class Grid(Sweeper):
             if result.status is JobStatus.FAILED and states.state_of(point.run).name == "waiting":
                 point.run.path.mkdir(parents=True, exist_ok=True)
                 states.keep_failure(point.run, result._return_value)
-        return list(results)
 
 
 class Search(Grid):
@@ -194,7 +194,11 @@ class Search(Grid):
 
     def pruning(self, number: int) -> list[str]:
         """What a run is given, to report to its trial."""
-        block = {"_target_": "lmlab.training.pruning.Prune", "storage": self.storage, "study": self.study_name}
+        block: dict[str, Any] = {
+            "_target_": "lmlab.training.pruning.Prune",
+            "storage": self.storage,
+            "study": self.study_name,
+        }
         block |= {"trial": number, "metric": self.metric, "pruner": self.pruner}
         return [f"+callbacks.pruning={quoted(block)}"]
 
@@ -220,11 +224,11 @@ def distribution(override: Override) -> Any:
     """What Optuna is to draw for a swept override."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    value = override.value()
-    if isinstance(value, IntervalSweep):
+    value: Any = override.value()
+    if override.is_interval_sweep():
         whole = isinstance(value.start, int) and isinstance(value.end, int)
         return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log="log" in value.tags)
-    if isinstance(value, RangeSweep) and not value.shuffle:
+    if override.is_range_sweep() and not value.shuffle:
         numbers = sorted(value.range())
         whole = all(isinstance(number, int) for number in numbers)
         return (IntDistribution if whole else FloatDistribution)(numbers[0], numbers[-1], step=abs(value.step))

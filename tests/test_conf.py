@@ -89,11 +89,22 @@ def test_what_an_evaluation_leaves_open() -> None:
     assert compose_evaluation("data=wikitext2", "objective=clm").preprocess.end_of_text is False
 
 
+def first_values(file: Path) -> list[str]:
+    """A value of each swept key."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from hydra_plugins.lmlab_sweepers import distribution, first, text
+
+    params = OmegaConf.load(file).hydra.sweeper.params
+    parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()])
+    return [f"{override.get_key_element()}={text(first(distribution(override)))}" for override in parsed]
+
+
 @pytest.mark.parametrize("sweep", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_sweep_composes(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     raw = OmegaConf.load(sweep)
     assert raw.hydra.mode == "MULTIRUN"
-    swept = [f"{key}={value}" for key, values in raw.hydra.sweeper.params.items() for value in values.split(",")]
+    swept = first_values(sweep)
     command = ["lmlab.train", "-cd", str(SWEEPS), "-cn", sweep.stem, "--cfg", "job", "run_dir=/nowhere", *swept]
     monkeypatch.setattr("sys.argv", command)
     main()

@@ -18,6 +18,7 @@ from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import launch
 from tests.conftest import TINY, Refused, losses, metrics, run_verb, stop_after
+from tests.test_conf import first_values
 
 SWEEPS = CONF.parent / "sweeps"
 
@@ -212,17 +213,6 @@ def test_of_no_sweep(refused: Refused, tmp_path: Path) -> None:
     assert "invalid choice" in refused("sweep", "stat", tmp_path)
     (tmp_path / "sweep.json").write_text('{"points": [["see')
     assert "is damaged" in refused("sweep", "status", tmp_path)
-
-
-def first_values(file: Path) -> list[str]:
-    """A value of each swept key."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from hydra_plugins.lmlab_sweepers import distribution, first, text
-
-    params = OmegaConf.load(file).hydra.sweeper.params
-    parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()])
-    return [f"{override.get_key_element()}={text(first(distribution(override)))}" for override in parsed]
 
 
 @pytest.mark.usefixtures("here")

@@ -276,7 +276,7 @@ def wandb_rows(folder: Path) -> list[tuple[int, frozenset[str]]]:
     for record in wandb_records(folder):
         if record.WhichOneof("record_type") == "history":
             items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            names = frozenset(name for name in items if not name.startswith("_")) - {"trainer/global_step"}
+            names = frozenset(n for n in items if not n.startswith(("_", "samples."))) - {"trainer/global_step"}
             rows.append((int(items["trainer/global_step"]), names))
     return rows
 
@@ -340,6 +340,17 @@ def test_figure_is_that_of_the_exported_weights(train: Callable[..., Path]) -> N
 def test_logged_rate_is_the_one_the_step_used(train: Callable[..., Path]) -> None:
     run = train(*TINY, "optim.lr=0.01", "optim.warmup_steps=2", "trainer.log_every_n_steps=1")
     assert [line["optim/lr"] for line in metrics(run) if "optim/lr" in line] == pytest.approx([0, 0.005, 0.01, 0.005])
+
+
+def test_runs_with_other_masks_are_scored_on_the_same(train: Callable[..., Path], tmp_path: Path) -> None:
+    plain = train(*TINY_MLM, run_dir=tmp_path / "plain")
+    words = ["objective.mask_probability=0.4", "objective.validation_mask_probability=0.15"]
+    other = train(*TINY_MLM, *words, run_dir=tmp_path / "other")
+    before = [metrics(run)[0]["val/loss"] for run in (plain, other)]
+    assert before[0] == before[1]
+    assert metrics(plain)[-1]["val/loss"] != metrics(other)[-1]["val/loss"]
+    policies = [json.loads((run / "certificate.json").read_text())["policy"] for run in (plain, other)]
+    assert policies[0] == policies[1]
 
 
 def test_a_failed_job_does_not_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

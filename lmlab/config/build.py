@@ -118,12 +118,10 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
 
 def held_out_objective(cfg: DictConfig) -> DictConfig:
     """The block of the objective as held-out text is scored: what is said of validation stands in for what it names."""
-    block = cfg.objective.copy()
-    for key in [key for key in block if str(key).startswith("validation_")]:
-        value = block.pop(key)
-        if value is not None:
-            block[str(key).removeprefix("validation_")] = value
-    return block
+    block: Any = OmegaConf.to_container(cfg.objective)
+    named = {key: value for key, value in block.items() if key.startswith("validation_")}
+    meant = {key.removeprefix("validation_"): value for key, value in named.items() if value is not None}
+    return OmegaConf.create({key: value for key, value in block.items() if key not in named} | meant)
 
 
 def special_ids(tokenizer: Any, *names: str) -> list[int]:
