@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, check, compose, resuming
 from lmlab.errors import UserError, first_line
+from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
@@ -46,50 +47,73 @@ def start(cfg: DictConfig) -> float | None:
         return None  # rank 0's counts
     hydra = HydraConfig.get()
     with launch.leading():
-        own_ranks = hydra.mode is not RunMode.MULTIRUN or hydra.launcher._target_.startswith(SUBMITIT)
-        if launch.rank() is not None and not own_ranks:
+        swept = hydra.mode is RunMode.MULTIRUN
+        here = swept and not hydra.launcher._target_.startswith(SUBMITIT)
+        if launch.rank() is not None and here:
             raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
-        return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task))
+        if swept:
+            name_in_sweep(cfg, RunDirectory(cfg.run_dir))
+        return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task), apart=here)
 
 
-def run_or_go_on(cfg: DictConfig, overrides: list[str], **facts: Any) -> float:
-    """A run of this config in its directory: a new one, with `facts` in its manifest, or the one that is there."""
+def name_in_sweep(cfg: DictConfig, run: RunDirectory) -> None:
+    """In W&B, the runs of a sweep share a group, and are named by what makes them, unless the config says otherwise."""
+    block = (cfg.get("logger") or {}).get("wandb")
+    if block and block.get("group") is None:
+        block.group = str(from_here(run.path.parent))
+    point = next((point for point in sweep.points(run.path.parent) if point.run.path == run.path), None)
+    if block and point and block.get("name") is None:
+        block.name = " ".join(point.overrides)
+
+
+def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **facts: Any) -> float:
+    """A run of this config in its directory: a new one, with `facts` in its manifest, or the one that is there.
+
+    `apart` from this process, no other run of a sweep bears its memory, or its end.
+    """
     run = RunDirectory(cfg.run_dir)
     with run.lock(), SIGNALS.heeded():
         kept = config_of(run) if run.begun() else None
-        resuming.settle_width(cfg, kept)
-        check.check_run(cfg)
-        if kept is not None:
-            resuming.check_same(cfg, kept)
-            if run.finished() and not longer(cfg, kept, run):
-                print(finished(run))
-                launch.tell([])
-                return run.result()["val/loss"]
-        with kept_log(run.log):
-            try:
-                if kept is None:
-                    begin(cfg, run, overrides, facts)
-                else:
-                    go_on(cfg, run, kept)
-            except Stopped as stop:
-                LOG.warning("Stopped by %s. %s", stop.signal.name, what_is_kept(run))
-                raise
+        try:
+            resuming.settle_width(cfg, kept)
+            check.check_run(cfg)
+            if kept is not None:
+                resuming.check_same(cfg, kept)
+                if run.finished() and not longer(cfg, kept, run):
+                    print(finished(run))
+                    launch.tell([])
+                    return run.result()["val/loss"]
+            with kept_log(run.log):
+                try:
+                    if kept is None:
+                        begin(cfg, run, overrides, facts, apart)
+                    else:
+                        go_on(cfg, run, kept, apart)
+                except Stopped as stop:
+                    LOG.warning("Stopped by %s. %s", stop.signal.name, what_is_kept(run))
+                    raise
+        except (Exception, Stopped) as error:
+            refused = isinstance(error, UserError) and error.cause == "error"
+            if not (kept is not None and refused):  # then the run is what it was
+                states.keep_failure(run, error)
+            raise
     return run.result()["val/loss"]
 
 
-def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[str, Any]) -> None:
+def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[str, Any], apart: bool) -> None:
     """A new run. One that is refused leaves its directory to others."""
     try:
         write_text(run.config, OmegaConf.to_yaml(cfg))
         write_text(run.overrides, OmegaConf.to_yaml(overrides))
         run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed}, **facts)
-        on_all_ranks(cfg, run, None)
+        run.failure.unlink(missing_ok=True)
+        on_all_ranks(cfg, run, None, apart)
     except BaseException:
         run.give_up()
         raise
 
 
-def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig) -> None:
+def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> None:
     """Go on from the last state, or from the start where none was kept. What has changed is noted."""
     from lmlab.training.checkpoint import last_state
 
@@ -114,12 +138,14 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig) -> None:
         attempt["length_before"] = resuming.length(kept)
     LOG.info("Going on with run %s from step %d.", then["run_id"], step)
     # The summary goes first: without it the run is not finished, whatever becomes of this process.
-    before = {place: place.read_bytes() for place in (run.summary, run.manifest, run.config) if place.is_file()}
+    changed = (run.summary, run.failure, run.manifest, run.config)
+    before = {place: place.read_bytes() for place in changed if place.is_file()}
     try:
         run.summary.unlink(missing_ok=True)
+        run.failure.unlink(missing_ok=True)
         run.note(went_on=[*then.get("went_on", ()), attempt])
         write_text(run.config, OmegaConf.to_yaml(cfg))
-        on_all_ranks(cfg, run, state)
+        on_all_ranks(cfg, run, state, apart)
     except UserError:
         newest = run.states()[-1] if run.states() else None
         if state == newest:  # refused before it went on: as if never asked
@@ -145,10 +171,10 @@ def longer(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
     return not 0 < (cfg.trainer.max_steps or 0) <= run.result()["steps"]
 
 
-def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None) -> None:
-    """Train, on as many processes as the config has devices."""
+def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None, apart: bool) -> None:
+    """Train, on as many processes as the config has devices; `apart` from this one also on one."""
     word = [str(run.path), *([str(state)] if state else [])]
-    if check.world(cfg.trainer) == 1:
+    if check.world(cfg.trainer) == 1 and not apart:
         train(cfg, state)
         return
     build.prepare_data(cfg)  # once: the ranks find the cache
@@ -215,6 +241,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         num_workers=cfg.num_workers,
+        tokenizer=data.tokenizer,
     )
     kept = checkpoint.read_state(state) if state else {"global_step": 0, "metrics": 0}
     if state:
@@ -225,7 +252,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     trainer = build.build_trainer(cfg, interval, run.identity()["run_id"])
     try:
         if leads:
-            run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash)
+            run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash, steps=steps)
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
             if not state:
                 show_ledger(data.ledger)
@@ -239,7 +266,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     except BaseException as error:
         loggers.close(trainer.loggers, exit_code=1, will_go_on=isinstance(error, Stopped))
         raise
-    loggers.close(trainer.loggers)
+    loggers.close(trainer.loggers, result=run.result() if leads else None)
 
 
 def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any, best: int | None) -> None:
@@ -255,12 +282,15 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     export(module.model, data.tokenizer, run.model)
     before, after = module.validations[0], module.validations[trainer.global_step if best is None else best]
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
+    stops = (getattr(callback, "pruned", None) for callback in trainer.callbacks)
+    pruned = next(({"pruned": step} for step in stops if step is not None), {})
     figure, which = f"val/{module.figure}", "last" if best is None else "best"
     result = {
         **after,
         f"{figure}_before": before[figure],
         "steps": trainer.global_step,
         **measure.result(),
+        **pruned,
     }
     write_json(run.summary, result)
     place = from_here(run.path)

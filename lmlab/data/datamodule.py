@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.preprocess import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, share_of
@@ -141,10 +142,14 @@ class BlocksDataModule(HeldOutData):
         seed: int,
         accumulate: int = 1,
         num_workers: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        """`batch_size` counts the samples of an optimizer step, over ranks and accumulation."""
+        """`batch_size` counts the samples of an optimizer step, over ranks and accumulation.
+
+        The `tokenizer` is for callbacks that read text or let the model speak.
+        """
         super().__init__(held_out, batch_size, num_workers)
-        self.train = train
+        self.train, self.tokenizer = train, tokenizer
         self.batches = Batches(train, objective, seed, pad_id)
         self.batch_size, self.steps, self.seed, self.accumulate = batch_size, steps, seed, accumulate
 
