@@ -6,6 +6,7 @@ Nothing heavy is imported here at the top: `--help` and `--cfg job` come through
 import os
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lmlab.runs.stopping import SIGNALS
 PACKAGE = Path(__file__).parent.parent
 # Beside the package in a checkout, inside it when installed.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 # What a launcher asks a cluster for, per node.
 OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
@@ -35,13 +37,13 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text(name))
         return
+    if sys.argv[1:2] in (["-sc"], ["--shell-completion"]) and sys.argv[2:] in INSTALL:
+        # Hydra's own scripts complete files and entry points, and no `python -m`; what they ask of it serves here too.
+        print((Path(__file__).parent / f"completion.{sys.argv[2].partition('=')[2]}").read_text(), end="")
+        return
     debug = "debug=true" in sys.argv
     # Hydra then raises instead of printing, and what it raises is explained here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    # Which keys a model's config has is for its architecture to say (models/loading.py), so
-    # setting one that the YAML file does not list needs no +.
-    sys.argv[1:] = [f"++{word}" if word.startswith("model.config.") else word for word in sys.argv[1:]]
 
     begun = False
 
@@ -66,13 +68,7 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             raise UserError("a job of the sweep failed; its error is above. The other jobs were run.") from error
 
     with shown_plainly(debug), SIGNALS.heeded():
-        # argparse would print its usage, all of it.
-        unknown = get_args_parser().parse_known_args()[1]
-        if unknown:
-            raise UserError(
-                f"can't make sense of {' '.join(unknown)}.\n"
-                "An override is KEY=VALUE, without dashes; options such as --config-dir DIR come before all overrides."
-            )
+        read_command()
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -88,6 +84,25 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
                 f"the run directory {error.filename} can't be made: {error.strerror}.\n"
                 "Choose another: hydra.run.dir=DIR"
             ) from error
+
+
+def read_command() -> Namespace:
+    """The command line as Hydra reads it.
+
+    Raises:
+        UserError: an option that is none.
+    """
+    # Which keys a model's config has is for its architecture to say (models/loading.py), so
+    # setting one that the YAML file does not list needs no +.
+    sys.argv[1:] = [f"++{word}" if word.startswith("model.config.") else word for word in sys.argv[1:]]
+    # argparse would print its usage, all of it.
+    given, unknown = get_args_parser().parse_known_args()
+    if unknown:
+        raise UserError(
+            f"can't make sense of {' '.join(unknown)}.\n"
+            "An override is KEY=VALUE, without dashes; options such as --config-dir DIR come before all overrides."
+        )
+    return given
 
 
 def help_text(name: str) -> str:

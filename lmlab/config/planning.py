@@ -1,0 +1,155 @@
+"""What a command would run, without running it: the config of its first point, and how many points there are."""
+
+import copy
+from argparse import Namespace
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from lmlab.config import resuming
+from lmlab.config.compose import CONF, freeze
+from lmlab.errors import UserError
+
+
+class Planned(NamedTuple):
+    """What a command would run."""
+
+    cfg: DictConfig
+    """Of its first point, as a job would get it, every interpolation resolved."""
+    default: DictConfig
+    """The same without any override."""
+    points: int
+    """Runs of the sweep; 1 without one."""
+    swept: bool
+    """Whether this is a sweep, which -m or the config says."""
+    first: list[str]
+    """What makes the first point of a sweep."""
+    jobs: int | None
+    """How many points a search, which chooses them as it goes, has run at a time; None where all are known before."""
+    launcher: dict[str, Any] | None
+    """The launcher's block; None where its plugin is not installed."""
+
+
+def planned(given: Namespace) -> Planned:
+    """What a command line, as Hydra reads it, would run with any launcher that there is."""
+    try:
+        return composed(given, given.overrides)
+    except MissingConfigException as error:
+        if "hydra/launcher/submitit" not in str(error.missing_cfg_file):
+            raise
+    own = ("hydra/launcher", "hydra.launcher", "+hydra.launcher", "++hydra.launcher")
+    return composed(given, [word for word in given.overrides if not word.startswith(own)])._replace(launcher=None)
+
+
+def composed(given: Namespace, overrides: list[str]) -> Planned:
+    """Compose as `lmlab.train` would."""
+    path = create_config_search_path(given.config_path or str(CONF))
+    if given.config_dir is not None:
+        folder = Path(given.config_dir).absolute()
+        if not folder.is_dir():
+            raise UserError(f"Additional config directory '{folder}' not found")
+        path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    name = given.config_name or "train"
+    hydra = Hydra.create_main_hydra2("train", path)
+    try:
+        loader = hydra.config_loader
+        swept = given.multirun or hydra.get_mode(name, overrides) is RunMode.MULTIRUN
+        mode = RunMode.MULTIRUN if swept else RunMode.RUN
+        whole = loader.load_configuration(name, overrides, mode)
+        points, swept_to, jobs = 1, list[str](), None
+        if swept:
+            points, fixed, swept_to, jobs = sweep(whole, loader)
+            one = loader.load_sweep_config(whole, [*fixed, *swept_to])
+        else:
+            one = copy.deepcopy(whole)
+        for cfg in (whole, one):
+            name_directory(cfg, swept)
+        HydraConfig.instance().set_config(one)
+        default = loader.load_configuration("train", [], RunMode.RUN)
+        launcher: Any = OmegaConf.to_container(whole.hydra.launcher, resolve=True)
+        return Planned(job(one), job(default), points, swept, swept_to, jobs, launcher)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def sweep(whole: DictConfig, loader: ConfigLoader) -> tuple[int, list[str], list[str], int | None]:
+    """How many points a sweep has, what is fixed and what is swept of the first, and how many a search runs at a time.
+
+    Raises:
+        UserError: values without an end, and no search to choose of them.
+    """
+    sweeper = whole.hydra.sweeper
+    words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*words, *whole.hydra.overrides.task])
+    last = {override.get_key_element(): override for override in overrides}
+    fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in last.items() if not o.is_sweep_override()]
+    swept = {key: override for key, override in last.items() if override.is_sweep_override()}
+    if "n_trials" in sweeper:
+        return sweeper.n_trials, fixed, [f"{key}={first(o)}" for key, o in swept.items()], sweeper.get("n_jobs", 1)
+    for override in swept.values():
+        if not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line} has no end of values. To search it: hydra/sweeper=optuna")
+    points = prod(len(list(override.sweep_string_iterator())) for override in swept.values())
+    return points, fixed, [f"{key}={first(o)}" for key, o in swept.items()], None
+
+
+def first(override: Override) -> str:
+    """Of the values that an override sweeps over; of an interval its start."""
+    if override.is_discrete_sweep():
+        return str(next(iter(override.sweep_string_iterator())))
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep)
+    return str(interval.start)
+
+
+def name_directory(cfg: DictConfig, swept: bool) -> None:
+    """What Hydra says to a job of where it is."""
+    with read_write(cfg), open_dict(cfg):
+        cfg.hydra.mode = RunMode.MULTIRUN if swept else RunMode.RUN
+        cfg.hydra.job.id, cfg.hydra.job.num = "0", 0
+        place = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) if swept else Path(cfg.hydra.run.dir)
+        cfg.hydra.runtime.output_dir = str(place.absolute())
+
+
+def job(cfg: DictConfig) -> DictConfig:
+    """What a job gets of a composed config."""
+    cfg = copy.deepcopy(cfg)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    return freeze(cfg)
+
+
+def changes(plan: Planned) -> dict[str, tuple[Any, Any]]:
+    """Keys with another value than by default, with both."""
+    missing = "not there"
+    now, default = (resuming.values(cfg) for cfg in (resuming.moved(plan.cfg, plan.default.run_dir), plan.default))
+    both = {
+        key: (now.get(key, missing), default.get(key, missing)) for key in [*now, *(k for k in default if k not in now)]
+    }
+    return {key: pair for key, pair in both.items() if pair[0] != pair[1]}
+
+
+def marked(plan: Planned) -> str:
+    """The whole config in YAML, with the default beside what differs from it."""
+    lines, path = list[str](), list[str]()
+    changed = changes(plan)
+    for line in OmegaConf.to_yaml(plan.cfg).splitlines():
+        indent, key = (len(line) - len(line.lstrip())) // 2, line.strip().partition(":")[0]
+        if not key.startswith("-"):
+            path[indent:] = [key]
+        name = ".".join(path)
+        default = changed.pop(name)[1] if name in changed else None
+        lines.append(line if default is None else f"{line}   # default: {default}")
+    return "\n".join([*lines, *(f"# default, and not here: {key}={pair[1]}" for key, pair in sorted(changed.items()))])

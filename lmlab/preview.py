@@ -1,0 +1,99 @@
+"""`python -m lmlab.preview [overrides]`: what `lmlab.train` would do with them, and what that would cost.
+
+Takes what train takes; `--help` says more.
+"""
+
+import os
+import sys
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lmlab.config import check, compose, planning
+from lmlab.config.planning import Planned
+from lmlab.errors import UserError, shown_plainly
+from lmlab.runs.stopping import SIGNALS
+
+SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+
+
+def main() -> None:
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(compose.help_text("preview"))
+        return
+    with shown_plainly("debug=true" in sys.argv), SIGNALS.heeded():
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # as in run_verb
+        given = compose.read_command()
+        if given.shell_completion or given.info or given.hydra_help:  # for Hydra alone
+            compose.run_verb(lambda cfg: None, "train")
+            return
+        try:
+            plan = planning.planned(given)
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError, RuntimeError) as error:
+            raise UserError(compose.explain(error, "train")) from error
+        if given.cfg:
+            print(planning.marked(plan))
+        else:
+            preview(plan)
+
+
+def preview(plan: Planned) -> None:
+    """Show all there is to know before the run."""
+    from lmlab.config import build
+    from lmlab.data.sampler import share_of
+    from lmlab.previewing import batch, cost, showing
+    from lmlab.previewing.measuring import measure
+    from lmlab.runs.summary import console, show_ledger
+
+    cfg, launcher = plan.cfg, plan.launcher
+    submitted = launcher is None or launcher["_target_"] == SLURM
+    here = of_this_machine(cfg) if submitted else cfg  # a node is another machine
+    check.check_run(here)
+    share_of(cfg.batch_size, check.world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
+    showing.show_config(plan)
+
+    data = build.prepare_data(cfg)
+    objective = check.build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    show_ledger(data.ledger)
+    held_out = build.build_held_out(cfg, data, objective)
+    first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
+    batch.show_samples(first, data.tokenizer, objective.causal, console())
+
+    elsewhere = here.trainer.accelerator != cfg.trainer.accelerator
+    found = measure(cfg, steps, interval) if not elsewhere else {}
+    total = None
+    if elsewhere:
+        print("Nothing was measured: the run is for GPUs, and this machine has none. Give the command on a node.")
+    if "parts" in found:
+        showing.show_parts(found)
+    if "steps" in found and "validation" in found:
+        showing.show_measured(cfg, found, first)
+        if submitted and cfg.trainer.accelerator == "auto" and not check.uses_gpu(cfg.trainer):
+            print("Measured without a GPU, as this machine has none; a node may have some.")
+        parts = cost.terms(cfg, found, steps, interval, len(held_out))
+        total = sum(term.seconds for term in parts)
+        showing.show_estimate(plan, parts, total)
+    if submitted:
+        showing.show_job(plan, found, total)
+    if "out_of_memory" in found:
+        where = "a step" if "parts" in found else "the model"
+        raise UserError(f"{where} does not fit here. {found['out_of_memory']}")
+
+
+def of_this_machine(cfg: DictConfig) -> DictConfig:
+    """The config of a run on other machines, as far as one device of this one can check it."""
+    import torch
+
+    here = OmegaConf.merge(cfg, {"trainer": {"devices": 1, "num_nodes": 1}})
+    assert isinstance(here, DictConfig)
+    here.batch_size = max(1, cfg.batch_size // check.world(cfg.trainer))
+    if check.uses_gpu(cfg.trainer) and not torch.cuda.is_available():
+        here.trainer.accelerator, here.trainer.precision = "cpu", "32-true"
+    return here
+
+
+if __name__ == "__main__":
+    main()
