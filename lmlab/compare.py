@@ -4,17 +4,11 @@ Takes ordinary arguments. Each directory is a run or an evaluation, or holds sev
 """
 
 import argparse
-import csv
-import io
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lmlab.errors import Arguments, UserError, shown_plainly
-
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$"}
-LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +40,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from lmlab.evaluation import comparing
     from lmlab.runs.files import from_here, write_text
     from lmlab.runs.summary import show_rows
+    from lmlab.runs.tables import as_csv, as_latex
 
     runs = comparing.evaluations(arguments.places)
     comparing.check_comparable(runs)
@@ -93,25 +88,6 @@ def shown(row: dict[str, Any]) -> list[str]:
 def shown_document(row: dict[str, Any]) -> list[str]:
     per_byte = ("" if value is None else f"{value:.4f}" for value in (row["bits_per_byte"], row["of_the_first"]))
     return [row["begins"], str(row["row"]), f"{row['bits_more']:+,.1f}", *per_byte, f"{row['bytes']:,}"]
-
-
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with their keys on top, and all digits."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def as_latex(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A `tabular` for the booktabs package."""
-    lines = [" & ".join("".join(LATEX.get(sign, sign) for sign in cell) for cell in row) for row in [columns, *rows]]
-    head, *body = (f"{line} \\\\" for line in lines)
-    layout = "l" + "r" * (len(columns) - 1)
-    return "\n".join(
-        [f"\\begin{{tabular}}{{{layout}}}", "\\toprule", head, "\\midrule", *body, "\\bottomrule", "\\end{tabular}", ""]
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from lmlab.config import build, resuming
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.files import from_here
+from lmlab.runs.files import from_here, rows
 from lmlab.runs.stopping import SIGNALS
 from lmlab.train import config_of, finished, longer, run_or_go_on
 from lmlab.training import launch
@@ -87,8 +87,6 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
 
 def curve(run: RunDirectory) -> dict[tuple[int, str], float]:
     """The losses of a run, by step and name."""
-    from lmlab.training.loggers import rows
-
     names = ("train/loss", "val/loss")
     return {(row["step"], name): row[name] for row in rows(run.metrics) for name in names if name in row}
 

@@ -207,42 +207,15 @@ def what_is_kept(run: RunDirectory) -> str:
 
 def train(cfg: DictConfig, state: Path | None = None) -> None:
     """One rank's share of a run, from a kept state on; each rank calls this with the same composed config."""
-    from lmlab.data.datamodule import BlocksDataModule
-    from lmlab.models.scored import rows_at_once
     from lmlab.runs.summary import show_ledger
     from lmlab.training import checkpoint, loggers
-    from lmlab.training.module import LMModule
 
     run = RunDirectory(cfg.run_dir)
     leads = not launch.rank()
     data = build.prepare_data(cfg)
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
-    module = LMModule(
-        model,
-        check.build(cfg.optim, "optim"),
-        steps,
-        cfg.batch_size,
-        cfg.preprocess.block_size,
-        cfg.seed,
-        len(data.validation),
-        objective.figure,
-        rows_at_once(model, cfg.loss_rows, check.uses_gpu(cfg.trainer)),
-        interval,
-    )
-    held_out = build.build_held_out(cfg, data, objective)
-    datamodule = BlocksDataModule(
-        data.train,
-        held_out,
-        objective,
-        pad_id=held_out.pad_id,
-        batch_size=cfg.batch_size,
-        steps=steps,
-        seed=cfg.seed,
-        accumulate=cfg.trainer.accumulate_grad_batches,
-        num_workers=cfg.num_workers,
-        tokenizer=data.tokenizer,
-    )
+    module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
     kept = checkpoint.read_state(state) if state else {"global_step": 0, "metrics": 0}
     if state:
         checkpoint.check_fits(kept, module, state)

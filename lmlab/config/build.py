@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config.check import arguments, blocks, build, preprocessing, target, world
+from lmlab.config.check import arguments, blocks, build, preprocessing, target, uses_gpu, world
 from lmlab.errors import UserError, first_line
 
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
@@ -128,6 +128,42 @@ def special_ids(tokenizer: Any, *names: str) -> list[int]:
     """The ids of special tokens, of those that the tokenizer has."""
     ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
     return [token for token in ids if token is not None]
+
+
+def build_training(
+    cfg: DictConfig, data: Any, objective: Any, model: Any, steps: int, interval: int
+) -> tuple[Any, Any]:
+    """The module and the data that a trainer fits, for a run of `steps` that validates every `interval` of them."""
+    from lmlab.data.datamodule import BlocksDataModule
+    from lmlab.models.scored import rows_at_once
+    from lmlab.training.module import LMModule
+
+    module = LMModule(
+        model,
+        build(cfg.optim, "optim"),
+        steps,
+        cfg.batch_size,
+        cfg.preprocess.block_size,
+        cfg.seed,
+        len(data.validation),
+        objective.figure,
+        rows_at_once(model, cfg.loss_rows, uses_gpu(cfg.trainer)),
+        interval,
+    )
+    held_out = build_held_out(cfg, data, objective)
+    datamodule = BlocksDataModule(
+        data.train,
+        held_out,
+        objective,
+        pad_id=held_out.pad_id,
+        batch_size=cfg.batch_size,
+        steps=steps,
+        seed=cfg.seed,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+        num_workers=cfg.num_workers,
+        tokenizer=data.tokenizer,
+    )
+    return module, datamodule
 
 
 def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:

@@ -15,15 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from lmlab.config import build, check, compose, resuming
-from lmlab.data.datamodule import Batch, BlocksDataModule
+from lmlab.data.datamodule import Batch
 from lmlab.errors import UserError, out_of_memory, plainly
 from lmlab.machine.processes import calling, last_line
-from lmlab.models.scored import rows_at_once
 from lmlab.models.steps import Flops, layers
 from lmlab.runs.files import read_json, write_json, write_text
 from lmlab.training import launch
 from lmlab.training.callbacks import Measure, peak_memory
-from lmlab.training.module import LMModule
 
 VALIDATION = 4  # batches
 SECONDS, FEWEST, MOST = 4.0, 3, 30  # of steps behind the first
@@ -120,42 +118,11 @@ def fit(cfg: DictConfig, steps: int, interval: int, began: float, report: Report
     data = build.prepare_data(cfg)
     objective, model = build.build_model(cfg, data.tokenizer)
     report.add(parts=parts(model))
-    module, datamodule = learner(cfg, data, objective, model, steps, interval)
+    module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
     trainer = build.build_trainer(cfg, interval, "preview")
     trainer.limit_val_batches = VALIDATION
     trainer.callbacks.append(Watch(report, began, Path(cfg.run_dir)))
     trainer.fit(module, datamodule)
-
-
-def learner(
-    cfg: DictConfig, data: Any, objective: Any, model: Any, steps: int, interval: int
-) -> tuple[LMModule, BlocksDataModule]:
-    """What a trainer fits, and to what."""
-    module = LMModule(
-        model,
-        check.build(cfg.optim, "optim"),
-        steps,
-        cfg.batch_size,
-        cfg.preprocess.block_size,
-        cfg.seed,
-        len(data.validation),
-        objective.figure,
-        rows_at_once(model, cfg.loss_rows, check.uses_gpu(cfg.trainer)),
-        interval,
-    )
-    held_out = build.build_held_out(cfg, data, objective)
-    datamodule = BlocksDataModule(
-        data.train,
-        held_out,
-        objective,
-        pad_id=held_out.pad_id,
-        batch_size=cfg.batch_size,
-        steps=steps,
-        seed=cfg.seed,
-        accumulate=cfg.trainer.accumulate_grad_batches,
-        num_workers=cfg.num_workers,
-    )
-    return module, datamodule
 
 
 class Watch(L.Callback):

@@ -10,11 +10,11 @@ LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with their keys on top, and all digits."""
+    """Rows of the same keys, with these on top, and all digits."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0] if rows else [])
+    writer.writerows(row.values() for row in rows)
     return text.getvalue()
 
 

@@ -1,0 +1,63 @@
+"""`python -m lmlab.report DIR [DIR …]`: what runs came to, as a page with figures and tables.
+
+Takes ordinary arguments. Each directory is a run, or holds several: a sweep, or all of them.
+"""
+
+import argparse
+from datetime import datetime
+from pathlib import Path
+
+from lmlab.errors import Arguments, UserError, shown_plainly
+
+EXAMPLES = """\
+  python -m lmlab.report multirun/2026-01-31/12-00-00       a sweep, also one that is going on
+  python -m lmlab.report outputs multirun                   everything so far
+  python -m lmlab.report outputs/2026-01-31/* --out study   some runs, into a folder of your choice
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Arguments(
+        prog="python -m lmlab.report",
+        description="Write a page about runs (report.html, which needs no network), each figure as SVG, PNG and CSV "
+        "beside it, and the table of runs as CSV and LaTeX. Runs of different objectives are shown apart.",
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, or a folder with runs in it")
+    p.add_argument("--out", type=Path, help="where the report goes (reports/DATE/TIME)")
+    return p
+
+
+def main() -> None:
+    with shown_plainly():
+        report(parser().parse_args())
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the report, and print the best runs and where it is."""
+    from lmlab.reporting import page
+    from lmlab.reporting.gather import gather
+    from lmlab.runs.files import from_here
+    from lmlab.runs.summary import show_rows
+
+    groups, unread = gather(arguments.places)
+    sections = page.sections_of(groups)
+    place = arguments.out or Path("reports") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    try:
+        page.write(sections, unread, place)
+    except OSError as error:
+        raise UserError(f"{place} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
+    rows = []
+    for section in sections:
+        states = ", ".join(f"{count} {state}" for state, count in section.states.most_common())
+        best = (section.best[0].name, section.best[1]) if section.best else ("", "none has finished")
+        rows.append([section.title, states, *best])
+    show_rows("Runs", ["objective", "states", "best run", "its figure"], rows)
+    for line in unread:
+        print(f"not read: {line}")
+    print(f"Written to {from_here((place / 'report.html').resolve())}, with figures and tables beside it.")
+
+
+if __name__ == "__main__":
+    main()

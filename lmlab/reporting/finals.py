@@ -1,0 +1,121 @@
+"""The final figures of what can be compared, with their intervals.
+
+Shapes: D documents, R replicates, S sides.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lmlab.evaluation.comparing import (
+    CELLS,
+    FEWEST,
+    REPLICATES,
+    Difference,
+    Side,
+    choices_of,
+    chunks,
+    difference,
+    expansion,
+    sides_of,
+)
+from lmlab.evaluation.perplexity import perplexity
+from lmlab.evaluation.records import Records
+
+BEST = 40
+"""Sides whose difference from the best is worked out, and that a chart has room for."""
+
+
+@dataclass(frozen=True)
+class Final:
+    """What a side came to."""
+
+    name: str
+    places: list[Path]
+    bits_per_byte: tuple[float, float | None, float | None]
+    """And its 95 % interval; None where there are too few documents."""
+    perplexity: tuple[float, float | None, float | None]
+    """exp of the mean over the side's runs of nll per token."""
+    difference: Difference | None
+    """From the best, in bits per byte; None for the best itself, and beyond `BEST`."""
+
+
+def finals(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Final]:
+    """The sides of evaluations that can be compared, best first.
+
+    Args:
+        names: what to call a side, by the place of one of its evaluations; else what `comparing` calls it.
+    """
+    sides = sorted(sides_of(of_other_weights(evaluations)), key=lambda side: float(side.figures.mean()))
+    low_and_high = intervals(sides)
+    called = [names.get(side.runs[0].place, side.name) for side in sides]
+    if len(set(called)) < len(sides):  # where nothing but the seed differs, each run is a side
+        called = [side.name for side in sides]
+    return [
+        Final(
+            called[i],
+            [run.place for run in side.runs],
+            (float(side.figures.mean()), *low_and_high[i][0]),
+            (perplexity(float(nll_per_token(side).mean())), *low_and_high[i][1]),
+            difference(side, sides[0]) if 0 < i < BEST else None,
+        )
+        for i, side in enumerate(sides)
+    ]
+
+
+def of_other_weights(evaluations: Sequence[Records]) -> list[Records]:
+    """One of those that evaluate the same run's same weights: more would count as more seeds."""
+    return list({(e.certificate["weights_hash"], repr(choices_of(e))): e for e in reversed(evaluations)}.values())[::-1]
+
+
+def nll_per_token(side: Side) -> np.ndarray:
+    """[runs] nats."""
+    sums = (run.sums for run in side.runs)
+    return np.array([nll[:, 0].sum() / units[:, 0].sum() for nll, units in sums])
+
+
+def intervals(sides: Sequence[Side]) -> list[tuple[tuple[float | None, float | None], ...]]:
+    """Of each side the 95 % intervals of bits per byte and of perplexity, over documents and seeds.
+
+    As those of `comparing.difference`: a bootstrap over the documents, widened for few of them, to which a draw
+    from t with the standard error of the runs' mean is added where a side has several runs. All sides are
+    resampled alike.
+    """
+    sums = np.stack([np.mean([of_documents(run) for run in side.runs], axis=0) for side in sides], axis=1)  # [D, S, 3]
+    sums = sums[sums.any(axis=(1, 2))]
+    documents = len(sums)
+    if documents < FEWEST:
+        return [((None, None), (None, None))] * len(sides)
+    random = np.random.default_rng(0)
+    columns = sums.reshape(documents, -1)
+    drawn = []
+    for count in chunks(REPLICATES, max(1, CELLS // max(columns.shape))):
+        picked = random.integers(documents, size=(count, documents)) + documents * np.arange(count)[:, None]
+        counts = np.bincount(picked.ravel(), minlength=count * documents).reshape(count, documents)
+        drawn.append(two_ratios((counts.astype(np.float64) @ columns).reshape(count, len(sides), 3)))
+    values = two_ratios(sums.sum(axis=0))  # [S, 2]
+    spread = values + (np.concatenate(drawn) - values) * expansion(documents)  # [R, S, 2]
+    for i, side in enumerate(sides):
+        runs = len(side.runs)
+        if runs > 1:
+            errors = [figures.std(ddof=1) / math.sqrt(runs) for figures in (side.figures, nll_per_token(side))]
+            spread[:, i] += random.standard_t(runs - 1, REPLICATES)[:, None] * errors
+    low, high = np.nanquantile(spread, [0.025, 0.975], axis=0)
+    return [
+        ((float(low[i, 0]), float(high[i, 0])), (perplexity(float(low[i, 1])), perplexity(float(high[i, 1]))))
+        for i in range(len(sides))
+    ]
+
+
+def of_documents(run: Records) -> np.ndarray:
+    """[D, 3]: nll in nats, bytes and tokens of each document."""
+    nll, units = run.sums
+    return np.stack([nll[:, 0], units[:, 1], units[:, 0]], axis=1).astype(np.float64)
+
+
+def two_ratios(sums: np.ndarray) -> np.ndarray:
+    """[..., 2] of sums [..., 3]: bits per byte, and nats per token."""
+    return np.stack([sums[..., 0] / sums[..., 1] / math.log(2), sums[..., 0] / sums[..., 2]], axis=-1)

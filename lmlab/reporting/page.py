@@ -1,0 +1,203 @@
+"""The report as files: a page that needs nothing else, and figures and tables beside it."""
+
+import math
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime
+from functools import partial
+from importlib import resources
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+from altair.utils.schemapi import debug_mode
+from markupsafe import Markup
+
+from lmlab.reporting.drawing import svg_and_png
+from lmlab.reporting.gather import Group, Run
+from lmlab.reporting.section import Section
+from lmlab.reporting.words import letter
+from lmlab.runs.directory import surroundings
+from lmlab.runs.files import write_beside, write_text
+from lmlab.runs.tables import as_csv, as_latex
+
+POINTS = 40_000
+"""Of curves, in the page: more than that no screen shows, and no phone draws."""
+SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page's script uses of Vega's bundle
+CLIP = 2000  # characters of a sample
+
+
+def sections_of(groups: Sequence[Group]) -> list[Section]:
+    """A section per objective, each with a name of its own for its files."""
+    total = sum(len(group.runs) for group in groups) or 1
+    found: list[Section] = []
+    for group in groups:
+        name = ([*group.objective.split("."), ""][-3:-1] or [""])[0].lower()
+        slug = "".join(c if c.isalnum() else "-" for c in name) or "runs"
+        if slug in {section.slug for section in found}:
+            slug = f"{slug}{len(found) + 1}"
+        found.append(Section(group, slug, POINTS * len(group.runs) // total))
+    return found
+
+
+def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> None:
+    """The report into a folder.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    with debug_mode(False):  # no check of what is not the user's: it takes Altair half the time
+        drawn = [(section, figure) for section in sections for figure in section.figures]
+    # Each process its own V8: drawing holds the interpreter.
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
+        data = {section.slug: plain(section.drawn) for section in sections}
+        specs = [
+            figure.spec | {"datasets": {figure.data: data[section.slug][figure.data]}} for section, figure in drawn
+        ]
+        images = pool.map(svg_and_png, specs, chunksize=4)
+        for section in sections:
+            for name, rows in section.tables.items():
+                write_text(place / f"{name}.csv", as_csv(rows))
+        page = html(sections, unread)
+        for (_, figure), (svg, png) in zip(drawn, images, strict=True):
+            write_text(place / f"{figure.name}.svg", svg)
+            write_beside(place / f"{figure.name}.png", partial(Path.write_bytes, data=png))
+    write_text(place / "runs.csv", as_csv(table(sections)))
+    write_text(place / "runs.tex", latex(sections))
+    write_text(place / "report.html", page)
+
+
+def table(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """The main tables as one, each row with every column."""
+    rows = [section.row(run) for section in sections for run in section.runs]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [dict.fromkeys(columns) | row for row in rows]
+
+
+def latex(sections: Sequence[Section]) -> str:
+    """A tabular for each objective."""
+    return "\n".join(
+        f"% {section.group.objective}\n"
+        + as_latex(
+            [head for head, _ in section.columns],
+            [[cell.text for cell in section.cells(run)] for run in section.runs],
+        )
+        for section in sections
+    )
+
+
+def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lmlab", "reporting"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    files = resources.files("lmlab") / "reporting"
+    style, script = ((files / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    runs = [run for section in sections for run in section.runs]
+    return environment.get_template("page.html").render(
+        style=Markup(style),
+        script=Markup(script),
+        # A bundle is source code; the sign that would end its element stands in strings and patterns only.
+        vega=Markup(vl_convert.javascript_bundle(SNIPPET).replace("</script", "<\\/script")),
+        sections=sections,
+        facts=facts(runs),
+        states=Counter(run.state.name for run in runs),
+        count=len(runs),
+        unread=unread,
+        clip=CLIP,
+        letter=letter,
+        drawings=[drawing(section) for section in sections],
+    )
+
+
+def drawing(section: Section) -> dict[str, Any]:
+    """What the page's script draws a section from: each number once, curves by columns."""
+    thin = section.thin
+    names = {run.place: run.name for run in section.runs}
+    order = {row["run"]: i for i, row in enumerate(section.data["runs"])}
+    columns: dict[str, list[Any]] = {
+        "run": [order[row["run"]] for row in thin],
+        "split": [row["split"] for row in thin],
+    }
+    columns |= {name: [row[name] for row in thin] for name in ("step", "tokens")}
+    columns |= {"seconds": [round(row["seconds"], 1) for row in thin]}
+    columns |= {name: [digits(row[name]) for row in thin] for name in ("loss", "speed")}
+    return plain(
+        {
+            "runs": section.data["runs"],
+            "curves": columns,
+            "finals": [
+                row | {"members": [order[names[place]] for place in final.places if place in names]}
+                for row, final in zip(section.data["finals"], chain(*section.finals), strict=True)
+            ],
+            "specs": {figure.name: {"spec": figure.spec, "data": figure.data} for figure in section.figures},
+        }
+    )
+
+
+def digits(value: float | None) -> float | None:
+    """What a chart can show of it."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def plain(value: Any) -> Any:
+    """JSON knows no nan and no infinity."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Where the report and its runs come from."""
+    here = surroundings()
+    manifests = [run.manifest for run in runs if run.begun]
+    began = [when(manifest["started"]) for manifest in sorted(manifests, key=lambda manifest: manifest["started"])]
+    lines: list[tuple[str, list[str]]] = [
+        ("written", [f"{when()} on {here['machine']['host']}, lmlab {here['lmlab']}"]),
+        ("by", [shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])]),
+        ("runs began", list(dict.fromkeys([began[0], began[-1]])) if began else []),
+        ("sweeps", counted(str(run.sweep) for run in runs if run.sweep)),
+        ("commands", counted(shlex.join(manifest["command"]) for manifest in manifests)),
+        ("code", counted(f"lmlab {m['lmlab']}, {commit(m['git'])}, Python {m['python']}" for m in manifests)),
+        ("versions", counted(versions(manifest["packages"]) for manifest in manifests)),
+        ("machines", counted("{host}: {platform}, {cpus} CPUs".format(**m["machine"]) for m in manifests)),
+    ]
+    return [(name, values) for name, values in lines if values]
+
+
+def when(time: str | None = None) -> str:
+    """A time, or this one, for people here."""
+    return f"{(datetime.fromisoformat(time) if time else datetime.now()).astimezone():%Y-%m-%d %H:%M:%S %Z}"
+
+
+def versions(packages: dict[str, str]) -> str:
+    shown = ("torch", "lightning", "transformers", "tokenizers", "datasets")
+    return ", ".join(f"{name} {packages[name]}" for name in shown if name in packages)
+
+
+def commit(git: dict[str, Any] | None) -> str:
+    return "no git commit" if not git else f"commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}"
+
+
+def counted(values: Any) -> list[str]:
+    """The different ones, most frequent first, with how many runs have each where there are several."""
+    found = Counter(values).most_common()
+    if len(found) == 1:
+        return [found[0][0]]
+    lines = [f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in found[:5]]
+    return lines + ([f"and {len(found) - 5} others"] if len(found) > 5 else [])

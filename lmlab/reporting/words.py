@@ -1,0 +1,43 @@
+"""How a report says things."""
+
+import re
+import shlex
+from pathlib import Path
+
+from lmlab.reporting.gather import Run
+from lmlab.runs.files import from_here
+
+
+def next_command(run: Run) -> str:
+    """How to go on with a run that has not come to its end; empty where there is nothing to do."""
+    if run.state.name in ("done", "pruned", "running"):
+        return ""
+    if run.begun:
+        return f"python -m lmlab.resume {quoted(run.place)}"
+    return f"python -m lmlab.sweep resume {quoted(run.sweep)}" if run.sweep else ""
+
+
+def quoted(place: Path) -> str:
+    return shlex.quote(str(from_here(place)))
+
+
+def letter(number: int) -> str:
+    """The name of a kind of evaluation."""
+    return chr(65 + number) if number < 26 else f"E{number + 1}"
+
+
+def file_name(key: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", key)
+
+
+def figure(value: float) -> str:
+    """A perplexity for people."""
+    return f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

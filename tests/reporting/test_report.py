@@ -1,0 +1,319 @@
+"""The verb `report` as a person uses it: its files, its words, and its page in a real browser."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pytest
+
+from lmlab.evaluation import comparing, records
+from lmlab.reporting import page as pages
+from lmlab.reporting.finals import finals
+from lmlab.reporting.gather import gather
+from lmlab.runs.directory import RunDirectory
+
+from ..conftest import HOME, TINY, TINY_MLM, run_verb
+from .synthetic import made
+
+STEPS = ["trainer.max_steps=8", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2"]
+HOSTILE = "</script><script>document.title='taken'</script><b>bold</b>"
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Path]:
+    """Two real runs, by objective."""
+    places = {name: Path(HOME) / "report" / name for name in ("clm", "mlm")}
+    for place, overrides in zip(places.values(), (TINY, TINY_MLM), strict=True):
+        run_verb("train", *overrides, *STEPS, f"hydra.run.dir={place}")
+    return places
+
+
+@pytest.fixture(scope="module")
+def study(trained: dict[str, Path]) -> Path:
+    """A sweep of 3 rates × 2 widths × 2 seeds, not all of it finished, and two masked runs beside it."""
+    folder = Path(HOME) / "report" / "study"
+    points = []
+    for rate in (1e-4, 3e-4, 1e-3):
+        for width in (64, 128):
+            for seed in (1, 2):
+                number = len(points)
+                points.append([f"optim.lr={rate}", f"model.config.n_embd={width}", f"seed={seed}"])
+                if number in (10, 11):
+                    continue
+                changes = {"optim.lr": rate, "model.config.n_embd": width, "seed": seed}
+                end = "killed" if number == 4 else "done"
+                made(trained["clm"], folder / str(number), changes, 1 + number / 100, end, steps=8)
+    (folder / "11").mkdir()
+    failure = {"state": "failed", "cause": "bad config", "message": f"no such key {HOSTILE}", "time": ""}
+    (folder / "11" / "failure.json").write_text(json.dumps(failure))
+    (folder / "sweep.json").write_text(json.dumps({"arguments": [], "points": points}))
+    samples = [{"step": step, "text": "It would", "said": f" drift {HOSTILE}"} for step in (4, 8)]
+    (folder / "0" / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    for seed in (1, 2):
+        made(trained["mlm"], folder / f"masked{seed}", {"seed": seed}, 1 + seed / 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(study: Path) -> Path:
+    """The folder of the study's report."""
+    out = study.parent / "out"
+    run_verb("report", study, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install it")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Callable[..., Any]:
+    """Open a report: its page, once all is drawn. `page.said` is what its console and its requests were."""
+
+    def open_report(folder: Path, width: int = 1280) -> Any:
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.said = []
+        page.on("console", lambda message: page.said.append(message.text))
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        page.on("request", lambda request: page.said.append(request.url))
+        page.goto(f"file://{folder / 'report.html'}")
+        page.wait_for_selector("html[data-drawn=all]", timeout=120_000)
+        return page
+
+    return open_report
+
+
+def table(place: Path) -> list[dict[str, str]]:
+    with place.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_files(report: Path, study: Path) -> None:
+    sections = pages.sections_of(gather([study])[0])
+    figures = [figure for section in sections for figure in section.figures]
+    assert len(figures) > 35
+    for figure in figures:
+        assert (report / f"{figure.name}.svg").read_text().count("<path") > 2
+        assert (report / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert len(table(report / f"{figure.table}.csv")) > 1
+        alt.LayerChart.from_dict(figure.spec, validate=True)
+    assert not list(report.glob(".*"))
+
+
+def test_tables(report: Path, study: Path) -> None:
+    rows = table(report / "runs.csv")
+    assert len(rows) == 14
+    causal = [row for row in rows if row["objective"].endswith("CausalLM")]
+    ranked = [row["run"] for row in causal if row["rank"]]
+    assert ranked == ["0", "1", "2", "3", "5", "6", "7", "8", "9"]  # their losses rise with their numbers
+    assert causal[0]["optim.lr"] == "0.0001"
+    assert float(causal[0]["perplexity"]) == RunDirectory(study / "0").result()["val/perplexity"]
+    assert {row["run"]: row["state"] for row in causal if not row["rank"]} == {
+        "4": "failed",
+        "10": "waiting",
+        "11": "failed",
+    }
+    masked = [row for row in rows if row["objective"].endswith("MaskedLM")]
+    assert [(row["run"], row["rank"]) for row in masked] == [("masked1", "1"), ("masked2", "2")]
+    assert masked[0]["perplexity"] == ""
+    assert masked[0]["masked_perplexity"]
+    tex = (report / "runs.tex").read_text()
+    assert tex.count("\\begin{tabular}") == 2
+    assert "n\\_embd" in tex
+
+
+def test_curves_are_whole(report: Path, study: Path) -> None:
+    rows = table(report / "clm_training.csv")
+    logged = [json.loads(line) for line in (study / "3" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in logged if "train/loss" in row]
+    assert [float(row["loss"]) for row in rows if row["run"] == "3"] == losses
+    assert [float(row["perplexity"]) for row in rows if row["run"] == "3"] == [math.exp(loss) for loss in losses]
+    assert any(row["run"] == "4" for row in rows)  # the killed one, as far as it went
+
+
+def test_intervals_are_those_of_compare(study: Path) -> None:
+    read = [records.read(study / name) for name in ("0", "1", "2", "3")]
+    best, other = finals(read, {})
+    assert [place.name for place in best.places] == ["0", "1"]
+    sides = comparing.sides_of(read)
+    expected = comparing.difference(sides[1], sides[0])
+    assert other.difference == expected
+    for side, found in zip(sides, (best, other), strict=True):
+        value, low, high = found.bits_per_byte
+        assert value == pytest.approx(float(side.figures.mean()))
+        assert low is not None
+        assert high is not None
+        assert low < value < high
+        assert found.perplexity[0] == pytest.approx(
+            math.prod(run.certificate["figures"]["perplexity"] for run in side.runs) ** 0.5
+        )
+
+
+def test_a_killed_run_was_down_for_no_time(trained: dict[str, Path], tmp_path: Path) -> None:
+    place = made(trained["clm"], tmp_path / "run")
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    gone_on = lines[5]["time"] + 5000
+    for line in lines[6:]:
+        line["time"] += 5000
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = json.loads((place / "manifest.json").read_text())
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(gone_on))
+    (place / "manifest.json").write_text(json.dumps(manifest | {"went_on": [{"time": stamp, "step": 2}]}))
+    run = gather([place])[0][0].runs[0]
+    assert run.seconds[-1] < lines[-1]["time"] - lines[0]["time"] - 4990
+
+
+def test_other_evaluations_are_ranked_apart(trained: dict[str, Path], tmp_path: Path) -> None:
+    for name, block, factor in (("a", 32, 1.2), ("b", 32, 1.1), ("c", 64, 1.0)):
+        made(trained["clm"], tmp_path / "runs" / name, {"preprocess.block_size": block}, factor)
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    rows = {row["run"]: row for row in table(tmp_path / "out" / "runs.csv")}
+    assert [(rows[name]["evaluation"], rows[name]["rank"]) for name in "abc"] == [("A", "2"), ("A", "1"), ("B", "1")]
+    assert "block_size is 32 in one and 64 in the other" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_nothing_finished(trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = made(trained["clm"], tmp_path / "runs" / "a", end="killed", steps=8)
+    code = (
+        "import sys, time; from lmlab.runs.directory import RunDirectory\n"
+        f"with RunDirectory({str(made(trained['clm'], tmp_path / 'runs' / 'b', end='running', steps=8))!r}).lock():\n"
+        "    print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+        other.kill()
+    said = capsys.readouterr().out
+    assert "1 failed, 1 running" in said
+    assert "none has finished" in said
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "so none is ranked" in html
+    assert "metrics.jsonl ends in half a line, which is left out." in html
+    assert f"python -m lmlab.resume {place}" in html
+    assert (tmp_path / "out" / "clm_validation_loss.svg").is_file()
+
+
+def test_damaged_files_are_named(trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abc":
+        made(trained["clm"], tmp_path / "runs" / name)
+    (tmp_path / "runs" / "b" / "manifest.json").write_text("{")
+    metrics = tmp_path / "runs" / "c" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([*lines[:3], "nonsense\n", *lines[4:]]))
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert "not read: b: " in capsys.readouterr().out
+    assert "metrics.jsonl is damaged in line 4" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "is no directory"), ({}, "holds no run"), ({"manifest.json": '{"name": "a web app"}'}, "can be read")],
+)
+def test_bad_places(
+    content: dict[str, str] | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "place"
+    if content is not None:
+        place.mkdir()
+        for name, text in content.items():
+            (place / name).write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        run_verb("report", place, "--out", tmp_path / "out")
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert 1 <= len(error.splitlines()) <= 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_a_browser(report: Path, opened: Callable[..., Any]) -> None:
+    page = opened(report)
+    assert page.said == [f"file://{report / 'report.html'}"]  # no word in the console, no other request
+    assert "taken" not in page.title()
+    assert "<b>bold</b>" in page.locator(".troubles").first.inner_text()
+    assert page.locator(".samples").count() == 1
+    charts = page.locator(".chart")
+    assert charts.count() >= 13
+    for i in range(charts.count()):
+        marks = "g.mark-line > path, g.mark-symbol > path, g.mark-rule > line, g.mark-area > path"
+        assert charts.nth(i).locator(marks).count() > 0, charts.nth(i).get_attribute("data-figure")
+
+
+def test_sorting_and_filters(report: Path, opened: Callable[..., Any]) -> None:
+    page = opened(report)
+    section = page.locator("section").first
+
+    def shown() -> list[str]:
+        return section.locator(".runs tbody tr:visible td:nth-child(2)").all_inner_texts()
+
+    assert shown()[:3] == ["0", "1", "2"]
+    head = section.locator(".runs th button", has_text="perplexity")
+    head.click()
+    assert shown()[0] == "0"
+    head.click()
+    assert shown()[0] == "9"
+    assert shown()[-2:] == ["10", "11"]  # what is not known stays last
+    points = section.locator('[data-figure="clm_effect_optim.lr"] g.mark-symbol.role-mark path')
+    lines = section.locator('[data-figure="clm_validation_loss"] g.mark-line path')
+    before = points.count(), lines.count()
+    assert before[0] == 9
+    section.get_by_label("lr", exact=True).select_option("0.0003")
+    page.wait_for_function("document.querySelector('.count').textContent.includes('4 of 12')")
+    page.wait_for_timeout(300)
+    assert sorted(shown()) == ["4", "5", "6", "7"]
+    assert points.count() == 3
+    assert lines.count() < before[1]
+    section.locator(".find").fill("killed")
+    page.wait_for_function("document.querySelector('.count').textContent.includes('1 of 12')")
+    assert shown() == ["4"]
+    section.locator(".against").select_option("time")
+    section.locator('[data-figure="clm_validation_loss_by_time"] svg').wait_for()
+    assert page.said == [f"file://{report / 'report.html'}"]
+
+
+def test_on_a_phone_and_on_paper(report: Path, opened: Callable[..., Any]) -> None:
+    page = opened(report, 390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    paper = page.pdf(prefer_css_page_size=True)
+    assert paper.startswith(b"%PDF")
+    assert paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") >= 2
+
+
+@pytest.mark.long
+def test_five_hundred_runs(trained: dict[str, Path], tmp_path: Path, opened: Callable[..., Any]) -> None:
+    for number in range(500):
+        changes = {
+            "optim.lr": 10 ** (-5 + 3 * (number * 0.618 % 1)),
+            "seed": number % 3,
+            "optim.eps": 1e-8 * (number % 7 + 1),
+        }
+        end = "done" if number % 17 else "killed"
+        made(trained["clm"], tmp_path / "runs" / str(number), changes, 1 + number % 91 / 900, end, rows=400)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "lmlab.report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True)
+    took = time.perf_counter() - began
+    html = tmp_path / "out" / "report.html"
+    assert html.stat().st_size < 15e6
+    assert "thinned to what a screen can show" in html.read_text()
+    assert len(table(tmp_path / "out" / "clm_training.csv")) > 180_000
+    opened(tmp_path / "out")
+    assert took < 20
