@@ -3,16 +3,17 @@
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab import compare as compare_verb
-from lmlab import evaluate, predict, resume, train
-from lmlab.config import check, compose, resuming
+from lmlab import dashboard, evaluate, predict, report, resume, sweep, train
+from lmlab.config import check, compose, planning, resuming
 
-VERBS = ("train", "resume", "evaluate", "compare", "predict", "doctor")
+VERBS = ("train", "preview", "resume", "evaluate", "compare", "predict", "doctor", "sweep", "report", "dashboard")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
@@ -29,7 +30,9 @@ def verb(name: str) -> list[list[str]]:
 
 def one_point(arguments: list[str]) -> list[str]:
     """A command without its sweep, but for the first value of each key."""
-    return [re.sub(r"=([^\[{']*?),.*", r"=\1", word) for word in arguments if word not in ("-m", "--cfg", "job")]
+    words = (word for word in arguments if word not in ("-m", "--cfg", "job"))
+    words = (re.sub(r"=[a-z]+\(.*?(\d[\d.e-]*),.*", r"=\1", word) for word in words)  # interval, range
+    return [re.sub(r"=([^\[{']*?),.*", r"=\1", word) for word in words]
 
 
 def test_there_are_commands() -> None:
@@ -38,6 +41,10 @@ def test_there_are_commands() -> None:
     assert len(verb("evaluate")) >= 6
     assert len(verb("compare")) >= 2
     assert len(verb("resume")) >= 4
+    assert len(verb("preview")) >= 4
+    assert len(verb("sweep")) >= 2
+    assert len(verb("report")) >= 2
+    assert len(verb("dashboard")) >= 2
 
 
 @pytest.mark.parametrize("arguments", verb("train"), ids=" ".join)
@@ -49,6 +56,8 @@ def test_train_command(
         train.main()
         assert "objective: clm, mlm" in capsys.readouterr().out
         return
+    if "-sc" in arguments:
+        pytest.skip("prints a script for a shell; tests/test_completion.py has such shells")
     words = one_point(arguments)
     # `--config-dir mine` is a folder of the reader's.
     if "mine/" in words:
@@ -87,6 +96,20 @@ def test_predict_command(arguments: list[str]) -> None:
     predict.options_of(predict.parser().parse_args(words))
 
 
+@pytest.mark.parametrize("arguments", verb("preview"), ids=" ".join)
+def test_preview_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lmlab.preview", *arguments])
+    plan = planning.planned(compose.read_command())
+    check.check_keys(plan.cfg, "train")
+    assert plan.points == (6 if "seed=1,2,3" in arguments else 2 if "seed=1,2" in arguments else 1)
+
+
+@pytest.mark.parametrize("module", [sweep, report, dashboard], ids=lambda module: module.__name__)
+def test_command_of_plain_arguments(module: ModuleType) -> None:
+    for arguments in verb(module.__name__.rpartition(".")[2]):
+        module.parser().parse_intermixed_args(arguments)
+
+
 @pytest.mark.parametrize("arguments", verb("compare"), ids=" ".join)
 def test_compare_command(arguments: list[str]) -> None:
     compare_verb.parser().parse_args(arguments)
@@ -122,7 +145,7 @@ def test_every_command_is_known() -> None:
         elif words[:2] == ["python", "-m"]:
             assert words[2].removeprefix("lmlab.") in VERBS, words
         else:
-            assert words[0] in ("wandb", "git", "cd"), words
+            assert words[0] in ("wandb", "git", "cd", "eval"), words
 
 
 def test_paths_exist() -> None:
