@@ -127,7 +127,7 @@ def curves(
     title_y = Y[y][1].format(of if y == "loss" else figure.replace("_", " "))
     shown = alt.Y("mean:Q").title(title_y).scale(high).axis(alt.Axis(tickCount=6, **axis))
     opacity = alt.condition(picked, alt.value(1 if few else 0.6), alt.value(0.1)) if few else alt.value(0.6)
-    lines = base.mark_line(strokeWidth=1.8 if few else 1, point=False).encode(
+    lines = base.mark_line(strokeWidth=1.8 if few else 1.3, point=False).encode(
         y=shown,
         strokeOpacity=opacity,
         tooltip=[

@@ -76,14 +76,14 @@ class Run:
         passed, total, before = [], 0.0, None
         for row in self.rows:
             if before is not None:
-                total += row["time"] - max((time for time in begun if before < time <= row["time"]), default=before)
+                total += row["time"] - max([before, *(time for time in begun if time <= row["time"])])
             before = row["time"]
             passed.append(round(total, 3))
         return passed
 
     @cached_property
     def tokens(self) -> int:
-        return max((row.get("data/tokens_seen", 0) for row in self.rows), default=0)
+        return next((row["data/tokens_seen"] for row in reversed(self.rows) if "data/tokens_seen" in row), 0)
 
     @property
     def speed(self) -> float | None:
