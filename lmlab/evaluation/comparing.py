@@ -22,7 +22,8 @@ REPLICATES = 10_000
 FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
 CELLS = 2**20  # replicates × documents that are held at once
 # What says where and how a run ran, not what it was.
-MACHINERY = ("run_dir", "cache_dir", "num_workers", "debug", "logger")
+MACHINERY: tuple[str, ...] = ("run_dir", "cache_dir", "num_workers", "debug", "logger")
+MACHINERY += ("callbacks.progress", "callbacks.samples", "callbacks.pruning")
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,17 @@ def choices_of(run: Records) -> dict[str, Any]:
     trained, measured = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
     if trained is None:
         return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | measured
-    config = {key: value for key, value in trained["config"].items() if key not in MACHINERY}
-    place = trained["config"]["run_dir"]
-    inside = {
+    return chosen(trained["config"]) | measured
+
+
+def chosen(config: dict[str, Any]) -> dict[str, Any]:
+    """What was chosen for a run, by dotted keys; places inside of it by what follows its own."""
+    place = config["run_dir"]
+    return {
         key: value.removeprefix(place) if f"{value}/".startswith(f"{place}/") else value
         for key, value in flat(config).items()
+        if not any(f"{key}.".startswith(f"{machinery}.") for machinery in MACHINERY)
     }
-    return inside | measured
 
 
 def sides_of(runs: Sequence[Records]) -> list[Side]:

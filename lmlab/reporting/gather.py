@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.comparing import MACHINERY, check_comparable, flat, said
+from lmlab.evaluation.comparing import check_comparable, chosen, said
 from lmlab.evaluation.records import Records, read
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import rows
@@ -278,16 +278,6 @@ def as_far_as_whole(file: Path, right: Callable[[dict], bool], faults: list[str]
     if file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size:
         faults.append(f"{file.name} ends in half a line, which is left out.")
     return whole
-
-
-def chosen(config: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen for a run, by dotted keys; places inside of it by what follows its own."""
-    place = config["run_dir"]
-    values = flat({key: value for key, value in config.items() if key not in MACHINERY})
-    return {
-        key: value.removeprefix(place) if f"{value}/".startswith(f"{place}/") else value
-        for key, value in values.items()
-    }
 
 
 def chosen_by(overrides: Sequence[str]) -> dict[str, Any]:
