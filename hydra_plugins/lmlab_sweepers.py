@@ -5,24 +5,28 @@ Hydra takes sweepers from this package alone, and imports it at each start: noth
 
 import itertools
 import json
+import shlex
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lmlab.errors import UserError
 from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import held, kept_locked
+from lmlab.runs.files import from_here, held, kept_locked
+from lmlab.runs.stopping import Stopped
 from lmlab.runs.sweep import Point
 from lmlab.sweep import conclude
 
@@ -53,62 +57,80 @@ class Grid(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        from lmlab.config.compose import read_config
+        from lmlab.config.resuming import length
+
         swept, shared = self.overrides(arguments)
-        for override in swept:
+        for override in swept.values():
             if not override.is_discrete_sweep():
                 raise UserError(f"{override.input_line} has no end of values. To search it: hydra/sweeper=optuna")
-        wanted = [list(point) for point in itertools.product(*(override.sweep_string_iterator() for override in swept))]
-        keys = [override.get_key_element() for override in swept]
-        wanted = [[f"{key}={value}" for key, value in zip(keys, point, strict=True)] for point in wanted]
-        self.validate_batch_is_legal([[*shared, *point] for point in wanted])
+        values = [[f"{key}={value}" for value in override.sweep_string_iterator()] for key, override in swept.items()]
+        wanted = [list(point) for point in itertools.product(*values)]
+        lengths = {length(self.composed([*shared, *point])) for point in wanted}
         with RunDirectory(self.folder).lock():
-            longer = self.begin(shared)
-            points = sweep.add(self.folder, wanted)
-            left = [point for point in points if longer or states.state_of(point.run).name not in states.ENDED]
+            sweep.begin(self.folder, **self.checked(shared))
+            sweep.add(self.folder, wanted)
+            left = [
+                point
+                for point in sweep.points(self.folder)
+                if states.state_of(point.run).name not in states.ENDED
+                or length(read_config(point.run.path)) not in lengths
+            ]
             if left:
                 self.launch(left, [shared] * len(left))
-        conclude(self.folder, points)
+        conclude(self.folder)
 
-    def begin(self, shared: list[str]) -> bool:
-        """Begin a sweep in its folder, or take up the one there; whether its runs are to be longer than they were.
+    def composed(self, words: list[str]) -> DictConfig:
+        """What a job of those overrides would get."""
+        return self.hydra_context.config_loader.load_sweep_config(self.config, words)
+
+    def checked(self, shared: list[str], fixed: tuple[str, ...] = (), **facts: Any) -> dict[str, Any]:
+        """What to keep of a sweep.
+
+        Args:
+            fixed: keys that do not change on the way, beside those that make a run.
+            facts: what is not to change either.
 
         Raises:
-            UserError: the folder holds another sweep.
+            UserError: the folder holds another one.
         """
         from lmlab.config.resuming import GROUPS, MACHINERY
 
-        facts = sweep.facts(self.folder)
-        kind = type(self).__name__.lower()
-        changed = {word.lstrip("+~").partition("=")[0] for word in set(facts.get("shared", shared)) ^ set(shared)}
-        own = {
-            key for key in changed if key not in GROUPS and not any(f"{key}.".startswith(f"{m}.") for m in MACHINERY)
-        }
-        if own or facts.get("kind", kind) != kind:
-            other = facts.get("kind", kind) != kind
-            what = f"another sweeper, {facts['kind']}" if other else f"other choices: {', '.join(sorted(own))}"
+        then = sweep.facts(self.folder)
+        facts["kind"] = type(self).__name__.lower()
+        changed = {word.lstrip("+~").partition("=")[0] for word in {*then.get("shared", shared)} ^ {*shared}}
+        free = [f"{name}." for name in (*GROUPS, *MACHINERY)]
+        own = {key for key in changed if key in fixed or not f"{key}.".startswith(tuple(free))}
+        own |= {name for name, value in facts.items() if then.get(name, value) != value}
+        if own:
             raise UserError(
-                f"{self.folder} holds a sweep that was begun with {what}.\nChoose another: hydra.sweep.dir=DIR"
+                f"{self.folder} holds a sweep that was begun with other choices: {', '.join(sorted(own))}.\n"
+                "Choose another: hydra.sweep.dir=DIR"
             )
-        sweep.begin(self.folder, {"kind": kind, "shared": shared})
-        return not changed.isdisjoint(LENGTH)
+        return {"shared": shared, **facts}
 
-    def overrides(self, arguments: list[str]) -> tuple[list[Override], list[str]]:
-        """The swept overrides of the config and the command line, and the fixed ones as they are typed."""
-        words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+    def overrides(self, arguments: list[str]) -> tuple[dict[str, Override], list[str]]:
+        """The swept overrides of the config and the command line, by key, and the fixed ones as they are typed."""
+        words = [*(f"{key}={typed(value)}" for key, value in self.params.items()), *arguments]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        last = {override.get_key_element(): override for override in parser.parse_overrides(words)}
-        swept = [override for override in last.values() if override.is_sweep_override()]
-        fixed = [override for override in last.values() if not override.is_sweep_override()]
-        return swept, [f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in fixed]
+        last = {override.get_key_element().lstrip("+"): override for override in parser.parse_overrides(words)}
+        both = {override.get_key_element(): override for override in last.values()}
+        fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in both.items() if not o.is_sweep_override()]
+        return {key: override for key, override in both.items() if override.is_sweep_override()}, fixed
 
     def launch(self, points: Sequence[Point], shared: Sequence[list[str]]) -> None:
         """Run points, each in its directory, where what keeps one from beginning is left as well."""
         batch = [
-            [*words, *point.overrides, f"hydra.sweep.subdir={point.number}"]
-            for point, words in zip(points, shared, strict=True)
+            [*fixed, *point.overrides, f"hydra.sweep.subdir={point.number}"]
+            for point, fixed in zip(points, shared, strict=True)
         ]
-        with every_job_heard(self.launcher):
-            results = self.launcher.launch(batch, initial_job_idx=points[0].number)
+        try:
+            with every_job_heard(self.launcher):
+                results = self.launcher.launch(batch, initial_job_idx=points[0].number)
+        except Stopped:
+            place = shlex.quote(str(from_here(self.folder)))
+            print(f"The sweep was stopped; jobs of a cluster go on. To go on: python -m lmlab.sweep resume {place}")
+            raise
         for point, result in zip(points, results, strict=True):
             if result.status is JobStatus.FAILED and states.state_of(point.run).name == "waiting":
                 point.run.path.mkdir(parents=True, exist_ok=True)
@@ -127,10 +149,9 @@ class Search(Grid):
         n_jobs: int = 1,
         metric: str = "val/loss",
         direction: str = "minimize",
-        sampler: dict[str, Any] | None = None,
-        pruner: dict[str, Any] | None = None,
+        sampler: Any = None,
+        pruner: Any = None,
         storage: str | None = None,
-        study_name: str = "lmlab",
         params: dict[str, Any] | None = None,
     ):
         """Makes a study, or takes up the one that is there.
@@ -145,33 +166,64 @@ class Search(Grid):
         """
         super().__init__(params)
         self.n_trials, self.n_jobs, self.metric, self.direction = n_trials, n_jobs, metric, direction
-        self.sampler, self.pruner = plain(sampler or {"name": "TPESampler"}), plain(pruner or {"name": "NopPruner"})
-        self.storage, self.study_name = storage, study_name
+        self.sampler, self.pruner, self.storage = plain(sampler, "TPESampler"), plain(pruner, "NopPruner"), storage
 
     def sweep(self, arguments: list[str]) -> None:
+        from optuna.distributions import distribution_to_json
+
         from lmlab.runs import study
 
+        for key, count in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
+            if type(count) is not int or count < 1:
+                raise UserError(f"hydra.sweeper.{key} is a whole number, 1 or more, not {count}.")
         swept, shared = self.overrides(arguments)
         if not swept:
-            raise UserError(
-                "nothing to search: add KEY='interval(1e-4,1e-2)', KEY='range(1,5)' or KEY=a,b to the command."
-            )
-        space = {override.get_key_element(): distribution(override) for override in swept}
-        self.validate_batch_is_legal([[*shared, *(f"{key}={text(first(space[key]))}" for key in space)]])
-        study.sampler(self.sampler, 0), study.pruner(self.pruner)  # before anything is written
-        self.begin(shared)
-        self.storage = self.storage or f"sqlite:///{self.folder}/study.db"
-        with sweep.written(self.folder):
-            self.study = study.opened(self.storage, self.study_name, self.direction)
+            raise UserError("nothing to search: add KEY='interval(1e-4,1e-2)', KEY='range(1,5)' or KEY=a,b.")
+        space = {key: distribution(override) for key, override in swept.items()}
+        self.composed([*shared, *(f"{key}={text(first(space[key]))}" for key in space)])
+        study.check(self.sampler, self.pruner, self.direction, space)
+        values = {key: distribution_to_json(found) for key, found in space.items()}
+        new = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".study.lock"):
+                known = sweep.facts(self.folder).get("study")
+                self.name = known or f"lmlab-{uuid.uuid4().hex[:8]}"
+                facts = self.checked(shared, LENGTH, study=self.name, values=values, direction=self.direction)
+                self.storage = self.storage or f"sqlite:///{self.folder}/study.db"
+                self.study = study.opened(self.storage, self.name, self.direction)
+                self.check_study()
+                sweep.begin(self.folder, **facts)
+        except UserError:
+            if new:
+                shutil.rmtree(self.folder)
+            raise
         with kept_locked(self.folder / ".search" / uuid.uuid4().hex) as own:
             while numbers := self.next_trials(own, space):
                 points = [point for point in sweep.points(self.folder) if point.number in numbers]
                 left = [point for point in points if states.state_of(point.run).name not in states.ENDED]
                 if left:
                     self.launch(left, [[*shared, *self.pruning(point.number)] for point in left])
-                for point in points:
-                    self.tell(point)
-        conclude(self.folder, sweep.points(self.folder))
+                found = [self.tell(point) for point in points]
+                if any(state.cause == "bad config" for state in found) and not self.trials(ended=True):
+                    break  # and so would the others end
+        conclude(self.folder)
+
+    def trials(self, ended: bool = False) -> list[Any]:
+        """The trials of the study, by their numbers; or those that came to something."""
+        from optuna.trial import TrialState
+
+        some = (TrialState.COMPLETE, TrialState.PRUNED) if ended else None
+        return self.study.get_trials(deepcopy=False, states=some)
+
+    def check_study(self) -> None:
+        """Refuse a study that is not that of the runs in the folder: what a trial is told would be another's."""
+        there, drawn = sweep.facts(self.folder).get("points", []), [words(trial) for trial in self.trials()]
+        if drawn[: len(there)] != there:
+            raise UserError(
+                f"{self.storage} does not hold the search that the runs in {self.folder} are of.\n"
+                "Bring it back, or begin another search: hydra.sweep.dir=DIR"
+            )
 
     def next_trials(self, own: Path, space: dict[str, Any]) -> list[int]:
         """The numbers of trials for this process to run: those that others left when they ended, then new ones."""
@@ -180,16 +232,20 @@ class Search(Grid):
         from lmlab.runs import study
 
         with sweep.written(self.folder) as content:
-            owners, trials = content.setdefault("owners", {}), self.study.get_trials(deepcopy=False)
-            running = [trial.number for trial in trials if trial.state is TrialState.RUNNING]
-            left = [number for number in running if not held(own.with_name(owners.get(str(number), "nobody's")))]
-            numbers = left[: self.n_jobs]
+            owners, trials = content.setdefault("owners", {}), self.trials()
+            numbers = []
+            for trial in trials:
+                place = own.with_name(owners.get(str(trial.number), "nobody's"))
+                # What this process itself has left open, it has tried.
+                if trial.state is TrialState.RUNNING and place != own and not held(place):
+                    numbers.append(trial.number)
+            del numbers[self.n_jobs :]
             while len(numbers) < self.n_jobs and len(trials) < self.n_trials:
                 self.study.sampler = study.sampler(self.sampler, len(trials))
                 numbers.append(self.study.ask(space).number)
-                trials = self.study.get_trials(deepcopy=False)
+                trials = self.trials()
             owners |= {str(number): own.name for number in numbers}
-            content["points"] = [[f"{key}={text(value)}" for key, value in t.params.items()] for t in trials]
+            content["points"] = [words(trial) for trial in trials]
         return numbers
 
     def pruning(self, number: int) -> list[str]:
@@ -197,42 +253,69 @@ class Search(Grid):
         block: dict[str, Any] = {
             "_target_": "lmlab.training.pruning.Prune",
             "storage": self.storage,
-            "study": self.study_name,
+            "study": self.name,
         }
         block |= {"trial": number, "metric": self.metric, "pruner": self.pruner}
         return [f"+callbacks.pruning={quoted(block)}"]
 
-    def tell(self, point: Point) -> None:
-        """Tell the study what came of a trial; one that was stopped, or is still queued, stays open."""
+    def tell(self, point: Point) -> states.State:
+        """Tell the study what came of a trial. One that failed, or was stopped, stays open, to be gone on with."""
         from optuna.trial import TrialState
 
-        state = states.state_of(point.run).name
-        if state == "done":
+        state = states.state_of(point.run)
+        if state.name == "done":
             self.study.tell(point.number, point.run.result()[self.metric], skip_if_finished=True)
-        elif state == "pruned":
+        elif state.name == "pruned":
             self.study.tell(point.number, state=TrialState.PRUNED, skip_if_finished=True)
-        elif state == "failed":
-            self.study.tell(point.number, state=TrialState.FAIL, skip_if_finished=True)
+        return state
 
 
-def plain(block: Any) -> dict[str, Any]:
-    """A block of a config without what OmegaConf adds."""
+def plain(block: Any, usual: str) -> dict[str, Any]:
+    """A block of a config without what OmegaConf adds; a name alone is one too."""
+    if block is None or isinstance(block, str):
+        return {"name": block or usual}
     return OmegaConf.to_container(block) if isinstance(block, DictConfig) else dict(block)  # type: ignore[return-value]
 
 
+def typed(value: Any) -> str:
+    """A value of `params` as on the command line; a list is one of values to sweep over."""
+    if isinstance(value, ListConfig | list):
+        return ",".join(map(typed, value))
+    return (
+        value if isinstance(value, str) else quoted(OmegaConf.to_object(value) if OmegaConf.is_config(value) else value)
+    )
+
+
+def words(trial: Any) -> list[str]:
+    """What a trial of Optuna's drew, as overrides."""
+    return [f"{key}={text(value)}" for key, value in trial.params.items()]
+
+
 def distribution(override: Override) -> Any:
-    """What Optuna is to draw for a swept override."""
+    """What Optuna is to draw for a swept override.
+
+    Raises:
+        UserError: a tag that says nothing there.
+    """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value: Any = override.value()
+    log = "log" in value.tags
+    if value.tags - {"log"} or (log and override.is_choice_sweep()):
+        raise UserError(f"{override.input_line}: a tag is log, and for an interval or a range.")
     if override.is_interval_sweep():
         whole = isinstance(value.start, int) and isinstance(value.end, int)
-        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log="log" in value.tags)
+        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log=log)
     if override.is_range_sweep() and not value.shuffle:
-        numbers = sorted(value.range())
+        numbers, step = sorted(value.range()), abs(value.step)
         whole = all(isinstance(number, int) for number in numbers)
-        return (IntDistribution if whole else FloatDistribution)(numbers[0], numbers[-1], step=abs(value.step))
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
+        if log and not (whole and step == 1):
+            raise UserError(f"{override.input_line}: by magnitude a range goes in whole steps of 1; or use interval.")
+        if whole:
+            return IntDistribution(numbers[0], numbers[-1], log=log, step=step)
+        return FloatDistribution(numbers[0], numbers[-1], step=step)
+    choices = list(override.sweep_string_iterator())
+    return CategoricalDistribution(sorted(choices) if value.shuffle else choices)
 
 
 def first(drawn: Any) -> Any:

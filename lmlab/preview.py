@@ -26,7 +26,8 @@ def main() -> None:
     with shown_plainly("debug=true" in sys.argv), SIGNALS.heeded():
         os.environ["HYDRA_FULL_ERROR"] = "1"  # as in run_verb
         given = compose.read_command()
-        if given.shell_completion or given.info or given.hydra_help:  # for Hydra alone
+        part = given.cfg and (given.cfg != "job" or given.package or given.resolve)
+        if given.shell_completion or given.info or given.hydra_help or part:  # for Hydra alone
             compose.run_verb(lambda cfg: None, "train")
             return
         try:

@@ -51,7 +51,8 @@ def report(arguments: argparse.Namespace) -> None:
     rows = []
     for section in sections:
         states = ", ".join(f"{count} {state}" for state, count in section.states.most_common())
-        best = (section.best[0].name, section.best[1]) if section.best else ("", "none has finished")
+        none = f"{section.unranked} finished, without an evaluation" if section.unranked else "none has finished"
+        best = (section.best[0].name, section.best[1]) if section.best else ("", none)
         rows.append([section.title, states, *best])
     show_rows("Runs", ["objective", "states", "best run", "its figure"], rows)
     for line in unread:

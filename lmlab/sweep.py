@@ -1,6 +1,7 @@
 """`python -m lmlab.sweep status|resume DIR`: what ran of a sweep, what failed and why; and the rest of it."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -39,7 +40,7 @@ def main() -> None:
         given = parser().parse_intermixed_args()
         folder = given.folder.resolve()
         points = sweep.points(folder)
-        if not points:
+        if not sweep.facts(folder):
             raise UserError(f"{given.folder} holds no sweep (no {sweep.FILE}). Name the directory of one: multirun/…")
         if given.what == "status":
             if given.overrides:
@@ -59,23 +60,23 @@ def resume(folder: Path, overrides: list[str]) -> None:
     gone = ("hydra.launcher.",) if "hydra/launcher" in names else ()
     words = (word for word in facts["arguments"] if not word.startswith(gone))
     kept = [word for word in words if word.partition("=")[0] not in names]
-    if Path(facts["directory"]).is_dir():
+    if Path(facts.get("directory", "")).is_dir():
         os.chdir(facts["directory"])  # relative paths in it are of there
-    sys.argv[1:] = [*kept, *overrides, f"hydra.sweep.dir={folder}"]
+    sys.argv[1:] = [*kept, *overrides, f"hydra.sweep.dir={json.dumps(str(folder))}"]
     train.main()
 
 
-def conclude(folder: Path, points: Sequence[sweep.Point]) -> None:
+def conclude(folder: Path) -> None:
     """Say what became of a sweep's points.
 
     Raises:
         UserError: some failed.
     """
-    found = show(points)
+    found = show(sweep.points(folder))
     failed = sum(state.name == "failed" for state in found)
     if failed:
         raise UserError(
-            f"{failed} of {len(points)} runs failed. To run again what has not come to its end: "
+            f"{failed} of {len(found)} runs failed. To run again what has not come to its end: "
             f"python -m lmlab.sweep resume {shlex.quote(str(from_here(folder)))}"
         )
 

@@ -93,7 +93,7 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
                     LOG.warning("Stopped by %s. %s", stop.signal.name, what_is_kept(run))
                     raise
         except (Exception, Stopped) as error:
-            refused = isinstance(error, UserError) and error.cause == "error"
+            refused = isinstance(error, UserError) and error.cause in ("error", "bad config")
             if not (kept is not None and refused):  # then the run is what it was
                 states.keep_failure(run, error)
             raise

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -102,22 +103,60 @@ def test_only_what_is_missing_is_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("here")
+def test_what_a_resume_is_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All points that were ever asked for, each once, however they were written; a damaged one holds up none."""
+    swept(tmp_path, "optim.lr=1e-3,1e-3,2e-3", "seed=1,2")
+    assert [row[0] for row in found(tmp_path)] == [
+        [f"optim.lr={lr}", f"seed={s}"] for lr in (0.001, 0.002) for s in (1, 2)
+    ]
+    shutil.rmtree(tmp_path / "1")
+    (tmp_path / "2" / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit, match="1"):
+        swept(tmp_path, "seed=1,2", "++optim.lr=1e-3,3e-3")
+    states_now = [row[1:] for row in found(tmp_path)]
+    assert states_now == [("done", None)] * 2 + [("failed", "damaged")] + [("done", None)] * 3
+    capsys.readouterr()
+    (tmp_path / "2" / "summary.json").unlink()
+    run_verb("sweep", "resume", tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == "6 done"
+
+
+@pytest.mark.usefixtures("here")
+def test_params_of_a_file(tmp_path: Path) -> None:
+    """Lists and nulls are as YAML has them, and the command line wins, however it is written."""
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [train, _self_]\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        "      seed: [1, 2]\n      model.config.n_layer: 1,2\n      trainer.gradient_clip_val: null\n"
+    )
+    words = [word for word in TINY if "n_layer" not in word]
+    place = ["-cd", tmp_path, "-cn", "mine", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    run_verb("train", *place, "model.config.n_layer=1")
+    assert [row[0] for row in found(tmp_path / "sweep")] == [["seed=1"], ["seed=2"]]
+    cfg = read_config(tmp_path / "sweep" / "1")
+    assert (cfg.model.config.n_layer, cfg.trainer.gradient_clip_val) == (1, None)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_sweep_goes_on_for_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swept(tmp_path, "seed=1,2")
     run_verb("sweep", "resume", tmp_path, "trainer.max_steps=6")
     assert [RunDirectory(tmp_path / name).result()["steps"] for name in "01"] == [6, 6]
-    # As the command now says.
+    # As the command now says; also where it was interrupted before it came to all of them.
     capsys.readouterr()
+    run_verb("resume", tmp_path / "0", "trainer.max_steps=8")
+    with sweep.written(tmp_path) as content:
+        content["arguments"].append("trainer.max_steps=8")
+        content["shared"] = [word for word in content["shared"] if "max_steps" not in word] + ["trainer.max_steps=8"]
     run_verb("sweep", "resume", tmp_path)
     assert "2 done" in capsys.readouterr().out
-    assert RunDirectory(tmp_path / "0").result()["steps"] == 6
+    assert [RunDirectory(tmp_path / name).result()["steps"] for name in "01"] == [8, 8]
 
 
 def test_runs_of_a_sweep_share_a_group_in_wandb(tmp_path: Path) -> None:
     from lmlab.train import name_in_sweep
 
     folder = tmp_path / "sweep"
-    sweep.begin(folder, {})
+    sweep.begin(folder)
     sweep.add(folder, [["optim.lr=0.1", "seed=1"], ["optim.lr=0.1", "seed=2"]])
     cfg = OmegaConf.create({"logger": {"wandb": {"group": None, "name": None}}})
     name_in_sweep(cfg, RunDirectory(folder / "1"))
@@ -202,7 +241,7 @@ def test_another_sweep_does_not_go_on_in_its_folder(refused: Refused, tmp_path: 
     other = refused("train", "-m", *TINY, "seed=1", "optim.weight_decay=0.2", f"hydra.sweep.dir={tmp_path}")
     assert "holds a sweep that was begun with other choices: optim.weight_decay" in other
     search = ["hydra/sweeper=optuna", "optim.lr=1,2", f"hydra.sweep.dir={tmp_path}"]
-    assert "another sweeper, grid" in refused("train", "-m", *TINY, *search)
+    assert "other choices: kind" in refused("train", "-m", *TINY, *search[:2], "seed=1", search[2])
     assert (tmp_path / "sweep.json").read_bytes() == before
 
 
@@ -211,8 +250,10 @@ def test_of_no_sweep(refused: Refused, tmp_path: Path) -> None:
         assert "holds no sweep (no sweep.json)" in refused("sweep", what, tmp_path)
         assert "holds no sweep" in refused("sweep", what, tmp_path / "nowhere")
     assert "invalid choice" in refused("sweep", "stat", tmp_path)
-    (tmp_path / "sweep.json").write_text('{"points": [["see')
-    assert "is damaged" in refused("sweep", "status", tmp_path)
+    for content in ('{"points": [["see', "[]", '{"a": 1}', '{"points": [["a=1"]]}', '{"points": [1], "arguments": []}'):
+        (tmp_path / "sweep.json").write_text(content)
+        for what in ("status", "resume"):
+            assert "is damaged" in refused("sweep", what, tmp_path)
 
 
 @pytest.mark.usefixtures("here")
@@ -271,12 +312,10 @@ class TestSearch:
 
     @pytest.mark.usefixtures("here")
     def test_hopeless_runs_are_pruned(self, tmp_path: Path) -> None:
-        import optuna
-
         early = ["hydra.sweeper.pruner.n_startup_trials=2", "hydra.sweeper.sampler={name:RandomSampler,seed:5}"]
         swept(tmp_path, *self.WORDS, *early, "hydra.sweeper.n_trials=6")
         rows = found(tmp_path)
-        study = optuna.load_study(study_name="lmlab", storage=f"sqlite:///{tmp_path}/study.db")
+        study = study_of(tmp_path)
         told = {"done": "COMPLETE", "pruned": "PRUNED"}
         assert [trial.state.name for trial in study.trials] == [told[row[1]] for row in rows]
         pruned = [number for number, row in enumerate(rows) if row[1] == "pruned"]
@@ -295,27 +334,59 @@ class TestSearch:
                 assert trial.value == RunDirectory(tmp_path / str(number)).result()["val/loss"]
 
     @pytest.mark.usefixtures("here")
-    def test_a_failed_trial_is_told(self, tmp_path: Path) -> None:
-        import optuna
+    def test_a_failed_trial_stays_open(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Others go on; the search that is resumed tries it once more."""
+        for trials in (3, 4):
+            with pytest.raises(SystemExit, match="1"):
+                swept(tmp_path, "hydra/sweeper=optuna", "optim.lr=1e30,1e-3", f"hydra.sweeper.n_trials={trials}")
+        told = {"done": "COMPLETE", "failed": "RUNNING", "pruned": "PRUNED"}
+        rows = found(tmp_path)
+        assert [trial.state.name for trial in study_of(tmp_path).trials] == [told[row[1]] for row in rows]
+        assert {"failed"} < {row[1] for row in rows}
+        assert "Going on with run" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("here")
+    def test_a_wrong_metric_ends_the_search_and_can_be_mended(self, tmp_path: Path) -> None:
+        words = ["hydra/sweeper=optuna", "optim.lr=1e-2,1e-3", "hydra.sweeper.n_trials=2"]
         with pytest.raises(SystemExit, match="1"):
-            swept(tmp_path, "hydra/sweeper=optuna", "optim.lr=1e30,1e-3", "hydra.sweeper.n_trials=5")
-        study = optuna.load_study(study_name="lmlab", storage=f"sqlite:///{tmp_path}/study.db")
-        told = {"done": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED"}
-        assert [trial.state.name for trial in study.trials] == [told[row[1]] for row in found(tmp_path)]
-        assert {"failed"} < {row[1] for row in found(tmp_path)}
+            swept(tmp_path, *words, "hydra.sweeper.metric=val/lss")
+        assert [row[1:] for row in found(tmp_path)] == [("failed", "bad config")]
+        run_verb("sweep", "resume", tmp_path, "hydra.sweeper.metric=val/bits_per_byte")
+        assert [row[1] for row in found(tmp_path)] == ["done", "done"]
+        figures = [RunDirectory(tmp_path / name).result()["val/bits_per_byte"] for name in "01"]
+        assert [trial.value for trial in study_of(tmp_path).trials] == figures
+
+    @pytest.mark.usefixtures("here")
+    def test_another_search_does_not_go_on_in_its_folder(self, tmp_path: Path, refused: Refused) -> None:
+        words = ["hydra/sweeper=optuna", "optim.schedule=shuffle(linear,cosine,constant)", "hydra.sweeper.n_trials=1"]
+        swept(tmp_path, *words)
+        swept(tmp_path, *words, "hydra.sweeper.n_trials=2")  # however they are shuffled
+        before = (tmp_path / "sweep.json").read_bytes()
+        where = f"hydra.sweep.dir={tmp_path}"
+        other = ["hydra/sweeper=optuna", "optim.schedule=linear,cosine", where]
+        assert "other choices: values" in refused("train", "-m", *TINY, *other)
+        for word in ("trainer.max_steps=9", "hydra.sweeper.direction=maximize"):
+            assert "other choices: " in refused("train", "-m", *TINY, *words, word, where)
+        assert (tmp_path / "sweep.json").read_bytes() == before
+        (tmp_path / "study.db").unlink()
+        assert "does not hold the search that the runs" in refused("train", "-m", *TINY, *words, where)
+
+    @pytest.mark.usefixtures("here")
+    def test_a_trial_can_be_trained_longer(self, tmp_path: Path) -> None:
+        swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=1")
+        run_verb("resume", tmp_path / "0", "trainer.max_steps=8")
+        assert RunDirectory(tmp_path / "0").result()["steps"] == 8
+        assert len(study_of(tmp_path).trials[0].intermediate_values) == 3
 
     @pytest.mark.usefixtures("here")
     def test_a_trial_whose_process_was_killed_goes_on(self, tmp_path: Path) -> None:
-        import optuna
-
         swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=2", "hydra.sweeper.pruner=null")
         whole = losses(tmp_path / "1")
         # As if the process had been killed during the last trial, and another one at work on a third.
         stop_after(tmp_path / "1", 4, tmp_path / "stopped")
         shutil.rmtree(tmp_path / "1")
         (tmp_path / "stopped").rename(tmp_path / "1")
-        study = optuna.load_study(study_name="lmlab", storage=f"sqlite:///{tmp_path}/study.db")
+        study = study_of(tmp_path)
         reopen(tmp_path / "study.db", 1)
         other = study.ask({"optim.lr": study.trials[0].distributions["optim.lr"]})
         script = f"""
@@ -341,6 +412,14 @@ with kept_locked(Path({str(tmp_path)!r}) / ".search" / "other"):
         # When that one has ended, its trial is taken up.
         swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=null")
         assert [row[1] for row in found(tmp_path)] == ["done"] * 3
+
+
+def study_of(folder: Path) -> Any:
+    """The study of a search."""
+    import optuna
+
+    name = sweep.facts(folder)["study"]
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/study.db")
 
 
 def reopen(database: Path, number: int) -> None:

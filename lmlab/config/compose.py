@@ -131,6 +131,8 @@ def explain(error: Exception, name: str) -> str:
         wrong = lines[0].split("'")[1]
         meant = nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
         return f'there is no key "{wrong}".{meant}'
+    if lines and lines[0].startswith("Error merging override") and error.__cause__:
+        return f"{lines[0]}: {first_line(error.__cause__)}"
     return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
 
 

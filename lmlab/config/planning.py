@@ -150,6 +150,11 @@ def marked(plan: Planned) -> str:
         if not key.startswith("-"):
             path[indent:] = [key]
         name = ".".join(path)
-        default = changed.pop(name)[1] if name in changed else None
-        lines.append(line if default is None else f"{line}   # default: {default}")
-    return "\n".join([*lines, *(f"# default, and not here: {key}={pair[1]}" for key, pair in sorted(changed.items()))])
+        lines.append(f"{line}   # default: {said(changed.pop(name)[1])}" if name in changed else line)
+    gone = (f"# default, and not here: {key}={said(pair[1])}" for key, pair in sorted(changed.items()))
+    return "\n".join([*lines, *gone])
+
+
+def said(value: Any) -> str:
+    """A value as YAML has it."""
+    return "null" if value is None else str(value)

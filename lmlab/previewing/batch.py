@@ -14,6 +14,9 @@ from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import TrainSampler
 
 SPACE = "␣"
+HALF = "\ufffd"  # what bytes decode to that are no whole character
+SIGNS = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵", 127: "␡"}
+"""Control characters of a text, as signs for them: the terminal is not to heed them."""
 LONGEST = 192  # tokens of a sample that are shown
 
 STYLES = {
@@ -74,8 +77,9 @@ def pieces(batch: Batch, row: int, tokenizer: Any, causal: bool) -> list[Piece]:
     found: list[Piece] = []
     before = ""
     for at in range(min(length, LONGEST)):
-        text = decoded(tokenizer, original[: at + 1])
-        said, before = text[len(before) :], text
+        text, said = decoded(tokenizer, original[: at + 1]), ""
+        if not text.endswith(HALF) or at + 1 == min(length, LONGEST):  # a character of several tokens is the last one's
+            said, before = text[len(before) :], text
         name = kinds[at]
         if original[at] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
             name = "edge"
@@ -107,7 +111,7 @@ def drawn(found: list[Piece], usual: str, coloured: bool) -> Text:
     """Pieces in colours; without them in brackets with their kind, all but the `usual` one."""
     text = Text()
     for name, said in found:
-        said = said.replace("\n", "↵")
+        said = said.translate(SIGNS)
         if coloured:
             text.append(said, STYLES[name])
         elif name == usual:

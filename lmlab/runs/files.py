@@ -89,12 +89,14 @@ def kept_locked(place: Path) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("wb") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
-        yield place
-    place.unlink(missing_ok=True)
+        try:
+            yield place
+        finally:
+            place.unlink(missing_ok=True)
 
 
 def held(place: Path) -> bool:
-    """Whether another process has a file locked; its lock is not touched."""
+    """Whether another process has a file locked. Not to be asked of one's own: to close it would free it."""
     if not place.is_file():
         return False
     asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux

@@ -20,8 +20,8 @@ class State:
     name: str
     """waiting, running, done, pruned, stopped (by a signal, its state kept) or failed."""
     cause: str | None = None
-    """Of a failure: out of memory, non-finite loss, killed, bad config, disk full or error; of a stop: timed out, or
-    the signal."""
+    """Of a failure: out of memory, non-finite loss, killed, crashed, bad config, disk full, damaged or error; of a
+    stop: timed out, or the signal."""
     message: str | None = None
     """What was said then."""
     step: int = 0
@@ -31,11 +31,16 @@ class State:
 
 
 def state_of(run: RunDirectory) -> State:
-    """The state of a run, or of the place of one that has not begun.
+    """The state of a run, or of the place of one that has not begun. Where files are damaged, that is its failure."""
+    try:
+        return told_by(run)
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        what = str(error) if isinstance(error, UserError) else f"{run.path} is damaged: {error!r}"
+        return State("failed", "damaged", what)
 
-    Raises:
-        UserError: a file of the directory is damaged.
-    """
+
+def told_by(run: RunDirectory) -> State:
+    """The state of a run, if its files are whole."""
     if run.finished():
         result = run.result()
         return State("pruned" if "pruned" in result else "done", step=result["steps"], steps=result["steps"])

@@ -1,6 +1,7 @@
 """The study of a search: a database of Optuna's, which the processes that search and their runs share."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,28 +13,58 @@ from sqlalchemy.exc import SQLAlchemyError
 from lmlab.errors import UserError, first_line, nearest
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+DIRECTIONS = ("minimize", "maximize")
+EVERY = ("BruteForceSampler", "GridSampler", "PartialFixedSampler")
+"""Samplers of all combinations, for which there is the other sweeper."""
 PATIENCE = 60  # seconds that a process waits for another's write to an SQLite file
 
 
-def opened(storage: str, name: str, direction: Any = "minimize", pruned: dict[str, Any] | None = None) -> optuna.Study:
-    """A study, begun if it is not there.
+def opened(storage: str, name: str, direction: Any) -> optuna.Study:
+    """The study of a process that searches, begun if it is not there.
 
     Raises:
         UserError: its database can't be opened.
     """
-    options = {"connect_args": {"timeout": PATIENCE}} if storage.startswith("sqlite") else {}
     try:
-        return optuna.create_study(
-            storage=optuna.storages.RDBStorage(storage, engine_kwargs=options),
-            study_name=name,
-            direction=direction,
-            load_if_exists=True,
-            pruner=pruner(pruned) if pruned else None,
-        )
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError, ValueError) as error:
+        return optuna.create_study(storage=database(storage), study_name=name, direction=direction, load_if_exists=True)
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError) as error:
         raise UserError(
-            f"the study {storage} can't be opened: {first_line(error)}\nGive its URL: hydra.sweeper.storage=…"
+            f"the study {storage} can't be opened: {first_line(error)}\nGive another URL: hydra.sweeper.storage=…"
         ) from error
+
+
+def joined(storage: str, name: str, pruned: dict[str, Any]) -> optuna.Study:
+    """The study of a run, which is there.
+
+    Raises:
+        LookupError: it is not.
+    """
+    file = storage.removeprefix("sqlite:///")
+    if file != storage and not Path(file).is_file():  # SQLite would make one
+        raise LookupError(f"there is no {file}")
+    return optuna.load_study(storage=database(storage), study_name=name, pruner=pruner(pruned))
+
+
+def database(storage: str) -> optuna.storages.RDBStorage:
+    options = {"connect_args": {"timeout": PATIENCE}} if storage.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(storage, engine_kwargs=options)
+
+
+def check(sampled: dict[str, Any], pruned: dict[str, Any], direction: Any, space: dict[str, Any]) -> None:
+    """Refuse what a search could not go on with, before it begins.
+
+    Raises:
+        UserError: says which key of hydra.sweeper.
+    """
+    if direction not in DIRECTIONS:
+        raise UserError(f'hydra.sweeper.direction is minimize or maximize, not "{direction}".')
+    trial = optuna.create_study(direction=direction, pruner=pruner(pruned), sampler=sampler(sampled, 0))
+    try:
+        for _ in range(2):  # some draw at random first
+            trial.tell(trial.ask(space), 0.0)
+        trial.ask(space)
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"hydra.sweeper.sampler: {sampled['name']} can't draw that: {first_line(error)}") from error
 
 
 def sampler(block: dict[str, Any], number: int) -> BaseSampler:
@@ -56,7 +87,7 @@ def named(module: Any, kind: type, key: str, block: dict[str, Any]) -> Any:
         UserError: there is none of that name, or it does not take them.
     """
     classes = {name: found for name, found in vars(module).items() if inspect.isclass(found)}
-    known = {n: found for n, found in classes.items() if issubclass(found, kind) and not n.startswith("Base")}
+    known = {n: c for n, c in classes.items() if issubclass(c, kind) and not n.startswith("Base") and n not in EVERY}
     name = block.get("name")
     if name not in known:
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import read_json, write_json
 
@@ -27,17 +28,35 @@ class Point:
     run: RunDirectory
 
 
+def facts(folder: Path) -> dict[str, Any]:
+    """What a sweep's file holds: when and where it was begun, its last arguments, the overrides of its points.
+
+    Returns:
+        {} if the folder holds no sweep.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    place = folder / FILE
+    if not place.is_file():
+        return {}
+    content = read_json(place)
+    points, arguments = content.get("points"), content.get("arguments")
+    lists = [arguments, *points] if isinstance(points, list) else [None]
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
+        raise UserError(f"{place} is damaged: it is not the file of a sweep.")
+    return content
+
+
 def points(folder: Path) -> list[Point]:
     """The points of a sweep, by their numbers; none if the folder holds no sweep."""
-    if not (folder / FILE).is_file():
-        return []
     return [
         Point(number, overrides, RunDirectory(folder / str(number)))
-        for number, overrides in enumerate(read_json(folder / FILE)["points"])
+        for number, overrides in enumerate(facts(folder).get("points", []))
     ]
 
 
-def begin(folder: Path, facts: dict[str, Any]) -> None:
+def begin(folder: Path, **facts: Any) -> None:
     """Make a folder that of a sweep, or go on with the one there: of the command and of `facts`, the last counts."""
     folder.mkdir(parents=True, exist_ok=True)
     with written(folder) as content:
@@ -46,23 +65,25 @@ def begin(folder: Path, facts: dict[str, Any]) -> None:
         content.setdefault("points", [])
 
 
-def add(folder: Path, wanted: Sequence[list[str]]) -> list[Point]:
-    """The points of those overrides. Those that are new get the next numbers."""
+def add(folder: Path, wanted: Sequence[list[str]]) -> None:
+    """Give points of those overrides, where they are new, the next numbers."""
     with written(folder) as content:
-        content["points"] += [overrides for overrides in wanted if overrides not in content["points"]]
-    return [point for point in points(folder) if point.overrides in wanted]
+        known = {identity(overrides) for overrides in content["points"]}
+        for overrides in wanted:
+            if identity(overrides) not in known:
+                known.add(identity(overrides))
+                content["points"].append(overrides)
+
+
+def identity(overrides: Sequence[str]) -> frozenset[str]:
+    """What makes a point, however it is written."""
+    return frozenset(word.lstrip("+") for word in overrides)
 
 
 @contextmanager
 def written(folder: Path) -> Iterator[dict[str, Any]]:
     """The file of a sweep, to be changed by one process at a time."""
     with FileLock(folder / ".sweep.lock"):
-        content = read_json(folder / FILE) if (folder / FILE).is_file() else {}
+        content = facts(folder)
         yield content
         write_json(folder / FILE, content)
-
-
-def facts(folder: Path) -> dict[str, Any]:
-    """What is known of a sweep beside its points: when, where and by which arguments it was begun; {} for none."""
-    content = read_json(folder / FILE) if (folder / FILE).is_file() else {}
-    return {key: value for key, value in content.items() if key != "points"}

@@ -76,7 +76,8 @@ class LMModule(Scorer):
             if monitor is not None and monitor not in logged:
                 raise UserError(
                     f'a {type(callback).__name__} monitors "{monitor}", which is not there.'
-                    f"{nearest(monitor, logged)} There are: {', '.join(logged)}."
+                    f"{nearest(monitor, logged)} There are: {', '.join(logged)}.",
+                    "bad config",
                 )
 
     def configure_optimizers(self) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lmlab.errors import UserError, first_line
+from lmlab.errors import first_line
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
@@ -21,7 +21,8 @@ class Prune(Callback):
 
     def __init__(self, storage: str, study: str, trial: int, metric: str = "val/loss", pruner: dict | None = None):
         """`trial` is its number; `monitor` one of the figures of a validation."""
-        self.storage, self.study, self.number, self.monitor, self.pruner = storage, study, trial, metric, pruner
+        self.storage, self.study, self.number, self.monitor = storage, study, trial, metric
+        self.pruner = pruner or {"name": "NopPruner"}
         self.pruned: int | None = None
         """The step after which the run was given up."""
 
@@ -30,6 +31,9 @@ class Prune(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pruned = state["pruned"]
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.pruned = None  # it is trained longer, after all
 
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
         number = len(module.validations) - 1  # the one before training says nothing yet
@@ -47,17 +51,19 @@ class Prune(Callback):
         import optuna
         from sqlalchemy.exc import SQLAlchemyError
 
-        from lmlab.runs.study import opened
+        from lmlab.runs import study
 
         figures = module.validations[module.global_step]
         try:
-            study = opened(self.storage, self.study, pruned=self.pruner)
-            frozen = study.get_trials(deepcopy=False)[self.number]
-            trial = optuna.trial.Trial(study, frozen._trial_id)
+            mine = study.joined(self.storage, self.study, self.pruner)
+            frozen = mine.get_trials(deepcopy=False)[self.number]
+            if frozen.state.is_finished():  # the run is trained longer than the search asked for
+                return False
+            trial = optuna.trial.Trial(mine, frozen._trial_id)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # a run that goes on may report a validation again
                 trial.report(figures[self.monitor], number)
             return trial.should_prune()
-        except (UserError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        except (LookupError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
             LOG.warning("the study %s could not be told: %s", self.storage, first_line(error))
             return False

@@ -172,6 +172,15 @@ def limited(train: Callable[..., subprocess.Popen], sbatch: Callable[..., str], 
     return {"job": job, "launcher": launcher}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def killed(train: Callable[..., subprocess.Popen], place: Path, limited: dict) -> subprocess.Popen:
+    """The launcher of an array of two, the first of which was killed: submitit hears of that within a minute."""
+    launcher = train(*RUN, *SLOW, "hydra.sweep.dir=killed", "seed=1,2")
+    training(place / "killed" / "0")
+    os.kill(int((place / "killed" / "0" / ".lock").read_text().split()[1]), signal.SIGKILL)  # nodes are of this machine
+    return launcher
+
+
 @pytest.fixture(scope="module")
 def array(train: Callable[..., subprocess.Popen], place: Path, limited: dict) -> Path:
     """Three jobs that nothing disturbs."""
@@ -254,15 +263,12 @@ def test_failed_job_says_why_and_a_wrong_key_is_no_job(train: Callable[..., subp
 
 
 def test_killed_job_does_not_hide_the_others(
-    train: Callable[..., subprocess.Popen], start: Callable[..., subprocess.Popen], place: Path, array: Path
+    killed: subprocess.Popen, start: Callable[..., subprocess.Popen], place: Path, array: Path
 ) -> None:
     """The launcher waits for the whole array, says which job was killed, and runs that alone when told to go on."""
-    launcher = train(*RUN, *SLOW, "hydra.sweep.dir=killed", "seed=1,2")
     folder = place / "killed"
-    training(folder / "0")
-    os.kill(int((folder / "0" / ".lock").read_text().split()[1]), signal.SIGKILL)  # nodes are of this machine
-    said = launcher.communicate(timeout=180)[0]
-    assert launcher.returncode == 1, said
+    said = killed.communicate(timeout=180)[0]
+    assert killed.returncode == 1, said
     assert [state_of(point.run).name for point in points(folder)] == ["failed", "done"]
     assert state_of(points(folder)[0].run).cause == "killed"
     there = (folder / "1" / "summary.json").stat().st_mtime_ns
