@@ -22,7 +22,7 @@ test-slurm: $(VENV)/installed-dev
 	command -v slurmctld > /dev/null || { apt-get update && apt-cache show slurmctld; } > /dev/null 2>&1 || \
 		{ echo "test-slurm: skipped, as SLURM's packages can't be had here"; exit; }; \
 	trap 'tests/slurm/cluster.sh down' EXIT; trap 'exit 1' INT TERM; \
-	tests/slurm/cluster.sh up && eval "$$(tests/slurm/cluster.sh env)" && timeout -k 10 400 $(BIN)/pytest -vv -rs tests/slurm
+	tests/slurm/cluster.sh up && eval "$$(tests/slurm/cluster.sh env)" && timeout -k 10 500 $(BIN)/pytest -vv -rs tests/slurm
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

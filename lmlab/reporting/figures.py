@@ -12,6 +12,8 @@ from typing import Any
 
 import altair as alt
 
+from lmlab.reporting.gather import brief, number, shortened
+
 WIDTH, HEIGHT = 640, 320  # of the files; the page makes them as wide as it is itself
 COLOURS = 10
 """Configurations that can be told apart by colour."""
@@ -20,6 +22,8 @@ DECADE = 10
 VIRIDIS = alt.SchemeParams(name="viridis", extent=[0, 0.87])  # beyond, it is too light for lines on white
 FONT = "Helvetica, Arial, sans-serif"
 PLAIN = "format(datum.value, '.4~g')"
+TICK = "datum.value != 0 && (abs(datum.value) >= 1e6 || abs(datum.value) < 1e-4) ? format(datum.value, '.6~e') : "
+TICK += "format(datum.value, ',.8~r')"
 SHORT = "abs(datum.value) < 1000 ? datum.label : format(datum.value, '~s')"
 Y = {
     "loss": ("datum.loss", "loss (nats per {})"),
@@ -54,14 +58,13 @@ class Key:
         return number(self.values[0])
 
 
-def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def scale(values: Sequence[float]) -> alt.Scale:
-    """Logarithmic where the values span decades."""
+    """From the least to the most, whatever a filter leaves; logarithmic where they span decades."""
     wide = len(values) > 0 and min(values) > 0 and max(values) >= DECADE * min(values)
-    return alt.Scale(type="log", nice=False, padding=20) if wide else alt.Scale(zero=False, nice=False, padding=20)
+    ends: Any = [min(values), max(values)] if len(set(values)) > 1 else alt.Undefined
+    if wide:
+        return alt.Scale(type="log", nice=False, padding=20, domain=ends)
+    return alt.Scale(zero=False, nice=False, padding=20, domain=ends)
 
 
 def by_number(field: str, title: str, values: Sequence[float]) -> alt.Color:
@@ -69,7 +72,9 @@ def by_number(field: str, title: str, values: Sequence[float]) -> alt.Color:
     ends = [min(values), max(values)]
     kind = scale(values).to_dict().get("type", "linear")
     legend = alt.Legend(values=ends, labelExpr=PLAIN, gradientLength=180)
-    return alt.Color(f"{field}:Q", title=title, legend=legend, scale=alt.Scale(scheme=VIRIDIS, type=kind))
+    # What lies beyond, of runs that have not finished, gets the colour of the end.
+    colours = alt.Scale(scheme=VIRIDIS, type=kind, domain=ends, clamp=True) if ends[0] < ends[1] else alt.Scale()
+    return alt.Color(f"{field}:Q", title=title, legend=legend, scale=colours)
 
 
 def curves(
@@ -123,7 +128,7 @@ def curves(
     )
     picked = alt.selection_point(fields=["configuration"], bind="legend", name="picked")
     high = alt.Scale(type="log", nice=False) if y == "perplexity" else alt.Scale(zero=y == "speed", nice=False)
-    axis: Any = {"labelExpr": SHORT} if y == "speed" else {"format": ",~r"}
+    axis: Any = {"labelExpr": SHORT if y == "speed" else TICK}
     title_y = Y[y][1].format(of if y == "loss" else figure.replace("_", " "))
     shown = alt.Y("mean:Q").title(title_y).scale(high).axis(alt.Axis(tickCount=6, **axis))
     opacity = alt.condition(picked, alt.value(1 if few else 0.6), alt.value(0.1)) if few else alt.value(0.6)
@@ -158,26 +163,31 @@ def swapped(part: Any, words: dict[str, str]) -> Any:
     return words.get(part, part) if isinstance(part, str) else part
 
 
-def effect(key: Key, title: str, values: Sequence[float], evaluations: int, by: Key | None) -> dict[str, Any]:
-    """The final figure by a key's value: a point per run, and the mean.
+def effect(
+    key: Key, title: str, values: Sequence[float], evaluations: Sequence[str], by: Key | None, others: Sequence[str]
+) -> dict[str, Any]:
+    """The final figure by a key's value: a point per run, and means where they compare like with like.
 
     Args:
         values: of the figure, of all runs.
-        evaluations: how many kinds; those of different ones are not joined.
+        evaluations: their kinds; those of different ones are not joined.
         by: a key for the colours.
+        others: the fields of the other keys. Means are over those of their combinations that have every value.
     """
     if key.numeric:
         ticks: dict[str, Any] = {"values": key.values} if len(key.values) <= 8 else {"tickCount": 6}
         x = alt.X(f"{key.field}:Q").title(key.title).scale(scale(key.values)).axis(labelExpr=PLAIN, **ticks)
     else:
         x = alt.X(f"{key.field}:N").title(key.title).sort(key.values).axis(labelAngle=0, labelLimit=140)
-    y = alt.Y("final:Q").title(title).scale(scale(values)).axis(format=",~r", tickCount=6)
+    y = alt.Y("final:Q").title(title).scale(scale(values)).axis(labelExpr=TICK, tickCount=6)
     colour: Any = alt.value("#4c78a8")
-    if evaluations > 1:
-        colour = alt.Color("evaluation:N").title("evaluation")
+    if len(evaluations) > 1:
+        colour = alt.Color("evaluation:N").title("evaluation").scale(domain=list(evaluations))
     elif by:
         colour = alt.Color(f"{by.field}:{'O' if by.numeric else 'N'}").title(by.title).sort(by.values)
-        colour = colour.scale(scheme=VIRIDIS if by.numeric else "tableau10")
+        colour = colour.scale(scheme=VIRIDIS if by.numeric else "tableau10", domain=by.values)
+        if by.numeric:
+            colour = colour.legend(labelExpr="format(datum.value, '.5~g')")
     base = alt.Chart(alt.NamedData("runs")).transform_filter("isValid(datum.final)")
     points = base.mark_point(filled=True, size=60, opacity=1, fillOpacity=0.8).encode(
         x=x,
@@ -189,9 +199,15 @@ def effect(key: Key, title: str, values: Sequence[float], evaluations: int, by: 
     )  # fmt: skip
     layers = [points]
     if len(key.values) < len(values) and len(key.values) <= 12:
-        mean = base.mark_line(color="#444", strokeDash=[4, 3], strokeWidth=1.2, point=False)
+        balanced = (
+            base.transform_joinaggregate(there=f"distinct({key.field})", groupby=["evaluation", *others])
+            .transform_joinaggregate(all=f"distinct({key.field})", groupby=["evaluation"])
+            .transform_filter("datum.there == datum.all && datum.all > 1")
+            .transform_aggregate(final="mean(final)", groupby=["evaluation", key.field, *others])
+        )
+        mean = balanced.mark_line(color="#444", strokeDash=[4, 3], strokeWidth=1.2, point=False)
         if not key.numeric:
-            mean = base.mark_tick(color="#444", thickness=2, size=36)
+            mean = balanced.mark_tick(color="#444", thickness=2, size=36)
         means = mean.encode(x=x, y=alt.Y("mean(final):Q").title(title), detail="evaluation:N")
         layers.insert(0, means)
     return finished(layers, HEIGHT)
@@ -203,8 +219,11 @@ def parallel(keys: Sequence[Key], title: str, values: Sequence[float]) -> dict[s
     calculated, labels = {}, []
     for i, axis in enumerate(axes):
         calculated[f"a{i}"], marks = position(axis)
-        labels += [{"axis": i, "place": place, "label": label} for place, label in marks]
-    heads = [{"axis": i, "label": axis.title, "foot": 0, "head": 1, "above": 1.11} for i, axis in enumerate(axes)]
+        labels += [{"axis": i, "place": place, "label": label} for place, label in apart(marks)]
+    heads = [
+        {"axis": i, "label": shortened(axis.title, 18), "foot": 0, "head": 1, "above": 1.11}
+        for i, axis in enumerate(axes)
+    ]
     x = alt.X("axis:Q").axis(None).scale(domain=[-0.15, len(axes) - 0.45], nice=False)
     y = alt.Y("place:Q").axis(None).scale(domain=[-0.06, 1.16], nice=False)
     lines = (
@@ -233,13 +252,22 @@ def parallel(keys: Sequence[Key], title: str, values: Sequence[float]) -> dict[s
     return spec | {"width": max(WIDTH, 120 * len(axes)), "usermeta": {"least": 100 * len(axes)}}
 
 
+def apart(marks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Those of an axis that don't print over each other; the last is one of them."""
+    kept: list[tuple[float, str]] = []
+    for place, label in reversed(marks):
+        if not kept or kept[-1][0] - place > 0.06:
+            kept.append((place, label))
+    return kept
+
+
 def position(axis: Key) -> tuple[str, list[tuple[float, str]]]:
     """Where on an axis from 0 to 1 a value lies, as a Vega expression; and what stands beside it."""
     values = axis.values
     if not axis.numeric:
         last = max(1, len(values) - 1)
         return f"indexof({json.dumps(values)}, datum.{axis.field}) / {last}", [
-            (i / last, value) for i, value in enumerate(values)
+            (i / last, brief(value, 18)) for i, value in enumerate(values)
         ]
     low, high = values[0], values[-1]
     if low == high:
@@ -263,17 +291,22 @@ def final(rows: Sequence[dict[str, Any]], field: str, title: str, rule: float | 
         rule: where to draw a line.
     """
     ends = [f"{field}_low", f"{field}_high"]
-    values = [row[name] for row in rows for name in (field, *ends) if row[name] is not None]
-    names = [row["configuration"] for row in rows]
-    y = alt.Y("configuration:N").title(None).sort(names).axis(labelLimit=280)
-    across = scale(values) if rule is None else alt.Scale(zero=False, padding=20, nice=False)
-    x = alt.X(f"{field}:Q").title(title).scale(across).axis(format=",~r", tickCount=6)
+    values = [row[field] for row in rows if number(row[field])]
+    # An interval over many decades goes on beyond the chart.
+    limits = (min(values) / 1e6, max(values) * 1e6) if values and rule is None else (-math.inf, math.inf)
+    values += [min(max(row[end], limits[0]), limits[1]) for row in rows for end in ends if number(row[end])]
+    names = [row["label"] for row in rows]
+    y = alt.Y("label:N").title(None).sort(names).axis(labelLimit=400)
+    # A difference has its line too, and none is logarithmic.
+    whole = [*values, rule or 0.0]
+    across = scale(values) if rule is None else alt.Scale(domain=[min(whole), max(whole)], padding=20, nice=False)
+    x = alt.X(f"{field}:Q").title(title).scale(across).axis(labelExpr=TICK, tickCount=6)
     kind = json.dumps(rows[0]["evaluation"])
     shown = f"datum.evaluation == {kind} && datum.rank <= {len(rows)} && isValid(datum.{field})"
     base = alt.Chart(alt.NamedData("finals")).transform_filter(shown)
     tooltip: list[Any] = [alt.Tooltip("configuration:N"), alt.Tooltip("runs:Q")]
     tooltip += [alt.Tooltip(f"{end}:Q", title=end.replace("_", " "), format=",.5~g") for end in (field, *ends)]
-    bars = base.transform_filter(f"isValid(datum.{ends[0]})").mark_rule(strokeWidth=2, color="#4c78a8")
+    bars = base.transform_filter(f"isValid(datum.{ends[0]})").mark_rule(strokeWidth=2, color="#4c78a8", clip=True)
     layers = [
         bars.encode(y=y, x=alt.X(f"{ends[0]}:Q").title(title).scale(across), x2=ends[1]),
         base.mark_point(filled=True, size=60, color="#1f4e79", opacity=1).encode(x=x, y=y, tooltip=tooltip),
@@ -282,7 +315,7 @@ def final(rows: Sequence[dict[str, Any]], field: str, title: str, rule: float | 
         layers.insert(0, alt.Chart(alt.Data(values=[{}])).mark_rule(color="#888", strokeDash=[4, 3]).encode(
             x=alt.XDatum(rule)
         ))  # fmt: skip
-    return finished(layers, 22 * max(2, len(rows)))
+    return finished(layers, 22 * max(2, len(rows))) | {"usermeta": {"bars": True}}
 
 
 def finished(layers: Sequence[alt.Chart], height: Any) -> dict[str, Any]:
@@ -290,7 +323,7 @@ def finished(layers: Sequence[alt.Chart], height: Any) -> dict[str, Any]:
     spec = (
         alt.layer(*layers)
         .properties(width=WIDTH, height=height)
-        .configure(font=FONT, background="white", padding=8)
+        .configure(font=FONT, background="white", padding={"left": 8, "right": 28, "top": 8, "bottom": 8})
         .configure_view(stroke=None)
         .configure_axis(
             gridColor="#e4e4e4", domainColor="#888", labelFontSize=11, titleFontSize=12, titleFontWeight=600

@@ -16,11 +16,9 @@ from lmlab.evaluation.comparing import (
     REPLICATES,
     Difference,
     Side,
-    choices_of,
     chunks,
     difference,
     expansion,
-    sides_of,
 )
 from lmlab.evaluation.perplexity import perplexity
 from lmlab.evaluation.records import Records
@@ -47,16 +45,13 @@ def finals(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Fi
     """The sides of evaluations that can be compared, best first.
 
     Args:
-        names: what to call a side, by the place of one of its evaluations; else what `comparing` calls it.
+        names: what to call an evaluation, by its place. Those of one configuration have one name.
     """
-    sides = sorted(sides_of(of_other_weights(evaluations)), key=lambda side: float(side.figures.mean()))
+    sides = sorted(sides_of(evaluations, names), key=lambda side: float(side.figures.mean()))
     low_and_high = intervals(sides)
-    called = [names.get(side.runs[0].place, side.name) for side in sides]
-    if len(set(called)) < len(sides):  # where nothing but the seed differs, each run is a side
-        called = [side.name for side in sides]
     return [
         Final(
-            called[i],
+            side.name,
             [run.place for run in side.runs],
             (float(side.figures.mean()), *low_and_high[i][0]),
             (perplexity(float(nll_per_token(side).mean())), *low_and_high[i][1]),
@@ -66,9 +61,17 @@ def finals(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Fi
     ]
 
 
-def of_other_weights(evaluations: Sequence[Records]) -> list[Records]:
-    """One of those that evaluate the same run's same weights: more would count as more seeds."""
-    return list({(e.certificate["weights_hash"], repr(choices_of(e))): e for e in reversed(evaluations)}.values())[::-1]
+def sides_of(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Side]:
+    """Evaluations of one name and precision are one side. Of the same weights one counts: more are no more seeds."""
+    groups: dict[tuple[str, str], dict[str, Records]] = {}
+    for e in evaluations:
+        name, certificate = names.get(e.place, str(e.place)), e.certificate
+        groups.setdefault((name, certificate["precision"]), {}).setdefault(certificate["weights_hash"], e)
+    several = len({precision for _, precision in groups}) > 1
+    return [
+        Side(f"{name}, evaluated in {precision}" if several else name, list(alike.values()))
+        for (name, precision), alike in groups.items()
+    ]
 
 
 def nll_per_token(side: Side) -> np.ndarray:

@@ -54,6 +54,15 @@ async function draw(place, drawing, rows) {
   };
   if (place.dataset.tokens) sized.layer = spec.layer.map((layer, i) => (i ? layer : { ...layer, params: [ZOOM] }));
   if (narrow) sized.config.axisY = { labelLimit: 110 };
+  const longest = Math.max(0, ...rows[data].map((row) => (row.label ?? "").length));
+  if (spec.usermeta?.bars && 6 * longest > 0.4 * place.clientWidth) {
+    // Names stand above their bars: beside them they would leave no room.
+    const axis = { labelAlign: "left", labelPadding: -4, labelOffset: -12, labelLimit: place.clientWidth - 40, ticks: false };
+    sized.height = spec.height * 1.8;
+    sized.layer = spec.layer.map((layer) => (layer.encoding.y
+      ? { ...layer, encoding: { ...layer.encoding, y: { ...layer.encoding.y, axis: { ...layer.encoding.y.axis, ...axis } } } }
+      : layer));
+  }
   const renderer = rows[data].length > 5000 ? "canvas" : "svg";
   place.vega?.finalize();
   place.vega = await vegaEmbed(place, sized, { actions: false, renderer, logLevel: LEVEL[rows === drawing ? "warn" : "error"] });
@@ -86,7 +95,12 @@ function wire(section) {
       if (!row.hidden) visible.add(row.number);
     }
     section.querySelector(".count").textContent =
-      visible.size === rows.length ? "" : `${visible.size} of ${rows.length} runs, in the table and in the figures`;
+      visible.size === rows.length ? "" : `${visible.size} of ${rows.length} runs, in all that follows; `
+        + "final figures are those of whole configurations";
+    section.querySelectorAll("[data-members]").forEach((part) => {
+      const members = part.dataset.members.split(" ").filter(Boolean).map(Number);
+      part.hidden = members.length > 0 && !members.some((number) => visible.has(number));
+    });
     await redraw();
   };
 
@@ -114,8 +128,9 @@ function wire(section) {
       place.dataset.figure = place.dataset[event.target.value];
       await draw(place, drawing, some);
       const links = place.parentElement.querySelectorAll(".files a");
-      links[0].href = `${place.dataset.figure}.svg`;
-      links[1].href = `${place.dataset.figure}.png`;
+      const file = place.dataset.files === "tokens" ? place.dataset.tokens : place.dataset.figure;
+      links[0].href = `${file}.svg`;
+      links[1].href = `${file}.png`;
     }
   });
   return async () => {

@@ -20,17 +20,21 @@ import vl_convert
 from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
+from lmlab.errors import UserError
 from lmlab.reporting.drawing import svg_and_png
+from lmlab.reporting.finals import BEST
 from lmlab.reporting.gather import Group, Run
-from lmlab.reporting.section import Section
+from lmlab.reporting.section import SO_FAR, Section
 from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
-from lmlab.runs.files import write_beside, write_text
+from lmlab.runs.files import read_json, write_beside, write_json, write_text
 from lmlab.runs.tables import as_csv, as_latex
 
 POINTS = 40_000
 """Of curves, in the page: more than that no screen shows, and no phone draws."""
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page's script uses of Vega's bundle
+LISTED = "report.json"
+"""Names the files of a report, so that the next one into the same folder can remove them."""
 CLIP = 2000  # characters of a sample
 
 
@@ -53,9 +57,11 @@ def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> No
     Raises:
         OSError: it can't be written.
     """
-    place.mkdir(parents=True, exist_ok=True)
     with debug_mode(False):  # no check of what is not the user's: it takes Altair half the time
-        drawn = [(section, figure) for section in sections for figure in section.figures]
+        drawn = [(section, figure) for section in sections for figure in section.filed]
+    names = [f"{figure.name}.{kind}" for _, figure in drawn for kind in ("svg", "png")]
+    names += [f"{name}.csv" for section in sections for name in section.tables]
+    make_room(place, [*names, "runs.csv", "runs.tex", "report.html"])
     # Each process its own V8: drawing holds the interpreter.
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
         data = {section.slug: plain(section.drawn) for section in sections}
@@ -75,6 +81,23 @@ def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> No
     write_text(place / "report.html", page)
 
 
+def make_room(place: Path, files: Sequence[str]) -> None:
+    """An empty folder for a report of these files: those of an earlier one there are removed.
+
+    Raises:
+        UserError: there is something else in it.
+    """
+    listed = place / LISTED
+    place.mkdir(parents=True, exist_ok=True)
+    if listed.is_file():
+        for name in read_json(listed).get("files", ()):
+            if Path(name).name == name and (place / name).is_file():
+                (place / name).unlink()
+    elif any(place.iterdir()):
+        raise UserError(f"{place} holds other things than a report.\nChoose another folder by --out DIR.")
+    write_json(listed, {"files": list(files)})
+
+
 def table(sections: Sequence[Section]) -> list[dict[str, Any]]:
     """The main tables as one, each row with every column."""
     rows = [section.row(run) for section in sections for run in section.runs]
@@ -88,9 +111,15 @@ def latex(sections: Sequence[Section]) -> str:
         f"% {section.group.objective}\n"
         + as_latex(
             [head for head, _ in section.columns],
-            [[cell.text for cell in section.cells(run)] for run in section.runs],
+            # The state says of which runs a figure is one so far.
+            [[" ".join(cell.text.removesuffix(SO_FAR).split()) for cell in section.cells(run)] for run in section.runs],
+        ).replace(  # words to the left, numbers to the right
+            "{l" + "r" * (len(section.columns) - 1) + "}",
+            "{" + "".join("r" if numeric else "l" for numeric in section.numeric) + "}",
+            1,
         )
         for section in sections
+        if section.runs
     )
 
 
@@ -118,6 +147,7 @@ def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
         count=len(runs),
         unread=unread,
         clip=CLIP,
+        best=BEST,
         letter=letter,
         drawings=[drawing(section) for section in sections],
     )
@@ -126,21 +156,19 @@ def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
 def drawing(section: Section) -> dict[str, Any]:
     """What the page's script draws a section from: each number once, curves by columns."""
     thin = section.thin
-    names = {run.place: run.name for run in section.runs}
     order = {row["run"]: i for i, row in enumerate(section.data["runs"])}
     columns: dict[str, list[Any]] = {
         "run": [order[row["run"]] for row in thin],
         "split": [row["split"] for row in thin],
     }
     columns |= {name: [row[name] for row in thin] for name in ("step", "tokens")}
-    columns |= {"seconds": [round(row["seconds"], 1) for row in thin]}
-    columns |= {name: [digits(row[name]) for row in thin] for name in ("loss", "speed")}
+    columns |= {name: [digits(row[name]) for row in thin] for name in ("seconds", "loss", "speed")}
     return plain(
         {
             "runs": section.data["runs"],
             "curves": columns,
             "finals": [
-                row | {"members": [order[names[place]] for place in final.places if place in names]}
+                row | {"members": section.members(final)}
                 for row, final in zip(section.data["finals"], chain(*section.finals), strict=True)
             ],
             "specs": {figure.name: {"spec": figure.spec, "data": figure.data} for figure in section.figures},
@@ -175,6 +203,7 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("commands", counted(shlex.join(manifest["command"]) for manifest in manifests)),
         ("code", counted(f"lmlab {m['lmlab']}, {commit(m['git'])}, Python {m['python']}" for m in manifests)),
         ("versions", counted(versions(manifest["packages"]) for manifest in manifests)),
+        ("went on", counted(went_on(attempt) for m in manifests for attempt in m.get("went_on", ()))),
         ("machines", counted("{host}: {platform}, {cpus} CPUs".format(**m["machine"]) for m in manifests)),
     ]
     return [(name, values) for name, values in lines if values]
@@ -183,6 +212,14 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def when(time: str | None = None) -> str:
     """A time, or this one, for people here."""
     return f"{(datetime.fromisoformat(time) if time else datetime.now()).astimezone():%Y-%m-%d %H:%M:%S %Z}"
+
+
+def went_on(attempt: dict[str, Any]) -> str:
+    """Where, when and by what a run went on after a pause."""
+    parts = [f"{when(attempt['time'])} from step {attempt.get('step', '?')} on {attempt.get('host', '?')}"]
+    parts += [f"{attempt['devices']} device{'s' if attempt['devices'] != 1 else ''}"] if "devices" in attempt else []
+    parts += [commit(attempt["git"])] if "git" in attempt else []
+    return ", ".join([*parts, versions(attempt.get("packages", {}))])
 
 
 def versions(packages: dict[str, str]) -> str:

@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lmlab.evaluation.comparing import said
 from lmlab.reporting import figures
 from lmlab.reporting.figures import Figure, Key
 from lmlab.reporting.finals import BEST, Final, finals
-from lmlab.reporting.gather import SPLITS, Group, Run
+from lmlab.reporting.gather import SPLITS, Group, Run, brief, number, said, shortened
 from lmlab.reporting.words import duration, figure, file_name, letter, next_command
+from lmlab.runs.states import ENDED
 
 FILE_POINTS = 4000
 """Of curves, in a figure's files."""
+SO_FAR = " so far"
 KEYS = 8
 """Keys whose effect is drawn."""
+MANY = 100
+"""Runs beyond which files of curves are drawn against tokens only."""
 OPTIONS = 30
 """Values that a filter offers."""
 
@@ -42,10 +45,10 @@ class Section:
         self.group, self.slug, self.points = group, slug, points
         self.runs = group.runs
         self.title = group.objective.rpartition(".")[2]
-        self.configured = {run.name: group.configuration(run) for run in self.runs}
+        self.configured = group.configurations
         self.configurations = list(dict.fromkeys(self.configured.values()))  # best first, as the runs
         self.fields = {key: f"k{i}" for i, key in enumerate(group.keys)}
-        self.named = {run.place: self.configured[run.name] for run in self.runs}
+        self.named = {run.place: self.configured[run.name] for run in self.runs} | group.others
 
     @cached_property
     def figure(self) -> str:
@@ -64,6 +67,16 @@ class Section:
     def done(self) -> list[Run]:
         """Those whose final figure is known."""
         return [run for run in self.runs if run.state.name == "done" and finite(run.final[self.final[0]])]
+
+    @property
+    def unranked(self) -> int:
+        """How many have finished without an evaluation to rank them by."""
+        return sum(run.state.name == "done" and run.name not in self.group.ranks for run in self.runs)
+
+    @property
+    def many(self) -> bool:
+        """Whether curves are too many for a file against each of tokens, steps and time."""
+        return len(self.runs) > MANY
 
     @property
     def several(self) -> bool:
@@ -86,7 +99,7 @@ class Section:
         for key, field in self.fields.items():
             values = [value for run in self.done if (value := self.by_key[key][run.name]) is not None]
             if len(set(values)) > 1:
-                found.append(Key(field, self.group.heads[key], sorted(set(values))))
+                found.append(Key(field, shortened(self.group.heads[key], 40), sorted(set(values))))
         return found
 
     @cached_property
@@ -97,9 +110,27 @@ class Section:
     def values(self, key: str) -> dict[str, Any]:
         """A key's value by run: numbers if all are, else words; None of a run that has not said."""
         known = {run.name: run.chosen.get(key) for run in self.runs if run.begun or key in run.chosen}
-        if not all(figures.number(value) for value in known.values()):
-            known = {name: said(value) for name, value in known.items()}
+        if not all(number(value) for value in known.values()):
+            # Short, unless that would make two of them one.
+            short = {said(value): brief(value) for value in known.values()}
+            one_to_one = len(set(short.values())) == len(short)
+            known = {name: short[said(value)] if one_to_one else said(value) for name, value in known.items()}
         return {run.name: known.get(run.name) for run in self.runs}
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, str]]:
+        """The same in words, by key and run: of numbers no more digits than tell them apart."""
+        found = {}
+        for key, known in self.by_key.items():
+            values = {value for value in known.values() if value is not None}
+            digits = next((d for d in (4, 6, 9) if len({f"{v:.{d}g}" for v in values if number(v)}) == len(values)), 17)
+            broken = any(isinstance(value, float) for value in values)
+            found[key] = {
+                name: f"{value:.{digits}g}" if broken else str(value)
+                for name, value in known.items()
+                if value is not None
+            }
+        return found
 
     @cached_property
     def data(self) -> dict[str, list[dict[str, Any]]]:
@@ -126,7 +157,8 @@ class Section:
             {
                 "rank": rank,
                 "configuration": final.name,
-                "evaluation": letter(number),
+                "label": label,
+                "evaluation": letter(kind),
                 "runs": len(final.places),
                 **with_interval("bits_per_byte", final.bits_per_byte),
                 **with_interval("perplexity", final.perplexity),
@@ -138,8 +170,8 @@ class Section:
                 ),
                 "p": final.difference.p if final.difference else None,
             }
-            for number, alike in enumerate(self.finals)
-            for rank, final in enumerate(alike, 1)
+            for kind, alike in enumerate(self.finals)
+            for rank, (final, label) in enumerate(zip(alike, self.labels(alike), strict=True), 1)
         ]
         return {"runs": of_runs, "curves": of_curves, "finals": of_finals}
 
@@ -203,27 +235,30 @@ class Section:
         values = [value for run in self.done if (value := run.final[self.final[0]]) is not None]
         kinds = {row["evaluation"] for row in self.data["runs"] if row["final"] is not None}
         names, table = {field: key for key, field in self.fields.items()}, f"{self.slug}_effects"
-        found = []
+        found: list[Figure] = []
         for key in self.keys[:KEYS]:
-            by = next((other for other in self.keys if other is not key and len(other.values) <= 8), None)
-            spec = figures.effect(key, self.final[1], values, len(kinds), by)
-            title = f"{self.final[1].capitalize()} by {names[key.field]}"
-            found.append(Figure(f"{self.slug}_effect_{file_name(names[key.field])}", title, spec, "runs", table))
+            others = [other for other in self.keys if other is not key]
+            by = next((other for other in others if len(other.values) <= 8), None)
+            spec = figures.effect(key, self.final[1], values, sorted(kinds), by, [other.field for other in others])
+            title = f"{self.final[1].capitalize()} by {shortened(names[key.field], 60)}"
+            name = f"{self.slug}_effect_{file_name(names[key.field])}"
+            if name in {figure.name for figure in found}:
+                name += f"_{key.field}"
+            found.append(Figure(name, title, spec, "runs", table))
         if len(self.keys) > 1:
             spec = figures.parallel(self.keys[:KEYS], self.final[1], values)
             found.append(Figure(f"{self.slug}_parallel", "All of them at once", spec, "runs", table))
         return found
 
     @cached_property
-    def intervals(self) -> list[tuple[str, str, list[Figure], list[list[Cell]]]]:
-        """Of each kind of evaluation: its letter, why it stands apart, figures, and a table."""
+    def intervals(self) -> list[tuple[str, str, list[Figure], list[tuple[list[int], list[Cell]]]]]:
+        """Of each kind of evaluation: its letter, why it stands apart, figures, and a table with each row's runs."""
         found = []
         field, name = self.final
         table = f"{self.slug}_finals"
-        for number, alike in enumerate(self.finals):
-            kind = letter(number)
-            rows = [row for row in self.data["finals"] if row["evaluation"] == kind]
-            shown = rows[:BEST]
+        for place, alike in enumerate(self.finals):
+            kind = letter(place)
+            shown = [row for row in self.data["finals"] if row["evaluation"] == kind][:BEST]
             suffix = "" if len(self.finals) == 1 else f"_{kind}"
             best = f", the {BEST} best of {len(alike)}" if len(alike) > BEST else ""
             spec = figures.final(shown, field, name)
@@ -233,9 +268,30 @@ class Section:
                 spec = figures.final(shown, "difference", title, 0.0)
                 heading = f"Difference from the best{best}"
                 charts.append(Figure(f"{self.slug}_difference{suffix}", heading, spec, "finals", table))
-            why = self.group.apart[number - 1] if number else ""
-            found.append((kind, why, charts, [final_cells(row) for row in shown]))
+            why = self.group.apart[place - 1] if place else ""
+            rows = [(self.members(final), final_cells(row)) for final, row in zip(alike[:BEST], shown, strict=True)]
+            found.append((kind, why, charts, rows))
         return found
+
+    def labels(self, alike: list[Final]) -> list[str]:
+        """What charts call configurations: by the keys in which these differ."""
+        of_place = {run.place: run for run in self.runs}
+        firsts = [next((of_place[place] for place in final.places if place in of_place), None) for final in alike]
+        there = [run.name for run in firsts if run]
+        keys = [key for key, known in self.by_key.items() if len({known[name] for name in there}) > 1]
+        pairs = zip(firsts, alike, strict=True)
+        labels = [self.group.configuration(run, keys) if run and keys else final.name for run, final in pairs]
+        return labels if len(set(labels)) == len(labels) else [final.name for final in alike]
+
+    def members(self, final: Final) -> list[int]:
+        """Its runs, by their place among those of the section; none where it evaluates what is no run of it."""
+        return [i for i, run in enumerate(self.runs) if run.place in final.places]
+
+    @property
+    def filed(self) -> list[Figure]:
+        """Those that have files."""
+        left_out = {v.name for variants in self.curves.values() for x, v in variants.items() if x != "tokens"}
+        return [figure for figure in self.figures if not self.many or figure.name not in left_out]
 
     @property
     def figures(self) -> list[Figure]:
@@ -262,18 +318,18 @@ class Section:
             for row in self.data["runs"]
             if self.effects and row["final"] is not None
         ]
-        found["finals"] = self.data["finals"]
+        found["finals"] = [{k: v for k, v in row.items() if k != "label"} for row in self.data["finals"]]
         return {f"{self.slug}_{name}": rows for name, rows in found.items() if rows}
 
     @cached_property
     def columns(self) -> list[tuple[str, str]]:
         """Of the main table: heads, and what they say in full."""
-        seeds = {run.chosen.get("seed") for run in self.runs}
+        seeds = {repr(run.chosen.get("seed")) for run in self.runs}
         keys = [*(["seed"] if len(seeds) > 1 else []), *self.group.keys]
         return [
             ("", "rank" if len(self.finals) < 2 else "evaluation and rank in it"),
             ("run", "directory"),
-            *((self.group.heads.get(key, key), key) for key in keys),
+            *((shortened(self.group.heads.get(key, key), 40), key) for key in keys),
             (self.figure, "of the best weights on the held-out text; so far, where the run has not ended"),
             ("bits/byte", self.figure.replace("perplexity", "bits per byte")),
             ("state", "state"),
@@ -288,7 +344,7 @@ class Section:
         rank = self.group.ranks.get(run.name)
         apart = len(self.finals) > 1
         keys = [full for _, full in self.columns if full == "seed" or full in self.group.keys]
-        so_far = "" if run.state.name == "done" else " so far"
+        so_far = "" if run.state.name in ENDED else SO_FAR
         perplexity, bits = run.final["perplexity"], run.final["bits_per_byte"]
         state = run.state
         of = f" of {state.steps:,}" if state.steps and state.steps != state.step else ""
@@ -296,7 +352,7 @@ class Section:
         return [
             Cell(f"{letter(rank[0]) if apart else ''}{rank[1]}", rank[0] * 1e6 + rank[1]) if rank else Cell("", None),
             Cell(run.name, run.name),
-            *(Cell(said(run.chosen[key]) if key in run.chosen else "", run.chosen.get(key)) for key in keys),
+            *(self.choice(run, key) for key in keys),
             Cell("" if perplexity is None else f"{figure(perplexity)}{so_far}", perplexity),
             Cell("" if bits is None else f"{bits:.4f}{so_far}", bits),
             Cell(state.name + (f": {state.cause}" if state.cause else ""), state.name),
@@ -306,10 +362,23 @@ class Section:
             Cell("" if seconds is None else duration(seconds), seconds),
         ]
 
+    def choice(self, run: Run, key: str) -> Cell:
+        """What a run says of a key."""
+        if key in self.by_key:
+            return Cell(self.texts[key].get(run.name, ""), self.by_key[key][run.name])
+        return Cell(brief(run.chosen[key]) if key in run.chosen else "", run.chosen.get(key))
+
+    @cached_property
+    def numeric(self) -> list[bool]:
+        """Of each column of the main table: whether it holds numbers."""
+        columns = zip(*(self.cells(run) for run in self.runs), strict=True)
+        values = [[cell.value for cell in column if cell.value is not None] for column in columns]
+        return [bool(found) and all(isinstance(value, int | float) for value in found) for found in values]
+
     def marks(self, run: Run) -> list[tuple[str, str]]:
         """By what a row of the main table can be filtered."""
-        values = [(field, self.by_key[key][run.name]) for key, field in self.fields.items()]
-        return [("state", run.state.name), *((field, said(value)) for field, value in values if value is not None)]
+        texts = [(field, self.texts[key].get(run.name)) for key, field in self.fields.items()]
+        return [("state", run.state.name), *((field, text) for field, text in texts if text is not None)]
 
     def row(self, run: Run) -> dict[str, Any]:
         """A row of the main table, for other programs."""
@@ -340,9 +409,10 @@ class Section:
         """Of each key with few values: its field, its head, its values."""
         found = []
         for key, field in self.fields.items():
-            values = sorted({value for value in self.by_key[key].values() if value is not None})
-            if 1 < len(values) <= OPTIONS:
-                found.append((field, self.group.heads[key], [said(value) for value in values]))
+            pairs = {(self.by_key[key][name], text) for name, text in self.texts[key].items()}
+            options = [text for _, text in sorted(pairs)]
+            if 1 < len(options) <= OPTIONS:
+                found.append((field, shortened(self.group.heads[key], 40), options))
         return found
 
     @property
@@ -374,12 +444,12 @@ def final_cells(row: dict[str, Any]) -> list[Cell]:
         low, high = row[f"{name}_low"], row[f"{name}_high"]
         return "" if low is None else f"{low:{form}} to {high:{form}}"
 
-    p = row["p"]
+    p, low, high = row["p"], row["perplexity_low"], row["perplexity_high"]
     return [
         Cell(row["configuration"]),
         Cell(str(row["runs"])),
         Cell(figure(row["perplexity"])),
-        Cell(interval("perplexity", ",.2f")),
+        Cell("" if low is None else f"{figure(low)} to {figure(high)}"),
         Cell(f"{row['bits_per_byte']:.4f}"),
         Cell(interval("bits_per_byte", ".4f")),
         Cell("" if row["rank"] == 1 or row["difference"] is None else f"{row['difference']:+.4f}"),

@@ -27,7 +27,8 @@ def letter(number: int) -> str:
 
 
 def file_name(key: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", key)
+    """A key as a part of one; not always unique."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", key)[:80]
 
 
 def figure(value: float) -> str:

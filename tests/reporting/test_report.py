@@ -112,7 +112,7 @@ def test_files(report: Path, study: Path) -> None:
     for figure in figures:
         assert (report / f"{figure.name}.svg").read_text().count("<path") > 2
         assert (report / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
-        assert len(table(report / f"{figure.table}.csv")) > 1
+        assert table(report / f"{figure.table}.csv")
         alt.LayerChart.from_dict(figure.spec, validate=True)
     assert not list(report.glob(".*"))
 
@@ -150,7 +150,7 @@ def test_curves_are_whole(report: Path, study: Path) -> None:
 
 def test_intervals_are_those_of_compare(study: Path) -> None:
     read = [records.read(study / name) for name in ("0", "1", "2", "3")]
-    best, other = finals(read, {})
+    best, other = finals(read, {run.place: str(int(run.place.name) // 2) for run in read})
     assert [place.name for place in best.places] == ["0", "1"]
     sides = comparing.sides_of(read)
     expected = comparing.difference(sides[1], sides[0])
@@ -223,6 +223,110 @@ def test_damaged_files_are_named(trained: dict[str, Path], tmp_path: Path, capsy
     assert "metrics.jsonl is damaged in line 4" in (tmp_path / "out" / "report.html").read_text()
 
 
+def edited(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A file of one JSON object a line with each changed."""
+    file.write_text("".join(json.dumps(change(json.loads(line))) + "\n" for line in file.read_text().splitlines()))
+
+
+def test_one_damaged_run_spoils_no_report(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    for name in ("good", "tokens", "loss", "time", "manifest", "config", "certificate"):
+        made(trained["clm"], runs / name)
+    edited(runs / "tokens" / "metrics.jsonl", lambda row: row | {"data/tokens_seen": None})
+    edited(runs / "loss" / "metrics.jsonl", lambda row: row | ({"val/loss": "low"} if "val/loss" in row else {}))
+    edited(runs / "time" / "metrics.jsonl", lambda row: row | {"time": "yesterday"})
+    (runs / "manifest" / "manifest.json").write_text('{"run_id": "x", "packages": null}')
+    config = (runs / "config" / "config.yaml").read_text()
+    (runs / "config" / "config.yaml").write_text(f"{config}\nobjective: null\n")
+    (runs / "certificate" / "certificate.json").write_text("{}")
+    (runs / "sweep.json").write_text("{}")
+    run_verb("report", runs, "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "not read: manifest: " in said
+    assert "not read: config: " in said
+    assert "sweep.json is damaged" in said
+    rows = {row["run"]: row for row in table(tmp_path / "out" / "runs.csv")}
+    assert set(rows) == {"good", "tokens", "loss", "time", "certificate"}
+    assert rows["good"]["rank"]
+    assert not rows["certificate"]["rank"]
+    assert rows["certificate"]["perplexity"] == rows["good"]["perplexity"]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("metrics.jsonl is damaged in line 1") == 3
+    assert "without an evaluation to rank it by" in html
+
+
+def test_finished_without_an_evaluation(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made(trained["clm"], tmp_path / "runs" / "a")
+    (run / "certificate.json").unlink()
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "1 finished, without an evaluation" in said
+    assert "none has finished" not in said
+    assert "1 finished, without an evaluation to rank it by" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_seeds_only_are_one_row(trained: dict[str, Path], tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        # Whole numbers may be written as such or not.
+        changes = {"seed": seed, "optim.weight_decay": 0 if seed == 1 else 0.0}
+        made(trained["clm"], tmp_path / "runs" / str(seed), changes, 1 + seed / 100)
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    (row,) = table(tmp_path / "out" / "clm_finals.csv")
+    assert row["runs"] == "3"
+    assert float(row["perplexity_low"]) < float(row["perplexity"]) < float(row["perplexity_high"])
+
+
+def test_choices_of_any_length(trained: dict[str, Path], tmp_path: Path) -> None:
+    values = ["x" * 300 + "a", "x" * 300 + "b", "two\nlines", "x" * 150 + "a" + "x" * 150]
+    for number, value in enumerate(values):
+        made(trained["clm"], tmp_path / "runs" / str(number), {"data._target_": value, "optim.lr": 1 / (3 + number)})
+    sections = pages.sections_of(gather([tmp_path / "runs"])[0])
+    names = sections[0].configurations
+    assert len(set(names)) == 4
+    assert max(map(len, names)) < 100
+    assert "lr=0.3333" in names[0]
+    assert len(pages.latex(sections).splitlines()) == 4 + 7
+    made(trained["clm"], tmp_path / "more" / "1", {f"optim.{'k' * 260}": 1})
+    made(trained["clm"], tmp_path / "more" / "2", {f"optim.{'k' * 260}": 2})
+    for figure in pages.sections_of(gather([tmp_path / "more"])[0])[0].figures:
+        assert len(figure.name) < 150
+
+
+def test_into_a_folder_with_something_in_it(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        made(trained["clm"], tmp_path / "runs" / str(number), {"optim.lr": 1 / (3 + number)})
+    out = tmp_path / "out"
+    run_verb("report", tmp_path / "runs", "--out", out)
+    (out / "note.txt").write_text("mine")
+    run_verb("report", tmp_path / "runs" / "0", "--out", out)
+    there = {file.name for file in out.iterdir()}
+    assert there == {*json.loads((out / "report.json").read_text())["files"], "report.json", "note.txt"}
+    with pytest.raises(SystemExit):
+        run_verb("report", tmp_path / "runs", "--out", tmp_path / "runs")
+    assert "holds other things than a report" in capsys.readouterr().err
+
+
+def test_where_runs_went_on_and_links(trained: dict[str, Path], tmp_path: Path) -> None:
+    run = made(trained["clm"], tmp_path / "runs" / "a")
+    manifest = json.loads((run / "manifest.json").read_text())
+    attempt = {"time": manifest["started"], "step": 4, "host": "elsewhere", "packages": {"torch": "9.9"}, "devices": 2}
+    git = {"commit": "abcdef" * 7, "dirty": False}
+    (run / "manifest.json").write_text(json.dumps(manifest | {"went_on": [attempt | {"git": git}]}))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "to").symlink_to(tmp_path / "runs")
+    (tmp_path / "linked" / "circle").symlink_to(tmp_path / "linked")
+    run_verb("report", tmp_path / "linked", "--out", tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "from step 4 on elsewhere, 2 devices, commit abcdefabcdef, torch 9.9" in html
+    assert [row["run"] for row in table(tmp_path / "out" / "runs.csv")] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [(None, "is no directory"), ({}, "holds no run"), ({"manifest.json": '{"name": "a web app"}'}, "can be read")],
@@ -281,6 +385,8 @@ def test_sorting_and_filters(report: Path, opened: Callable[..., Any]) -> None:
     assert sorted(shown()) == ["4", "5", "6", "7"]
     assert points.count() == 3
     assert lines.count() < before[1]
+    assert section.locator(".finals tbody tr:visible").count() == 2
+    assert section.locator(".samples:visible").count() == 0
     section.locator(".find").fill("killed")
     page.wait_for_function("document.querySelector('.count').textContent.includes('1 of 12')")
     assert shown() == ["4"]
