@@ -12,7 +12,8 @@ from typing import Any
 
 import altair as alt
 
-from lmlab.reporting.gather import brief, number, shortened
+from lmlab.reporting.reading import number
+from lmlab.reporting.words import brief, shortened
 
 WIDTH, HEIGHT = 640, 320  # of the files; the page makes them as wide as it is itself
 COLOURS = 10

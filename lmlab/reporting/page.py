@@ -23,7 +23,8 @@ from markupsafe import Markup
 from lmlab.errors import UserError
 from lmlab.reporting.drawing import svg_and_png
 from lmlab.reporting.finals import BEST
-from lmlab.reporting.gather import Group, Run
+from lmlab.reporting.gather import Group
+from lmlab.reporting.reading import Run
 from lmlab.reporting.section import SO_FAR, Section
 from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings

@@ -3,8 +3,10 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
-from lmlab.reporting.gather import Run
+from lmlab.evaluation.comparing import said
+from lmlab.reporting.reading import Run
 from lmlab.runs.files import from_here
 
 
@@ -42,3 +44,15 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def brief(value: Any, most: int = 40) -> str:
+    """A value of a config for people: of numbers four digits that count, long text cut in its middle."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return shortened(" ".join(said(value).split()), most)
+
+
+def shortened(text: str, most: int) -> str:
+    """Text without its middle, where both ends may be what tells it from others."""
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[-(most // 2) :]}"
