@@ -172,7 +172,8 @@ def test_characters_of_several_tokens_and_of_control() -> None:
         decode=lambda ids, **options: bytes(ids).decode(errors="replace"), eos_token_id=None, sep_token_id=None
     )
     ids = torch.tensor([list(text.encode())])
-    one = Batch(ids, torch.arange(0), torch.empty(0, dtype=torch.int64), None, ids.numel(), 0)
+    none = torch.empty(0, dtype=torch.int64)
+    one = Batch(ids, None, none, none, ids.numel(), 0)
     assert batches.drawn(batches.pieces(one, 0, tokenizer, causal=True), "input", coloured=False).plain == "a 🎉␛[31m↵"
 
 

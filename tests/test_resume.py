@@ -152,17 +152,6 @@ def test_longer(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert [step for step, name, _ in losses(place) if name == "train/loss"] == list(range(1, 9))
 
 
-def test_a_sweep_that_is_repeated_goes_on(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = ["-m", "seed=0,1", *SIX, f"hydra.sweep.dir={tmp_path}"]
-    shutil.copytree(whole, tmp_path / "0")
-    run_verb("train", *sweep)
-    shown = capsys.readouterr().out
-    assert f"{tmp_path / '0'} is finished" in shown
-    assert (tmp_path / "1" / "summary.json").is_file()
-
-
 def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:
     assert "is no run" in refused("resume", tmp_path)
     assert "is no run" in refused("resume", tmp_path / "nowhere")

@@ -60,22 +60,17 @@ def test_samples_change_nothing(train: Train, tmp_path: Path, tiny: list[str]) -
 
 
 def test_a_run_that_goes_on_has_each_sample_once(train: Train, tmp_path: Path) -> None:
+    """From a state, and from the start where none was kept."""
     whole = train(*SIX, run_dir=tmp_path / "whole")
-    stopped = tmp_path / "stopped"
-    stop_after(whole, 4, stopped)
-    assert {line["step"] for line in said(stopped)} == {0, 2, 4, 6}  # more than the state of step 4 knows of
-    train(*SIX, run_dir=stopped)
-    assert said(stopped) == said(whole)
-
-
-def test_a_run_without_a_state_begins_anew(train: Train, tmp_path: Path) -> None:
-    whole = train(*SIX, run_dir=tmp_path / "whole")
-    stopped = tmp_path / "stopped"
-    stop_after(whole, 0, stopped)
-    for best in stopped.glob("checkpoints/*"):
-        best.unlink()
-    train(*SIX, run_dir=stopped)
-    assert said(stopped) == said(whole)
+    for step in (4, 0):
+        stopped = tmp_path / f"stopped-{step}"
+        stop_after(whole, step, stopped)
+        if not step:
+            for best in stopped.glob("checkpoints/*"):
+                best.unlink()
+        assert {line["step"] for line in said(stopped)} == {0, 2, 4, 6}  # more than the state knows of
+        train(*SIX, run_dir=stopped)
+        assert said(stopped) == said(whole)
 
 
 def test_a_model_that_can_not_speak_is_said_once(
