@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -236,38 +234,6 @@ def test_a_piece_from_outside_needs_no_edit_here(train: Callable[..., Path], tmp
     finally:
         sys.path.remove(str(tmp_path))
     assert (run / "model").is_dir()
-
-
-@pytest.mark.long
-def test_wandb_has_one_run_per_run(tmp_path: Path) -> None:
-    """A multirun of two, offline, in a process of its own; read back with W&B's own messages."""
-    command = [sys.executable, "-m", "lmlab.train", "-m", "seed=1,2", *TINY[:-1], "logger.wandb.name=n"]
-    done = subprocess.run(
-        [*command, f"hydra.sweep.dir={tmp_path}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"WANDB_MODE": "offline"},
-        cwd=tmp_path,
-    )
-    for number, seed in (("0", 1), ("1", 2)):
-        (folder,) = (tmp_path / number).glob("wandb/offline-run-*")
-        records = wandb_records(folder)
-        runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-        identity = json.loads((tmp_path / number / "manifest.json").read_text())["run_id"]
-        assert {(run.run_id, run.display_name) for run in runs} == {(identity, "n")}
-        config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
-        assert config["seed"] == seed
-        assert config["preprocess"]["block_size"] == 32
-        names = {
-            item.key or ".".join(item.nested_key)
-            for r in records
-            if r.WhichOneof("record_type") == "history"
-            for item in r.history.item
-        }
-        assert names >= {"train/loss", "val/perplexity", "optim/lr", "perf/tokens_per_s", "data/tokens_seen"}
-        assert done.stdout.count(f"-{identity}") >= 1
-    assert "wandb sync" in done.stdout
 
 
 def wandb_rows(folder: Path) -> list[tuple[int, frozenset[str]]]:

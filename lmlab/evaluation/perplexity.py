@@ -31,8 +31,3 @@ class MeanNLL(Metric):
     def compute(self) -> Tensor:
         """float64 scalar; nan where nothing was scored."""
         return self.nll / self.targets
-
-
-def perplexity(nll: float) -> float:
-    """exp of a mean nll; infinite where that is beyond a float."""
-    return float(torch.tensor(nll, dtype=torch.float64).exp())

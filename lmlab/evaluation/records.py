@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lmlab.data.documents import Documents
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.perplexity import perplexity
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_beside, write_json
 
@@ -242,3 +241,8 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean nll; infinite where that is beyond a float."""
+    return float(torch.tensor(nll, dtype=torch.float64).exp())

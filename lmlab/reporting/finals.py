@@ -20,8 +20,7 @@ from lmlab.evaluation.comparing import (
     difference,
     expansion,
 )
-from lmlab.evaluation.perplexity import perplexity
-from lmlab.evaluation.records import Records
+from lmlab.evaluation.records import Records, perplexity
 
 BEST = 40
 """Sides whose difference from the best is worked out, and that a chart has room for."""

@@ -65,15 +65,16 @@ def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> No
     make_room(place, [*names, "runs.csv", "runs.tex", "report.html"])
     # Each process its own V8: drawing holds the interpreter.
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
+        bundle = pool.submit(vl_convert.javascript_bundle, SNIPPET)
         data = {section.slug: plain(section.drawn) for section in sections}
         specs = [
             figure.spec | {"datasets": {figure.data: data[section.slug][figure.data]}} for section, figure in drawn
         ]
-        images = pool.map(svg_and_png, specs, chunksize=4)
+        images = pool.map(svg_and_png, specs)
         for section in sections:
             for name, rows in section.tables.items():
                 write_text(place / f"{name}.csv", as_csv(rows))
-        page = html(sections, unread)
+        page = html(sections, unread, bundle.result())
         for (_, figure), (svg, png) in zip(drawn, images, strict=True):
             write_text(place / f"{figure.name}.svg", svg)
             write_beside(place / f"{figure.name}.png", partial(Path.write_bytes, data=png))
@@ -124,8 +125,8 @@ def latex(sections: Sequence[Section]) -> str:
     )
 
 
-def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
-    """The page."""
+def html(sections: Sequence[Section], unread: Sequence[str], vega: str) -> str:
+    """The page; `vega` is what draws in it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lmlab", "reporting"),
         autoescape=True,
@@ -141,7 +142,7 @@ def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
         style=Markup(style),
         script=Markup(script),
         # A bundle is source code; the sign that would end its element stands in strings and patterns only.
-        vega=Markup(vl_convert.javascript_bundle(SNIPPET).replace("</script", "<\\/script")),
+        vega=Markup(vega.replace("</script", "<\\/script")),
         sections=sections,
         facts=facts(runs),
         states=Counter(run.state.name for run in runs),

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmlab.evaluation import records
-from lmlab.evaluation.perplexity import perplexity
 from lmlab.evaluation.scoring import Targets
 from lmlab.models.steps import Flops
 from lmlab.runs.directory import RunDirectory
@@ -101,7 +100,7 @@ class Measure(Callback):
             self.total[name] += value
         self.latest = {
             "train/loss": loss,
-            f"train/{module.figure}": perplexity(loss),
+            f"train/{module.figure}": records.perplexity(loss),
             "optim/lr": module.lr,
             "optim/grad_norm": float(module.grad_norm) if module.grad_norm is not None else 0.0,
             "perf/tokens_per_s": done / self.interval,

@@ -127,7 +127,7 @@ def test_killed_at_random(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     seen: list[str] = []
     last = -1
     while len(seen) < kills:
-        process = begin(*common, f"hydra.run.dir={run}", out=out, faults={"os.fsync": ["slow", 0.02]})
+        process = begin(*common, f"hydra.run.dir={run}", out=out, faults={"os.fsync": ["slow", 0.05]})
         if len(seen) % 2:  # at any time
             process.join(draw.uniform(0.2, 3.0))
         else:  # while it trains and keeps its states
