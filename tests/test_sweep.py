@@ -433,8 +433,8 @@ def reopen(database: Path, number: int) -> None:
         )
 
 
-TWELVE = ["objective=clm,mlm", "optim.lr=3e-4,1e-3,3e-3", "seed=1,2", "trainer.max_steps=12", "logger=file"]
-TWELVE += ["trainer.val_check_interval=4", "trainer.log_every_n_steps=1", "preprocess.block_size=32", "batch_size=4"]
+TWELVE = ["objective=clm,mlm", "optim.lr=3e-4,1e-3,3e-3", "seed=1,2", "trainer.max_steps=6", "logger=file"]
+TWELVE += ["trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "preprocess.block_size=32", "batch_size=16"]
 TWELVE += ["tokenizer.vocab_size=300", "callbacks.samples.count=1"]
 
 
@@ -447,7 +447,7 @@ def test_twelve_points_killed_and_gone_on_with(tmp_path: Path) -> None:
     fifth = folder / "4"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         patience = time.monotonic() + 300
-        while not list(fifth.glob("checkpoints/step-4.ckpt")):
+        while not list(fifth.glob("checkpoints/step-2.ckpt")):
             assert process.poll() is None
             assert time.monotonic() < patience
             time.sleep(0.02)
@@ -463,9 +463,9 @@ def test_twelve_points_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert before == {number: (folder / str(number) / "summary.json").stat().st_mtime_ns for number in range(4)}
     for number in range(12):
         went_on = RunDirectory(folder / str(number)).identity().get("went_on", [])
-        assert [attempt["step"] >= 4 for attempt in went_on] == ([True] if number == 4 else [])
+        assert [attempt["step"] >= 2 for attempt in went_on] == ([True] if number == 4 else [])
         steps = [row["step"] for row in metrics(folder / str(number)) if "train/loss" in row]
-        assert steps == list(range(1, 13))
+        assert steps == list(range(1, 7))
     report = tmp_path / "report"
     subprocess.run([sys.executable, "-m", "lmlab.report", folder, "--out", report], check=True)
     assert len((report / "runs.csv").read_text().splitlines()) == 13
