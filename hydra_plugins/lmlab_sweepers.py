@@ -57,7 +57,6 @@ class Grid(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from lmlab.config.compose import read_config
         from lmlab.config.resuming import length
 
         swept, shared = self.overrides(arguments)
@@ -70,12 +69,7 @@ class Grid(Sweeper):
         with RunDirectory(self.folder).lock():
             sweep.begin(self.folder, **self.checked(shared))
             sweep.add(self.folder, wanted)
-            left = [
-                point
-                for point in sweep.points(self.folder)
-                if states.state_of(point.run).name not in states.ENDED
-                or length(read_config(point.run.path)) not in lengths
-            ]
+            left = [point for point in sweep.points(self.folder) if due(point, lengths)]
             if left:
                 self.launch(left, [shared] * len(left))
         conclude(self.folder)
@@ -268,6 +262,19 @@ class Search(Grid):
         elif state.name == "pruned":
             self.study.tell(point.number, state=TrialState.PRUNED, skip_if_finished=True)
         return state
+
+
+def due(point: Point, lengths: set[Any]) -> bool:
+    """Whether a point has not come to its end, or to one of another length."""
+    from lmlab.config.compose import read_config
+    from lmlab.config.resuming import length
+
+    if states.state_of(point.run).name not in states.ENDED:
+        return True
+    try:
+        return length(read_config(point.run.path)) not in lengths
+    except UserError:  # of a damaged config, which its own job will name
+        return True
 
 
 def plain(block: Any, usual: str) -> dict[str, Any]:

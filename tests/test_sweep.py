@@ -117,6 +117,11 @@ def test_what_a_resume_is_of(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert states_now == [("done", None)] * 2 + [("failed", "damaged")] + [("done", None)] * 3
     capsys.readouterr()
     (tmp_path / "2" / "summary.json").unlink()
+    config = (tmp_path / "0" / "config.yaml").read_text()
+    (tmp_path / "0" / "config.yaml").unlink()
+    run_verb("sweep", "resume", tmp_path)
+    assert "config.yaml can't be read" in capsys.readouterr().err
+    (tmp_path / "0" / "config.yaml").write_text(config)
     run_verb("sweep", "resume", tmp_path)
     assert capsys.readouterr().out.splitlines()[-1] == "6 done"
 
