@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-long test-slurm check bench build clean
+.PHONY: train test test-long test-longest test-slurm check bench build clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lmlab.train
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/slurm -m "not long"
+	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/slurm -m "not long and not longest"
 
 # Ranks and whole runs in processes of their own, killed and gone on with.
 test-long: $(VENV)/installed-dev
 	$(BIN)/pytest -n 2 --dist load --ignore=tests/slurm -m long
+
+# What is measured rather than tested, and services that are waited for: not at each change.
+test-longest: $(VENV)/installed-dev
+	$(BIN)/pytest --ignore=tests/slurm -m longest
 
 # Real jobs on a SLURM of two nodes, brought up on this machine and taken down again.
 test-slurm: $(VENV)/installed-dev

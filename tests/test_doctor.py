@@ -120,7 +120,7 @@ def left_behind(folder: Path) -> list[str]:
     return [str(place) for place in folder.iterdir()] + speak
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_this_machine_passes(tmp_path: Path) -> None:
     """The whole command as it is typed, in the time that it promises."""
     temporary = tmp_path / "temporary"

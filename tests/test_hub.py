@@ -125,7 +125,7 @@ def assert_plain(done: subprocess.CompletedProcess[str], *named: str) -> None:
     assert "Retrying" not in done.stdout
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_causal_run_from_the_hub_and_again_from_its_cache(
     repositories: Repositories, command: Command, tmp_path: Path
 ) -> None:
@@ -156,7 +156,7 @@ def test_causal_run_from_the_hub_and_again_from_its_cache(
     assert metrics(again)[0]["val/loss"] == metrics(first)[0]["val/loss"]
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_masked_run_at_a_revision(hub: Hub, command: Command, tmp_path: Path) -> None:
     commit = hub.commit("model", "me/tiny-roberta")
     model = ["objective=mlm", "model=pretrained", "model.name=me/tiny-roberta", f"model.revision={commit}"]

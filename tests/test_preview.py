@@ -88,7 +88,7 @@ def test_masks_are_marked(shown: Callable[..., str]) -> None:
     assert "(unmarked)   read, and no label" in text
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_estimate_is_that_of_the_run(shown: Callable[..., str], tmp_path: Path) -> None:
     """The time in all, and of the steps alone: start-up would hide that they are wrong."""
     text = shown(*TINY, f"trainer.max_steps={STEPS}")
@@ -342,7 +342,7 @@ def test_script_is_submitits() -> None:
     assert sum(line.startswith("srun ") for line in lines) == 1
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_job_is_shown(shown: Callable[..., str]) -> None:
     """For more nodes than this machine is; one rank's share is measured, and a short time limit is said."""
     limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30"]

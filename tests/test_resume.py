@@ -109,7 +109,7 @@ def test_early_stopping_counts_over_a_stop(train: Callable[..., Path], tmp_path:
         assert losses(place) == losses(run)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_at_other_widths(train: Callable[..., Path], tmp_path: Path) -> None:
     """Two processes, then four, then one: the losses are those of one process all along."""
     common = [*DROPOUT_OFF["clm"], *SIX[len(TINY) :], "trainer.accelerator=cpu", "optim.schedule=constant"]

@@ -503,13 +503,9 @@ def test_a_search_in_two_processes(tmp_path: Path) -> None:
     assert min(shares) >= 1
 
 
-@pytest.mark.long
-def test_a_killed_point_does_not_end_the_others(tmp_path: Path) -> None:
-    """By the system, as where memory runs out: the sweep's own process lives on."""
-    folder = tmp_path / "sweep"
-    words = ["seed=1,2", *TINY, "trainer.max_steps=4"]
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
-    (tmp_path / "fatal.py").write_text(
+def with_fatal(place: Path) -> dict[str, str]:
+    """An environment with the callback `fatal.Fatal`, which kills the run of seed 1 as the system does."""
+    (place / "fatal.py").write_text(
         "import os, signal\n"
         "from lightning.pytorch.callbacks import Callback\n"
         "class Fatal(Callback):\n"
@@ -517,6 +513,15 @@ def test_a_killed_point_does_not_end_the_others(tmp_path: Path) -> None:
         "        if module.seed == 1:\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
     )
+    return os.environ | {"PYTHONPATH": f"{place}:{Path(__file__).parent.parent}"}
+
+
+@pytest.mark.long
+def test_a_killed_point_does_not_end_the_others(tmp_path: Path) -> None:
+    """By the system, as where memory runs out: the sweep's own process lives on."""
+    folder = tmp_path / "sweep"
+    words = ["seed=1,2", *TINY, "trainer.max_steps=4"]
+    env = with_fatal(tmp_path)
     command = [sys.executable, "-m", "lmlab.train", "-m", *words, "+callbacks.fatal._target_=fatal.Fatal"]
     done = subprocess.run([*command, f"hydra.sweep.dir={folder}"], env=env, capture_output=True, text=True)
     assert done.returncode == 1
@@ -529,15 +534,7 @@ def test_a_killed_point_does_not_end_the_others(tmp_path: Path) -> None:
 def test_submitit_on_this_machine(tmp_path: Path) -> None:
     """Jobs of submitit's local executor, one of them on two devices; a killed one hides none."""
     folder = tmp_path / "sweep"
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
-    (tmp_path / "fatal.py").write_text(
-        "import os, signal\n"
-        "from lightning.pytorch.callbacks import Callback\n"
-        "class Fatal(Callback):\n"
-        "    def on_train_batch_end(self, trainer, module, *args):\n"
-        "        if module.seed == 1:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+    env = with_fatal(tmp_path)
     words = [*TINY, "trainer.accelerator=cpu", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
     words += ["+callbacks.fatal._target_=fatal.Fatal", "seed=1,2", f"hydra.sweep.dir={folder}"]
     command = [sys.executable, "-m", "lmlab.train", "-m", *words]

@@ -319,7 +319,7 @@ def test_runs_with_other_masks_are_scored_on_the_same(train: Callable[..., Path]
     assert policies[0] == policies[1]
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_devices_as_a_swept_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmlab import train as verb
 

@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results"
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.parametrize(("objective", "peer"), [("clm", "loop"), ("mlm", "trainer")])
 def test_train(objective: str, peer: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = train.Settings.parse([*QUICK, f"objective={objective}", f"peer={peer}"])
@@ -157,7 +157,7 @@ def test_a_side_that_fails_says_why(tmp_path: Path) -> None:
         side.turn(steps=1, dropout=True)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.parametrize("peer", ["forward", "blocks"])
 def test_evaluate(peer: str) -> None:
     settings = evaluate.Settings.parse([f"peer={peer}", "size=tiny", "blocks=8", "pairs=1"])
@@ -172,7 +172,7 @@ def test_evaluate(peer: str) -> None:
     assert pair["ratio"] == pytest.approx(allowed * pair[names[1]]["seconds"] / pair[names[0]]["seconds"])
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.parametrize(("task", "tampered"), [("blocks", False), ("group_texts", True)])
 def test_data(task: str, tampered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = Side.turn

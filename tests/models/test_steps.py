@@ -143,7 +143,7 @@ def test_a_tied_head_is_counted_once_for_each_scored_position() -> None:
     assert Flops.of(model).target == 6 * model.get_output_embeddings().weight.numel()
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.parametrize("options", [TINY, TINY_MLM])
 def test_compiled_run(options: list[str], train: Callable[..., Path], tmp_path: Path) -> None:
     """Compiles once per kind of layer: not for each step's scored positions, not for held-out text."""

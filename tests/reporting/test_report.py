@@ -403,7 +403,7 @@ def test_on_a_phone_and_on_paper(report: Path, opened: Callable[..., Any]) -> No
     assert paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") >= 2
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_five_hundred_runs(trained: dict[str, Path], tmp_path: Path, opened: Callable[..., Any]) -> None:
     for number in range(500):
         changes = {

@@ -101,7 +101,7 @@ def test_killed_at_an_instant(instant: str, undisturbed: dict[str, Any], tmp_pat
     assert not list(run.rglob("*partial*"))
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_killed_with_workers(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     command = ["train", *COMMON, STEPS, "num_workers=2", f"hydra.run.dir={run}"]

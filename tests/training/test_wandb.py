@@ -171,7 +171,7 @@ def test_a_resumed_run_goes_on_with_its_curve(online: Path, backend: Backend, ho
     assert backend.runs[run_id(online)].summary["steps"] == 8
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_a_service_that_dies_costs_nothing(home: dict[str, str], tmp_path: Path) -> None:
     """It answers no more from the first row on; the run ends in its time and says what to do, which then works."""
     with serving() as server:
@@ -242,7 +242,7 @@ def test_a_bad_key_leaves_the_run_offline(home: dict[str, str], tmp_path: Path) 
         assert not server.faults
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_no_service_at_the_start(home: dict[str, str], tmp_path: Path) -> None:
     with serving() as server:
         nobody = server.environment
@@ -265,7 +265,7 @@ def test_each_run_of_a_multirun_is_one(home: dict[str, str], tmp_path: Path) -> 
             same_rows(server.runs[run_id(run)].history, run)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_two_processes_are_one_run(home: dict[str, str], tmp_path: Path) -> None:
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     with serving() as server:
