@@ -156,9 +156,12 @@ class WandB(WandbLogger):
 
     def end(self, exit_code: int, will_go_on: bool, result: Mapping[str, Any] | None) -> None:
         """Hand over the result, if there is one, and end."""
+        import wandb
+
         steps: list[Callable[[], Any]] = [partial(self.experiment.finish, exit_code=exit_code)]
         if will_go_on:
-            steps.insert(0, self.experiment.mark_preempting)
+            # W&B's own process is ended too: SLURM would kill it first, and this one then complain.
+            steps = [self.experiment.mark_preempting, *steps, wandb.teardown]
         if result is not None and not self.experiment.disabled:
             steps[:0] = [partial(self.hand_over, result), partial(self.hand_over_files, result)]
         for step in steps:
