@@ -4,7 +4,6 @@ Hydra takes sweepers from this package alone, and imports it at each start: noth
 """
 
 import itertools
-import json
 import shlex
 import shutil
 import uuid
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lmlab.errors import UserError
 from lmlab.runs import states, sweep
@@ -57,14 +55,12 @@ class Grid(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        from lmlab.config import sweeping
         from lmlab.config.resuming import length
 
-        swept, shared = self.overrides(arguments)
-        for override in swept.values():
-            if not override.is_discrete_sweep():
-                raise UserError(f"{override.input_line} has no end of values. To search it: hydra/sweeper=optuna")
-        values = [[f"{key}={value}" for value in override.sweep_string_iterator()] for key, override in swept.items()]
-        wanted = [list(point) for point in itertools.product(*values)]
+        swept, shared = sweeping.overrides(self.params, arguments, self.hydra_context.config_loader)
+        choices = [[f"{key}={value}" for value in sweeping.values(override)] for key, override in swept.items()]
+        wanted = [list(point) for point in itertools.product(*choices)]
         lengths = {length(self.composed([*shared, *point])) for point in wanted}
         with RunDirectory(self.folder).lock():
             sweep.begin(self.folder, **self.checked(shared))
@@ -102,15 +98,6 @@ class Grid(Sweeper):
                 "Choose another: hydra.sweep.dir=DIR"
             )
         return {"shared": shared, **facts}
-
-    def overrides(self, arguments: list[str]) -> tuple[dict[str, Override], list[str]]:
-        """The swept overrides of the config and the command line, by key, and the fixed ones as they are typed."""
-        words = [*(f"{key}={typed(value)}" for key, value in self.params.items()), *arguments]
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        last = {override.get_key_element().lstrip("+"): override for override in parser.parse_overrides(words)}
-        both = {override.get_key_element(): override for override in last.values()}
-        fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in both.items() if not o.is_sweep_override()]
-        return {key: override for key, override in both.items() if override.is_sweep_override()}, fixed
 
     def launch(self, points: Sequence[Point], shared: Sequence[list[str]]) -> None:
         """Run points, each in its directory, where what keeps one from beginning is left as well."""
@@ -165,12 +152,13 @@ class Search(Grid):
     def sweep(self, arguments: list[str]) -> None:
         from optuna.distributions import distribution_to_json
 
+        from lmlab.config import sweeping
         from lmlab.runs import study
 
         for key, count in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
             if type(count) is not int or count < 1:
                 raise UserError(f"hydra.sweeper.{key} is a whole number, 1 or more, not {count}.")
-        swept, shared = self.overrides(arguments)
+        swept, shared = sweeping.overrides(self.params, arguments, self.hydra_context.config_loader)
         if not swept:
             raise UserError("nothing to search: add KEY='interval(1e-4,1e-2)', KEY='range(1,5)' or KEY=a,b.")
         space = {key: distribution(override) for key, override in swept.items()}
@@ -244,6 +232,8 @@ class Search(Grid):
 
     def pruning(self, number: int) -> list[str]:
         """What a run is given, to report to its trial."""
+        from lmlab.config.sweeping import quoted
+
         block: dict[str, Any] = {
             "_target_": "lmlab.training.pruning.Prune",
             "storage": self.storage,
@@ -282,15 +272,6 @@ def plain(block: Any, usual: str) -> dict[str, Any]:
     if block is None or isinstance(block, str):
         return {"name": block or usual}
     return OmegaConf.to_container(block) if isinstance(block, DictConfig) else dict(block)  # type: ignore[return-value]
-
-
-def typed(value: Any) -> str:
-    """A value of `params` as on the command line; a list is one of values to sweep over."""
-    if isinstance(value, ListConfig | list):
-        return ",".join(map(typed, value))
-    return (
-        value if isinstance(value, str) else quoted(OmegaConf.to_object(value) if OmegaConf.is_config(value) else value)
-    )
 
 
 def words(trial: Any) -> list[str]:
@@ -333,13 +314,6 @@ def first(drawn: Any) -> Any:
 def text(value: Any) -> str:
     """A value that Optuna drew, as it is typed; choices are kept as they were."""
     return value if isinstance(value, str) else repr(value)
-
-
-def quoted(value: Any) -> str:
-    """A value in the grammar of overrides."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{quoted(inner)}" for key, inner in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lmlab.config import resuming
+from lmlab.config import resuming, sweeping
 from lmlab.config.compose import CONF, freeze
 from lmlab.errors import UserError
 
@@ -91,17 +90,10 @@ def sweep(whole: DictConfig, loader: ConfigLoader) -> tuple[int, list[str], list
         UserError: values without an end, and no search to choose of them.
     """
     sweeper = whole.hydra.sweeper
-    words = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*words, *whole.hydra.overrides.task])
-    last = {override.get_key_element(): override for override in overrides}
-    fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in last.items() if not o.is_sweep_override()]
-    swept = {key: override for key, override in last.items() if override.is_sweep_override()}
+    swept, fixed = sweeping.overrides(sweeper.get("params") or {}, whole.hydra.overrides.task, loader)
     if "n_trials" in sweeper:
         return sweeper.n_trials, fixed, [f"{key}={first(o)}" for key, o in swept.items()], sweeper.get("n_jobs", 1)
-    for override in swept.values():
-        if not override.is_discrete_sweep():
-            raise UserError(f"{override.input_line} has no end of values. To search it: hydra/sweeper=optuna")
-    points = prod(len(list(override.sweep_string_iterator())) for override in swept.values())
+    points = prod(len(sweeping.values(override)) for override in swept.values())
     return points, fixed, [f"{key}={first(o)}" for key, o in swept.items()], None
 
 

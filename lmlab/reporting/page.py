@@ -115,10 +115,7 @@ def latex(sections: Sequence[Section]) -> str:
             [head for head, _ in section.columns],
             # The state says of which runs a figure is one so far.
             [[" ".join(cell.text.removesuffix(SO_FAR).split()) for cell in section.cells(run)] for run in section.runs],
-        ).replace(  # words to the left, numbers to the right
-            "{l" + "r" * (len(section.columns) - 1) + "}",
-            "{" + "".join("r" if numeric else "l" for numeric in section.numeric) + "}",
-            1,
+            "".join("r" if numeric else "l" for numeric in section.numeric),
         )
         for section in sections
         if section.runs

@@ -18,11 +18,11 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def as_latex(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A `tabular` for the booktabs package."""
+def as_latex(columns: Sequence[str], rows: Sequence[Sequence[str]], layout: str | None = None) -> str:
+    """A `tabular` for the booktabs package. Its `layout` is words to the left, then figures, if none is given."""
     lines = [" & ".join("".join(LATEX.get(sign, sign) for sign in cell) for cell in row) for row in [columns, *rows]]
     head, *body = (f"{line} \\\\" for line in lines)
-    layout = "l" + "r" * (len(columns) - 1)
+    layout = layout or "l" + "r" * (len(columns) - 1)
     return "\n".join(
         [f"\\begin{{tabular}}{{{layout}}}", "\\toprule", head, "\\midrule", *body, "\\bottomrule", "\\end{tabular}", ""]
     )
