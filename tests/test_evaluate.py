@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from lmlab.config import check
 from lmlab.evaluation import records, scoring
-from lmlab.models.scored import scored_nll
+from lmlab.models.scored import Scores, score
 
 from .conftest import TINY, TINY_MLM, run_verb
 
@@ -421,9 +421,9 @@ def test_check_fails(
     """A model whose scores move with the batch is found out, and no certificate is left of it."""
 
     def moved(model: Any, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
-        return scored_nll(model, input_ids, *args) * (1 + 1e-3 * len(input_ids))
+        return Scores(score(model, input_ids, *args).nll * (1 + 1e-3 * len(input_ids)), None)
 
-    monkeypatch.setattr(scoring, "scored_nll", moved)
+    monkeypatch.setattr(scoring, "score", moved)
     monkeypatch.setattr(check, "other_width", lambda cfg: {"batch_size": 3})
     place = tmp_path / "checked"
     command = [f"model={causal}", *files(text), "context=document"]

@@ -21,7 +21,7 @@ from lmlab.data.datamodule import Objective, padded
 from lmlab.data.documents import Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.evaluation.windows import Windows
-from lmlab.models.scored import scored_nll
+from lmlab.models.scored import Scores, score
 from lmlab.models.steps import shard
 from lmlab.objectives.mlm import lots, uniform
 
@@ -242,12 +242,12 @@ class Scorer(L.LightningModule):
         if self._device_mesh is not None:
             shard(self.model, self._device_mesh["data_parallel"])
 
-    def nll(self, batch: Any) -> Tensor:
-        """[N] of a batch's targets."""
-        return scored_nll(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets, self.rows)
+    def score(self, batch: Any) -> Scores:
+        """Score a batch's targets."""
+        return score(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets, self.rows)
 
     def validation_step(self, batch: Targets, batch_idx: int) -> None:
-        self.sums.update(self.nll(batch), batch)
+        self.sums.update(self.score(batch).nll, batch)
 
     def on_validation_epoch_end(self) -> None:
         nll, units = self.sums.compute()

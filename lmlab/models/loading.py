@@ -22,6 +22,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmlab.errors import UserError, first_line, from_hub, nearest
+from lmlab.models.probe import probe
+from lmlab.models.scored import check_scoring
 
 
 def pretrained(
@@ -126,7 +128,7 @@ def refuse_unknown(settings: PreTrainedConfig, values: dict[str, Any]) -> None:
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, causal: bool) -> None:
     """Refuse a model that cannot score this tokenizer's blocks as the objective means it."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's embedding only {rows} rows.\n"
@@ -138,16 +140,17 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size
             f"preprocess.block_size={block_size} is more than the {longest} positions of the model.\n"
             f"Set preprocess.block_size={longest} or less, or make a model from scratch with more positions."
         )
-    if causal and sees_ahead(model):
+    if causal and probe(model).sees_ahead:
         raise UserError(
             f"{model.config.model_type} sees the tokens it should predict, so its causal perplexity means nothing.\n"
             "Use objective=mlm, or a causal architecture."
         )
+    check_scoring(model)
 
 
 def check_belongs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a trained model whose tokens plainly are not those of the tokenizer."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     other = "Use the tokenizer that the model was trained with: leave tokenizer.name out."
     # Models pad their embeddings to round numbers; DeepSeek's has 2.3 % of rows that no token has.
     if rows - len(tokenizer) > max(256, 0.04 * rows):
@@ -173,18 +176,3 @@ def positions(model: PreTrainedModel) -> int | None:
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             longest = module.num_embeddings - first
     return longest
-
-
-@torch.no_grad()
-def sees_ahead(model: PreTrainedModel) -> bool:
-    """Whether the last token changes what is predicted for the ones before it."""
-    training = model.training
-    model.eval()
-    ids = torch.arange(2, 10, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-    other = ids.clone()
-    other[0, -1] = ids[0, 0]
-    one, two = (model(input_ids=given, use_cache=False).logits[0, :-1].float() for given in (ids, other))
-    model.train(training)
-    if not one.isfinite().all():  # then its figures say what it is worth
-        return False
-    return not torch.allclose(one, two, rtol=1e-4, atol=1e-4 * float(one.abs().max()))

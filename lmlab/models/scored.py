@@ -3,8 +3,9 @@
 Shapes: B samples, T positions, H hidden, N scored positions, V vocabulary, R rows held at once.
 """
 
+import math
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
-from lmlab.errors import UserError
+from lmlab.errors import UserError, first_line
+from lmlab.models.probe import backbone, example, forward, in_evaluation, probe
 
 LOGITS = 128 * 2**20
 """Bytes of float32 logits held at once on a CPU: as fast as all of them, as fewer are not (benchmarks/README.md)."""
@@ -25,24 +27,33 @@ ASKED = (
 end in padding, or position ids begin anew, where no mask says so. In lmlab's batches neither happens."""
 
 
-def scored_nll(
+class Scores(NamedTuple):
+    """What a model makes of the targets of a batch."""
+
+    nll: Tensor
+    """[N] negative log-likelihood of each target, nats."""
+    auxiliary: Tensor | None
+    """The model's own auxiliary loss (a scalar, weighted by its coefficient); None where it has none."""
+
+
+def score(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     positions: Tensor,
     targets: Tensor,
     rows: int | None = None,
-) -> Tensor:
-    """Negative log-likelihood [N] of `targets` [N] at `positions` [N] of the flat B·T.
+) -> Scores:
+    """Score `targets` [N] at `positions` [N] of the flat B·T.
 
-    A hook on `model.base_model` hands only the scored rows of `last_hidden_state` to the
-    head (transform and vocabulary projection), whatever the architecture. Positions come
-    as indices rather than as a mask: on a GPU a mask would have to be counted first, and
-    the host would wait for it.
+    A hook on the backbone hands only the scored rows of its `last_hidden_state` to the head
+    (transform and vocabulary projection), whatever the architecture. Positions come as indices
+    rather than as a mask: on a GPU a mask would have to be counted first, and the host would
+    wait for it.
 
     Args:
         rows: of the logits, held at once; None holds all [N, V]. For models whose logits are
-            what `projection` gives, and sums of the result: see `ChunkedNLL`.
+            what their output embedding gives, and sums of the result: see `ChunkedNLL`.
     """
     projected: list[Tensor] = []
 
@@ -55,18 +66,60 @@ def scored_nll(
         projected.append(args[0][0])  # [N, H], through the head's transform
         return (args[0][:, :0],)
 
-    head = model.get_output_embeddings()
-    cache = {"use_cache": False} if model.can_generate() else {}
+    head, body = model.get_output_embeddings(), backbone(model)
     with ExitStack() as stack:
-        stack.callback(model.base_model.register_forward_hook(keep_scored).remove)
+        stack.callback(body.register_forward_hook(keep_scored).remove)
         if rows is not None:
             stack.callback(head.register_forward_pre_hook(project_nothing).remove)
         for owner, question in ASKED:
             stack.enter_context(patch.object(owner, question, lambda *args: None))
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, **cache).logits[0]  # [N, V]
+        output = forward(model, input_ids, attention_mask)
+    auxiliary = auxiliary_loss(model, output)
     if rows is None:
-        return F.cross_entropy(logits.float(), targets, reduction="none")
-    return ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, rows, torch.is_grad_enabled())
+        logits = output.logits[0]  # [N, V]
+        return Scores(F.cross_entropy(logits.float(), targets, reduction="none"), auxiliary)
+    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, rows, torch.is_grad_enabled())
+    return Scores(nll, auxiliary)
+
+
+def auxiliary_loss(model: PreTrainedModel, output: Any) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts (Fedus et al. 2022, section 2.2), times its coefficient.
+
+    transformers computes it where the model's config has `output_router_logits`, and adds it to
+    the loss by this coefficient.
+    """
+    loss = getattr(output, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    owners = (model, model.config.get_text_config())
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return loss * next(getattr(owner, name) for owner in owners for name in names if hasattr(owner, name))
+
+
+@torch.no_grad()
+def check_scoring(model: PreTrainedModel) -> None:
+    """Refuse a model whose targets `score` does not score as its own logits do.
+
+    Raises:
+        UserError: says by how much they differ on a few tokens.
+    """
+    with in_evaluation(model):
+        ids = torch.cat([example(model), example(model).flip(1)])  # [2, T]
+        positions = torch.tensor([1, 4, 10, 13], device=ids.device)
+        targets = ids.flatten()[positions - 1]
+        own = F.cross_entropy(forward(model, ids).logits.flatten(0, 1)[positions].float(), targets, reduction="none")
+        why = ""
+        try:
+            moved = float((score(model, ids, None, positions, targets).nll - own).abs().max())
+        except (RuntimeError, IndexError, ValueError) as error:
+            moved, why = math.inf, f" ({first_line(error)})"
+    # Weights that give no numbers are for their metrics to show.
+    if own.isfinite().all() and not moved <= 1e-4 * max(1.0, float(own.max())):
+        by = f"by {moved:.2g} nats" if moved < math.inf else f"altogether{why}"
+        raise UserError(
+            f"lmlab can't score {model.config.model_type}: where only some positions go through its head, the nll of a "
+            f"target differs from that of its own logits {by}.\nChoose another architecture."
+        )
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -142,30 +195,6 @@ def wants_float32(device: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or slow
 
 
-@torch.no_grad()
-def projection(model: PreTrainedModel) -> nn.Linear | None:
-    """The last layer of a model, if the logits are just what it gives; None where more is done to them."""
-    head = model.get_output_embeddings()
-    # A hook may do anything to what comes out.
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
-        return None
-    given: list[Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, output: given.append(output))
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    if attention not in ("eager", "sdpa"):  # another may not run where the model lies now
-        model.set_attn_implementation("eager")
-    ids = torch.arange(2, 10, device=model.device)[None] % head.out_features
-    try:
-        logits = model(input_ids=ids, **({"use_cache": False} if model.can_generate() else {})).logits
-    finally:
-        handle.remove()
-        model.train(training)
-        if attention not in ("eager", "sdpa"):
-            model.set_attn_implementation(attention)
-    return head if len(given) == 1 and torch.equal(given[0], logits) else None
-
-
 def rows_at_once(model: PreTrainedModel, wanted: int | None, on_gpu: bool) -> int | None:
     """How many rows of logits to hold: `wanted`, or what was measured to be fastest. None holds all.
 
@@ -176,12 +205,11 @@ def rows_at_once(model: PreTrainedModel, wanted: int | None, on_gpu: bool) -> in
     """
     if wanted is None and on_gpu:
         return None
-    head = projection(model)
-    if head is None:
+    if not probe(model).projects:
         if wanted is not None:
             raise UserError(
                 f"loss_rows={wanted}: {model.config.model_type} does more to its logits than project, so that they "
                 "can't be made a few at a time.\nLeave it out."
             )
         return None
-    return wanted or max(1, LOGITS // (4 * head.out_features))
+    return wanted or max(1, LOGITS // (4 * model.get_output_embeddings().out_features))

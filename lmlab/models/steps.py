@@ -8,41 +8,96 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from lmlab.errors import UserError, first_line
+from lmlab.models.probe import backbone
+
+
+WINDOWED = {"sliding_attention": ("local_attention", "sliding_window"), "chunked_attention": ("attention_chunk_size",)}
+"""Layers whose attention reaches so many positions only, and the keys of a config that may say how many."""
+WITHOUT_SCORES = ("linear_attention", "conv", "moe")
+"""Layers in which no position is weighed against each other one: their matrices are all that counts."""
+OTHER_ATTENTION = (
+    *("attention_window", "attention_type", "attention_layers", "attn_layers"),
+    *("num_landmarks", "num_hash", "pos_att_type"),
+)
+"""Keys of configs (Longformer, BigBird, GPT-Neo, Reformer, Nyströmformer, YOSO, DeBERTa) of other forms of attention."""
 
 
 class Flops(NamedTuple):
     """Floating-point operations of forward and backward pass, as Chowdhery et al. 2022 (appendix B) count them.
 
-    6 per weight of a matrix, 12 · layers · hidden size per token and position of attention.
-    What activation checkpointing computes again is not counted; all experts of a mixture are.
+    6 per weight of a matrix and token, of the experts of a mixture by the share that a token uses;
+    and in attention 12 · heads · head dimension per token and position that it can reach, the
+    future of a causal model included. What activation checkpointing computes again is not counted.
     """
 
     token: int
-    """Per token, in the base model's matrices."""
-    position: int
-    """Per token and position of its block, in attention."""
+    """Per token, in the backbone's matrices."""
+    attention: tuple[tuple[int, int | None], ...]
+    """For each layer with attention: per token and position, and how many positions it reaches; None is all."""
     target: int
     """Per scored position, in the head."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Flops":
+    def of(cls, model: PreTrainedModel) -> "Flops | None":
+        """Count a model; None where its layers are of a kind that this does not know."""
+        reaches = attention_of(model.config.get_text_config())
+        if reaches is None:
+            return None
+        body, head = backbone(model), model.get_output_embeddings()
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        inside = {id(p): p.numel() for p in model.base_model.parameters() if p.ndim > 1}
-        head = model.get_output_embeddings()
+        share = experts_used(model.config.get_text_config())
+        inside = {
+            id(p): round(p.numel() * (share if ".experts." in f".{name}" else 1.0))
+            for name, p in body.named_parameters()
+            if p.ndim > 1
+        }
         outside = {id(p): p.numel() for p in [*model.parameters(), head.weight] if p.ndim > 1}
         base = sum(size for name, size in inside.items() if name not in embeddings)
         tied = head.weight.numel() if id(head.weight) in inside else 0
         beyond = sum(size for name, size in outside.items() if name not in inside) + tied
-        config = model.config.get_text_config()
-        return cls(6 * base, 12 * config.num_hidden_layers * config.hidden_size, 6 * beyond)
+        return cls(6 * base, reaches, 6 * beyond)
 
     def step(self, tokens: int, targets: int, length: int) -> int:
-        """Of so many tokens in blocks of `length`, so many of them scored."""
-        return tokens * (self.token + length * self.position) + targets * self.target
+        """Count so many tokens in blocks of `length`, so many of them scored."""
+        attention = sum(each * min(length, reach or length) for each, reach in self.attention)
+        return tokens * (self.token + attention) + targets * self.target
+
+
+def attention_of(config: PreTrainedConfig) -> tuple[tuple[int, int | None], ...] | None:
+    """`Flops.attention` of a model with this config; None where it has layers that are not known."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or any(getattr(config, key, None) for key in OTHER_ATTENTION):
+        return None
+    usual = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Of keys and of values, which differ in DeepSeek's attention.
+    key, value = (getattr(config, name, None) or usual for name in ("qk_head_dim", "v_head_dim"))
+    each = 6 * heads * (key + value)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None)
+        kinds = ["sliding_attention" if isinstance(window, int) else "full_attention"] * config.num_hidden_layers
+    found: list[tuple[int, int | None]] = []
+    for kind in kinds:
+        if kind == "full_attention":
+            found.append((each, None))
+        elif kind in WINDOWED:
+            reaches = (getattr(config, key, None) for key in WINDOWED[kind])
+            found.append((each, next(reach for reach in reaches if reach is not None)))
+        elif kind not in WITHOUT_SCORES:
+            return None
+    return tuple(found)
+
+
+def experts_used(config: PreTrainedConfig) -> float:
+    """The share of a mixture's experts that a token passes through."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), None)
+    used = getattr(config, "num_experts_per_tok", None)
+    return used / experts if experts and used else 1.0
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:

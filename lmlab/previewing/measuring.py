@@ -32,7 +32,7 @@ def measure(cfg: DictConfig, steps: int, interval: int) -> dict[str, Any]:
 
     Returns:
         `parts`: parameters and trainable ones; `start`: seconds until training; `steps`: seconds of each; `flops`
-        of one; `validation`: seconds of each batch but the first; `state`: seconds to write one; `bytes` of weights,
+        of one, 0 where they can't be counted; `validation`: seconds of each batch but the first; `state`: seconds to write one; `bytes` of weights,
         gradients and optimizer; `peak` and `host`: GiB at most, of the device and of main memory; `out_of_memory`:
         what to say, if it did not fit. What was not come to is not there.
 
@@ -157,7 +157,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if len(self.steps) == 0:
-            self.flops += self.of.step(batch.tokens, len(batch.targets), module.block_size)
+            self.flops += self.of.step(batch.tokens, len(batch.targets), module.block_size) if self.of else 0
         if self.measure.step == len(self.steps):  # accumulating
             return
         self.steps.append(self.measure.latest["perf/step_ms"] / 1000)

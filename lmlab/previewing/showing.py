@@ -45,7 +45,8 @@ def show_measured(cfg: DictConfig, found: dict[str, Any], first: Batch) -> None:
     rows["peak memory"] = f"{found['peak']:.2f} GiB of {'the GPU' if check.uses_gpu(cfg.trainer) else 'the process'}"
     rows["first step"] = lasting(found["steps"][0])
     rows["a step"] = f"{lasting(step)} (median of {len(later)}, {lasting(min(later))} to {lasting(max(later))})"
-    rows["speed"] = f"{tokens / step:,.0f} tokens/s, {found['flops'] / step / 1e9:,.1f} GFLOP/s of a device"
+    flops = f", {found['flops'] / step / 1e9:,.1f} GFLOP/s of a device" if found["flops"] else ""
+    rows["speed"] = f"{tokens / step:,.0f} tokens/s{flops}"
     rows["validation batch"] = lasting(sum(found["validation"]) / len(found["validation"]))
     rows["state"] = f"{lasting(found['state'])} to write" if "state" in found else "no room here to write one"
     if world > 1:

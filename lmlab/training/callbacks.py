@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,12 +47,10 @@ class Measure(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
-    def on_fit_start(self, trainer: L.Trainer, module: LMModule) -> None:
-        self.peak_flops = peak_flops(trainer.strategy.root_device, trainer.precision)
-
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
         self.waited_then = trainer.datamodule.waited
-        self.flops = Flops.of(module.model) if self.peak_flops else None
+        self.flops = Flops.of(module.model)
+        self.peak_flops = peak_flops(module.device, trainer.precision) if self.flops else None
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
         self.clock = time.perf_counter()
@@ -83,6 +80,8 @@ class Measure(Callback):
         loss = float(module.train_nll.compute())
         targets = int(module.train_nll.targets)
         module.train_nll.reset()
+        auxiliary = float(module.train_auxiliary.compute()) if module.train_auxiliary.targets else None
+        module.train_auxiliary.reset()
         tokens = int(module.tokens)
         # Reading those figures waited for the device to finish its steps.
         self.interval += time.perf_counter() - reading
@@ -109,6 +108,8 @@ class Measure(Callback):
             "perf/peak_memory_gib": memory,
             "data/tokens_seen": tokens,
         }
+        if auxiliary is not None:
+            self.latest["train/aux_loss"] = auxiliary
         if self.peak_flops:
             self.latest["perf/mfu"] = flops / self.interval / self.peak_flops
         for logger in trainer.loggers:
@@ -116,21 +117,24 @@ class Measure(Callback):
         self.step, self.tokens_then, self.interval, self.waited_then = trainer.global_step, tokens, 0.0, waited
         self.clock = time.perf_counter()
 
-    def stop(self, trainer: L.Trainer) -> None:
-        """Stop the clock until the next batch."""
+    def stop(self, trainer: L.Trainer, module: LMModule) -> None:
+        """Stop the clock until the next batch, when the device has finished the steps that it was given."""
         if self.clock is not None:
+            if module.device.type == "cuda":
+                torch.cuda.synchronize(module.device)
+            self.interval += time.perf_counter() - self.clock
             self.clock, self.waited_when_stopped = None, trainer.datamodule.waited
 
-    def on_validation_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self.stop(trainer)
+    def on_validation_start(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.stop(trainer, module)
 
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
         if trainer.should_stop and trainer.global_step > self.step:
             self.report(trainer, module)  # so that the last state has it: early stopping may just have ended the run
-            self.stop(trainer)
+            self.stop(trainer, module)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
-        self.stop(trainer)
+    def on_save_checkpoint(self, trainer: L.Trainer, module: LMModule, *args: Any) -> None:
+        self.stop(trainer, module)
 
     def result(self) -> dict[str, float]:
         """Of the whole run, for its summary."""
@@ -156,10 +160,34 @@ def peak_memory(device: torch.device) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
 
 
-def peak_flops(device: torch.device, precision: str) -> int | None:
+PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,  # SXM
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H200": 989.4,  # SXM
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA GB200": 2500.0,
+    "NVIDIA L4": 121.0,
+    "NVIDIA L40S": 362.05,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 5090": 209.5,
+    "AMD Instinct MI300X": 1307.4,
+}
+"""Dense products in bf16 and float16 with float32 sums, in 10^12 operations a second, by the name that torch gives a
+device. From the makers' data sheets and architecture white papers; where these state a rate with sparsity, half of it."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
     """Floating-point operations a second that the device's maker promises; None where that is not known."""
-    kind = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0], torch.float32)
-    return get_available_flops(device, kind)
+    if device.type != "cuda" or not precision.startswith(("bf16", "16")):
+        return None
+    peak = PEAKS.get(torch.cuda.get_device_name(device))
+    return None if peak is None else peak * 1e12
 
 
 class WriteCertificate(Callback):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import Batch
@@ -62,6 +63,8 @@ class LMModule(Scorer):
         self.batch_size, self.seed, self.figure = batch_size, seed, figure
         self.block_size, self.nominal_targets = block_size, batch_size * block_size
         self.train_nll = MeanNLL()
+        self.train_auxiliary = MeanNLL()
+        """The model's own auxiliary loss, per target as the nll."""
         # Tokens seen in the whole run, by all ranks.
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
@@ -81,7 +84,10 @@ class LMModule(Scorer):
                 )
 
     def configure_optimizers(self) -> Any:
-        optimizer, scheduler = self.optimizer(self.model, self.steps, scaled=self.trainer.precision == "16-mixed")
+        optimizer, scheduler = self.optimizer(self.model, self.steps)
+        if self.trainer.precision == "16-mixed":
+            # A fused optimizer would take the scaling of gradients back itself, behind our back: after they are clipped.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -94,6 +100,13 @@ class LMModule(Scorer):
         share_tied_gradient(self.model)
 
     def on_train_start(self) -> None:
+        # A kept optimizer brings the rate of its last step, by the schedule of the length that the run had then.
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            if isinstance(schedule, LambdaLR):
+                groups = schedule.optimizer.param_groups
+                for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                    group["lr"] = base * factor(schedule.last_epoch)
         # The validation before the first step, or one that the run was stopped in.
         if self.validation_due():
             loop = self.trainer.fit_loop.epoch_loop  # as Lightning does it between two steps
@@ -115,11 +128,16 @@ class LMModule(Scorer):
         torch.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        nll = self.nll(batch)
+        nll, auxiliary = self.score(batch)
         total = nll.sum()
         self.train_nll.update(nll)
+        if auxiliary is not None:
+            # Of the mean over the batch's targets, so that batches weigh by them in the step as well.
+            total = total + auxiliary * nll.numel()
+            self.train_auxiliary.update(auxiliary.expand(nll.numel()))
         self.step_counts[0] += nll.numel()
         self.step_counts[1] += batch.tokens
+        self.batch_number = batch.number
         # Kept on the device: asking for its value here would stall a GPU at every step.
         bad = torch.where(total.isfinite(), NEVER, batch.number)
         self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
@@ -146,6 +164,9 @@ class LMModule(Scorer):
             dist.all_reduce(norm)
             norm = norm.sqrt()
         self.grad_norm = norm * scale
+        if self.trainer.precision != "16-mixed":  # where such a step is left out, and the scale lowered
+            bad = torch.where(self.grad_norm.isfinite(), NEVER, self.batch_number)
+            self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
         if shards:
@@ -153,7 +174,7 @@ class LMModule(Scorer):
         self.lr = optimizer.param_groups[0]["lr"]
 
     def stop_on_nonfinite(self) -> None:
-        """Stop with the step and the samples of the first batch whose loss was no number.
+        """Stop with the step and the samples of the first batch whose loss or gradient was no number.
 
         Called by every rank, at the log interval and before weights are judged or kept.
         """
@@ -166,7 +187,7 @@ class LMModule(Scorer):
         size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
         samples = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
         raise UserError(
-            f"the loss became not finite at step {step + 1}. Blocks of that step's global batch: {samples}.\n"
+            f"the loss or its gradient became not finite at step {step + 1}. Blocks of that step's global batch: {samples}.\n"
             "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "
             "or use trainer.precision=32-true.",
             "non-finite loss",
@@ -204,7 +225,8 @@ class LMModule(Scorer):
             nll, units = self.result
             checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
         # Of the steps since the last report, by rank.
-        sums = torch.stack([self.train_nll.nll, self.train_nll.targets.double()])
+        metrics = (self.train_nll, self.train_auxiliary)
+        sums = torch.stack([s for metric in metrics for s in (metric.nll, metric.targets.double())])
         ranks = [torch.empty_like(sums) for _ in range(self.trainer.world_size)]
         if dist.is_initialized():
             dist.all_gather(ranks, sums)
@@ -218,9 +240,10 @@ class LMModule(Scorer):
         if "validation" in checkpoint:
             self.result = checkpoint["validation"]["nll"].numpy(), checkpoint["validation"]["units"].numpy()
         # At the same width, each rank gets back its own.
-        nll, targets = checkpoint["train_nll"][self.global_rank :: self.trainer.world_size].sum(0)
-        self.train_nll.nll, self.train_nll.targets = nll.to(self.device), targets.long().to(self.device)
-        self.train_nll._update_count = 1  # else it warns of being read before it was written
+        sums = checkpoint["train_nll"][self.global_rank :: self.trainer.world_size].sum(0).to(self.device)
+        for metric, (total, targets) in zip((self.train_nll, self.train_auxiliary), sums.view(-1, 2), strict=False):
+            metric.nll, metric.targets = total, targets.long()
+            metric._update_count = 1  # else it warns of being read before it was written
         steps = checkpoint["global_step"]
         loop = self.trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps

@@ -88,15 +88,14 @@ class AdamW:
                     f"{nearest(self.schedule, SCHEDULES)}"
                 ) from error
 
-    def __call__(self, model: nn.Module, steps: int, scaled: bool = False) -> tuple[torch.optim.AdamW, LambdaLR]:
-        """`scaled`: gradients come scaled (16-mixed), which the fused form would not let us clip."""
+    def __call__(self, model: nn.Module, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         trained = [p for p in model.parameters() if p.requires_grad]
         # Norms and biases are the vectors; matrices and embeddings decay.
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        fused = not scaled and all(p.device.type in ("cpu", "cuda") for p in trained)
+        fused = all(p.device.type in ("cpu", "cuda") for p in trained)
         optimizer = torch.optim.AdamW(
             groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused
         )

@@ -36,7 +36,7 @@ from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.evaluation.records import figures_of, totals_of
 from lmlab.evaluation.scoring import DocumentSums, HeldOut, Scorer
-from lmlab.models.scored import scored_nll
+from lmlab.models.scored import score
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 
@@ -155,7 +155,7 @@ def sums_of(
         for indices in EvaluationSampler(len(held_out), batch_size, rank, ranks):
             batch = held_out[indices]
             metric.update(
-                scored_nll(model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets), batch
+                score(model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets).nll, batch
             )
         sums.append([part.numpy() for part in metric.compute()])
     nll, units = (np.sum(parts, axis=0) for parts in zip(*sums, strict=True))

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from lmlab.errors import UserError
-from lmlab.models.scored import projection, rows_at_once, scored_nll
+from lmlab.models.probe import probe
+from lmlab.models.scored import rows_at_once, score
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -21,16 +22,28 @@ SMALL: dict[str, Any] = {
     "head_dim": 16,
     "vocab_size": 100,
     "max_position_embeddings": 64,
+    # What others call the same.
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 64,
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "num_local_experts": 4,
 } | {f"{token}_token_id": 1 for token in ("pad", "bos", "eos", "cls", "sep")}
 MASKED = ["bert", "roberta", "distilbert", "electra", "modernbert", "deberta-v2"]
 CAUSAL = ["gpt2", "llama", "qwen3", "gpt_neox"]
+# Whose heads do not read what their base model returns.
+CAUSAL += ["opt", "bart", "pegasus", "whisper", "llama4_text"]
 
 
 def small(architecture: str, causal: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     known = AutoConfig.for_model(architecture)
     config = AutoConfig.for_model(architecture, **{k: v for k, v in SMALL.items() if hasattr(known, k)})
-    return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config).eval()
+    model = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config).eval()
+    probe(model)  # as building a model does, before anything is counted
+    return model
 
 
 @pytest.mark.parametrize("rows", [None, 2, 100])
@@ -52,7 +65,7 @@ def test_loss_and_gradients_are_the_models_own(architecture: str, rows: int | No
 
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.numel() // out.shape[-1]))
-    nll = scored_nll(model, ids, mask, positions, targets, rows)
+    nll = score(model, ids, mask, positions, targets, rows).nll
     nll.sum().backward()
 
     torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-6)
@@ -68,7 +81,7 @@ def test_loss_and_gradients_are_the_models_own(architecture: str, rows: int | No
 def test_nothing_to_score(rows: int | None) -> None:
     model = small("gpt2", True)
     none = torch.zeros(0, dtype=torch.long)
-    nll = scored_nll(model, torch.ones(2, 8, dtype=torch.long), None, none, none, rows)
+    nll = score(model, torch.ones(2, 8, dtype=torch.long), None, none, none, rows).nll
     assert nll.shape == (0,)
     nll.sum().backward()
 
@@ -93,7 +106,7 @@ def test_logits_are_held_a_few_rows_at_a_time(rows: int | None, held: int) -> No
     model = small("gpt2", True)
     ids, positions = torch.randint(2, 90, (4, 16)), torch.arange(60)
     with LargestLogits(100) as largest:
-        scored_nll(model, ids, None, positions, positions % 90, rows).sum().backward()
+        score(model, ids, None, positions, positions % 90, rows).nll.sum().backward()
     assert largest.rows == held
 
 
@@ -101,15 +114,15 @@ def test_without_gradients_none_are_made() -> None:
     model = small("gpt2", True)
     ids, positions = torch.randint(2, 90, (4, 16)), torch.arange(60)
     with torch.no_grad():
-        nll = scored_nll(model, ids, None, positions, positions % 90, 8)
-        torch.testing.assert_close(nll, scored_nll(model, ids, None, positions, positions % 90))
+        nll = score(model, ids, None, positions, positions % 90, 8).nll
+        torch.testing.assert_close(nll, score(model, ids, None, positions, positions % 90).nll)
     assert not nll.requires_grad
 
 
 def test_rows_of_unequal_weight_are_refused() -> None:
     model = small("gpt2", True)
     positions = torch.arange(5)
-    nll = scored_nll(model, torch.ones(1, 8, dtype=torch.long), None, positions, positions, 2)
+    nll = score(model, torch.ones(1, 8, dtype=torch.long), None, positions, positions, 2).nll
     with pytest.raises(RuntimeError, match="take their sum"):
         (nll * torch.arange(5)).sum().backward()
 
@@ -127,11 +140,11 @@ def test_in_bf16_sums_and_softmax_are_float32(
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: products.append((len(w), x.dtype)) or linear(x, w, b))
     ids, positions = torch.randint(5, 90, (4, 16)), torch.arange(40)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = scored_nll(model, ids, None, positions, positions + 5)
+        expected = score(model, ids, None, positions, positions + 5).nll
         expected.sum().backward()
         gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         model.zero_grad()
-        nll = scored_nll(model, ids, None, positions, positions + 5, rows)
+        nll = score(model, ids, None, positions, positions + 5, rows).nll
         nll.sum().backward()
     assert nll.dtype == torch.float32
     assert products[-1] == (100, torch.bfloat16 if capability == "AVX512" else torch.float32)
@@ -150,11 +163,11 @@ def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
     bent = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gemma2", **{k: v for k, v in SMALL.items() if k != "embedding_size"})
     )
-    assert projection(bent) is None
+    assert not probe(bent).projects
     assert rows_at_once(bent, None, on_gpu=False) is None
     with pytest.raises(UserError, match="gemma2 does more to its logits"):
         rows_at_once(bent, 8, on_gpu=False)
     plain = small("gpt2", True)
-    assert projection(plain) is plain.get_output_embeddings()
+    assert probe(plain).projects
     assert [rows_at_once(plain, wanted, on_gpu) for wanted, on_gpu in ((8, True), (None, True))] == [8, None]
     assert rows_at_once(plain, None, on_gpu=False) == 128 * 2**20 // 400

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmlab.errors import UserError
-from lmlab.models.scored import scored_nll
+from lmlab.models.scored import score
 from lmlab.models.steps import (
     Flops,
     checkpoint_activations,
@@ -31,7 +31,7 @@ POSITIONS = torch.tensor([1, 5, 20, 33, 40])
 
 
 def gradients(model: Any, rows: int | None = 100) -> tuple[Tensor, list[Tensor | None]]:
-    nll = scored_nll(model, IDS, None, POSITIONS, POSITIONS + 1, rows)
+    nll = score(model, IDS, None, POSITIONS, POSITIONS + 1, rows).nll
     nll.sum().backward()
     return nll.detach(), [p.grad for p in model.parameters()]
 

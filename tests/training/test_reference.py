@@ -48,7 +48,7 @@ def blocks(tmp_path: Path) -> Blocks:
 
 
 class LossesOf(L.pytorch.loggers.CSVLogger):
-    """Keeps each step's training loss."""
+    """Keeps each step's training loss, the model's own auxiliary loss included."""
 
     def __init__(self, folder: Path):
         super().__init__(str(folder))
@@ -56,7 +56,8 @@ class LossesOf(L.pytorch.loggers.CSVLogger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
         if "train/loss" in metrics:
-            self.losses.append(metrics["train/loss"])
+            self.auxiliary = metrics.get("train/aux_loss", 0.0)
+            self.losses.append(metrics["train/loss"] + self.auxiliary)
 
 
 def losses_of_trainer(
@@ -110,7 +111,7 @@ def fitted(module: LMModule, data: BlocksDataModule, steps: int, **options: Any)
 
 
 @pytest.mark.parametrize("rows", [None, 100])
-@pytest.mark.parametrize("name", ["clm", "mlm"])
+@pytest.mark.parametrize("name", ["clm", "mlm", "mixture"])
 def test_losses_agree_with_the_trainer(
     name: str, rows: int | None, tokenizer: PreTrainedTokenizerFast, blocks: Blocks, tmp_path: Path
 ) -> None:
@@ -120,6 +121,12 @@ def test_losses_agree_with_the_trainer(
         size = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
         config = size | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         model = from_scratch(tokenizer, True, "gpt2", config)
+    elif name == "mixture":  # of experts, with an auxiliary loss of its own
+        objective = CausalLM()
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+        config = size | {"intermediate_size": 32, "num_local_experts": 4}
+        config |= {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+        model = from_scratch(tokenizer, True, "mixtral", config)
     else:
         objective = MaskedLM(tokenizer, mask_probability=0.3)
         size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -133,14 +140,14 @@ def test_losses_agree_with_the_trainer(
         batch = collate(blocks, draws(SEED, step * BATCH, BATCH, len(blocks)), objective, SEED, pad_id=92)
         labels = torch.full(batch.input_ids.shape, -100).flatten()
         # The reference shifts causal labels itself.
-        labels[batch.positions + (1 if name == "clm" else 0)] = batch.targets
+        labels[batch.positions + objective.causal] = batch.targets
         mask = batch.attention_mask if batch.attention_mask is not None else torch.ones_like(batch.input_ids)
         for ids, seen, wanted in zip(batch.input_ids, mask, labels.view_as(batch.input_ids), strict=True):
             padding = BLOCK - len(ids)
             assert padding == 0  # every batch here holds a full block
             samples.append({"input_ids": ids, "attention_mask": seen, "labels": wanted})
     assert not all(sample["attention_mask"].all() for sample in samples)
-    expected = losses_of_trainer(reference, samples, tmp_path / "trainer", optim, name == "clm")
+    expected = losses_of_trainer(reference, samples, tmp_path / "trainer", optim, objective.causal)
 
     logger = LossesOf(tmp_path)
     module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, 1, objective.figure, rows)
@@ -148,6 +155,7 @@ def test_losses_agree_with_the_trainer(
     fitted(module, data, STEPS, logger=logger, log_every_n_steps=1)
 
     assert len(expected) == len(logger.losses) == STEPS
+    assert (logger.auxiliary > 0) == (name == "mixture")
     assert expected[-1] < 0.97 * expected[0]  # it learns, so agreement is no accident of a still model
     np.testing.assert_allclose(logger.losses, expected, rtol=1e-4)
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):

@@ -1,0 +1,132 @@
+"""Finds out by forward passes over a few tokens what an architecture does, rather than trusting names in its class.
+
+Shapes: B rows, T positions, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lmlab.errors import UserError
+
+TOKENS = 8  # of a probe: fewer than any model has positions
+PORTABLE = ("eager", "sdpa")
+"""Implementations of attention that run wherever the weights lie."""
+
+
+class Probe(NamedTuple):
+    """What a model's forward pass was found to do."""
+
+    backbone: str
+    """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model."""
+    projects: bool
+    """Whether the logits are just what the output embedding, a plain `nn.Linear`, returns."""
+    sees_ahead: bool
+    """Whether a token changes the logits of positions before it."""
+    padding_matters: bool
+    """Whether padding on the right changes the logits of a row's own positions."""
+
+
+PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
+
+
+def probe(model: PreTrainedModel) -> Probe:
+    """What the model's forward pass does; the passes are made once for each model.
+
+    Raises:
+        UserError: no module of the model returns a `last_hidden_state`.
+    """
+    if model not in PROBES:
+        with torch.no_grad(), in_evaluation(model):
+            PROBES[model] = find_out(model)
+    return PROBES[model]
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The module whose `last_hidden_state` the head reads: all of the model but its head."""
+    return model.get_submodule(probe(model).backbone)
+
+
+@contextmanager
+def in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, with an attention that runs on any device, and back again."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if attention not in PORTABLE:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.train(training)
+        if attention not in PORTABLE:
+            model.set_attn_implementation(attention)
+
+
+def example(model: PreTrainedModel) -> Tensor:
+    """Ids [1, T] of different tokens that are hardly special ones."""
+    return torch.arange(2, 2 + TOKENS, device=model.device)[None] % len(model.get_input_embeddings().weight)
+
+
+def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Any:
+    """The model's output for ids [B, T] and a mask [B, T]; a model that takes no mask gets none where all is text."""
+    masked = {} if mask is None else {"attention_mask": mask}
+    return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
+
+
+def find_out(model: PreTrainedModel) -> Probe:
+    """Make the passes of `probe`."""
+    ids, head = example(model), model.get_output_embeddings()
+    # A hook of somebody else's may do anything to what comes out of the last layer.
+    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+    inner: list[nn.Module] = []
+    projected: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        if module is head:
+            projected.append(output)
+        elif module is not model and isinstance(output, ModelOutput) and output.get("last_hidden_state") is not None:
+            inner.append(module)
+
+    handle = register_module_forward_hook(watch)
+    try:
+        logits = forward(model, ids).logits
+    finally:
+        handle.remove()
+    if not inner:
+        raise UserError(
+            f"lmlab can't score {model.config.model_type}: none of its modules returns a last_hidden_state.\n"
+            "Choose another architecture."
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    return Probe(
+        names[id(inner[-1])],  # the outermost one ends last
+        plain and len(projected) == 1 and torch.equal(projected[0], logits),
+        differ(logits[:, :-1], forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits[:, :-1]),
+        padding_matters(model, ids, logits),
+    )
+
+
+def padding_matters(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
+    """Whether padding changes logits [1, T, V] of ids [1, T]."""
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    padded = nn.functional.pad(ids, (0, TOKENS // 2), value=0 if pad is None else pad)
+    mask = nn.functional.pad(torch.ones_like(ids), (0, TOKENS // 2))
+    try:
+        return differ(logits, forward(model, padded, mask).logits[:, :TOKENS])
+    except TypeError:  # it takes no mask
+        return True
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding; weights that give no numbers are for their metrics to show."""
+    one, other = one.float(), other.float()
+    if not one.isfinite().all():
+        return False
+    return not torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
