@@ -93,6 +93,7 @@ def measure(cfg: DictConfig) -> None:
     import numpy as np
 
     from lmlab.data.datamodule import HeldOutData
+    from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
     from lmlab.evaluation.scoring import Scorer
     from lmlab.models.loading import check_belongs
@@ -104,6 +105,8 @@ def measure(cfg: DictConfig) -> None:
     check_belongs(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
     data = build.prepare_held_out(cfg, tokenizer)
+    hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
+    launch.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
     # Another model may lie beside a run's own.
     trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
     if trained and trained["config"]["data"] == cfg.data and evaluated.fingerprint() != data.data_fingerprint:

@@ -69,7 +69,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
     cfg = resuming.continued(kept, place, overrides)
     then = run.identity()
     data = build.prepare_data(cfg)
-    prepared = {"data_fingerprint": data.data_fingerprint, "tokenizer_hash": data.tokenizer_hash}
+    prepared = data.identity
     differ = differences(then, surroundings())
     differ += [f"{name.replace('_', ' ')}: not what it was" for name in prepared if then.get(name) != prepared[name]]
     differ += [

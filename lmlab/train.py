@@ -53,6 +53,9 @@ def start(cfg: DictConfig) -> float | None:
             raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
         if swept:
             name_in_sweep(cfg, RunDirectory(cfg.run_dir))
+        made, cfg.run_dir = Path(cfg.run_dir), launch.same_directory(cfg.run_dir)
+        if made != Path(cfg.run_dir):
+            made.rmdir()  # Hydra's, for this attempt
         return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task), apart=here)
 
 
@@ -115,7 +118,7 @@ def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[
 
 def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> None:
     """Go on from the last state, or from the start where none was kept. What has changed is noted."""
-    from lmlab.training.checkpoint import last_state
+    from lmlab.training.checkpoint import last_state, numbered
 
     state = last_state(run)
     step = run.step_of(state) if state else 0
@@ -128,6 +131,11 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
                 "Bring them back, or begin another run."
             )
     steps, _ = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    if state and sharded(cfg) and not sharded(kept) and numbered(state):
+        raise UserError(
+            f"{state} was written by an older lmlab, and can't be sharded as it is.\n"
+            "Go on without trainer=fsdp until the next checkpoint is there."
+        )
     if steps < step:
         raise UserError(f"{run.path} is at step {step} already, and {steps} steps are fewer.")
     for line in differences(then, now):
@@ -152,6 +160,11 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
             for place, content in before.items():
                 write_beside(place, lambda beside, content=content: beside.write_bytes(content))  # type: ignore[misc]
         raise
+
+
+def sharded(cfg: DictConfig) -> bool:
+    """Whether a run's model is sharded over several ranks."""
+    return check.strategy(cfg.trainer) == "fsdp" and check.world(cfg.trainer) > 1
 
 
 def config_of(run: RunDirectory) -> DictConfig:
@@ -207,12 +220,14 @@ def what_is_kept(run: RunDirectory) -> str:
 
 def train(cfg: DictConfig, state: Path | None = None) -> None:
     """One rank's share of a run, from a kept state on; each rank calls this with the same composed config."""
+    from lmlab.data.sources import fingerprint
     from lmlab.runs.summary import show_ledger
     from lmlab.training import checkpoint, loggers
 
     run = RunDirectory(cfg.run_dir)
     leads = not launch.rank()
     data = build.prepare_data(cfg)
+    launch.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash)
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
@@ -225,7 +240,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     trainer = build.build_trainer(cfg, interval, run.identity()["run_id"])
     try:
         if leads:
-            run.note(data_fingerprint=data.data_fingerprint, tokenizer_hash=data.tokenizer_hash, steps=steps)
+            run.note(**data.identity, steps=steps)
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
             if not state:
                 show_ledger(data.ledger)

@@ -30,6 +30,29 @@ def from_scratch_and_raises(tokenizer: Any, causal: bool, architecture: str, con
     return hooked(loading.from_scratch(tokenizer, causal, architecture, config), fail)
 
 
+def from_scratch_and_fails_at_first(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+    """Its fourth training forward is a defect, on rank 1, until torchrun has started all ranks again."""
+
+    def fail(step: int, logits: Tensor) -> Tensor:
+        if step == 4 and on_rank_1() and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            raise ZeroDivisionError("only the first time")
+        return logits
+
+    return hooked(loading.from_scratch(tokenizer, causal, architecture, config), fail)
+
+
+def from_scratch_and_explodes(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+    """A model whose third training step has a loss, and no gradient that is a number."""
+    model = loading.from_scratch(tokenizer, causal, architecture, config)
+
+    def explode(step: int, logits: Tensor) -> Tensor:
+        if step == 3 and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * float("inf"))
+        return logits
+
+    return hooked(model, explode)
+
+
 def from_scratch_and_slow(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
     """Each training forward takes its time."""
 

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from lmlab import predict
+from lmlab.config import check
 from lmlab.config.build import prepare_data
 from lmlab.config.compose import CONF
 from lmlab.data.tokenizers import bpe
@@ -409,7 +410,12 @@ COMMANDS = {
     "attention=1": ["attention is a name"],
     "attention=spda": ["attention=spda", "Use eager, sdpa"],
     "attention=someone/kernel": ["attention=someone/kernel", "does not run"],
-    "trainer=fsdp trainer.strategy.data_parallell_size=2": ['Did you mean "trainer.strategy.data_parallel_size"?'],
+    "trainer.strategy=ddp2": ["trainer.strategy is one of auto, ddp, fsdp", 'Did you mean "ddp"?'],
+    "trainer.strategy=deepspeed_stage_2": ["trainer.strategy is one of auto, ddp, fsdp"],
+    f"trainer.strategy={{_target_: {check.SHARDED}, tensor_parallel_size: 2}}": [
+        "no tensor parallelism",
+        "trainer=fsdp",
+    ],
     # What is not there.
     "trainer=gpu": ["this machine has 0", "trainer=cpu"],
     "trainer.devices=auto": ["trainer.devices is a number of devices"],

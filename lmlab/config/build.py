@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config.check import arguments, blocks, build, preprocessing, target, uses_gpu, world
+from lmlab.config.check import arguments, blocks, build, preprocessing, strategy, target, uses_gpu, world
 from lmlab.errors import UserError, first_line
 
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
@@ -210,7 +210,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     """A `lightning.Trainer` of the block `trainer`, `options` over it, that says nothing of its own."""
     import lightning as L
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     # Lightning's greetings and hints; what a run has to say, it says itself.
@@ -225,12 +225,12 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     # Lightning would start a process group for one rank, and leave its variables behind.
     if alone:
         options["strategy"] = "auto"
-    elif cfg.trainer.strategy in ("auto", "ddp"):
+    elif strategy(cfg.trainer) == "fsdp":
+        options["strategy"] = ModelParallelStrategy(world(cfg.trainer), 1, save_distributed_checkpoint=False)
+    else:
         # Otherwise DDP orders its buckets anew after the first step of each process, and with them the sums
         # over ranks: a run that goes on would have other last bits.
         options["strategy"] = DDPStrategy(find_unused_parameters=True)
-    elif isinstance(cfg.trainer.strategy, DictConfig):
-        options["strategy"] = build(cfg.trainer.strategy, "trainer.strategy")
     try:
         return L.Trainer(
             **options,

@@ -40,6 +40,8 @@ SUPPLIED = {
 }
 SCORES = ("labels", "pseudo")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+STRATEGIES = ("auto", "ddp", "fsdp")
+SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"  # how configs of older versions say fsdp
 
 
 def target(block: DictConfig, key: str) -> Callable[..., Any]:
@@ -186,6 +188,7 @@ def check_devices(trainer: DictConfig) -> None:
     """Refuse devices that are not there and precisions they do not have."""
     import torch
 
+    strategy(trainer)
     precision, devices = str(trainer.precision), trainer.devices
     if precision not in PRECISIONS:
         raise UserError(
@@ -205,6 +208,28 @@ def check_devices(trainer: DictConfig) -> None:
         )
     if not on_gpu and precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
+
+
+def strategy(trainer: DictConfig) -> str:
+    """How several ranks share the work: `auto` and `ddp` replicate the model, `fsdp` shards it (FSDP2).
+
+    Raises:
+        UserError: another one, which would train otherwise than tests hold, or in silence something else.
+    """
+    given = trainer.strategy
+    if isinstance(given, DictConfig) and given.get("_target_") == SHARDED:
+        if given.get("tensor_parallel_size", 1) != 1:
+            raise UserError(
+                "trainer.strategy: lmlab has no tensor parallelism. Use trainer=fsdp, which shards the model."
+            )
+        if given.get("save_distributed_checkpoint", False):
+            raise UserError("trainer.strategy: lmlab keeps each checkpoint in one file. Use trainer=fsdp as it is.")
+        return "fsdp"
+    if given not in STRATEGIES:
+        raise UserError(
+            f'trainer.strategy is one of {", ".join(STRATEGIES)}, not "{given}".{nearest(str(given), STRATEGIES)}'
+        )
+    return given
 
 
 def world(trainer: DictConfig) -> int:

@@ -126,6 +126,11 @@ class Prepared:
     data_fingerprint: str
     tokenizer_hash: str
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a run's manifest says of its data."""
+        return {"data_fingerprint": self.data_fingerprint, "tokenizer_hash": self.tokenizer_hash}
+
 
 def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
     """Hold out validation records, unless the source brought some (guide, `train_test_split`)."""

@@ -14,7 +14,6 @@ from transformers.activations import NewGELUActivation
 from lmlab.errors import UserError, first_line
 from lmlab.models.probe import backbone
 
-
 WINDOWED = {"sliding_attention": ("local_attention", "sliding_window"), "chunked_attention": ("attention_chunk_size",)}
 """Layers whose attention reaches so many positions only, and the keys of a config that may say how many."""
 WITHOUT_SCORES = ("linear_attention", "conv", "moe")
@@ -23,7 +22,7 @@ OTHER_ATTENTION = (
     *("attention_window", "attention_type", "attention_layers", "attn_layers"),
     *("num_landmarks", "num_hash", "pos_att_type"),
 )
-"""Keys of configs (Longformer, BigBird, GPT-Neo, Reformer, Nyströmformer, YOSO, DeBERTa) of other forms of attention."""
+"""Keys in configs of other forms of attention: Longformer, BigBird, GPT-Neo, Reformer, Nyströmformer, YOSO, DeBERTa."""
 
 
 class Flops(NamedTuple):

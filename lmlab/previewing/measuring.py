@@ -32,9 +32,9 @@ def measure(cfg: DictConfig, steps: int, interval: int) -> dict[str, Any]:
 
     Returns:
         `parts`: parameters and trainable ones; `start`: seconds until training; `steps`: seconds of each; `flops`
-        of one, 0 where they can't be counted; `validation`: seconds of each batch but the first; `state`: seconds to write one; `bytes` of weights,
-        gradients and optimizer; `peak` and `host`: GiB at most, of the device and of main memory; `out_of_memory`:
-        what to say, if it did not fit. What was not come to is not there.
+        of one, 0 where they can't be counted; `validation`: seconds of each batch but the first; `state`: seconds to
+        write one; `bytes` of weights, gradients and optimizer; `peak` and `host`: GiB at most, of the device and of
+        main memory; `out_of_memory`: what to say, if it did not fit. What was not come to is not there.
 
     Raises:
         UserError: as the run would.

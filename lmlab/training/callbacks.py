@@ -179,7 +179,7 @@ PEAKS = {
     "AMD Instinct MI300X": 1307.4,
 }
 """Dense products in bf16 and float16 with float32 sums, in 10^12 operations a second, by the name that torch gives a
-device. From the makers' data sheets and architecture white papers; where these state a rate with sparsity, half of it."""
+device. From the makers' data sheets and white papers; where these state a rate with sparsity, half of it."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -349,6 +349,11 @@ def read_state(place: Path) -> dict[str, Any]:
         ) from error
 
 
+def numbered(place: Path) -> bool:
+    """Whether a kept state, of an older lmlab, has an optimizer's parameters by number rather than by name."""
+    return any(type(key) is int for optimizer in read_state(place)["optimizer_states"] for key in optimizer["state"])
+
+
 def check_fits(state: dict[str, Any], module: LMModule, place: Path) -> None:
     """Refuse the state of another model.
 

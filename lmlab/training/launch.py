@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,10 +28,10 @@ from lmlab.runs.directory import RunDirectory
 from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
 
 GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
+RUN_DIR = "lmlab/run_dir"  # of the store
 PATIENCE = 300.0  # and after one has stopped for a signal
 # DDP warns of what config/build.py asks of it on purpose. Read when torch is imported.
 LOG_LEVEL = ("TORCH_CPP_LOG_LEVEL", "ERROR")
-WORD = "lmlab/word"  # of the store: what rank 0 says
 
 
 def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
@@ -214,26 +215,92 @@ def width() -> tuple[int, int]:
 
 
 def store() -> Any:
-    """What the ranks of another's start share: kept by rank 0, or by torchrun's agent."""
+    """The store that ranks which others started share: kept by rank 0, or by torchrun's agent."""
     global _store
     if _store is None:
-        from datetime import timedelta
-
-        from torch.distributed import TCPStore
-
         mine = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        _store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=mine,
-            wait_for_workers=False,
-            timeout=timedelta(days=2),  # a large corpus is tokenized meanwhile
-            multi_tenant=True,  # the process group will use it too
-        )
+        _store = tcp_store(int(os.environ["MASTER_PORT"]), mine)
+        if attempt := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            _store = renewed(_store, attempt)
     return _store
 
 
 _store: Any = None
+
+
+def tcp_store(port: int, mine: bool) -> Any:
+    """The store at a port of the first node; `mine` makes it, at any free port for 0."""
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        port,
+        is_master=mine,
+        wait_for_workers=False,
+        timeout=timedelta(days=2),  # a large corpus is tokenized meanwhile
+        multi_tenant=True,  # the process group will use it too
+    )
+
+
+def renewed(agent: Any, attempt: int) -> Any:
+    """A store of its own for each attempt after torchrun's first, also for the process group.
+
+    The agent keeps its store when it starts all ranks again, with what the earlier ones said and where they listened.
+    """
+    name = f"lmlab/port/{attempt}"
+    if os.environ["RANK"] == "0":
+        fresh = tcp_store(0, True)
+        if agent.check([RUN_DIR]):
+            fresh.set(RUN_DIR, agent.get(RUN_DIR))
+        agent.set(name, str(fresh.port))
+    else:
+        agent.wait([name])
+        fresh = tcp_store(int(agent.get(name)), False)
+    os.environ["MASTER_PORT"] = str(fresh.port)
+    return fresh
+
+
+def same_directory(run_dir: str) -> str:
+    """The run directory of torchrun's first attempt, which those after it go on with; `run_dir` in the first one."""
+    if rank() is None:
+        return run_dir
+    if not store().check([RUN_DIR]):
+        store().set(RUN_DIR, run_dir)
+    return store().get(RUN_DIR).decode()
+
+
+def agree(**facts: str) -> None:
+    """Wait until every rank has come here, and refuse to go on unless all hold the same facts.
+
+    The ranks meet over the store rather than in a collective: one of them may prepare its node's data for
+    hours, and a process group would give up on it.
+
+    Args:
+        facts: hashes, by what they are of; those of rank 0 count.
+
+    Raises:
+        UserError: in every rank, names one that differs and in what.
+    """
+    if rank() is None:
+        return
+    if rank() == 0:
+        store().set("lmlab/facts", json.dumps(facts))
+    store().wait(["lmlab/facts"])
+    expected = json.loads(store().get("lmlab/facts"))
+    wrong = [name for name in facts if facts[name] != expected[name]]
+    if wrong:
+        store().set(
+            "lmlab/wrong",
+            f"rank {rank()} on {socket.gethostname()} has another {wrong[0]} than rank 0 "
+            f"({facts[wrong[0]][:12]}, not {expected[wrong[0]][:12]}).\nAll nodes need the same files and versions.",
+        )
+    if store().add("lmlab/compared", 1) == int(os.environ["WORLD_SIZE"]):
+        store().set("lmlab/all", "")
+    store().wait(["lmlab/all"])
+    if store().check(["lmlab/wrong"]):
+        raise UserError(store().get("lmlab/wrong").decode())
 
 
 @contextmanager
@@ -252,12 +319,12 @@ def leading() -> Iterator[None]:
 
 def tell(word: list[str] | None) -> None:
     """Tell the other ranks the arguments of their share; [] if there is nothing to do, None if that is an error."""
-    if rank() is None or store().check([WORD]):
+    if rank() is None or store().check(["lmlab/word"]):
         return
-    store().set(WORD, json.dumps(word))
+    store().set("lmlab/word", json.dumps(word))
     if not word:  # the store may end with this process
         others, patience = int(os.environ["WORLD_SIZE"]) - 1, time.monotonic() + 30
-        while store().add(f"{WORD}/heard", 0) < others and time.monotonic() < patience:
+        while store().add("lmlab/heard", 0) < others and time.monotonic() < patience:
             time.sleep(0.05)
 
 
@@ -268,9 +335,9 @@ def hear() -> list[str] | None:
     from torch.distributed import DistError
 
     try:
-        store().wait([WORD])
-        word = json.loads(store().get(WORD))
-        store().add(f"{WORD}/heard", 1)
+        store().wait(["lmlab/word"])
+        word = json.loads(store().get("lmlab/word"))
+        store().add("lmlab/heard", 1)
     except DistError:
         return None
     return word

@@ -86,7 +86,7 @@ class LMModule(Scorer):
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.optimizer(self.model, self.steps)
         if self.trainer.precision == "16-mixed":
-            # A fused optimizer would take the scaling of gradients back itself, behind our back: after they are clipped.
+            # Else a fused optimizer would take back the scaling of gradients itself, after they are clipped.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -187,7 +187,8 @@ class LMModule(Scorer):
         size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
         samples = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
         raise UserError(
-            f"the loss or its gradient became not finite at step {step + 1}. Blocks of that step's global batch: {samples}.\n"
+            f"the loss or its gradient became not finite at step {step + 1}. "
+            f"Blocks of that step's global batch: {samples}.\n"
             "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "
             "or use trainer.precision=32-true.",
             "non-finite loss",
@@ -219,6 +220,10 @@ class LMModule(Scorer):
         """What is needed beside weights, optimizer and schedule: all of it follows from the step but these."""
         # Lightning's own place in its loops: another width would count other batches.
         del checkpoint["loops"]
+        if "optimizer_states" in checkpoint:
+            names = {id(p): name for name, p in self.named_parameters()}
+            pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [by_name(state, optimizer, names) for state, optimizer in pairs]
         checkpoint["validations"] = self.validations
         if hasattr(self, "result"):
             # The records of a validation lie with the weights they are of.
@@ -255,3 +260,25 @@ class LMModule(Scorer):
         # of a run whose length is no multiple of the interval would go unmeasured.
         if self.global_step >= self.steps:
             self.trainer.should_stop = True
+
+
+def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
+    """An optimizer's state dict with its parameters by their names in the place of numbers.
+
+    A plain optimizer numbers its parameters group by group, and one whose parameters are sharded in the
+    order of the model: by name, either can load what the other saved.
+
+    Args:
+        names: of the model's parameters, by their `id`.
+    """
+    if not state:  # of a rank from which a sharded one was gathered
+        return state
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    named = {number: names[id(parameter)] for number, parameter in zip(numbers, params, strict=True)}
+    return {
+        "state": {named[number]: tensors for number, tensors in state["state"].items()},
+        "param_groups": [
+            group | {"params": [named[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }

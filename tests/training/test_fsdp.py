@@ -1,6 +1,7 @@
 """Weights sharded over two real processes: the same run."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ..conftest import losses, metrics, stop_after
+from ..conftest import losses, metrics, run_verb, stop_after
+from .test_launch import start
 from .test_width import DROPOUT_OFF
 
 FSDP = ["trainer=fsdp", "trainer.accelerator=cpu"]
@@ -37,6 +39,38 @@ def test_same_run_as_on_one_device(
     certificates = [json.loads((run / "certificate.json").read_text()) for run in (two, again)]
     assert certificates[0]["weights_hash"] == certificates[1]["weights_hash"]
     assert certificates[1]["totals"]["nll"] == pytest.approx(certificates[0]["totals"]["nll"], rel=1e-6)
+
+
+@pytest.mark.long
+def test_over_nodes_and_at_other_widths(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Two nodes of one rank each; then one device, unsharded; then two ranks of one node: all as on one device."""
+    common = [*DROPOUT_OFF["clm"], *COMMON, "optim.schedule=constant"]
+    one = train(*common, run_dir=tmp_path / "one")
+    run = tmp_path / "run"
+    words = [*common, *FSDP, "trainer.devices=1", "trainer.num_nodes=2", "trainer.max_steps=2", f"hydra.run.dir={run}"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        start(
+            *words,
+            torchrun=True,
+            options=["--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"],
+        )
+        for _ in range(2)
+    ]
+    for node in nodes:
+        _, errors = node.communicate(timeout=120)
+        assert node.returncode == 0, errors
+    run_verb("resume", run, "trainer.max_steps=4", "trainer=cpu")
+    run_verb("resume", run, "trainer.max_steps=6", *FSDP)
+    # Sums over ranks are made in another order, no more.
+    expected, found = (
+        {(line["step"], name): line[name] for line in metrics(r) for name in ("train/loss", "val/loss") if name in line}
+        for r in (one, run)
+    )
+    assert found == pytest.approx({at: expected.get(at, loss) for at, loss in found.items()}, rel=1e-5)
+    assert {(step, "train/loss") for step in range(1, 7)} <= found.keys()
 
 
 @pytest.mark.long

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,9 @@ def test_the_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     assert "It had kept no state yet." in out.read_text()
 
 
-def start(*words: object, torchrun: bool = False) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"] if torchrun else []
+def start(*words: object, torchrun: bool = False, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run"] if torchrun else []
+    launcher += [*(options or ["--nproc-per-node=2"]), "--rdzv-backend=c10d"] if torchrun else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "lmlab.train", *map(str, words)],
         text=True,
@@ -207,6 +208,34 @@ def test_under_torchrun(whole: Path, tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert errors.count(said) == 1
         assert "lmlab/train.py" not in errors  # torchrun has a traceback of its own
+
+
+@pytest.mark.long
+def test_torchrun_starts_all_ranks_again(whole: Path, tmp_path: Path) -> None:
+    """A defect of one rank: the next attempt goes on in the same directory, from the newest checkpoint."""
+    run_dir = f"hydra.run.dir={tmp_path}/runs/${{now:%H-%M-%S-%f}}"
+    model = "model._target_=tests.broken_model.from_scratch_and_fails_at_first"
+    words = [*LONG, model, run_dir, "trainer.max_steps=6", "callbacks.checkpoints.every_steps=1"]
+    torchrun = start(*words, torchrun=True, options=["--nproc-per-node=2", "--max-restarts=1"])
+    _, errors = torchrun.communicate(timeout=180)
+    assert torchrun.returncode == 0, errors
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line["step"] for line in metrics(run) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert [attempt["step"] for attempt in manifest["went_on"]] == [3]
+
+
+@pytest.mark.long
+def test_a_rank_with_other_data_is_named(tmp_path: Path) -> None:
+    source = ["data._target_=tests.broken_source.other_on_rank_1", "trainer.max_steps=2"]
+    two = start(*LONG, *TWO, *source, f"hydra.run.dir={tmp_path / 'run'}")
+    _, errors = two.communicate(timeout=120)
+    assert two.returncode == 1
+    assert "error: rank 1 on " in errors
+    assert "has another data than rank 0" in errors
+    assert "All nodes need the same files" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def read(run: Path) -> Any:
