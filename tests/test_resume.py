@@ -15,6 +15,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from lmlab.training.optim import AdamW
+
 from .conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from .processes import begin, finish, wait_for
 from .training.test_width import DROPOUT_OFF
@@ -150,6 +152,10 @@ def test_longer(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     resumed(place, "trainer.max_steps=8")
     assert json.loads((place / "summary.json").read_text())["steps"] == 8
     assert [step for step, name, _ in losses(place) if name == "train/loss"] == list(range(1, 9))
+    # From its first step on at the rate of the longer run's schedule.
+    rates = {line["step"]: line["optim/lr"] for line in metrics(place) if "optim/lr" in line}
+    optim = AdamW(warmup_ratio=0.05)
+    assert [rates[step] for step in (7, 8)] == [optim.lr * optim.factor(step - 1, 8) for step in (7, 8)]
 
 
 def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:

@@ -292,6 +292,20 @@ def test_a_bad_batch_of_another_rank_is_named(train: Callable[..., Path], capfd:
     assert "not finite at step 3." in capfd.readouterr().err
 
 
+def test_weights_that_are_no_numbers_are_not_kept(train: Callable[..., Path], tmp_path: Path) -> None:
+    """A loss that is a number may have a gradient that is none; the weights after that step are lost."""
+    with pytest.raises(SystemExit):
+        train(
+            *TINY,
+            "model._target_=tests.broken_model.from_scratch_and_explodes",
+            "callbacks.checkpoints.every_steps=1",
+            "trainer.log_every_n_steps=10",
+        )
+    run = tmp_path / "run"
+    assert "gradient became not finite at step 3." in json.loads((run / "failure.json").read_text())["message"]
+    assert sorted(path.name for path in run.glob("checkpoints/step-*")) == ["step-1.ckpt", "step-2.ckpt"]
+
+
 def test_figure_is_that_of_the_exported_weights(train: Callable[..., Path]) -> None:
     run = train(*TINY, "callbacks.checkpoints.mode=max", "trainer.val_check_interval=1")
     losses = {line["step"]: line["val/loss"] for line in metrics(run) if "val/loss" in line}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from lmlab.errors import UserError
 from lmlab.models.probe import probe
@@ -37,10 +37,14 @@ CAUSAL = ["gpt2", "llama", "qwen3", "gpt_neox"]
 CAUSAL += ["opt", "bart", "pegasus", "whisper", "llama4_text"]
 
 
-def small(architecture: str, causal: bool) -> PreTrainedModel:
-    torch.manual_seed(0)
+def config_of(architecture: str, **settings: Any) -> PreTrainedConfig:
     known = AutoConfig.for_model(architecture)
-    config = AutoConfig.for_model(architecture, **{k: v for k, v in SMALL.items() if hasattr(known, k)})
+    return AutoConfig.for_model(architecture, **{k: v for k, v in SMALL.items() if hasattr(known, k)} | settings)
+
+
+def small(architecture: str, causal: bool, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = config_of(architecture, **settings)
     model = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config).eval()
     probe(model)  # as building a model does, before anything is counted
     return model

@@ -15,6 +15,7 @@ from lmlab.errors import UserError
 from lmlab.models.scored import score
 from lmlab.models.steps import (
     Flops,
+    attention_of,
     checkpoint_activations,
     choose_attention,
     compile_layers,
@@ -22,9 +23,10 @@ from lmlab.models.steps import (
     layers,
     share_tied_gradient,
 )
+from lmlab.training.callbacks import peak_flops
 
 from ..conftest import TINY, TINY_MLM, metrics
-from .test_scored import CAUSAL, MASKED, small
+from .test_scored import CAUSAL, MASKED, config_of, small
 
 IDS = torch.randint(5, 100, (3, 16), generator=torch.Generator().manual_seed(1))
 POSITIONS = torch.tensor([1, 5, 20, 33, 40])
@@ -134,13 +136,67 @@ def test_flops_are_those_of_torchs_counter(architecture: str, causal: bool) -> N
     with FlopCounterMode(display=False) as counter:
         gradients(model, None)
     # Forward, and twice as much backward.
-    found = Flops.of(model).step(IDS.numel(), len(POSITIONS), IDS.shape[1])
+    flops = Flops.of(model)
+    assert flops
+    found = flops.step(IDS.numel(), len(POSITIONS), IDS.shape[1])
     assert found == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "expected"),
+    [
+        ("qwen3", {"head_dim": 32}, [(12 * 2 * 32, None)] * 2),  # heads that are wider than their share
+        ("mistral", {"sliding_window": 4}, [(12 * 2 * 16, 4)] * 2),
+        ("modernbert", {"global_attn_every_n_layers": 2, "local_attention": 8}, [(12 * 2 * 16, None), (12 * 32, 8)]),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}, [(12 * 2 * 16, None)]),
+        ("deberta-v2", {"pos_att_type": ["c2p"]}, None),
+        ("mamba", {}, None),
+    ],
+)
+def test_attention_is_counted_as_what_it_is(
+    architecture: str, settings: dict[str, Any], expected: list[tuple[int, int | None]] | None
+) -> None:
+    config = config_of(architecture, **settings)
+    found = attention_of(config)
+    assert found == (None if expected is None else tuple(expected))
+
+
+def test_flops_of_a_mixture_are_those_of_the_experts_that_a_token_uses() -> None:
+    few, many = (Flops.of(small("mixtral", True, num_local_experts=count)) for count in (2, 4))
+    assert few
+    assert many
+    routers = 6 * 2 * 32 * 2  # two layers, one more row of a router for each of the two experts
+    assert many.token - few.token == routers
+
+
+def test_a_window_bounds_what_a_longer_block_costs() -> None:
+    flops = Flops(100, ((10, None), (10, 4)), 7)
+    assert [flops.step(1, 0, length) for length in (2, 4, 8)] == [140, 180, 220]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
+        ("NVIDIA H100 PCIe", "bf16-true", 756e12),
+        ("NVIDIA H200 NVL", "16-mixed", 835.5e12),
+        ("NVIDIA H100 80GB HBM3", "32-true", None),
+        ("NVIDIA H100", "bf16-mixed", None),  # which of them it is can't be known
+    ],
+)
+def test_peaks_are_of_devices_by_their_exact_names(
+    name: str, precision: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), precision) == peak
+    assert peak_flops(torch.device("cpu"), precision) is None
 
 
 def test_a_tied_head_is_counted_once_for_each_scored_position() -> None:
     model = small("gpt2", True)
-    assert Flops.of(model).target == 6 * model.get_output_embeddings().weight.numel()
+    flops = Flops.of(model)
+    assert flops
+    assert flops.target == 6 * model.get_output_embeddings().weight.numel()
 
 
 @pytest.mark.longest
