@@ -1,10 +1,13 @@
 """Runs that go on, and experiments that are run again."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from lmlab.training import checkpoint
 from lmlab.training.optim import AdamW
 
 from .conftest import TINY, Refused, losses, metrics, run_verb, stop_after
@@ -309,8 +314,25 @@ def test_a_damaged_state_is_noticed(
     shown = capsys.readouterr().out
     assert "step-6.ckpt is damaged" in shown
     assert "from step 4." in shown
+    assert (stopped / "checkpoints" / "step-6.ckpt.damaged").read_bytes() == content
     assert equal(stopped, whole)
     assert losses(stopped) == losses(whole)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_state_that_can_not_be_read_now_is_not_taken_for_damaged(
+    number: int, stopped: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in (stopped / "checkpoints").iterdir()}
+
+    def fail(place: Any, *args: Any) -> None:
+        raise OSError(number, os.strerror(number), str(place))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile, "ZipFile", fail)
+        shown = refused("resume", stopped)
+    assert f"step-4.ckpt can't be read: {os.strerror(number)}." in shown
+    assert {path.name: path.read_bytes() for path in (stopped / "checkpoints").iterdir()} == before
 
 
 def test_no_state_is_whole(refused: Refused, stopped: Path) -> None:
@@ -437,6 +459,31 @@ def test_written_in_the_background(train: Callable[..., Path], tmp_path: Path, w
     for name in ("step-4.ckpt", "step-6.ckpt", "best-6.ckpt"):
         kept = [torch.load(place / "checkpoints" / name, weights_only=True)["state_dict"] for place in (run, whole)]
         assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[1])
+
+
+def test_no_more_than_one_save_waits_for_the_one_that_is_written(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is slower than training: copies in memory would pile up."""
+    copies, most = set[int](), list[int]()
+    keep = checkpoint.keep
+
+    def slowly(content: dict[str, Any], place: Path) -> None:
+        time.sleep(0.3)
+        keep(content, place)
+        copies.discard(id(content))
+
+    def copied(content: Any, *args: Any) -> Any:
+        made = apply_to_collection(content, *args)
+        copies.add(id(made))
+        most.append(len(copies))
+        return made
+
+    monkeypatch.setattr(checkpoint, "keep", slowly)
+    monkeypatch.setattr(checkpoint, "apply_to_collection", copied)
+    train(*SIX, "callbacks.checkpoints.background=true", "callbacks.checkpoints.every_steps=1")
+    assert len(most) >= 6
+    assert max(most) == 2
 
 
 @pytest.mark.parametrize("key", ["keep_best=-1", "every_steps=0", "every_minutes=0", "mode=least", "max_requeues=-1"])

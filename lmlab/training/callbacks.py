@@ -47,10 +47,12 @@ class Measure(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
+    def on_fit_start(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.flops = Flops.of(module.model)
+        self.peak_flops = peak_flops(trainer.strategy.root_device, trainer.precision) if self.flops else None
+
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
         self.waited_then = trainer.datamodule.waited
-        self.flops = Flops.of(module.model)
-        self.peak_flops = peak_flops(module.device, trainer.precision) if self.flops else None
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
         self.clock = time.perf_counter()

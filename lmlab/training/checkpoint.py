@@ -44,7 +44,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def __init__(self, background: bool = False):
-        """In the `background`, training waits only for a copy to main memory."""
+        """In the `background`, training waits only for a copy to main memory, and for all but the save before."""
         self.plain = False  # whether what the callbacks keep was looked at
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending: list[Future] = []
@@ -54,6 +54,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
             check_plain(checkpoint["callbacks"])
             self.plain = True
         if self.thread:
+            self.wait(left=1)  # else copies would pile up where the disk is slower than training
             checkpoint = apply_to_collection(checkpoint, Tensor, copy_to_host)
         self.then(partial(keep, checkpoint, Path(path)))
 
@@ -62,12 +63,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
         if not self.thread:
             job()
             return
-        self.wait(all_of_them=False)
         self.pending.append(self.thread.submit(job))
 
-    def wait(self, all_of_them: bool = True) -> None:
-        """Until everything is written. Raises what went wrong."""
-        while self.pending and (all_of_them or self.pending[0].done()):
+    def wait(self, left: int = 0) -> None:
+        """Wait until no more than so many jobs are left to do. Raises what went wrong in the others."""
+        while self.pending and (len(self.pending) > left or self.pending[0].done()):
             self.pending.pop(0).result()
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -315,7 +315,10 @@ def last_state(run: RunDirectory) -> Path | None:
         why = damage(place)
         if why is None:
             return place
-        LOG.warning("%s is damaged (%s), and the state before it is used.", place, why)
+        # Not removed: somebody may still mend it, or want to know what became of it.
+        aside = place.with_name(f"{place.name}.damaged")
+        place.rename(aside)
+        LOG.warning("%s is damaged (%s), and the state before it is used. It is now %s.", place, why, aside.name)
     if places:
         raise UserError(
             f"no state in {run.checkpoints} is whole, so the run can't go on.\n"
@@ -325,11 +328,19 @@ def last_state(run: RunDirectory) -> Path | None:
 
 
 def damage(place: Path) -> str | None:
-    """What is wrong with a checkpoint: its parts are read and held against their checksums. None if it is whole."""
+    """What is wrong with a checkpoint: its parts are read and held against their checksums. None if it is whole.
+
+    Raises:
+        UserError: it can't be read now, which says nothing of what is in it.
+    """
     try:
         with zipfile.ZipFile(place) as parts:
             bad = parts.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{place} can't be read: {error.strerror or error}.\nNothing was changed. Try again when it can be."
+        ) from error
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return first_line(error)
     return f"the checksum of {bad} is another" if bad else None
 
