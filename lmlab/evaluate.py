@@ -115,6 +115,7 @@ def measure(cfg: DictConfig) -> None:
             "Bring them back, or name other text: data=… on the command line."
         )
     held_out = build.build_held_out(cfg, data, objective)
+    build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
     scorer = Scorer(model, len(data.validation), rows_at_once(model, None, check.uses_gpu(cfg.trainer)))
     trainer = build.build_evaluation_trainer(cfg)
     trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)

@@ -45,6 +45,7 @@ SMALL_BERT = (
     "model.architecture=bert model.config.hidden_size=16 model.config.num_hidden_layers=1 "
     "model.config.num_attention_heads=2 model.config.intermediate_size=16"
 )
+SMALL_FNET = "model.architecture=fnet model.config.hidden_size=16 model.config.num_hidden_layers=1"
 
 Refused = Callable[..., str]
 
@@ -412,7 +413,7 @@ COMMANDS = {
     "attention=someone/kernel": ["attention=someone/kernel", "does not run"],
     "trainer.strategy=ddp2": ["trainer.strategy is one of auto, ddp, fsdp", 'Did you mean "ddp"?'],
     "trainer.strategy=deepspeed_stage_2": ["trainer.strategy is one of auto, ddp, fsdp"],
-    f"trainer.strategy={{_target_: {check.SHARDED}, tensor_parallel_size: 2}}": [
+    f"trainer.strategy={{_target_:{check.SHARDED},tensor_parallel_size:2}}": [
         "no tensor parallelism",
         "trainer=fsdp",
     ],
@@ -475,6 +476,12 @@ MODELS = {
     "model=scratch model.architecture=gpt22": ['Did you mean "gpt2"?'],
     "model=scratch model.architecture=distilbert": ["distilbert", "objective=mlm"],
     "objective=mlm model=gpt_small": ["gpt2", "objective=clm"],
+    f"objective=mlm model=scratch {SMALL_FNET}": ["padding changes what fnet makes", "batch_size=1"],
+    "objective._target_=tests.broken_objective.SecondNext": [
+        "SecondNext asks for token",
+        "the token after it is another",
+    ],
+    "objective=mlm objective._target_=tests.broken_objective.Parity": ["Parity asks", "the token there is another"],
     f"model=scratch {SMALL_BERT} model.config.is_decoder=false": ["bert sees the tokens", "objective=mlm"],
     "model.config.n_head=5": ["gpt2", "divisible"],
     "model.config.n_head=x": ["model.config", "n_head"],

@@ -4,12 +4,15 @@ import inspect
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.check import arguments, blocks, build, preprocessing, strategy, target, uses_gpu, world
 from lmlab.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
 
@@ -67,7 +70,7 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
 
 def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     """What is evaluated: by `context`, `score` and their like of evaluate.yaml; in training, blocks."""
-    from lmlab.evaluation.scoring import HeldOut, Labelled, Pseudo
+    from lmlab.evaluation.scoring import HeldOut, Labelled, Pseudo, check_targets
     from lmlab.evaluation.windows import Context, windows
 
     scoring = held_out_objective(cfg)
@@ -77,6 +80,7 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     # Masks do not follow a run's seed: runs of several seeds are scored on the same positions.
     seed = cfg.seed if "score" in cfg else 0
     tokenizer, documents = data.tokenizer, data.validation
+    check_targets(objective, objective.causal, documents.tokens[: context.block_size])
     names = ("bos", "eos") if objective.causal else ("cls", "bos", "eos")
     opening, closing = special_ids(tokenizer, *names), special_ids(tokenizer, "sep", "eos")
     shown = windows(context, documents, data.bounds, objective.causal, opening, closing)
@@ -116,6 +120,27 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     )
 
 
+def check_padding(model: Any, lengths: "np.ndarray", rows: int) -> None:
+    """Refuse a model whose metrics padding would move.
+
+    Args:
+        lengths: of all rows that are trained on or scored.
+        rows: of them in a batch.
+
+    Raises:
+        UserError: rows of several lengths would share a batch, and the model does not keep padding apart from text.
+    """
+    from lmlab.models.probe import probe
+
+    least, most = int(lengths.min()), int(lengths.max())
+    if rows > 1 and least < most and probe(model).padding_matters:
+        raise UserError(
+            f"padding changes what {model.config.model_type} makes of a row's own tokens, and rows of {least} to "
+            f"{most} would be padded.\nTake one row at a time (batch_size=1, or more of "
+            "trainer.accumulate_grad_batches), or drop what fills no block (preprocess.drop_remainder_every=…)."
+        )
+
+
 def held_out_objective(cfg: DictConfig) -> DictConfig:
     """The block of the objective as held-out text is scored: what is said of validation stands in for what it names."""
     block: Any = OmegaConf.to_container(cfg.objective)
@@ -134,7 +159,10 @@ def build_training(
     cfg: DictConfig, data: Any, objective: Any, model: Any, steps: int, interval: int
 ) -> tuple[Any, Any]:
     """The module and the data that a trainer fits, for a run of `steps` that validates every `interval` of them."""
+    import numpy as np
+
     from lmlab.data.datamodule import BlocksDataModule
+    from lmlab.data.sampler import share_of
     from lmlab.models.scored import rows_at_once
     from lmlab.training.module import LMModule
 
@@ -151,6 +179,9 @@ def build_training(
         interval,
     )
     held_out = build_held_out(cfg, data, objective)
+    rows = share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
+    lengths = data.train.bounds[:, 1] - data.train.bounds[:, 0]
+    check_padding(model, np.concatenate([lengths, held_out.rows.lengths]), rows)
     datamodule = BlocksDataModule(
         data.train,
         held_out,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lmlab.data.datamodule import Objective, padded
 from lmlab.data.documents import Documents
 from lmlab.data.sampler import EVALUATION
+from lmlab.errors import UserError
 from lmlab.evaluation.windows import Windows
 from lmlab.models.scored import Scores, score
 from lmlab.models.steps import shard
@@ -107,6 +108,28 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.windows)
+
+
+def check_targets(objective: Objective, causal: bool, ids: np.ndarray) -> None:
+    """Refuse an objective whose targets are not tokens of the text, each in its place.
+
+    Every target's bytes and document are those of the token it is: the one after its position where
+    the objective is causal, else the one at it. Looked at for one block, `ids` [T].
+
+    Raises:
+        UserError: names a position.
+    """
+    _, positions, targets = objective(ids, (0, EVALUATION, 0))
+    tokens = positions + causal
+    inside = tokens < len(ids)
+    wrong = np.flatnonzero(~inside | (ids[np.where(inside, tokens, 0)] != targets))
+    if len(wrong):
+        position, target = positions[wrong[0]], targets[wrong[0]]
+        wanted = "the token after it" if causal else "the token there"
+        raise UserError(
+            f"{type(objective).__name__} asks for token {target} at position {position} of a block, and {wanted} is "
+            "another:\nlmlab could not say which document and bytes it scores. Return targets that are the text's tokens."
+        )
 
 
 class Pseudo:

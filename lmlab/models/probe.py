@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from lmlab.errors import UserError
 
-TOKENS = 8  # of a probe: fewer than any model has positions
+TOKENS, PADDING = 4, 2  # of a probe: no more than any model has positions
 PORTABLE = ("eager", "sdpa")
 """Implementations of attention that run wherever the weights lie."""
 
@@ -116,8 +116,8 @@ def find_out(model: PreTrainedModel) -> Probe:
 def padding_matters(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
     """Whether padding changes logits [1, T, V] of ids [1, T]."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    padded = nn.functional.pad(ids, (0, TOKENS // 2), value=0 if pad is None else pad)
-    mask = nn.functional.pad(torch.ones_like(ids), (0, TOKENS // 2))
+    padded = nn.functional.pad(ids, (0, PADDING), value=0 if pad is None else pad)
+    mask = nn.functional.pad(torch.ones_like(ids), (0, PADDING))
     try:
         return differ(logits, forward(model, padded, mask).logits[:, :TOKENS])
     except TypeError:  # it takes no mask

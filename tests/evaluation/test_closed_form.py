@@ -64,6 +64,9 @@ class Table(PreTrainedModel):
         with torch.no_grad():
             self.head.weight.copy_(table.double().log().T)
 
+    def get_input_embeddings(self) -> nn.Linear:
+        return self.head  # which also has a row for each token
+
     def forward(self, **inputs: Any) -> MaskedLMOutput:
         return MaskedLMOutput(logits=self.head(self.body(**inputs).last_hidden_state))
 
