@@ -128,7 +128,7 @@ def check_targets(objective: Objective, causal: bool, ids: np.ndarray) -> None:
         wanted = "the token after it" if causal else "the token there"
         raise UserError(
             f"{type(objective).__name__} asks for token {target} at position {position} of a block, and {wanted} is "
-            "another:\nlmlab could not say which document and bytes it scores. Return targets that are the text's tokens."
+            "another:\nwhich document and bytes it scores can't be known. Return targets that are the text's tokens."
         )
 
 

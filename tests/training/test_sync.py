@@ -1,6 +1,7 @@
 """A step does not wait for its device: nothing is read from it between two reports."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,3 +59,14 @@ def test_no_step_waits_for_the_device(
         counts.append(waits.counts)
     assert counts[0] == counts[1]
     assert sum(counts[0].values()) > 0  # the report at the end is seen
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_pinned_where_they_go_to_a_gpu(
+    device: str, blocks: Blocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    data = BlocksDataModule(blocks, [], CausalLM(), 92, BATCH, 4, SEED)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, global_step=0)  # type: ignore
+    assert [loader.pin_memory for loader in (data.train_dataloader(), data.val_dataloader())] == [device == "cuda"] * 2
