@@ -19,6 +19,9 @@ from lmlab.training import launch
 
 
 def main() -> None:
+    if not any(word.lstrip("+").startswith("data=") for word in sys.argv):
+        # Of the run's own data then, which the composed config does not have.
+        sys.argv[1:] = [f"++{word}" if word.startswith("data.") else word for word in sys.argv[1:]]
     # To Hydra `model` is a group of conf/, so that its value could only be the name of a file there.
     for place, word in reversed(list(enumerate(sys.argv))):
         if word.startswith("model="):

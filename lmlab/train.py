@@ -81,7 +81,8 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
             resuming.settle_width(cfg, kept)
             check.check_run(cfg)
             if kept is not None:
-                resuming.check_same(cfg, kept)
+                # Of a run without a checkpoint, nothing could tell what was in the place that a path names.
+                resuming.check_same(cfg, kept, located=bool(run.states()))
                 if run.finished() and not longer(cfg, kept, run):
                     print(finished(run))
                     launch.tell([])
@@ -123,12 +124,18 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
     state = last_state(run)
     step = run.step_of(state) if state else 0
     then, now = run.identity(), surroundings()
-    data = build.prepare_data(cfg)
+    where = f"If they lie elsewhere now: python -m lmlab.resume {shlex.quote(str(from_here(run.path)))} data.train=PATH"
+    try:
+        data = build.prepare_data(cfg)
+    except UserError as error:
+        raise UserError(f"{error}\n{where} tokenizer.name=PATH" if "\n" not in str(error) else str(error)) from error
     for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
         if then.get(key, getattr(data, key)) != getattr(data, key):
+            words = [w for k, w in resuming.differing(cfg, kept).items() if resuming.among(k, resuming.LOCATED)]
             raise UserError(
-                f"the {name} of {run.path} is not what the run was begun with: its files have changed.\n"
-                "Bring them back, or begin another run."
+                f"the {name} of {run.path} is not what the run was begun with: "
+                f"{', '.join(words) if words else 'its files have changed'}.\n"
+                "Bring it back, name where it is now (data.train=PATH, tokenizer.name=PATH), or begin another run."
             )
     steps, _ = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     if state and sharded(cfg) and not sharded(kept) and numbered(state):

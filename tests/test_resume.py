@@ -19,6 +19,11 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from lmlab.config import resuming
+from lmlab.data.tokenizers import bpe
+from lmlab.errors import UserError
+from lmlab.runs.directory import RunDirectory
+from lmlab.train import config_of
 from lmlab.training import checkpoint
 from lmlab.training.optim import AdamW
 
@@ -272,6 +277,46 @@ def test_data_that_changed(train: Callable[..., Path], refused: Refused, tmp_pat
     shown = refused("resume", tmp_path / "run")
     assert "its files have changed" in shown
     assert "data of" in shown
+
+
+def test_data_and_tokenizer_that_moved(
+    train: Callable[..., Path], refused: Refused, evaluate: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What lies at a path counts, not the path; a run that moved with all it names can go on, and be evaluated."""
+    text = "\n\n".join(f"The story of number {n} is told here at length." for n in range(200))
+    (tmp_path / "then").mkdir()
+    (tmp_path / "then/text.txt").write_text(text)
+    bpe(text.split("\n\n"), vocab_size=300).save_pretrained(tmp_path / "then/tokenizer")
+    words = [w for w in SIX if not w.startswith("tokenizer.")]
+    words += ["tokenizer=pretrained", f"tokenizer.name={tmp_path}/then/tokenizer"]
+    words += ["data=files", f"data.train={tmp_path}/then/text.txt", "data.document=paragraph"]
+    whole = train(*words, run_dir=tmp_path / "whole")
+    stop_after(whole, 4, tmp_path / "run")
+    (tmp_path / "then").rename(tmp_path / "now")
+    shown = refused("resume", tmp_path / "run")
+    assert f"python -m lmlab.resume {tmp_path}/run data.train=PATH tokenizer.name=PATH" in shown
+    moved = [f"data.train={tmp_path}/now/text.txt", f"tokenizer.name={tmp_path}/now/tokenizer"]
+    (tmp_path / "other.txt").write_text(text + "\n\nOne more.")
+    shown = refused("resume", tmp_path / "run", f"data.train={tmp_path}/other.txt", moved[1])
+    assert f"data.train={tmp_path}/other.txt (it was {tmp_path}/then/text.txt)" in shown
+    resumed(tmp_path / "run", *moved)
+    assert equal(tmp_path / "run", whole)
+    resumed(tmp_path / "run", "trainer.max_steps=7")  # it knows now
+    # An evaluation of the text that the run held out.
+    assert "data.train=" in refused("evaluate", f"model={whole}", f"hydra.run.dir={tmp_path}/evaluation")
+    again = evaluate(f"model={whole}", moved[0])
+    certificates = [json.loads((place / "certificate.json").read_text()) for place in (whole, again)]
+    assert certificates[0]["data_hash"] == certificates[1]["data_hash"]
+    assert certificates[0]["totals"] == certificates[1]["totals"]
+
+
+def test_before_the_first_checkpoint_nothing_may_move(whole: Path) -> None:
+    """The manifest may not say yet what lay there."""
+    kept = config_of(RunDirectory(whole))
+    cfg = OmegaConf.merge(kept, {"data": {"train": "elsewhere.txt"}})
+    resuming.check_same(cfg, kept)
+    with pytest.raises(UserError, match=r"data\.train=elsewhere\.txt \(it was not there\)"):
+        resuming.check_same(cfg, kept, located=False)
 
 
 def test_other_versions_are_named(stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,7 +192,7 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
     elif cfg.model.name.startswith(("/", ".")) and not run.path.is_dir():
         raise UserError(f"{cfg.model.name}: no such directory. Name a run, or an exported model, that is there.")
-    if "data" not in cfg:
+    if "data" not in cfg or "_target_" not in cfg.data:
         if trained is None:
             raise UserError(
                 "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
@@ -201,7 +201,7 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         for word in overrides:
             if word.lstrip("+~").startswith("preprocess") and not word.startswith("preprocess.block_size="):
                 raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
-        cfg.data = trained.data
+        cfg.data = OmegaConf.merge(trained.data, cfg.get("data") or {})
         cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
     if cfg.preprocess.block_size is None and trained is not None:
         cfg.preprocess.block_size = trained.preprocess.block_size

@@ -1,5 +1,6 @@
 """A run that goes on: what of its config may change, and what its batches are at another width."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ MACHINERY = (
     "trainer.strategy",
     "trainer.val_check_interval",
 )
+# What says where things lie. What lies there is told by its hash in the manifest: it may move.
+LOCATED = ("data", "tokenizer.name", "model.name")
 # Those that a run that goes on may choose another of.
 GROUPS = ("trainer", "callbacks", "logger")
 # What another `trainer=` brings to a run that has one: where it runs.
@@ -70,6 +73,9 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
             raise UserError(f'there is no key "{key}".{nearest(key, known)} A new one is +{word}.')
         else:
             OmegaConf.update(cfg, key, override.value(), force_add=True)
+    # A pretrained model brings its tokenizer.
+    if kept.model.get("name") and kept.model.name == kept.tokenizer.get("name") == cfg.tokenizer.get("name"):
+        cfg.tokenizer.name = cfg.model.name
     return cfg
 
 
@@ -113,24 +119,39 @@ def moved(cfg: DictConfig, run_dir: Path) -> DictConfig:
     return OmegaConf.create(replace(OmegaConf.to_container(cfg)))
 
 
-def check_same(cfg: DictConfig, kept: DictConfig) -> None:
+def check_same(cfg: DictConfig, kept: DictConfig, located: bool = True) -> None:
     """Refuse a config that is another experiment than the run that was begun.
+
+    Args:
+        located: whether what `LOCATED` names may lie elsewhere, as its content will be compared.
 
     Raises:
         UserError: names the keys.
     """
-    now, then = values(cfg), values(moved(kept, Path(cfg.run_dir)))
-    changed = [
-        f"{key}={now.get(key, 'not there')} (it was {then.get(key, 'not there')})"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and not any(key == m or key.startswith(f"{m}.") for m in MACHINERY)
-    ]
+    changed = differing(cfg, kept)
+    free = (*MACHINERY, *LOCATED) if located else MACHINERY
+    changed = {key: said for key, said in changed.items() if key == "data.text" or not among(key, free)}
     if changed:
         raise UserError(
-            f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed)}.\n"
+            f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed.values())}.\n"
             "Choose another directory by hydra.run.dir=DIR; "
             "to begin there with this run's weights: model=pretrained model.name=RUN/model"
         )
+
+
+def differing(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
+    """The keys in which a config differs from the one that a run was begun with, each with both values in words."""
+    now, then = values(cfg), values(moved(kept, Path(cfg.run_dir)))
+    return {
+        key: f"{key}={now.get(key, 'not there')} (it was {then.get(key, 'not there')})"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key)
+    }
+
+
+def among(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of some names, or lies below one."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def values(cfg: DictConfig) -> dict[str, Any]:
