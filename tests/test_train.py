@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lmlab.data.datamodule import Batches
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.summary import show_result
+from lmlab.training.callbacks import ShowProgress
 from lmlab.training.module import LMModule
 
 from .conftest import TINY, TINY_MLM, metrics
@@ -290,6 +292,24 @@ def test_a_bad_batch_of_another_rank_is_named(train: Callable[..., Path], capfd:
             "trainer.log_every_n_steps=8",
         )
     assert "not finite at step 3." in capfd.readouterr().err
+
+
+def test_a_validation_says_where_it_is(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    train(*TINY, "callbacks.progress.every_seconds=0", "trainer.val_check_interval=2")
+    shown = capsys.readouterr().out
+    batches = re.findall(r"step (\d)/4  validation (\d+)/(\d+)  ETA \d+ s", shown)
+    assert {step for step, _, _ in batches} == {"0", "2", "4"}
+    assert batches[0][1] == "1"
+    assert shown.index("step 0/4  validation 1/") < shown.index("step 0/4  val/loss")
+
+
+def test_time_left_counts_validations_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmlab.training.callbacks.time.perf_counter", lambda: 130.0)
+    progress = ShowProgress()
+    progress.began, progress.first, progress.validations = 100.0, 0, [5.0, 5.0]
+    at = SimpleNamespace(global_step=10), SimpleNamespace(steps=25, interval=10)
+    # 15 steps of 2 seconds, and validations at 20 and at 25.
+    assert progress.left(*at) == 15 * 2 + 2 * 5  # type: ignore[arg-type]
 
 
 def test_weights_that_are_no_numbers_are_not_kept(train: Callable[..., Path], tmp_path: Path) -> None:

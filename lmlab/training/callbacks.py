@@ -1,6 +1,7 @@
 """What is watched while a run trains: figures at an interval, and where it stands."""
 
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -262,6 +263,7 @@ class ShowProgress(Callback):
         self.measure = next(c for c in trainer.callbacks if isinstance(c, Measure))
         self.first = trainer.global_step
         self.began = self.shown_at = time.perf_counter()
+        self.validations: list[float] = []  # seconds of each
         if sys.stderr.isatty():
             columns = ("[bold]train", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
             self.bar = Progress(*columns, "ETA", TimeRemainingColumn())
@@ -280,9 +282,32 @@ class ShowProgress(Callback):
             self.bar.update(self.task, completed=trainer.global_step, figures=figures)
         elif trainer.global_step > self.first and time.perf_counter() - self.shown_at > self.every_seconds:
             self.shown_at = time.perf_counter()
-            done = trainer.global_step - self.first
-            left = (self.shown_at - self.began) / done * (module.steps - trainer.global_step)
-            LOG.info("step %d/%d  %sETA %.0f s", trainer.global_step, module.steps, figures, left)
+            LOG.info("step %d/%d  %sETA %.0f s", trainer.global_step, module.steps, figures, self.left(trainer, module))
+
+    def left(self, trainer: L.Trainer, module: LMModule) -> float:
+        """Seconds until the end: of steps as they were so far, and of validations as those were."""
+        step, steps, interval = trainer.global_step, module.steps, module.interval
+        training = time.perf_counter() - self.began - sum(self.validations)
+        each = sum(self.validations) / len(self.validations) if self.validations else 0.0
+        to_come = math.ceil(steps / interval) - step // interval
+        return training / (step - self.first) * (steps - step) + each * to_come
+
+    @rank_zero_only
+    def on_validation_start(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.validating = self.shown_at = time.perf_counter()
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: LMModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Says where a validation is, on a terminal in the bar."""
+        now, done, batches = time.perf_counter(), batch_idx + 1, trainer.num_val_batches[0]
+        if self.bar:
+            self.bar.update(self.task, figures=f"validation {done}/{batches}  ")
+        elif now - self.shown_at > self.every_seconds:
+            self.shown_at = now
+            left = (now - self.validating) / done * (batches - done)
+            LOG.info("step %d/%d  validation %d/%d  ETA %.0f s", trainer.global_step, module.steps, done, batches, left)
 
     def figures(self, name: str) -> str:
         latest = self.measure.latest
@@ -295,6 +320,8 @@ class ShowProgress(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.shown_at = time.perf_counter()
+        self.validations.append(self.shown_at - self.validating)
         figures = module.validations[trainer.global_step]
         line = (
             f"step {trainer.global_step}/{module.steps}  val/loss {figures['val/loss']:.4f}  "
