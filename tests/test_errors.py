@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import pytest
@@ -36,6 +37,7 @@ from lmlab.config.build import prepare_data
 from lmlab.config.compose import CONF
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError, from_hub, plainly, shown_plainly
+from lmlab.models import memory
 
 from .conftest import HOME, TINY
 
@@ -540,6 +542,31 @@ def test_masks_need_a_mask_token(refused: Refused, models: Path) -> None:
     shown = refused(*ANY, "objective=mlm", "tokenizer=pretrained", f"tokenizer.name={models / 'no_mask'}")
     assert "mask token" in shown
     assert "tokenizer=bpe" in shown
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (50_000, ["the model has 30,560 parameters: its weights take", "Use a smaller model"]),
+        (200_000, ["to train the model takes", "gradients and optimizer", "trainer=fsdp"]),
+    ],
+)
+def test_a_model_larger_than_memory(
+    free: int, said: list[str], refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: free)
+    shown = refused(*TINY)
+    for words in said:
+        assert words in shown
+
+
+def test_a_model_larger_than_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=30_000))
+    model, gpu = torch.nn.Linear(100, 20), torch.device("cuda")
+    memory.check_training(model, 3, True, gpu, 1, 1)
+    memory.check_training(model, 3, False, gpu, 1, 2)
+    with pytest.raises(UserError, match="weights, gradients and optimizer, and the GPU has"):
+        memory.check_training(model, 3, False, gpu, 1, 1)
 
 
 # --- while it runs, and where it writes ---

@@ -160,15 +160,25 @@ def build_training(
 ) -> tuple[Any, Any]:
     """The module and the data that a trainer fits, for a run of `steps` that validates every `interval` of them."""
     import numpy as np
+    import torch
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.sampler import share_of
+    from lmlab.models.memory import check_training
     from lmlab.models.scored import rows_at_once
     from lmlab.training.module import LMModule
+    from lmlab.training.optim import AdamW
 
+    optimizer = build(cfg.optim, "optim")
+    # AdamW keeps two moments; what another optimizer keeps is not known.
+    tensors = 3 if isinstance(optimizer, AdamW) else 1
+    half = str(cfg.trainer.precision) in ("bf16-true", "16-true")
+    device = torch.device("cuda" if uses_gpu(cfg.trainer) else "cpu")
+    shards = world(cfg.trainer) if strategy(cfg.trainer) == "fsdp" else 1
+    check_training(model, tensors, half, device, cfg.trainer.devices, shards)
     module = LMModule(
         model,
-        build(cfg.optim, "optim"),
+        optimizer,
         steps,
         cfg.batch_size,
         cfg.preprocess.block_size,

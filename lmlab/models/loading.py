@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmlab.errors import UserError, first_line, from_hub, nearest
+from lmlab.models.memory import check_weights
 from lmlab.models.probe import probe
 from lmlab.models.scored import check_scoring
 
@@ -37,6 +38,7 @@ def pretrained(
         refuse_unknown(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), config or {})
         settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **(config or {}))
         auto = auto_for(settings, causal)
+        check_weights(auto, settings)
         try:
             # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
             model, loaded = auto.from_pretrained(
@@ -112,7 +114,9 @@ def from_scratch(
     values = {key: value for key, value in values.items() if hasattr(defaults, key)} | (config or {})
     auto = auto_for(defaults, causal)
     try:
-        return auto.from_config(AutoConfig.for_model(architecture, **values))
+        settings = AutoConfig.for_model(architecture, **values)
+        check_weights(auto, settings)
+        return auto.from_config(settings)
     except (StrictDataclassError, ValueError, RuntimeError, ArithmeticError, TypeError, KeyError) as error:
         cause = first_line(error.__cause__ or error)
         raise UserError(f"model.config makes no {'causal' if causal else 'masked'} {architecture}: {cause}") from error
