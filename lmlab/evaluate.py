@@ -97,6 +97,7 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.evaluation.scoring import Scorer
     from lmlab.models.loading import check_belongs
     from lmlab.models.scored import rows_at_once
+    from lmlab.runs.summary import warn_of
 
     run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).resolve().parent)
     tokenizer = check.build(cfg.tokenizer, "tokenizer")
@@ -104,6 +105,8 @@ def measure(cfg: DictConfig) -> None:
     check_belongs(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
     data = build.prepare_held_out(cfg, tokenizer)
+    if not launch.rank():
+        warn_of(data.ledger)
     # Another model may lie beside a run's own.
     trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
     if trained and trained["config"]["data"] == cfg.data and evaluated.fingerprint() != data.data_fingerprint:

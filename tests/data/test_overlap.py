@@ -77,7 +77,7 @@ def test_documents_that_begin_alike() -> None:
         for starts, _ in known.candidates(first, windows)
     )
     assert compared < 3 * len(held_out)
-    assert documents_in(held_out[::2] + [head], held_out) == 150
+    assert documents_in([*held_out[::2], head], held_out) == 150
 
 
 def test_training_text_streams(monkeypatch: pytest.MonkeyPatch) -> None:
