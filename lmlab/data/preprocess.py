@@ -166,6 +166,11 @@ def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
         parts = {"train": halves["train"], "validation": halves["test"]}
     else:
         parts = {"train": train, "validation": train.select([])}
+    if len(parts["validation"]) == 0 and len(train) == 1:
+        raise UserError(
+            "the validation split is empty: there is one record only, which can't be split.\n"
+            "Cut a text file into documents by data.document=paragraph (or line), or name data.validation."
+        )
     if len(parts["validation"]) == 0:
         raise UserError(
             f"the validation split is empty: {len(train)} records at preprocess.test_size={choices.test_size}.\n"
