@@ -15,6 +15,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from filelock import FileLock
+
 from lmlab.data.texts import forms
 from lmlab.errors import UserError, causes, first_line, reading
 from lmlab.runs.files import write_beside
@@ -138,9 +140,10 @@ def unwrapped(file: Path, text: str, folder: Path) -> Path:
     for records in lists.values():
         content = json.dumps(records).encode()
         copy = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.json"
-        if not copy.exists():  # else `datasets` would take it for another
-            folder.mkdir(parents=True, exist_ok=True)
-            write_beside(copy, partial(Path.write_bytes, data=content))
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{copy}.lock"):
+            if not copy.exists():  # else `datasets` would take it for another
+                write_beside(copy, partial(Path.write_bytes, data=content))
         return copy
     return file
 

@@ -35,7 +35,7 @@ from lmlab.data.sources import Corpus, load_files
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 
-from ..conftest import blocks_of
+from ..conftest import TINY, blocks_of
 
 HARD = [
     "plain words",
@@ -217,6 +217,29 @@ def test_documents_in_the_training_text(run: Callable[..., Prepared], join: str 
     # Joined, the texts of a record are one document.
     corpus = corpus_of([texts[:2]], [texts[1:3], texts[:2], texts[:1]], f"pairs {join}")
     assert run(corpus, join=join).ledger["validation"].documents_in_training == (4 if join is None else 2)
+
+
+def test_commands_say_it(
+    train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once for a run, and for an evaluation what concerns it; and the run's ledger keeps it."""
+    rows = [{"text": f"a text of its own, and not too short, with the number {i} in it"} for i in range(60)]
+    for name, part in (("train", rows), ("held", [*rows[:1], *rows[40:], {"text": None}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    held_out = ["data=files", f"data.validation={tmp_path}/held.jsonl"]
+    run = train(*TINY, *held_out, f"data.train={tmp_path}/train.jsonl")
+    said, alike = "1 of the 22 validation records have no text", "21 of the 21 validation documents occur whole"
+    shown = capsys.readouterr().out
+    assert (shown.count(said), shown.count(alike)) == (1, 1)
+    assert (run / "train.log").read_text().count(alike) == 1
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert (ledger["train"]["documents_in_training"], ledger["train"]["records_without_text"]) == (None, 0)
+    assert (
+        ledger["validation"].items() >= {"documents_in_training": 21, "records": 22, "records_without_text": 1}.items()
+    )
+    evaluate(f"model={run}", *held_out)
+    shown = "".join(capsys.readouterr())
+    assert (shown.count(said), shown.count(alike)) == (1, 0)
 
 
 # --- Blocks ---
