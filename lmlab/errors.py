@@ -4,10 +4,12 @@ import argparse
 import errno
 import logging
 import os
+import pwd
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -71,13 +73,53 @@ def plainly(error: BaseException) -> str | None:
     number = error.errno if isinstance(error, OSError) else os_error(error) if disk_full(error) else None
     if number not in UNWRITABLE:
         return None
-    place = f" {error.filename}" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
-    # A permission may be that to read.
-    verb = "write" if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else "read or write"
+    path = getattr(error, "filename", None)
+    if isinstance(error, OSError) and path and number in (errno.EACCES, errno.EPERM):
+        there = nearest_there(path)
+        # Of what is there, it is reading that can be forbidden; of what is not, the way to it.
+        if not os.access(there, os.R_OK if there == Path(path).absolute() else os.X_OK):
+            return cannot_read(path, error)
     return (
-        f"cannot {verb}{place}: {os.strerror(number)}.\n"
-        "Free some space or choose another place by hydra.run.dir=DIR, cache_dir=DIR or the variable HF_HOME."
+        f"cannot write{f' {path}' if path else ''}: {os.strerror(number)}.\n"
+        f"{'Free some space, or choose' if disk_full(error) else 'Choose'} another path "
+        "by hydra.run.dir=DIR, cache_dir=DIR or the variable HF_HOME."
     )
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn a fault of the file system into a `UserError`: what a config or a command names can't be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # no fault of the file system, but gzip's of what it read
+            raise
+        raise UserError(cannot_read(path, error)) from error
+
+
+def cannot_read(path: str | Path, error: OSError) -> str:
+    """What to show for a file or folder that is there, and that a fault of the file system keeps from being read."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return f"cannot read {path}: {error.strerror}. Name another, or try again once it can be read."
+    there = nearest_there(path)
+    about = there.stat()
+    owner = f"user {about.st_uid}"
+    with suppress(KeyError):
+        owner = pwd.getpwuid(about.st_uid).pw_name
+    whose = "Its permissions" if there == Path(path).absolute() else f"The permissions of {there}"
+    return (
+        f"cannot read {path}: {error.strerror}. {whose} are {stat.filemode(about.st_mode)}, the owner is {owner}.\n"
+        "Have them changed (chmod), or name another."
+    )
+
+
+def nearest_there(path: str | Path) -> Path:
+    """A path, or where it is missing or can't be looked at, the nearest folder above that is neither."""
+    for there in (Path(path).absolute(), *Path(path).absolute().parents):
+        with suppress(OSError):
+            there.stat()
+            return there
+    return Path("/")
 
 
 def cause_of(error: BaseException) -> str:
@@ -102,13 +144,19 @@ def disk_full(error: BaseException | None) -> bool:
 
 def os_error(error: BaseException | None) -> int | None:
     """The number of the system error that an error came from; torch and safetensors raise their own over it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return error.errno
-        if f"(os error {errno.ENOSPC})" in str(error):
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno:
+            return cause.errno
+        if f"(os error {errno.ENOSPC})" in str(cause):
             return errno.ENOSPC
-        error = error.__cause__ or error.__context__
     return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the one that it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class Arguments(argparse.ArgumentParser):

@@ -101,6 +101,7 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.evaluation.scoring import Scorer
     from lmlab.models.loading import check_belongs
     from lmlab.models.scored import rows_at_once
+    from lmlab.runs.summary import warn_of
 
     run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).resolve().parent)
     tokenizer = check.build(cfg.tokenizer, "tokenizer")
@@ -110,6 +111,8 @@ def measure(cfg: DictConfig) -> None:
     data = build.prepare_held_out(cfg, tokenizer)
     hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
     launch.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
+    if not launch.rank():
+        warn_of(data.ledger)
     # Another model may lie beside a run's own.
     trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
     if trained and trained["config"]["data"] == cfg.data and evaluated.fingerprint() != data.data_fingerprint:

@@ -9,12 +9,15 @@ import errno
 import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import hydra
 import pytest
 import torch
@@ -217,13 +220,32 @@ WHERE_TEXTS_ARE = ['Did you mean "answers.text"?', "answers.text, title"]
             id="jsonl not UTF-8",
         ),
         pytest.param("a.csv", b"text\nfine\n" + LATIN, [], ["a.csv, line 3: not UTF-8", "iconv"], id="csv not UTF-8"),
+        pytest.param(
+            "a.txt", RECORDS.encode("utf-16"), [], ["a.txt: UTF-16,", "iconv -f utf-16 -t utf-8"], id="UTF-16"
+        ),
+        pytest.param(
+            "a.csv", "text\na\n".encode("utf-16"), [], ["a.csv: UTF-16,", "iconv -f utf-16 "], id="csv in UTF-16"
+        ),
+        pytest.param("a.jsonl", RECORDS.encode("utf-32"), [], ["a.jsonl: UTF-32,", "iconv -f utf-32 "], id="UTF-32"),
+        pytest.param(
+            "a.txt.gz",
+            gzip.compress(RECORDS.encode("utf-16-be")),
+            [],
+            ["UTF-16BE,", "-f utf-16be "],
+            id="no mark, gzipped",
+        ),
+        pytest.param(
+            "a.txt", bytes(range(1, 256)) * 9 + b"\0", [], ["not a text file", "byte 2295 is zero"], id="binary"
+        ),
         pytest.param("a.jsonl", "", [], ["data set is empty", "data.train=", "a.jsonl"], id="empty jsonl"),
         pytest.param("a.txt", "", [], ["data set is empty", "data.train=", "a.txt"], id="empty txt"),
         pytest.param("a.jsonl.gz", gzip.compress(b""), [], ["a.jsonl.gz: no record"], id="empty gz"),
         pytest.param("a.csv", "text\n", [], ["a.csv: could not be read", "no data"], id="csv of a header"),
         pytest.param("a.json", "[]", [], ["a.json: could not be read", "no data"], id="json of no record"),
         pytest.param("a.jsonl", '{"text": ""}\n' * 30, [], ["gives no token", "data.text"], id="empty texts"),
-        pytest.param("a.jsonl", '{"text": null}\n' * 30, [], ["gives no token", "data.text"], id="null texts"),
+        pytest.param(
+            "a.jsonl", '{"text": null}\n' * 30, [], ["none of the 27 train records", "data.text"], id="null texts"
+        ),
         pytest.param(
             "a.jsonl", STRUCT_OF_LISTS, ["data.text=answers.texts"], WHERE_TEXTS_ARE, id="no text, struct of lists"
         ),
@@ -240,6 +262,41 @@ WHERE_TEXTS_ARE = ['Did you mean "answers.text"?', "answers.text, title"]
             [],
             ["a.jsonl, line 31: malformed JSON"],
             id="malformed line",
+        ),
+        pytest.param(
+            "a.jsonl",
+            RECORDS + '{"text": 5}\n' + RECORDS,
+            [],
+            ["a.jsonl, line 31: data.text=text is a number (5), and a string in", "line 30"],
+            id="a number among texts",
+        ),
+        pytest.param(
+            "a.jsonl.gz",
+            gzip.compress(RECORDS.encode() + b'{"text": null}\n{"text": ["a"]}\n'),
+            [],
+            ['a.jsonl.gz, line 32: data.text=text is a string in a list (["a"]), and a string in'],
+            id="a list among texts, gzipped",
+        ),
+        pytest.param(
+            "a.jsonl",
+            STRUCT_OF_LISTS + '{"title": "t", "answers": {"text": ["a", {"b": 1}]}}\n',
+            ["data.text=answers.text"],
+            ["a.jsonl, line 31: data.text=answers.text is an object in a list", "and a string in a list in"],
+            id="an object among nested texts",
+        ),
+        pytest.param(
+            "a.json",
+            '[{"text": 1}, {"text": "a"}]',
+            [],
+            ["a.json, record 2: data.text=text is a string"],
+            id="in a json",
+        ),
+        pytest.param(
+            "a.json",
+            '{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            [],
+            ["a.json: one object, with 2 lists of records: train, test", "jq .train"],
+            id="json of two lists",
         ),
         pytest.param(
             "a.jsonl.gz",
@@ -273,14 +330,26 @@ WHERE_TEXTS_ARE = ['Did you mean "answers.text"?', "answers.text, title"]
         pytest.param(
             "a.csv", "texts,label\n" + "a,1\n" * 20, [], ['Did you mean "texts"?'], id="csv without the column"
         ),
+        pytest.param("a.csv", "a;text\n1;x\n", ["data.delimiter=;;"], ["one character", 'not ";;"'], id="no delimiter"),
         pytest.param("a.parquet", "no parquet" * 99, [], ["a.parquet: could not be read"], id="malformed parquet"),
         pytest.param("a.pdf", "x", [], ["end in .pdf", ".jsonl"], id="unknown kind"),
         pytest.param("README", "x", [], ["end in nothing", ".jsonl"], id="no ending"),
         pytest.param(
-            "a.txt", "one document", [], ["validation split is empty", "data.validation"], id="nothing to hold out"
+            "a.txt",
+            "one document",
+            [],
+            ["validation split is empty", "one record only", "data.document=paragraph", "data.validation"],
+            id="nothing to hold out",
         ),
         pytest.param(
             "a.jsonl", RECORDS, ["preprocess.max_records=1"], ["validation split is empty"], id="one record is left"
+        ),
+        pytest.param(
+            "a.jsonl",
+            RECORDS,
+            ["preprocess.max_records=2"],
+            ["validation split is empty", "Raise preprocess.test_size"],
+            id="two records are left",
         ),
         pytest.param("a.txt", "x", ["data.document=lines"], ['Did you mean "line"?'], id="unknown document"),
     ],
@@ -338,6 +407,39 @@ def test_validation_file(unread: Refused, tmp_path: Path, content: str | None, s
     assert said in unread(f"data.train={tmp_path}/train.jsonl", f"data.validation={tmp_path}/other.jsonl")
 
 
+@pytest.mark.parametrize("other", ["a.jsonl", "{}/a.jsonl", "link.jsonl", "copy.jsonl", "./[al]*.jsonl"])
+def test_validation_file_that_is_trained_on(
+    unread: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """By its content, whatever path leads to it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "copy.jsonl"):
+        (tmp_path / name).write_text(RECORDS)
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "b.jsonl").write_text(RECORDS * 2)
+    shown = unread("data.train=[b.jsonl,a.jsonl]", f"data.validation={other.format(tmp_path)}")
+    first, more = ("a.jsonl", " (and 1 more)") if "*" in other else (other.format(tmp_path), "")
+    assert f"data.train=a.jsonl and data.validation={first} have the same content{more}: " in shown
+
+
+def test_empty_files_are_no_copies(files: DictConfig, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words to train on")
+    (tmp_path / "b.txt").write_text("words held out")
+    for name in ("a1.txt", "b1.txt"):
+        (tmp_path / name).write_text("")
+    cfg = OmegaConf.merge(files, {"data": {"train": f"{tmp_path}/a*.txt", "validation": f"{tmp_path}/b*.txt"}})
+    assert prepare_data(cfg).ledger["validation"].documents == 2
+
+
+def test_data_files_of_two_forms(unread: Refused, tmp_path: Path) -> None:
+    for name, delimiter in (("a.csv", ";"), ("b.csv", ","), ("c.tsv", "\t")):
+        (tmp_path / name).write_text(f"a{delimiter}text\n" * 20)
+    shown = unread(f"data.train={tmp_path}/*.csv")
+    for words in (f"a semicolon divides the columns of {tmp_path}/a.csv", f"a comma those of {tmp_path}/b.csv"):
+        assert words in shown
+    assert f"a tab those of {tmp_path}/c.tsv" in unread(f"data.train=[{tmp_path}/b.csv,{tmp_path}/c.tsv]")
+
+
 def test_nothing_but_a_validation_file(unread: Refused, tmp_path: Path) -> None:
     """Enough for an evaluation, not for a run."""
     (tmp_path / "a.jsonl").write_text(RECORDS)
@@ -355,6 +457,53 @@ def test_a_name_with_the_signs_of_a_glob_is_a_name(files: DictConfig, tmp_path: 
     (tmp_path / "part [1].jsonl").write_text(RECORDS)
     data = prepare_data(OmegaConf.merge(files, {"data": {"train": f"{tmp_path}/part [1].jsonl"}}))
     assert data.ledger["train"].documents == 27
+
+
+# Root may read everything, unless it is told not to.
+WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(WITHOUT_RIGHTS) and not shutil.which("setpriv"), reason="root may read everything")
+def test_data_file_that_may_not_be_read(tmp_path: Path) -> None:
+    """A file, one in a folder that is closed, a tokenizer's; each is named as what can't be read, with its rights."""
+    (tmp_path / "closed").mkdir()
+    for name in ("a.jsonl", "mine.jsonl", "closed/a.jsonl"):
+        (tmp_path / name).write_text(RECORDS)
+    bpe(["a few words to learn"] * 9, 300).save_pretrained(tmp_path / "tokenizer")
+    for name in ("mine.jsonl", "closed", "tokenizer/tokenizer.json"):
+        (tmp_path / name).chmod(0)
+    code = (
+        "import sys\n"
+        "from lmlab.data.sources import load_files\n"
+        "from lmlab.data.tokenizers import pretrained\n"
+        "from lmlab.errors import shown_plainly\n"
+        "for function in (load_files, load_files, pretrained):\n"
+        "    try:\n"
+        "        with shown_plainly(): function(sys.argv.pop(1))\n"
+        "    except SystemExit: print(file=sys.stderr)\n"
+    )
+    names = ("mine.jsonl", "closed/a.jsonl", "tokenizer")
+    command = [*WITHOUT_RIGHTS, sys.executable, "-c", code, *(str(tmp_path / name) for name in names)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stderr.strip().split("\n\n")
+    (tmp_path / "closed").chmod(0o700)
+    rights = ["Its permissions are ---", f"The permissions of {tmp_path}/closed are d---", "Its permissions are ---"]
+    for text, name, said in zip(
+        shown, ("mine.jsonl", "closed/a.jsonl", "tokenizer/tokenizer.json"), rights, strict=True
+    ):
+        assert f"cannot read {tmp_path}/{name}: Permission denied. {said}" in message(text)
+        assert "space" not in text
+
+
+def test_cache_of_records_that_can_not_be_written(
+    unread: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of the data file."""
+    (tmp_path / "a.jsonl").write_text(RECORDS)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "a.jsonl" / "cache")
+    shown = unread(f"data.train={tmp_path}/a.jsonl")
+    assert f"cannot write {tmp_path}/a.jsonl/cache" in shown
+    assert "HF_HOME" in shown
+    assert "space" not in shown
 
 
 # --- the command line ---

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmlab.data.documents import Documents, Names, read_documents, spans
+from lmlab.data.overlap import documents_in
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten
 from lmlab.data.tokenizers import content_hash, encode
@@ -33,11 +34,12 @@ from lmlab.runs.files import replaced
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
-FORMAT = 2  # Goes into every cache key: raised when the steps below change their output.
+FORMAT = 3  # Goes into every cache key: raised when the steps below change their output.
 # What the tokenizer gets at once: enough for its threads to share (they are all the workers that
 # tokenizing needs), and no more of either, so that memory stays flat in the corpus.
 DOCUMENTS_PER_CALL = 1000
 CHARACTERS_PER_CALL = 2**20
+DOUBTFUL = 0.01  # share of the records without a text, or of the held-out documents in the training text
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,17 @@ class Preprocessing:
                 raise UserError(f"preprocess.{key} is at least 1, or null for no limit, not {count}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Where every document, byte and token of one split went."""
+    """Where every record, document, byte and token of one split went."""
 
+    records: int
+    records_without_text: int
+    """Records whose text is null or missing, or whose list of texts is empty; an empty text is one."""
     documents: int
+    documents_in_training: int | None = None
+    """Held-out documents of 32 bytes or more that are a part of a training document, or equal to one (overlap.py).
+    None for the training split itself, and where the training text is not read."""
     bytes: int
     """UTF-8 bytes of the documents."""
     tokens: int
@@ -87,6 +95,19 @@ class Ledger:
     blocks: int
     tokens_dropped: int
     tokens_truncated: int
+
+    def doubts(self, split: str) -> Iterator[str]:
+        """What its reader should know before a metric is trusted, a line each."""
+        if self.records_without_text > DOUBTFUL * self.records:
+            yield (
+                f"{self.records_without_text:,} of the {self.records:,} {split} records have no text at data.text: "
+                "it is null or missing, or an empty list."
+            )
+        if (self.documents_in_training or 0) > DOUBTFUL * self.documents:
+            yield (
+                f"{self.documents_in_training:,} of the {self.documents:,} {split} documents occur whole in the "
+                "training text, which flatters the metric. Leave them out of one of the two."
+            )
 
 
 class Blocks(TorchDataset):
@@ -150,6 +171,11 @@ def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
         parts = {"train": halves["train"], "validation": halves["test"]}
     else:
         parts = {"train": train, "validation": train.select([])}
+    if len(parts["validation"]) == 0 and len(train) == 1:
+        raise UserError(
+            "the validation split is empty: there is one record only, which can't be split.\n"
+            "Cut a text file into documents by data.document=paragraph (or line), or name data.validation."
+        )
     if len(parts["validation"]) == 0:
         raise UserError(
             f"the validation split is empty: {len(train)} records at preprocess.test_size={choices.test_size}.\n"
@@ -157,6 +183,11 @@ def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
             "or cut the text into more records (data.document=line or paragraph)."
         )
     return parts
+
+
+def documents_of(records: Iterable[list[str]], join: str | None) -> Iterator[str]:
+    """The documents of records: their texts, or one of each record's texts joined."""
+    return (text for texts in records for text in (texts if join is None else [join.join(texts)]))
 
 
 class Tokens(NamedTuple):
@@ -179,13 +210,9 @@ def tokenize(
     Args:
         held_out: also say which text each token stands for.
     """
-    if choices.join is not None:
-        documents = (choices.join.join(texts) for texts in records)
-    else:
-        documents = (text for texts in records for text in texts)
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
     left = tokenizer.truncation_side == "left"
-    for batch in batches(documents):
+    for batch in batches(documents_of(records, choices.join)):
         for text, (ids, encoding) in zip(
             batch, encode(batch, tokenizer, choices.special_tokens, located=held_out), strict=True
         ):
@@ -315,6 +342,9 @@ def prepare_splits(
 
         folders[name] = kept(cache / f"tokens-{key}", write)
         bounds[name], ledger[name] = cut(folders[name], name, choices)
+    if "train" in names:
+        contained = count_in_training(parts, corpus, choices, cache)
+        ledger["validation"] = replace(ledger["validation"], documents_in_training=contained)
     return Prepared(
         tokenizer,
         Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in names else None,
@@ -324,6 +354,22 @@ def prepare_splits(
         corpus.fingerprint,
         hashed,
     )
+
+
+def count_in_training(
+    parts: "Callable[[], Mapping[str, Dataset]]", corpus: Corpus, choices: Preprocessing, cache: Path
+) -> int:
+    """How many held-out documents occur whole in the training text: from the cache, if it is there."""
+    made_by = [choices.join, choices.test_size, choices.split_seed, choices.max_records]
+    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, made_by)
+
+    def write(place: Path) -> None:
+        training, held_out = (
+            documents_of(flatten(parts()[name], corpus.text), choices.join) for name in ("train", "validation")
+        )
+        (place / "documents").write_text(str(documents_in(training, held_out)))
+
+    return int((kept(cache / f"overlap-{key}", write) / "documents").read_text())
 
 
 def kept(place: Path, write: Callable[[Path], Any]) -> Path:
@@ -352,14 +398,22 @@ def write_split(
 ) -> None:
     """Tokens, lengths and counts of one split, as files in `place`; of the held-out one its text's spans too."""
     held_out = name == "validation"
-    documents = kept_tokens = size = truncated = 0
+    total = without_text = documents = kept_tokens = size = truncated = 0
+
+    def counted() -> Iterator[list[str]]:
+        nonlocal total, without_text
+        for texts in records:
+            total += 1
+            without_text += not texts
+            yield texts
+
     with ExitStack() as files:
         tokens = files.enter_context((place / f"{name}.tokens").open("wb"))
         lengths = files.enter_context((place / f"{name}.lengths").open("wb"))
         if held_out:
             found = files.enter_context((place / f"{name}.spans").open("wb"))
             names = files.enter_context(Names(place / f"{name}.documents.parquet"))
-        for document in tokenize(records, tokenizer, choices, held_out):
+        for document in tokenize(counted(), tokenizer, choices, held_out):
             tokens.write(document.ids.tobytes())
             lengths.write(np.int64(len(document.ids)).tobytes())
             documents += 1
@@ -369,9 +423,16 @@ def write_split(
             if document.spans is not None:
                 found.write(document.spans.tobytes())
                 names.add(document.text)
+    if without_text == total:
+        raise UserError(
+            f"none of the {total:,} {name} records has a text: it is null or missing, or an empty list.\n"
+            "Name where the text is by data.text=…"
+        )
     if kept_tokens == 0:
         raise UserError(f"the {name} split gives no token: its {documents} texts are empty (check data.text).")
     counts = {
+        "records": total,
+        "records_without_text": without_text,
         "documents": documents,
         "bytes": size,
         "tokens": kept_tokens + truncated,

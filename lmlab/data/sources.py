@@ -5,14 +5,13 @@ YAML file; an odd source is one more function here, or anywhere importable.
 """
 
 import glob
-import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -20,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from lmlab.errors import UserError, disk_full, first_line, from_hub, nearest
+from lmlab.data import formats
+from lmlab.data.texts import text_paths
+from lmlab.errors import UNWRITABLE, UserError, causes, from_hub, nearest, reading
 from lmlab.runs.files import write_text
 
 if TYPE_CHECKING:
     # Imported where it is needed: a run that finds its data prepared need not wait a second for it.
     import datasets
 
+LOG = logging.getLogger(__name__)
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
-BUILDERS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
-# What reading a file that is damaged, or of another kind than its name says, may raise.
-UNREADABLE = (ValueError, OSError, EOFError, zlib.error, StopIteration)
 
 
 class Corpus:
@@ -137,10 +136,12 @@ def load_files(
     text: str = "text",
     validation: str | Sequence[str] | None = None,
     document: str = "file",
+    delimiter: str | None = None,
 ) -> Corpus:
-    """Local files: txt, jsonl, json, csv, each also gzipped (`.gz`), and parquet.
+    """Local files: txt, jsonl, json, csv, tsv, each also gzipped (`.gz`), and parquet.
 
-    Line ends of plain text files become single line feeds.
+    Line ends of plain text files become single line feeds. A json file is a list of records or of texts, or an
+    object with one list of records in it, whatever its name.
 
     Args:
         train: a path or glob, or a list of them; may be left out where only `validation` is of use.
@@ -148,6 +149,8 @@ def load_files(
         validation: the same as `train`; without it a share of `train` is held out.
         document: what one document of a plain text file is: `file`, `line` or
             `paragraph` (separated by a blank line).
+        delimiter: the character between the columns of a csv file; None for the one by which
+            its first line has the column of the text.
     """
     import datasets
 
@@ -159,27 +162,30 @@ def load_files(
     files = {part: find(patterns, part) for part, patterns in named.items() if patterns is not None}
     if not files:
         raise UserError("no file is named: add data.train=… or data.validation=… to the command.")
-    both = sorted(set(files.get("train", [])) & set(files.get("validation", [])))
-    if both:
-        raise UserError(f"{both[0]} is named by data.train and by data.validation: it would be trained on.")
     everything = [file for part in files.values() for file in part]
-    builder = builder_for(everything)
+    builder = formats.builder_for(everything)
+    kind = [builder, document]
     options: dict[str, Any] = {}
     if builder == "text":
         options = {"sample_by": SAMPLE_BY[document], "encoding": "utf-8-sig"}
     elif builder == "csv":
-        options = {"na_filter": False}  # "NA" is a text, no missing value
+        found = formats.delimiter_of(everything, text, delimiter)
+        options = {"sep": found, "na_filter": False}  # "NA" is a text, no missing value
+        kind += [found] if found != "," else []
     seen = [identity(file) for file in everything]
     places = {part: [str(file.absolute()) for file in found] for part, found in files.items()}
-    memo = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{fingerprint(builder, document, places)}.json"
+    memo = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{fingerprint(*kind, places)}.json"
     known = remembered(memo, seen)
     digests = dict(zip(everything, known or [digest(file) for file in everything], strict=True))
+    refuse_copies(files, digests)
     contents = {part: [digests[file] for file in found] for part, found in files.items()}
-    source = fingerprint("files", builder, document, contents)
+    source = fingerprint("files", *kind, contents)
 
     @cache
     def read() -> "dict[str, datasets.Dataset]":
-        loaded = read_files(builder, files, source, options)
+        if delimiter is None and options.get("sep", ",") != ",":
+            LOG.info("%s: %s divides the columns (data.delimiter).", everything[0], formats.DELIMITERS[options["sep"]])
+        loaded = read_files(builder, files, text, source, options)
         for file, before in zip(everything, seen, strict=True):
             if identity(file) != before:
                 raise UserError(f"{file} has changed since this began. Start again.")
@@ -193,29 +199,42 @@ def load_files(
 
 
 def read_files(
-    builder: str, files: dict[str, list[Path]], source: str, options: dict[str, Any]
+    builder: str, files: dict[str, list[Path]], text: str, source: str, options: dict[str, Any]
 ) -> "dict[str, datasets.Dataset]":
     """The records of files, of which `source` is a hash."""
     import datasets
 
     datasets.disable_progress_bars()
-    names = {part: [glob.escape(str(file)) for file in found] for part, found in files.items()}
     # Where `datasets` keeps what it read, by content: its own key is path and time, which a copy can keep.
-    cache_dir = str(Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}")
+    cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
+    read = {file: file for part in files.values() for file in part}
+    if builder != "parquet":
+        for file in read:
+            formats.check_is_text(file)
+            if formats.ending(file) == ".json":
+                read[file] = formats.unwrapped(file, text, cache_dir)
+    names = {part: [glob.escape(str(read[file])) for file in found] for part, found in files.items()}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is said below, once
     try:
-        loaded = datasets.load_dataset(builder, data_files=names, cache_dir=cache_dir, **options)
+        loaded = datasets.load_dataset(builder, data_files=names, cache_dir=str(cache_dir), **options)
         for records in loaded.values():
             for kept in records.cache_files:
                 # Not by its mapping: all of the file would count as memory of this process.
                 with pa.OSFile(kept["filename"]) as stream:
                     for batch in pa.ipc.open_stream(stream):
                         batch.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
-    except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
-        if disk_full(error):
-            raise
-        everything = [file for part in files.values() for file in part]
-        raise UserError(fault(everything, builder) or reason(deepest(error))) from error
+    except (datasets.exceptions.DatasetGenerationError, *formats.UNREADABLE) as error:
+        *_, deepest = causes(error)
+        for cause in causes(error):
+            if isinstance(cause, OSError) and cause.errno in UNWRITABLE:  # of the cache, which was written to
+                raise cause from None
+        raise UserError(formats.fault(read, builder, text, options) or formats.reason(deepest)) from error
+    features = next(iter(loaded.values())).features
+    # To newer versions of `datasets`, a column of strings and numbers is one of anything.
+    if builder == "json" and text.split(".")[0] in features and text not in text_paths("", features):
+        mixture = formats.mixed(read, text)
+        if mixture:
+            raise UserError(mixture)
     return loaded
 
 
@@ -259,11 +278,12 @@ def find(patterns: str | Sequence[str], part: str) -> list[Path]:
         raise UserError(f"data.{part} is a path, a glob, or a list of them, not {patterns}.")
     found: list[Path] = []
     for pattern in map(os.path.expanduser, given):
-        if Path(pattern).is_dir():
-            raise UserError(f"data.{part}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
-        # A file's own name may hold the signs of a glob.
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        with reading(pattern):
+            if Path(pattern).is_dir():
+                raise UserError(f"data.{part}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
+            # A file's own name may hold the signs of a glob.
+            matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+            files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise UserError(f'data.{part}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
         found += [file for file in files if file not in found]
@@ -272,76 +292,19 @@ def find(patterns: str | Sequence[str], part: str) -> list[Path]:
     return found
 
 
-def ending(file: Path) -> str:
-    """`.txt` of `a.txt` and of `A.TXT.gz`."""
-    return Path(file.name.removesuffix(".gz")).suffix.lower()
-
-
-def builder_for(files: list[Path]) -> str:
-    """The reader for these files, by their ending."""
-    endings = {ending(file) for file in files}
-    unknown = endings - BUILDERS.keys()
-    if unknown or len({BUILDERS[ending] for ending in endings}) > 1:
-        raise UserError(
-            f"data files end in {', '.join(sorted(endings - {''})) or 'nothing'}; "
-            f"they must all be of one kind: {', '.join(BUILDERS)} (or these with .gz)."
-        )
-    return BUILDERS[endings.pop()]
-
-
 def digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fault(files: list[Path], builder: str) -> str | None:
-    """The first fault in the files, in words: where one is no UTF-8, malformed or damaged."""
-    import datasets
-
-    for file in files:
-        number = 1
-        try:
-            if builder != "parquet":
-                with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-                    for number, line in enumerate(stream, 1):
-                        text = line.decode("utf-8").rstrip()
-                        if ending(file) == ".jsonl" and text and not isinstance(json.loads(text), dict):
-                            return f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is."
-                    if ending(file) == ".json":
-                        number = 1
-                        stream.seek(0)
-                        json.loads(stream.read())
-            # What is still wrong shows when the file is read alone.
-            datasets.load_dataset(builder, data_files=glob.escape(str(file)))
-        except UnicodeDecodeError as error:
-            return (
-                f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
-                "Convert it first, such as by iconv -f latin1 -t utf-8."
-            )
-        except json.JSONDecodeError as error:
-            return (
-                f"{file}, line {number + error.lineno - 1}: malformed JSON ({error.msg} at column {error.colno}).\n"
-                "Mend that line, or leave the file out."
-            )
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            return f"{file}: not a whole gzip file ({error}). Get it again, or leave it out."
-        except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
-            return f"{file}: {reason(deepest(error))} Mend it, or leave it out."
-    return None
-
-
-def deepest(error: BaseException) -> BaseException:
-    """The error that an error came from."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return error
-
-
-def reason(error: BaseException) -> str:
-    """Why files could not be read, in words."""
-    import datasets
-
-    if isinstance(error, datasets.table.CastError):
-        here, there = (", ".join(sorted(names)) for names in (error.table_column_names, error.requested_column_names))
-        return f"the data files differ in their columns: {here} in one, {there} in another. Name files of one form."
-    return "no record." if isinstance(error, StopIteration) else f"could not be read: {first_line(error).rstrip('.!')}."
+def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) -> None:
+    """Refuse a validation file that has the content of a training file."""
+    nothing = hashlib.sha256().hexdigest()
+    trained_on = {digests[file]: file for file in files.get("train", []) if digests[file] != nothing}
+    copies = [file for file in files.get("validation", []) if digests[file] in trained_on]
+    if copies:
+        more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
+        raise UserError(
+            f"data.train={trained_on[digests[copies[0]]]} and data.validation={copies[0]} have the same content{more}: "
+            "it would be trained on.\nName others, or leave data.validation out to hold out a share of data.train."
+        )

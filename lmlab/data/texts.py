@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 RECORDS_AT_ONCE = 100
 BYTES_AT_ONCE = 2**22  # Fewer records where each is long.
+KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
 VIEWS = {"replace_schema_metadata", "select", "slice"}  # What leaves a table in its file.
 
 
@@ -78,6 +79,17 @@ def texts_at(value: Any, path: list[str]) -> Iterator[str]:
         yield value
     else:
         raise TypeError
+
+
+def forms(value: Any, path: list[str]) -> Iterator[str]:
+    """What is found where `texts_at` looks for texts, in words; nothing for what is missing or empty."""
+    if isinstance(value, list):
+        for item in value:
+            yield from (f"{form} in a list" for form in forms(item, path))
+    elif path and isinstance(value, dict):
+        yield from forms(value.get(path[0]), path[1:])
+    elif value is not None:
+        yield KINDS[type(value)] + (" in place of an object" if path else "")
 
 
 def no_such_text(records: "Dataset", path: str) -> UserError:

@@ -1,5 +1,6 @@
 """What a run says on the terminal: the ledger before it, a short table after it."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -8,17 +9,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+LOG = logging.getLogger(__name__)
+
 
 def show_ledger(ledger: Mapping[str, Any]) -> None:
-    """One row per split: a dataclass of counts."""
+    """One row per split, and what in it gives reason to doubt a metric."""
     columns = [field.name for field in fields(next(iter(ledger.values())))]
     table = Table(title="Ledger", title_justify="left")
     table.add_column("split")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for name, counts in ledger.items():
-        table.add_row(name, *(f"{asdict(counts)[column]:,}" for column in columns))
+        table.add_row(name, *("" if count is None else f"{count:,}" for count in asdict(counts).values()))
     console().print(table)
+    warn_of(ledger)
+
+
+def warn_of(ledger: Mapping[str, Any]) -> None:
+    """Say what in a `Ledger` of each split gives reason to doubt a metric."""
+    for split, counts in ledger.items():
+        for doubt in counts.doubts(split):
+            LOG.warning("%s", doubt)
 
 
 def show_result(rows: Mapping[str, str], title: str = "Result") -> None:

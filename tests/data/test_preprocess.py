@@ -7,7 +7,8 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lmlab.data.sources import Corpus, load_files
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 
-from ..conftest import blocks_of
+from ..conftest import TINY, blocks_of
 
 HARD = [
     "plain words",
@@ -105,7 +106,7 @@ def test_lossless(run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBa
         lengths = [len(block) for block in blocks]
         assert set(lengths[:-1]) <= {block_size}
         assert 1 <= lengths[-1] <= block_size
-        assert ledger.documents == len(texts)
+        assert (ledger.records, ledger.records_without_text, ledger.documents) == (len(texts), 0, len(texts))
         assert ledger.bytes == sum(len(text.encode()) for text in texts)
         assert (ledger.tokens, ledger.blocks) == (sum(lengths), len(lengths))
         assert ledger.tokens_dropped == ledger.tokens_truncated == 0
@@ -137,6 +138,7 @@ def test_ledger(run: Callable[..., Prepared]) -> None:
         counts = [len(text.split()) + 2 * choices["special_tokens"] for text in joined]
         kept = [min(count, 9) if choices["truncation"] else count for count in counts]
         ends = sum(count > 0 for count in counts) if choices["end_of_text"] else 0
+        assert (ledger.records, ledger.records_without_text) == (len(texts), sum(not row for row in texts))
         assert ledger.documents == len(joined)
         assert ledger.bytes == sum(len(text.encode()) for text in joined)
         assert ledger.tokens == sum(counts) + ends
@@ -171,6 +173,73 @@ def test_calls_of_the_tokenizer(
     monkeypatch.setattr(preprocess, "DOCUMENTS_PER_CALL", 7)
     again = run(corpus_of(texts, texts, "another")).train
     np.testing.assert_array_equal(np.concatenate(list(again)), whole)
+
+
+# --- What gives reason to doubt a metric ---
+
+
+def test_records_without_a_text(run: Callable[..., Prepared]) -> None:
+    """Null, missing, or no text in a list; an empty text is a text. More than one in a hundred is worth a word."""
+    rows: list[dict] = [{"text": ""}, *({"text": f"number {i}"} for i in range(199))]
+    for without, doubts in (
+        ([{}, {"text": None}], []),
+        ([{}, {"text": None}, {"a": 1}], ["3 of the 203 train records"]),
+    ):
+        corpus = Corpus(Dataset.from_list([*rows, *without]), Dataset.from_list(rows), "text", f"{without}")
+        ledger = run(corpus).ledger["train"]
+        counts = (ledger.records, ledger.records_without_text, ledger.documents)
+        assert counts == (200 + len(without), len(without), 200)
+        wanted = [f"{doubt} have no text at data.text: it is null or missing, or an empty list." for doubt in doubts]
+        assert list(ledger.doubts("train")) == wanted
+    lists = Dataset.from_dict({"a": [{"text": ["x", "y"]}, {"text": []}, None, {"text": [None]}, {"text": [None, ""]}]})
+    ledger = run(Corpus(lists, lists, "a.text", "lists")).ledger["validation"]
+    assert (ledger.records, ledger.records_without_text, ledger.documents) == (5, 3, 3)
+    for join in (None, " "):
+        with pytest.raises(UserError, match=r"none of the 2 train records has a text.*\n.*data\.text="):
+            run(Corpus(lists.select([1, 2]), lists, "a.text", f"none {join}"), join=join)
+
+
+@pytest.mark.parametrize("join", [None, "\n"])
+def test_documents_in_the_training_text(run: Callable[..., Prepared], join: str | None) -> None:
+    """Whole documents, as the choices make them of records; whatever the source, and also where it has no split."""
+    texts = [f"a text of its own, and not too short, with the number {i} in it" for i in range(300)]
+    known = [f"Before. {texts[0]} After.", texts[1], texts[2][:-1] + "~"]
+    corpus = corpus_of([[text] for text in [*known, *texts[100:]]], [[text] for text in texts[:100]], f"{join}")
+    ledger = run(corpus, join=join).ledger
+    assert (ledger["train"].documents_in_training, ledger["validation"].documents_in_training) == (None, 2)
+    assert not list(ledger["train"].doubts("train"))
+    assert [*ledger["validation"].doubts("validation")] == [
+        "2 of the 100 validation documents occur whole in the training text, which flatters the metric. "
+        "Leave them out of one of the two."
+    ]
+    twice = run(corpus_of([[text] for text in texts * 2], None, f"twice {join}"), join=join).ledger["validation"]
+    assert 40 < twice.documents_in_training < twice.documents == 60  # some have their like in the same split
+    # Joined, the texts of a record are one document.
+    corpus = corpus_of([texts[:2]], [texts[1:3], texts[:2], texts[:1]], f"pairs {join}")
+    assert run(corpus, join=join).ledger["validation"].documents_in_training == (4 if join is None else 2)
+
+
+def test_commands_say_it(
+    train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once for a run, and for an evaluation what concerns it; and the run's ledger keeps it."""
+    rows = [{"text": f"a text of its own, and not too short, with the number {i} in it"} for i in range(60)]
+    for name, part in (("train", rows), ("held", [*rows[:1], *rows[40:], {"text": None}])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    held_out = ["data=files", f"data.validation={tmp_path}/held.jsonl"]
+    run = train(*TINY, *held_out, f"data.train={tmp_path}/train.jsonl")
+    said, alike = "1 of the 22 validation records have no text", "21 of the 21 validation documents occur whole"
+    shown = capsys.readouterr().out
+    assert (shown.count(said), shown.count(alike)) == (1, 1)
+    assert (run / "train.log").read_text().count(alike) == 1
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert (ledger["train"]["documents_in_training"], ledger["train"]["records_without_text"]) == (None, 0)
+    assert (
+        ledger["validation"].items() >= {"documents_in_training": 21, "records": 22, "records_without_text": 1}.items()
+    )
+    evaluate(f"model={run}", *held_out)
+    shown = "".join(capsys.readouterr())
+    assert (shown.count(said), shown.count(alike)) == (1, 0)
 
 
 # --- Blocks ---
@@ -406,7 +475,7 @@ def test_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_key_of_tokens(run: Callable[..., Prepared], tmp_path: Path) -> None:
     """Every choice that decides the tokens, the data, the path of the text and the tokenizer make entries of their own.
 
-    One entry holds one split.
+    One entry holds one split, and one more what the two have in common, which no tokenizer changes.
     """
     assert OTHER.keys() == {field.name for field in fields(Preprocessing)}
     assert all(OTHER[key] != value for key, value in asdict(Preprocessing(block_size=8)).items())
@@ -415,14 +484,21 @@ def test_key_of_tokens(run: Callable[..., Prepared], tmp_path: Path) -> None:
     # How the tokens are cut is decided when they are read.
     for cut in CUTS:
         run(corpus_of(texts), **{cut: OTHER[cut]})
-        assert len(entries(tmp_path)) == 2
-    calls = [lambda key=key: run(corpus_of(texts), **{key: OTHER[key]}) for key in OTHER.keys() - CUTS]
-    calls.append(lambda: run(corpus_of(texts, fingerprint="changed")))
-    calls.append(lambda: run(Corpus(Dataset.from_dict({"other": texts}), None, "other", "texts")))
-    calls.append(lambda: run(corpus_of(texts), bpe(texts, vocab_size=260)))
-    for number, call in enumerate(calls, 2):
-        call()
-        assert len(entries(tmp_path)) == 2 * number
+        assert len(entries(tmp_path)) == 3
+
+    def entry(key: str) -> None:
+        run(corpus_of(texts), **{key: OTHER[key]})
+
+    both = {key: partial(entry, key) for key in ("join", "test_size", "split_seed", "max_records")}
+    both["data"] = lambda: run(corpus_of(texts, fingerprint="changed"))
+    both["text"] = lambda: run(Corpus(Dataset.from_dict({"other": texts}), None, "other", "texts"))
+    tokens = {key: partial(entry, key) for key in OTHER.keys() - CUTS - both.keys()}
+    tokens["tokenizer"] = lambda: run(corpus_of(texts), bpe(texts, vocab_size=260))
+    for calls, made in ((both, 3), (tokens, 2)):
+        for name, call in calls.items():
+            before = entries(tmp_path)
+            call()
+            assert len(entries(tmp_path) - before) == made, name
 
 
 def test_another_cut_of_what_is_kept(
@@ -457,7 +533,8 @@ def test_an_evaluation_reads_what_a_run_kept(
         part = prepare_validation(corpus_of(texts), choices, tokenizer, tmp_path)
     assert entries(tmp_path) == kept
     assert part.train is None
-    assert part.ledger == {"validation": whole.ledger["validation"]}
+    # It does not read the training text, so it can't say what of it is held out.
+    assert part.ledger == {"validation": replace(whole.ledger["validation"], documents_in_training=None)}
     assert (part.validation.ids, part.validation.hash) == (whole.validation.ids, whole.validation.hash)
     np.testing.assert_array_equal(part.validation.tokens, whole.validation.tokens)
     np.testing.assert_array_equal(part.bounds, whole.bounds)
@@ -573,13 +650,13 @@ def test_leftovers_of_a_killed_writer(
     elsewhere = tmp_path / "elsewhere"
     wanted = prepare(corpus_of(texts), Preprocessing(block_size=8), lambda texts: tokenizer, None, elsewhere)
     names = entries(elsewhere)
-    assert len(names) == 2
+    assert len(names) == 3
     for name in names:
-        partial = tmp_path / f".{name}.partial"
-        partial.mkdir()
-        for half in ("train.tokens", "validation.spans"):
-            (partial / half).write_bytes(b"half")
-        (partial / "extra").write_bytes(b"")
+        beside = tmp_path / f".{name}.partial"
+        beside.mkdir()
+        for half in ("train.tokens", "validation.spans", "documents"):
+            (beside / half).write_bytes(b"half")
+        (beside / "extra").write_bytes(b"")
     made = run(corpus_of(texts))
     assert entries(tmp_path) == {*names, "elsewhere"}
     for name in names:

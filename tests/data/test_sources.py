@@ -76,6 +76,63 @@ def test_records(name: str, write: Callable[[list[dict]], bytes], tmp_path: Path
     assert corpus.validation is None
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_json_in_an_object(name: str, indent: int | None, tmp_path: Path) -> None:
+    """The one list of records in an object is what such a file holds, unless the object is a record itself."""
+    rows = [{"body": text, "number": "7", "tags": [{"a": 1}]} for text in TEXTS]
+    both = [{"version": "1.1", "counts": [1, 2], "empty": [], "data": part} for part in (rows, rows[:2])]
+    record = {"title": "t", "answers": [{"body": text} for text in TEXTS]}
+    for folder, content in zip(("a", "b", "c"), (*both, record), strict=True):
+        (tmp_path / folder).mkdir()
+        packed = json.dumps(content, indent=indent).encode() + b"\n\n"
+        (tmp_path / folder / name).write_bytes(gzip.compress(packed) if name.endswith(".gz") else packed)
+    corpus = load_files(f"{tmp_path}/[ab]/{name}", text="body", validation=f"{tmp_path}/c/{name}")
+    assert corpus.train[:]["body"] == TEXTS + TEXTS[:2]
+    assert texts(corpus) == TEXTS + TEXTS[:2]
+    for column in ("number", "tags"):
+        assert corpus.train[column][0] == rows[0][column]
+    assert load_files(f"{tmp_path}/c/{name}", text="answers.body").train["title"][:] == ["t"]
+
+
+@pytest.mark.parametrize(
+    "content", [json.dumps(TEXTS), json.dumps(TEXTS, indent=1), as_jsonl([{"text": "a"}]).decode()]
+)
+def test_json_of_texts_or_lines(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert texts(load_files(str(tmp_path / "a.json"))) == (TEXTS if content.startswith("[") else ["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "given", "wanted"),
+    [
+        ("a.csv", "id;text\n1;words, more\n", None, "words, more"),
+        ("a.csv.gz", "id;text\n1;words, more\n", None, "words, more"),
+        ("a.csv", 'id\ttext\n1\t"words\n; more"\n', None, "words\n; more"),
+        ("a.tsv", "text\tlength, in words\nwords, more\t2\n", None, "words, more"),
+        ("a.csv", "a|text\nx|words; more\n", None, "words; more"),
+        # By its name the column of the text is known, also where more columns could be made.
+        ("a.csv", '"text";"a, b, c"\n"words, more";1\n', None, "words, more"),
+        ("a.csv", "text,a;b;c\nwords; more,1\n", None, "words; more"),
+        ("a.csv", "text\nwords\n", None, "words"),
+        ("a.csv", "a;text\n1;words, more\n", ";", "words, more"),
+        ("a.csv", "a\ttext\n1\twords, more\n", "\\t", "words, more"),
+        ("a.csv", "a~text\n1~words, more\n", "~", "words, more"),
+        ("a.tsv", "a,text\n1,words\n", ",", "words"),
+    ],
+)
+def test_delimiter(
+    name: str, content: str, given: str | None, wanted: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    with caplog.at_level("INFO", "lmlab"):
+        corpus = load_files(str(tmp_path / name), delimiter=given)
+    assert texts(corpus) == [wanted]
+    # It is said where it is not what one would think.
+    comma = content.startswith("text,") or content == "text\nwords\n"
+    assert ("divides the columns (data.delimiter)" in caplog.text) == (given is None and not comma)
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.text", "a.TXT", "a.txt.gz"])
 @pytest.mark.parametrize(
     ("document", "wanted"),
@@ -178,6 +235,12 @@ def test_fingerprint_is_of_content(tmp_path: Path) -> None:
         load_files(str(two), validation=str(one)),
     ]
     assert len({first, *(corpus.fingerprint for corpus in others)}) == 7
+
+    table = tmp_path / "a.csv"
+    table.write_text("text;b,text\nx;c,d\n")
+    read = [load_files(str(table), delimiter=delimiter) for delimiter in (",", ";", None)]
+    assert [texts(corpus) for corpus in read] == [["d"], ["x"], ["d"]]
+    assert read[2].fingerprint == read[0].fingerprint != read[1].fingerprint
 
 
 def test_changed_file(tmp_path: Path) -> None:
