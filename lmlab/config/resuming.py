@@ -12,33 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config.check import world
 from lmlab.config.compose import CONF, dotted, explain
 from lmlab.errors import UserError, nearest
+from lmlab.runs.choices import MACHINERY, flat, said, under
 from lmlab.training import launch
 
-# Blocks and keys that change how and how far a run goes, not what it is.
-MACHINERY = (
-    "run_dir",
-    "cache_dir",
-    "debug",
-    "profile",
-    "num_workers",
-    "compile",
-    "activation_checkpointing",
-    "loss_rows",
-    "attention",
-    "callbacks",
-    "logger",
-    "trainer.accelerator",
-    "trainer.accumulate_grad_batches",
-    "trainer.devices",
-    "trainer.log_every_n_steps",
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.val_check_interval",
-)
+CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
+"""Keys and blocks that a run that goes on may change: beside how it runs, its length, and what watches and keeps it."""
 # Those that a run that goes on may choose another of.
 GROUPS = ("trainer", "callbacks", "logger")
+NOT_THERE = "not there"
 # What another `trainer=` brings to a run that has one: where it runs.
 PLACES = ("accelerator", "devices", "num_nodes", "strategy")
 
@@ -119,11 +100,11 @@ def check_same(cfg: DictConfig, kept: DictConfig) -> None:
     Raises:
         UserError: names the keys.
     """
-    now, then = values(cfg), values(moved(kept, Path(cfg.run_dir)))
+    now, then = (flat(OmegaConf.to_container(one)) for one in (cfg, moved(kept, Path(cfg.run_dir))))
     changed = [
-        f"{key}={now.get(key, 'not there')} (it was {then.get(key, 'not there')})"
+        f"{key}={said(now.get(key, NOT_THERE))} (it was {said(then.get(key, NOT_THERE))})"
         for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and not any(key == m or key.startswith(f"{m}.") for m in MACHINERY)
+        if now.get(key) != then.get(key) and not under(key, CHANGEABLE)
     ]
     if changed:
         raise UserError(
@@ -131,16 +112,6 @@ def check_same(cfg: DictConfig, kept: DictConfig) -> None:
             "Choose another directory by hydra.run.dir=DIR; "
             "to begin there with this run's weights: model=pretrained model.name=RUN/model"
         )
-
-
-def values(cfg: DictConfig) -> dict[str, Any]:
-    """The values of a config, by their dotted names."""
-    found = {}
-    for key in dotted(cfg):
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, DictConfig):
-            found[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return found
 
 
 def settle_width(cfg: DictConfig, kept: DictConfig | None = None) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ import numpy as np
 
 from lmlab.errors import UserError
 from lmlab.evaluation.records import Records, read
+from lmlab.runs.choices import chosen, said
 from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
 FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
 CELLS = 2**20  # replicates × documents that are held at once
-# What says where and how a run ran, not what it was.
-MACHINERY: tuple[str, ...] = ("run_dir", "cache_dir", "num_workers", "debug", "logger")
-MACHINERY += ("callbacks.progress", "callbacks.samples", "callbacks.pruning")
 
 
 @dataclass(frozen=True)
@@ -117,38 +116,12 @@ def check_comparable(runs: Sequence[Records]) -> None:
             )
 
 
-def said(value: Any) -> str:
-    """A value of a config for people."""
-    return "null" if value is None else str(value)
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config by its dotted keys."""
-    if not isinstance(config, dict):
-        return {prefix: config}
-    return {
-        name: value
-        for key, inner in config.items()
-        for name, value in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
 def choices_of(run: Records) -> dict[str, Any]:
     """What was chosen for the evaluated run, by dotted keys; the model's name where it is no run of lmlab."""
     trained, measured = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
     if trained is None:
         return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | measured
     return chosen(trained["config"]) | measured
-
-
-def chosen(config: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen for a run, by dotted keys; places inside of it by what follows its own."""
-    place = config["run_dir"]
-    return {
-        key: value.removeprefix(place) if f"{value}/".startswith(f"{place}/") else value
-        for key, value in flat(config).items()
-        if not any(f"{key}.".startswith(f"{machinery}.") for machinery in MACHINERY)
-    }
 
 
 def sides_of(runs: Sequence[Records]) -> list[Side]:
@@ -158,25 +131,36 @@ def sides_of(runs: Sequence[Records]) -> list[Side]:
         groups.setdefault(repr(sorted((choices_of(run) | {"seed": None}).items())), []).append(run)
     together = list(groups.values()) if len(groups) > 1 else [[run] for run in runs]
     for group in together:
-        seen: dict[str, Records] = {}
-        for run in group:
-            other = seen.setdefault(run.certificate["weights_hash"], run)
-            if other is not run:
+        for one, other in combinations(group, 2):
+            same = same_draw(one, other)
+            if same:
                 raise UserError(
-                    f"{other.place} and {run.place} are evaluations of the same weights: as runs of several seeds "
+                    f"{one.place} and {other.place} are evaluations of the same {same}: as runs of several seeds "
                     "they would count twice.\nLeave one of them out."
                 )
     keys = differing([Side("", group) for group in together])
-    return [Side(side_name(keys, i, group), group) for i, group in enumerate(together)]
+    names = [side_name(keys, i, group) for i, group in enumerate(together)]
+    if len(set(names)) < len(names):  # what they differ in is machinery
+        names = [side_name({}, i, group) for i, group in enumerate(together)]
+    return [Side(name, group) for name, group in zip(names, together, strict=True)]
+
+
+def same_draw(one: Records, other: Records) -> str | None:
+    """What two runs of one configuration share that makes them a single draw of its seed; None if nothing."""
+    if one.certificate["weights_hash"] == other.certificate["weights_hash"]:
+        return "weights"
+    trained = [run.certificate["run"] for run in (one, other)]
+    seeds = [run["config"].get("seed") for run in trained if run]
+    return "seed" if len(seeds) == 2 and seeds[0] == seeds[1] is not None else None
 
 
 def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
     """The keys in which the sides' configs differ, and the value of each side; None where one has no such key."""
     choices = [choices_of(side.runs[0]) for side in sides]
     if any(len(side.runs) > 1 for side in sides):
-        choices = [{key: value for key, value in chosen.items() if key != "seed"} for chosen in choices]
-    keys = dict.fromkeys(key for chosen in choices for key in chosen)
-    values = {key: [chosen.get(key) for chosen in choices] for key in keys}
+        choices = [{key: value for key, value in of_side.items() if key != "seed"} for of_side in choices]
+    keys = dict.fromkeys(key for of_side in choices for key in of_side)
+    values = {key: [of_side.get(key) for of_side in choices] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.comparing import choices_of, chosen
+from lmlab.evaluation.comparing import choices_of
 from lmlab.evaluation.records import Records, read
+from lmlab.runs.choices import MACHINERY, chosen, under
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import rows
 from lmlab.runs.states import ENDED, State, state_of
@@ -254,7 +255,7 @@ def as_far_as_whole(file: Path, right: Callable[[dict], bool], faults: list[str]
 def chosen_by(overrides: Sequence[str]) -> dict[str, Any]:
     """The same of a run that has not begun: what its sweep gives it."""
     pairs = (override.lstrip("+~").partition("=") for override in overrides)
-    return {key: yaml.load(value, LOADER) for key, _, value in pairs}
+    return {key: yaml.load(value, LOADER) for key, _, value in pairs if not under(key, MACHINERY)}
 
 
 def objective_of(evaluation: Records) -> str:

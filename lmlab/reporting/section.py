@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lmlab.evaluation.comparing import said
 from lmlab.reporting import figures
 from lmlab.reporting.figures import Figure, Key
 from lmlab.reporting.finals import BEST, Final, finals
 from lmlab.reporting.gather import Group
 from lmlab.reporting.reading import SPLITS, Run, number
 from lmlab.reporting.words import brief, duration, figure, file_name, letter, next_command, shortened
+from lmlab.runs.choices import said
 from lmlab.runs.states import ENDED
 
 FILE_POINTS = 4000

@@ -135,8 +135,12 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
             config = {
                 "seed": seed,
                 "optim": {"lr": lr},
+                # How they ran is no choice of what they are.
+                **{"profile": seed == 1, "compile": seed == 2, "loss_rows": 64 * seed, "num_workers": seed},
+                "trainer": {"precision": "32-true", "devices": seed, "accumulate_grad_batches": seed},
                 "callbacks": {
                     "best": {"dirpath": f"{tmp_path}/{lr}/{seed}/x"},
+                    "checkpoints": {"keep_best": 1, "every_steps": seed},
                     "end": {"run_dir": f"{tmp_path}/{lr}/{seed}"},
                 },
             }
@@ -221,14 +225,26 @@ def test_other_documents(write: Write) -> None:
         comparing.check_comparable([one, records.Records(other.place, other.certificate, table)])
 
 
-def test_the_same_weights_twice_are_no_two_seeds(write: Write) -> None:
+@pytest.mark.parametrize("same", ["weights", "seed"])
+def test_one_draw_twice_is_no_two_seeds(write: Write, same: str) -> None:
+    hashed, seed = {"weights": ({"weights_hash": "same"}, 2), "seed": ({}, 1)}[same]
     runs = [
-        write("a", np.ones(40), config={"seed": 1, "lr": 1}, weights_hash="same"),
-        write("b", np.ones(40), config={"seed": 2, "lr": 1}, weights_hash="same"),
-        write("c", np.ones(40), config={"seed": 1, "lr": 2}),
+        write("a", np.ones(40), config={"seed": 1, "lr": 1, "compile": False}, **hashed),
+        write("b", np.ones(40), config={"seed": seed, "lr": 1, "compile": True}, **hashed),
+        write("c", np.ones(40), config={"seed": 1, "lr": 2, "compile": False}),
     ]
-    with pytest.raises(UserError, match="would count twice"):
+    with pytest.raises(UserError, match=f"the same {same}: .* they would count twice"):
         comparing.sides_of(runs)
+
+
+def test_precision_is_a_difference(write: Write) -> None:
+    runs = [write(kind, np.ones(40), config={"seed": 1, "trainer": {"precision": kind}}) for kind in ("32", "bf16")]
+    assert [side.name for side in comparing.sides_of(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
+
+
+def test_runs_that_differ_in_machinery_alone_go_by_their_directories(write: Write) -> None:
+    runs = [write(name, np.ones(40), config={"seed": 1, "compile": name == "a"}) for name in "ab"]
+    assert [Path(side.name).name for side in comparing.sides_of(runs)] == ["a", "b"]
 
 
 def test_directories(write: Write, tmp_path: Path) -> None:

@@ -273,6 +273,7 @@ def test_seeds_only_are_one_row(trained: dict[str, Path], tmp_path: Path) -> Non
     for seed in (1, 2, 3):
         # Whole numbers may be written as such or not.
         changes = {"seed": seed, "optim.weight_decay": 0 if seed == 1 else 0.0}
+        changes |= {"profile": seed == 2, "trainer.devices": seed, "trainer.accumulate_grad_batches": 4 - seed}
         made(trained["clm"], tmp_path / "runs" / str(seed), changes, 1 + seed / 100)
     run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
     (row,) = table(tmp_path / "out" / "clm_finals.csv")
