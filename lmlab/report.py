@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write the report, and print the best runs and where it is."""
+    """Write the report, and print what it decides and where it is."""
     from lmlab.reporting import page
     from lmlab.reporting.gather import gather
     from lmlab.runs.files import from_here
@@ -51,10 +51,8 @@ def report(arguments: argparse.Namespace) -> None:
     rows = []
     for section in sections:
         states = ", ".join(f"{count} {state}" for state, count in section.states.most_common())
-        none = f"{section.unranked} finished, without an evaluation" if section.unranked else "none has finished"
-        best = (section.best[0].name, section.best[1]) if section.best else ("", none)
-        rows.append([section.title, states, *best])
-    show_rows("Runs", ["objective", "states", "best run", "its figure"], rows)
+        rows.append([section.title, states, "\n".join(section.verdict)])
+    show_rows("Runs", ["objective", "states", "verdict"], rows, words=3)
     for line in unread:
         print(f"not read: {line}")
     print(f"Written to {from_here((place / 'report.html').resolve())}, with figures and tables beside it.")

@@ -21,7 +21,9 @@ from lmlab.runs.choices import chosen, said
 from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
-FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
+PAIRED = "documents"
+"""What people are told that the rows of records are: all statistics here pair and resample them."""
+FEWEST = 6  # of them; with fewer, no swap of sides is rarer than 5 in 100
 CELLS = 2**20  # replicates × documents that are held at once
 
 

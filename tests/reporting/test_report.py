@@ -203,7 +203,7 @@ def test_nothing_finished(trained: dict[str, Path], tmp_path: Path, capsys: pyte
         other.kill()
     said = capsys.readouterr().out
     assert "1 failed, 1 running" in said
-    assert "none has finished" in said
+    assert "None has finished" in said
     html = (tmp_path / "out" / "report.html").read_text()
     assert "so none is ranked" in html
     assert "metrics.jsonl ends in half a line, which is left out." in html
@@ -264,9 +264,29 @@ def test_finished_without_an_evaluation(
     (run / "certificate.json").unlink()
     run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
     said = capsys.readouterr().out
-    assert "1 finished, without an evaluation" in said
-    assert "none has finished" not in said
-    assert "1 finished, without an evaluation to rank it by" in (tmp_path / "out" / "report.html").read_text()
+    assert "1 run finished, without an evaluation to rank it by." in said
+    assert "None has finished" not in said
+    assert "1 run finished, without an evaluation to rank it by." in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_headline_is_of_configurations_not_of_a_lucky_seed(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (rate, seed, factor) in enumerate([(1e-3, 1, 1.0), (1e-3, 2, 1.02), (3e-3, 1, 0.99), (3e-3, 2, 1.2)]):
+        made(trained["clm"], tmp_path / "runs" / str(number), {"optim.lr": rate, "seed": seed}, factor)
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    best, other = table(tmp_path / "out" / "clm_finals.csv")
+    low, high = float(other["difference_low"]), float(other["difference_high"])
+    assert low < 0 < high
+    verdict = (
+        f"lr=0.001 is best in the mean: {float(best['bits_per_byte']):.4f} against {float(other['bits_per_byte']):.4f} "
+        f"bits per byte for lr=0.003, 95 % of the difference {low:+.4f} to {high:+.4f}: not decided by 2 seeds."
+    )
+    single = "The best single run is 2, lr=0.003, seed 1, with perplexity "
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert f"<strong>{verdict}</strong><br>{single}" in html
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{verdict} {single}" in said
 
 
 def test_seeds_only_are_one_row(trained: dict[str, Path], tmp_path: Path) -> None:
