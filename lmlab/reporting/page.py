@@ -26,7 +26,7 @@ from lmlab.reporting.drawing import svg_and_png
 from lmlab.reporting.finals import BEST
 from lmlab.reporting.gather import Group
 from lmlab.reporting.reading import Run
-from lmlab.reporting.section import SO_FAR, Section
+from lmlab.reporting.section import Section
 from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
 from lmlab.runs.files import read_json, write_beside, write_json, write_text
@@ -114,8 +114,7 @@ def latex(sections: Sequence[Section]) -> str:
         f"% {section.group.objective}\n"
         + as_latex(
             [head for head, _ in section.columns],
-            # The state says of which runs a figure is one so far.
-            [[" ".join(cell.text.removesuffix(SO_FAR).split()) for cell in section.cells(run)] for run in section.runs],
+            [[" ".join(cell.text.split()) for cell in section.cells(run)] for run in section.runs],
             "".join("r" if numeric else "l" for numeric in section.numeric),
         )
         for section in sections

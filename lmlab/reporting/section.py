@@ -14,11 +14,9 @@ from lmlab.reporting.reading import SPLITS, Run, number
 from lmlab.reporting.verdict import verdict
 from lmlab.reporting.words import brief, duration, figure, file_name, letter, next_command, shortened
 from lmlab.runs.choices import said
-from lmlab.runs.states import ENDED
 
 FILE_POINTS = 4000
 """Of curves, in a figure's files."""
-SO_FAR = " so far"
 KEYS = 8
 """Keys whose effect is drawn."""
 MANY = 100
@@ -340,7 +338,10 @@ class Section:
             ("", "rank" if len(self.finals) < 2 else "evaluation and rank in it"),
             ("run", "directory"),
             *((shortened(self.group.heads.get(key, key), 40), key) for key in keys),
-            (self.figure, "of the best weights on the held-out text; so far, where the run has not ended"),
+            (
+                self.figure,
+                "of the best weights on the held-out text; so far, and from which step, where the run has not ended",
+            ),
             ("bits/byte", bits_per_byte(self.figure)),
             ("state", "state"),
             ("steps", "optimizer steps"),
@@ -354,7 +355,7 @@ class Section:
         rank = self.group.ranks.get(run.name)
         apart = len(self.finals) > 1
         keys = [full for _, full in self.columns if full == "seed" or full in self.group.keys]
-        so_far = "" if run.state.name in ENDED else SO_FAR
+        so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
         perplexity, bits = run.final["perplexity"], run.final["bits_per_byte"]
         state = run.state
         of = f" of {state.steps:,}" if state.steps and state.steps != state.step else ""
@@ -406,6 +407,7 @@ class Section:
             **{key: run.chosen.get(key) for key in self.group.keys},
             name: run.final["perplexity"],
             name.replace("perplexity", "bits_per_byte"): run.final["bits_per_byte"],
+            "so_far_at_step": run.so_far_at,
             "step": run.state.step,
             "of_steps": run.state.steps,
             "tokens": run.tokens,

@@ -11,7 +11,7 @@ NAMED = 2
 """Configurations that a sentence names before it counts them."""
 
 
-def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], states: Mapping[str, int], unranked: int) -> list[str]:
+def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], statuses: Mapping[str, int], unranked: int) -> list[str]:
     """Say which configuration is best, whether that is decided, and what of the runs is not in it.
 
     A difference is decided where its 95 % interval lies above 0. Only the best and the others are set against each
@@ -20,7 +20,7 @@ def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], states: Mapping[str, i
     Args:
         kinds: of evaluations that can be compared: what their bits per byte are called, and the configurations,
             best first.
-        states: how many runs are in each.
+        statuses: how many runs are in each.
         unranked: how many have finished without an evaluation.
     """
     found = [
@@ -31,7 +31,7 @@ def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], states: Mapping[str, i
         found.append(
             f"{counted(unranked)} finished, without an evaluation to rank {'it' if unranked == 1 else 'them'} by."
         )
-    unfinished = sum(count for state, count in states.items() if state not in ENDED)
+    unfinished = sum(count for status, count in statuses.items() if status not in ENDED)
     if unfinished and not kinds and not unranked:
         found.append("None has finished, so none is ranked; what is known so far is shown.")
     elif unfinished:

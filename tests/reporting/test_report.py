@@ -211,6 +211,43 @@ def test_nothing_finished(trained: dict[str, Path], tmp_path: Path, capsys: pyte
     assert (tmp_path / "out" / "clm_validation_loss.svg").is_file()
 
 
+@pytest.mark.parametrize("status", ["stopped", "failed"])
+def test_a_run_before_its_end_is_shown_with_its_best_so_far(
+    trained: dict[str, Path], tmp_path: Path, status: str
+) -> None:
+    """Stopped, or killed while it went on after an end that it once had: its certificate is of that end.
+
+    What it began with, here lower than all that followed, is none of its weights.
+    """
+    made(trained["clm"], tmp_path / "runs" / "done", factor=1.1)
+    run = RunDirectory(made(trained["clm"], tmp_path / "runs" / "before", factor=0.9))
+    run.summary.unlink()
+    if status == "stopped":
+        run.certificate.unlink()
+        run.failure.write_text(json.dumps({"state": "stopped", "cause": "SIGINT", "message": "Stopped.", "time": ""}))
+    rises = {2: 7.0, 4: 6.0, 6: 6.5, 8: 6.5}
+    edited(
+        run.metrics,
+        lambda row: (
+            row | {"val/perplexity": math.exp(rises[row["step"]]), "val/bits_per_byte": rises[row["step"]] / 2}
+            if row["step"] in rises and "val/loss" in row
+            else row
+        ),
+    )
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    done, before = table(tmp_path / "out" / "runs.csv")
+    assert (before["run"], before["rank"], before["state"]) == ("before", "", status)
+    assert (float(before["perplexity"]), float(before["bits_per_byte"])) == (math.exp(6), 3.0)
+    assert (before["so_far_at_step"], done["so_far_at_step"], done["rank"]) == ("4", "", "1")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert ">403.43 so far, step 4</td>" in html
+    assert "1 run has not finished, and has no part in this.<br>The best single run is done, " in html
+    assert any(row["run"] == "before" for row in table(tmp_path / "out" / "clm_validation.csv"))
+    assert {row["configuration"]: row["runs"] for row in table(tmp_path / "out" / "clm_finals.csv")} == {
+        "all runs": "1"
+    }
+
+
 def test_damaged_files_are_named(trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "abc":
         made(trained["clm"], tmp_path / "runs" / name)
