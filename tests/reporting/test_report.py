@@ -20,7 +20,7 @@ from lmlab.reporting.finals import finals
 from lmlab.reporting.gather import gather
 from lmlab.runs.directory import RunDirectory
 
-from ..conftest import HOME, TINY, TINY_MLM, run_verb
+from ..conftest import HOME, TINY, TINY_MLM, Refused, run_verb
 from .synthetic import made
 
 STEPS = ["trainer.max_steps=8", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2"]
@@ -368,6 +368,24 @@ def test_into_a_folder_with_something_in_it(
     with pytest.raises(SystemExit):
         run_verb("report", tmp_path / "runs", "--out", tmp_path / "runs")
     assert "holds other things than a report" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_report_before(
+    trained: dict[str, Path], tmp_path: Path, full_disk: Path, refused: Refused
+) -> None:
+    """Nothing of a new report stays, and nothing of an earlier one goes, where there is no room for all of it."""
+    run = made(trained["clm"], tmp_path / "runs" / "a")
+    assert f"{full_disk}/new/out can't be written: No space left" in refused(
+        "report", run, "--out", full_disk / "new/out"
+    )
+    assert not list(full_disk.iterdir())
+    out = full_disk / "out"
+    out.mkdir()
+    before = {"report.json": '{"files": ["report.html", "old.svg"]}', "report.html": "old", "old.svg": "<svg/>"}
+    for name, text in before.items():
+        (out / name).write_text(text)
+    assert "No space left" in refused("report", run, "--out", out)
+    assert {file.name: file.read_text() for file in out.iterdir()} == before
 
 
 def test_where_runs_went_on_and_links(trained: dict[str, Path], tmp_path: Path) -> None:
