@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lmlab.evaluation.comparing import shown_p
 from lmlab.reporting import figures
 from lmlab.reporting.figures import Figure, Key
 from lmlab.reporting.finals import BEST, Final, finals
@@ -468,7 +469,7 @@ def final_cells(row: dict[str, Any]) -> list[Cell]:
         low, high = row[f"{name}_low"], row[f"{name}_high"]
         return "" if low is None else f"{low:{form}} to {high:{form}}"
 
-    p, low, high = row["p"], row["perplexity_low"], row["perplexity_high"]
+    low, high = row["perplexity_low"], row["perplexity_high"]
     return [
         Cell(row["configuration"]),
         Cell(str(row["runs"])),
@@ -478,7 +479,7 @@ def final_cells(row: dict[str, Any]) -> list[Cell]:
         Cell(interval("bits_per_byte", ".4f")),
         Cell("" if row["rank"] == 1 or row["difference"] is None else f"{row['difference']:+.4f}"),
         Cell(interval("difference", "+.4f")),
-        Cell("" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"),
+        Cell(shown_p(row["p"])),
     ]
 
 

@@ -158,6 +158,20 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
     assert [side.name for side in two] == ["seed=1", "seed=2"]
 
 
+@pytest.mark.parametrize(
+    ("values", "corrected"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),  # 3 × 0.01, 2 × 0.03, and 0.04 no less than the one before
+        ([0.9, None, 0.02, 0.5], [1.0, None, 0.06, 1.0]),
+        ([0.02], [0.02]),
+        ([None], [None]),
+    ],
+)
+def test_correction_for_the_number_of_pairs(values: list[float | None], corrected: list[float | None]) -> None:
+    """Holm 1979, worked by hand."""
+    assert comparing.holm(values) == [p if p is None else pytest.approx(p) for p in corrected]
+
+
 def test_the_documents_that_differ_most(write: Write) -> None:
     level = np.full(40, 1.0)
     other = level.copy()
@@ -167,7 +181,7 @@ def test_the_documents_that_differ_most(write: Write) -> None:
     rows = comparing.furthest(comparing.sides_of(runs), 2)
     assert [row["document"] for row in rows] == ["document-7", "document-20"]
     assert [row["bits_more"] for row in rows] == [pytest.approx(50), pytest.approx(-40)]
-    assert rows[0]["of_the_first"] == pytest.approx(1)
+    assert rows[0]["of_the_other"] == pytest.approx(1)
     assert rows[0]["begins"] == "Text 7"
 
 
