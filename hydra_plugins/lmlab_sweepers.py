@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.errors import UserError
 from lmlab.runs import states, sweep
+from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, held, kept_locked
 from lmlab.runs.stopping import Stopped
@@ -84,13 +85,12 @@ class Grid(Sweeper):
         Raises:
             UserError: the folder holds another one.
         """
-        from lmlab.config.resuming import GROUPS, MACHINERY
+        from lmlab.config.resuming import CHANGEABLE, GROUPS
 
         then = sweep.facts(self.folder)
         facts["kind"] = type(self).__name__.lower()
         changed = {word.lstrip("+~").partition("=")[0] for word in {*then.get("shared", shared)} ^ {*shared}}
-        free = [f"{name}." for name in (*GROUPS, *MACHINERY)]
-        own = {key for key in changed if key in fixed or not f"{key}.".startswith(tuple(free))}
+        own = {key for key in changed if key in fixed or not under(key, (*GROUPS, *CHANGEABLE))}
         own |= {name for name, value in facts.items() if then.get(name, value) != value}
         if own:
             raise UserError(

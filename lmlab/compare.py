@@ -8,16 +8,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.errors import Arguments, shown_plainly
+
+DIFFERENCE = ["difference", "95 % interval", "p"]  # columns
 
 
 def parser() -> argparse.ArgumentParser:
     p = Arguments(
         prog="python -m lmlab.compare",
-        description="Compare evaluations document by document: each with the first. "
-        "Runs that differ in their seed only are taken together.",
+        description="Compare evaluations document by document: each with the first, or with another of them. "
+        "Runs that differ only in their seed, and in where and how they ran, are taken together.",
     )
     p.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, an evaluation, or a directory of them")
+    p.add_argument(
+        "--against", default="1", metavar="ROW", help="what the others are compared with, by its number or name (1)"
+    )
+    p.add_argument("--pairs", action="store_true", help="also compare all rows with each other, p corrected for that")
     p.add_argument("--documents", type=count, default=5, help="how many of those that differ most are shown (5)")
     p.add_argument("--out", type=Path, help="where the CSV and LaTeX files go (comparisons/DATE/TIME)")
     return p
@@ -38,55 +44,85 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print the comparison, and write it as CSV and LaTeX."""
     from lmlab.evaluation import comparing
-    from lmlab.runs.files import from_here, write_text
+    from lmlab.evaluation.comparing import PAIRED
+    from lmlab.runs.choices import said
+    from lmlab.runs.files import from_here, write_out
     from lmlab.runs.summary import show_rows
     from lmlab.runs.tables import as_csv, as_latex
 
     runs = comparing.evaluations(arguments.places)
     comparing.check_comparable(runs)
     sides = comparing.sides_of(runs)
-    rows = comparing.table(sides)
-    furthest = comparing.furthest(sides, arguments.documents)
-    columns = ["", "runs", "bytes", rows[0]["figure"], "difference", "95 % interval", "p"]
+    against = comparing.row_of(sides, arguments.against)
+    reference = "the first row" if against == 0 else f"row {against + 1}"
+    rows = comparing.table(sides, against)
+    pairs = comparing.pairs(sides) if arguments.pairs else []
+    furthest = comparing.furthest(sides, arguments.documents, against)
+    columns = ["", "runs", "bytes", rows[0]["figure"], *DIFFERENCE]
+    of_pairs = ["", "from", *DIFFERENCE, "p (Holm)"]
+    files = {
+        "comparison.csv": as_csv(rows),
+        "comparison.tex": as_latex(columns, [shown(row) for row in rows]),
+        "documents.csv": as_csv(furthest),
+    }
+    if pairs:
+        files |= {
+            "pairs.csv": as_csv(pairs),
+            "pairs.tex": as_latex(of_pairs, [shown_pair(row) for row in pairs], "llrrrr"),
+        }
     place = arguments.out or Path("comparisons") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        write_text(place / "comparison.csv", as_csv(rows))
-        write_text(place / "documents.csv", as_csv(furthest))
-        write_text(place / "comparison.tex", as_latex(columns, [shown(row) for row in rows]))
-    except OSError as error:
-        raise UserError(f"{place} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
+    write_out(place, files.items(), instead_of=("pairs.csv", "pairs.tex"))
 
     several = any(len(side.runs) > 1 for side in sides)
-    documents = runs[0].certificate["totals"]["documents_scored"]
-    show_rows(f"Paired over {documents:,} documents", columns, map(shown, rows))
-    print("A difference is from the first row, and below 0 better. The interval holds what other documents", end=" ")
+    scored = runs[0].certificate["totals"]["documents_scored"]
+    show_rows(f"Paired over {scored:,} {PAIRED}", columns, map(shown, rows))
+    print(f"A difference is from {reference}, and below 0 better. The interval holds what other {PAIRED}", end=" ")
     print("and seeds would give." if several else "would give;\none run a side cannot say what another seed would.")
+    if len(rows) > 2 and not pairs:
+        print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
+    if pairs:
+        show_rows("All pairs", of_pairs, map(shown_pair, pairs), words=2)
+        print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
     keys = comparing.differing(sides)
     if keys:
         sided = ["key", *(f"row {number}" for number in range(1, len(sides) + 1))]
-        show_rows("Configs differ in", sided, ([key, *map(str, found)] for key, found in keys.items()))
-    headings = ["begins", "row", "bits more", "per byte", "of the first", "bytes"]
-    show_rows("Documents that differ most from the first row", headings, map(shown_document, furthest))
-    print(f"Written to {from_here(place.resolve())}: comparison.csv, comparison.tex, documents.csv")
+        show_rows("Configs differ in", sided, ([key, *map(said, found)] for key, found in keys.items()))
+    headings = ["begins", "row", "bits more", "per byte", f"of {reference.removesuffix(' row')}", "bytes"]
+    show_rows(f"{PAIRED.capitalize()} that differ most from {reference}", headings, map(shown_document, furthest))
+    print(f"Written to {from_here(place.resolve())}: {', '.join(files)}")
 
 
 def shown(row: dict[str, Any]) -> list[str]:
     """A row of the comparison for people."""
     spread = f" ± {row['deviation_of_seeds']:.4f}" if row["deviation_of_seeds"] is not None else ""
-    cells = [row["side"], str(row["runs"]), f"{row['bytes']:,.0f}", f"{row['value']:.4f}{spread}"]
+    return [
+        row["side"],
+        str(row["runs"]),
+        f"{row['bytes']:,.0f}",
+        f"{row['value']:.4f}{spread}",
+        *shown_difference(row),
+    ]
+
+
+def shown_pair(row: dict[str, Any]) -> list[str]:
+    """A row of the table of pairs for people."""
+    from lmlab.evaluation.comparing import shown_p
+
+    return [row["side"], row["from_side"], *shown_difference(row), shown_p(row["p_holm"])]
+
+
+def shown_difference(row: dict[str, Any]) -> list[str]:
+    """The part of a row that says how two sides differ, for people."""
+    from lmlab.evaluation.comparing import PAIRED, shown_p
+
     if row["difference"] is None:
-        return [*cells, "", "", ""]
-    difference = f"{row['difference']:+.4f}"
-    if row["p"] is None:
-        return [*cells, difference, "too few documents", ""]
-    # Of so many replicates none went as far.
-    p = "< 0.0001" if row["p"] < 0.0001 else f"{row['p']:.4f}"
-    return [*cells, difference, f"{row['low']:+.4f} to {row['high']:+.4f}", p]
+        return ["", "", ""]
+    interval = f"too few {PAIRED}" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+    return [f"{row['difference']:+.4f}", interval, shown_p(row["p"])]
 
 
 def shown_document(row: dict[str, Any]) -> list[str]:
-    per_byte = ("" if value is None else f"{value:.4f}" for value in (row["bits_per_byte"], row["of_the_first"]))
+    per_byte = ("" if value is None else f"{value:.4f}" for value in (row["bits_per_byte"], row["of_the_other"]))
     return [row["begins"], str(row["row"]), f"{row['bits_more']:+,.1f}", *per_byte, f"{row['bytes']:,}"]
 
 

@@ -7,7 +7,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.errors import Arguments, shown_plainly
 
 EXAMPLES = """\
   python -m lmlab.report multirun/2026-01-31/12-00-00       a sweep, also one that is going on
@@ -35,26 +35,21 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write the report, and print the best runs and where it is."""
+    """Write the report, and print what it decides and where it is."""
     from lmlab.reporting import page
     from lmlab.reporting.gather import gather
-    from lmlab.runs.files import from_here
+    from lmlab.runs.files import from_here, write_out
     from lmlab.runs.summary import show_rows
 
     groups, unread = gather(arguments.places)
     sections = page.sections_of(groups)
     place = arguments.out or Path("reports") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    try:
-        page.write(sections, unread, place)
-    except OSError as error:
-        raise UserError(f"{place} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
+    write_out(place, page.files(sections, unread), page.earlier(place))
     rows = []
     for section in sections:
         states = ", ".join(f"{count} {state}" for state, count in section.states.most_common())
-        none = f"{section.unranked} finished, without an evaluation" if section.unranked else "none has finished"
-        best = (section.best[0].name, section.best[1]) if section.best else ("", none)
-        rows.append([section.title, states, *best])
-    show_rows("Runs", ["objective", "states", "best run", "its figure"], rows)
+        rows.append([section.title, states, "\n".join(section.verdict)])
+    show_rows("Runs", ["objective", "states", "verdict"], rows, words=3)
     for line in unread:
         print(f"not read: {line}")
     print(f"Written to {from_here((place / 'report.html').resolve())}, with figures and tables beside it.")

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config import build, check, compose, resuming
 from lmlab.errors import UserError, first_line
 from lmlab.runs import states, sweep
+from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
@@ -131,7 +132,7 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
         raise UserError(f"{error}\n{where} tokenizer.name=PATH" if "\n" not in str(error) else str(error)) from error
     for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
         if then.get(key, getattr(data, key)) != getattr(data, key):
-            words = [w for k, w in resuming.differing(cfg, kept).items() if resuming.among(k, resuming.LOCATED)]
+            words = [w for k, w in resuming.differing(cfg, kept).items() if under(k, resuming.LOCATED)]
             raise UserError(
                 f"the {name} of {run.path} is not what the run was begun with: "
                 f"{', '.join(words) if words else 'its files have changed'}.\n"

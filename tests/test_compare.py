@@ -10,7 +10,8 @@ import pytest
 
 from lmlab import compare
 
-from .conftest import TINY
+from .conftest import TINY, Refused
+from .reporting.synthetic import made
 
 
 @pytest.fixture
@@ -33,8 +34,7 @@ def test_two_runs(train: Callable[..., Path], said: Callable[..., str], tmp_path
     assert "optim.lr=0.001" in out
     assert "Paired over 25 documents" in out
     assert "one run a side cannot say what another seed would" in out
-    with (tmp_path / "out" / "comparison.csv").open() as file:
-        first, second = csv.DictReader(file)
+    first, second = table(tmp_path / "out" / "comparison.csv")
     assert first["difference"] == ""
     assert float(second["difference"]) == pytest.approx(float(second["value"]) - float(first["value"]))
     assert float(second["low"]) <= float(second["difference"]) <= float(second["high"])
@@ -43,6 +43,52 @@ def test_two_runs(train: Callable[..., Path], said: Callable[..., str], tmp_path
     tex = (tmp_path / "out" / "comparison.tex").read_text()
     assert tex.startswith("\\begin{tabular}{lrrrrrr}")
     assert "95 \\% interval" in tex
+
+
+def table(place: Path) -> list[dict[str, str]]:
+    with place.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_pairs_and_another_row(
+    train: Callable[..., Path], said: Callable[..., str], refused: Refused, full_disk: Path, tmp_path: Path
+) -> None:
+    source = train(*TINY, run_dir=tmp_path / "source")
+    rates = {0.01: 1.0, 0.02: 1.05, 0.03: 0.97}
+    places = [made(source, tmp_path / str(rate), {"optim.lr": rate}, factor) for rate, factor in rates.items()]
+    asked = [*places, "--against", "optim.lr=0.02", "--out", tmp_path / "out"]
+    out = said(*asked, "--pairs")
+    assert "A difference is from row 2, and below 0 better." in out
+    assert "Documents that differ most from row 2" in out
+    assert "p (Holm) is corrected for the number of pairs" in out
+    rows = table(tmp_path / "out" / "comparison.csv")
+    values = [float(row["value"]) for row in rows]
+    assert [row["difference"] and float(row["difference"]) for row in rows] == [
+        pytest.approx(values[0] - values[1]),
+        "",
+        pytest.approx(values[2] - values[1]),
+    ]
+    assert {row["row"] for row in table(tmp_path / "out" / "documents.csv")} == {"1", "3"}
+    pairs = table(tmp_path / "out" / "pairs.csv")
+    assert [(row["side"][-4:], row["from_side"][-4:]) for row in pairs] == [
+        ("0.02", "0.01"),
+        ("0.03", "0.01"),
+        ("0.03", "0.02"),
+    ]
+    for row, (one, other) in zip(pairs, [(1, 0), (2, 0), (2, 1)], strict=True):
+        assert float(row["difference"]) == pytest.approx(values[one] - values[other])
+        assert float(row["low"]) < float(row["difference"]) < float(row["high"])
+        assert float(row["p_holm"]) == pytest.approx(3 * float(row["p"]))  # all as small as they can be
+        assert f"{float(row['difference']):+.4f}" in (tmp_path / "out" / "pairs.tex").read_text()
+    # Those of an earlier comparison do not stay beside another.
+    assert "Corrected for their number: --pairs" in said(*asked)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"comparison.csv", "comparison.tex", "documents.csv"}
+    for row in ("4", "0", "optim.lr=0.04"):
+        assert f"--against {row}: there is no such row." in refused("compare", *places, "--against", row)
+    # A disk with no room for all of it gets none of it.
+    (full_disk / "filler").write_bytes(b"x" * 196 * 1024)
+    assert "No space left" in refused("compare", *places, "--documents", 25, "--out", full_disk / "out")
+    assert [file.name for file in full_disk.iterdir()] == ["filler"]
 
 
 def test_bad_arguments(tmp_path: Path, said: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

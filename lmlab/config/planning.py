@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from lmlab.config import resuming, sweeping
 from lmlab.config.compose import CONF, freeze
 from lmlab.errors import UserError
+from lmlab.runs.choices import flat, said
 
 
 class Planned(NamedTuple):
@@ -125,12 +126,11 @@ def job(cfg: DictConfig) -> DictConfig:
 
 def changes(plan: Planned) -> dict[str, tuple[Any, Any]]:
     """Keys with another value than by default, with both."""
-    missing = "not there"
-    now, default = (resuming.values(cfg) for cfg in (resuming.moved(plan.cfg, plan.default.run_dir), plan.default))
-    both = {
-        key: (now.get(key, missing), default.get(key, missing)) for key in [*now, *(k for k in default if k not in now)]
-    }
-    return {key: pair for key, pair in both.items() if pair[0] != pair[1]}
+    moved = resuming.moved(plan.cfg, plan.default.run_dir)
+    now, default = (flat(OmegaConf.to_container(cfg)) for cfg in (moved, plan.default))
+    missing = resuming.NOT_THERE
+    pairs = {key: (now.get(key, missing), default.get(key, missing)) for key in now | default}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def marked(plan: Planned) -> str:
@@ -145,8 +145,3 @@ def marked(plan: Planned) -> str:
         lines.append(f"{line}   # default: {said(changed.pop(name)[1])}" if name in changed else line)
     gone = (f"# default, and not here: {key}={said(pair[1])}" for key, pair in sorted(changed.items()))
     return "\n".join([*lines, *gone])
-
-
-def said(value: Any) -> str:
-    """A value as YAML has it."""
-    return "null" if value is None else str(value)

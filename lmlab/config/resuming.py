@@ -1,6 +1,5 @@
 """A run that goes on: what of its config may change, and what its batches are at another width."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config.check import world
 from lmlab.config.compose import CONF, dotted, explain
 from lmlab.errors import UserError, nearest
+from lmlab.runs.choices import MACHINERY, flat, said, under
 from lmlab.training import launch
 
-# Blocks and keys that change how and how far a run goes, not what it is.
-MACHINERY = (
-    "run_dir",
-    "cache_dir",
-    "debug",
-    "profile",
-    "num_workers",
-    "compile",
-    "activation_checkpointing",
-    "loss_rows",
-    "attention",
-    "callbacks",
-    "logger",
-    "trainer.accelerator",
-    "trainer.accumulate_grad_batches",
-    "trainer.devices",
-    "trainer.log_every_n_steps",
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.num_nodes",
-    "trainer.strategy",
-    "trainer.val_check_interval",
-)
-# What says where things lie. What lies there is told by its hash in the manifest: it may move.
+CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
+"""Keys and blocks that a run that goes on may change: beside how it runs, its length, and what watches and keeps it."""
 LOCATED = ("data", "tokenizer.name", "model.name")
+"""Keys and blocks that say where things lie. They may move, as the hashes in the manifest tell what lies there."""
 # Those that a run that goes on may choose another of.
 GROUPS = ("trainer", "callbacks", "logger")
+NOT_THERE = "not there"
 # What another `trainer=` brings to a run that has one: where it runs.
 PLACES = ("accelerator", "devices", "num_nodes", "strategy")
 
@@ -128,9 +108,8 @@ def check_same(cfg: DictConfig, kept: DictConfig, located: bool = True) -> None:
     Raises:
         UserError: names the keys.
     """
-    changed = differing(cfg, kept)
-    free = (*MACHINERY, *LOCATED) if located else MACHINERY
-    changed = {key: said for key, said in changed.items() if key == "data.text" or not among(key, free)}
+    free = (*CHANGEABLE, *LOCATED) if located else CHANGEABLE
+    changed = {key: words for key, words in differing(cfg, kept).items() if key == "data.text" or not under(key, free)}
     if changed:
         raise UserError(
             f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed.values())}.\n"
@@ -141,27 +120,12 @@ def check_same(cfg: DictConfig, kept: DictConfig, located: bool = True) -> None:
 
 def differing(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
     """The keys in which a config differs from the one that a run was begun with, each with both values in words."""
-    now, then = values(cfg), values(moved(kept, Path(cfg.run_dir)))
+    now, then = (flat(OmegaConf.to_container(one)) for one in (cfg, moved(kept, Path(cfg.run_dir))))
     return {
-        key: f"{key}={now.get(key, 'not there')} (it was {then.get(key, 'not there')})"
+        key: f"{key}={said(now.get(key, NOT_THERE))} (it was {said(then.get(key, NOT_THERE))})"
         for key in sorted(now.keys() | then.keys())
         if now.get(key) != then.get(key)
     }
-
-
-def among(key: str, names: Sequence[str]) -> bool:
-    """Whether a dotted key is one of some names, or lies below one."""
-    return any(f"{key}.".startswith(f"{name}.") for name in names)
-
-
-def values(cfg: DictConfig) -> dict[str, Any]:
-    """The values of a config, by their dotted names."""
-    found = {}
-    for key in dotted(cfg):
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, DictConfig):
-            found[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return found
 
 
 def settle_width(cfg: DictConfig, kept: DictConfig | None = None) -> None:

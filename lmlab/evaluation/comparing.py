@@ -9,21 +9,22 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmlab.errors import UserError
+from lmlab.errors import UserError, nearest
 from lmlab.evaluation.records import Records, read
+from lmlab.runs.choices import chosen, said
 from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
-FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
+PAIRED = "documents"
+"""What people are told that the rows of records are: all statistics here pair and resample them."""
+FEWEST = 6  # of them; with fewer, no swap of sides is rarer than 5 in 100
 CELLS = 2**20  # replicates × documents that are held at once
-# What says where and how a run ran, not what it was.
-MACHINERY: tuple[str, ...] = ("run_dir", "cache_dir", "num_workers", "debug", "logger")
-MACHINERY += ("callbacks.progress", "callbacks.samples", "callbacks.pruning")
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a side differs from the first one, in bits per byte."""
+    """How a side differs from another, in bits per byte."""
 
     value: float | None
-    """None for the first side itself."""
+    """None for a side from itself."""
     low: float | None
     """Of the 95 % interval; None where there are too few documents."""
     high: float | None
@@ -117,38 +118,12 @@ def check_comparable(runs: Sequence[Records]) -> None:
             )
 
 
-def said(value: Any) -> str:
-    """A value of a config for people."""
-    return "null" if value is None else str(value)
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config by its dotted keys."""
-    if not isinstance(config, dict):
-        return {prefix: config}
-    return {
-        name: value
-        for key, inner in config.items()
-        for name, value in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
 def choices_of(run: Records) -> dict[str, Any]:
     """What was chosen for the evaluated run, by dotted keys; the model's name where it is no run of lmlab."""
     trained, measured = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
     if trained is None:
         return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | measured
     return chosen(trained["config"]) | measured
-
-
-def chosen(config: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen for a run, by dotted keys; places inside of it by what follows its own."""
-    place = config["run_dir"]
-    return {
-        key: value.removeprefix(place) if f"{value}/".startswith(f"{place}/") else value
-        for key, value in flat(config).items()
-        if not any(f"{key}.".startswith(f"{machinery}.") for machinery in MACHINERY)
-    }
 
 
 def sides_of(runs: Sequence[Records]) -> list[Side]:
@@ -158,25 +133,36 @@ def sides_of(runs: Sequence[Records]) -> list[Side]:
         groups.setdefault(repr(sorted((choices_of(run) | {"seed": None}).items())), []).append(run)
     together = list(groups.values()) if len(groups) > 1 else [[run] for run in runs]
     for group in together:
-        seen: dict[str, Records] = {}
-        for run in group:
-            other = seen.setdefault(run.certificate["weights_hash"], run)
-            if other is not run:
+        for one, other in combinations(group, 2):
+            same = same_draw(one, other)
+            if same:
                 raise UserError(
-                    f"{other.place} and {run.place} are evaluations of the same weights: as runs of several seeds "
+                    f"{one.place} and {other.place} are evaluations of the same {same}: as runs of several seeds "
                     "they would count twice.\nLeave one of them out."
                 )
     keys = differing([Side("", group) for group in together])
-    return [Side(side_name(keys, i, group), group) for i, group in enumerate(together)]
+    names = [side_name(keys, i, group) for i, group in enumerate(together)]
+    if len(set(names)) < len(names):  # what they differ in is machinery
+        names = [side_name({}, i, group) for i, group in enumerate(together)]
+    return [Side(name, group) for name, group in zip(names, together, strict=True)]
+
+
+def same_draw(one: Records, other: Records) -> str | None:
+    """What two runs of one configuration share that makes them a single draw of its seed; None if nothing."""
+    if one.certificate["weights_hash"] == other.certificate["weights_hash"]:
+        return "weights"
+    trained = [run.certificate["run"] for run in (one, other)]
+    seeds = [run["config"].get("seed") for run in trained if run]
+    return "seed" if len(seeds) == 2 and seeds[0] == seeds[1] is not None else None
 
 
 def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
     """The keys in which the sides' configs differ, and the value of each side; None where one has no such key."""
     choices = [choices_of(side.runs[0]) for side in sides]
     if any(len(side.runs) > 1 for side in sides):
-        choices = [{key: value for key, value in chosen.items() if key != "seed"} for chosen in choices]
-    keys = dict.fromkeys(key for chosen in choices for key in chosen)
-    values = {key: [chosen.get(key) for chosen in choices] for key in keys}
+        choices = [{key: value for key, value in of_side.items() if key != "seed"} for of_side in choices]
+    keys = dict.fromkeys(key for of_side in choices for key in of_side)
+    values = {key: [of_side.get(key) for of_side in choices] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
@@ -207,8 +193,8 @@ def seed_error(one: Side, other: Side) -> tuple[float, float]:
     return math.sqrt(sum(parts)), freedom
 
 
-def difference(side: Side, first: Side) -> Difference:
-    """How far `side` lies from `first`: paired bootstrap interval and permutation test over the documents.
+def difference(side: Side, other: Side) -> Difference:
+    """How far `side` lies from `other`: paired bootstrap interval and permutation test over the documents.
 
     The interval holds the middle 95 % of the differences of R resamples of the documents
     (Efron and Tibshirani 1993, chapter 13), widened for few documents. The test swaps the
@@ -216,7 +202,7 @@ def difference(side: Side, first: Side) -> Difference:
     difference that their seeds could have made: a draw from t with the standard error of
     `seed_error`.
     """
-    sums = np.stack([side.sums, first.sums])  # [2, D, 2]
+    sums = np.stack([side.sums, other.sums])  # [2, D, 2]
     value = float(np.subtract(*ratio(sums.sum(axis=1))))
     scored = sums[0].any(axis=1) | sums[1].any(axis=1)
     sums = sums[:, scored]
@@ -224,7 +210,7 @@ def difference(side: Side, first: Side) -> Difference:
     if documents < FEWEST:
         return Difference(value, None, None, None)
     random = np.random.default_rng(0)
-    error, freedom = seed_error(side, first)
+    error, freedom = seed_error(side, other)
     of_seeds = [error * random.standard_t(freedom, REPLICATES) if freedom else 0.0 for _ in range(2)]
     columns = sums.transpose(1, 0, 2).reshape(documents, 4)
     middle, half = sums.mean(axis=0).sum(axis=0), (sums[0] - sums[1]) / 2
@@ -256,12 +242,12 @@ def chunks(count: int, size: int) -> Iterator[int]:
         yield min(size, count - start)
 
 
-def table(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """One row per side: its figure, the deviation over its seeds, and how it differs from the first side."""
+def table(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
+    """One row per side: its bits per byte, the deviation over its seeds, and how it differs from the side `against`."""
     figures = sides[0].runs[0].certificate["figures"]
     rows = []
-    for side in sides:
-        found = difference(side, sides[0]) if side is not sides[0] else Difference(None, None, None, None)
+    for number, side in enumerate(sides):
+        found = Difference(None, None, None, None) if number == against else difference(side, sides[against])
         rows.append(
             {
                 "side": side.name,
@@ -270,24 +256,75 @@ def table(sides: Sequence[Side]) -> list[dict[str, Any]]:
                 "bytes": float(side.sums[:, 1].sum()),
                 "value": float(side.figures.mean()),
                 "deviation_of_seeds": float(side.figures.std(ddof=1)) if len(side.runs) > 1 else None,
-                "difference": found.value,
-                "low": found.low,
-                "high": found.high,
-                "p": found.p,
+                **of_difference(found),
             }
         )
     return rows
 
 
-def furthest(sides: Sequence[Side], count: int) -> list[dict[str, Any]]:
-    """Of each side, the documents that take it the most bits more, or fewer, than the first side."""
-    first = sides[0]
-    names, starts = (first.runs[0].table[column].to_pylist() for column in ("document", "start"))
+def of_difference(found: Difference) -> dict[str, float | None]:
+    """A difference as part of a table's row."""
+    return {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
+
+
+def pairs(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """One row per two sides: how the later one differs from the earlier, and p corrected for the number of pairs."""
+    rows: list[dict[str, Any]] = [
+        {
+            "row": later + 1,
+            "side": sides[later].name,
+            "from_row": earlier + 1,
+            "from_side": sides[earlier].name,
+            **of_difference(difference(sides[later], sides[earlier])),
+        }
+        for earlier, later in combinations(range(len(sides)), 2)
+    ]
+    corrected = holm([row["p"] for row in rows])
+    return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p values corrected such that any of them is below 0.05 in 5 of 100 cases at most where nothing differs.
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on, none below one before it (Holm 1979).
+    """
+    known = sorted((p, i) for i, p in enumerate(values) if p is not None)
+    corrected: list[float | None] = [None] * len(values)
+    least = 0.0
+    for rank, (p, i) in enumerate(known):
+        least = max(least, min(1.0, (len(known) - rank) * p))
+        corrected[i] = least
+    return corrected
+
+
+def row_of(sides: Sequence[Side], wanted: str) -> int:
+    """The place of a side that is named by the number of its row, from 1, or as the table names it.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [side.name for side in sides]
+    if wanted.isdecimal() and 1 <= int(wanted) <= len(sides):
+        return int(wanted) - 1
+    if wanted in names:
+        return names.index(wanted)
+    raise UserError(
+        f"--against {wanted}: there is no such row.{nearest(wanted, names)}\n"
+        f"Rows are 1 to {len(sides)}, as the table shows them without --against."
+    )
+
+
+def furthest(sides: Sequence[Side], count: int, against: int = 0) -> list[dict[str, Any]]:
+    """Of each side, the documents that take it the most bits more, or fewer, than the side `against`."""
+    reference = sides[against]
+    names, starts = (reference.runs[0].table[column].to_pylist() for column in ("document", "start"))
     rows = []
-    for number, side in enumerate(sides[1:], 2):
-        more = side.sums[:, 0] - first.sums[:, 0]
+    for number, side in enumerate(sides, 1):
+        if side is reference:
+            continue
+        more = side.sums[:, 0] - reference.sums[:, 0]
         ranked = np.argsort(-np.abs(more), kind="stable")
-        scored = (side.sums + first.sums)[ranked].any(axis=1)
+        scored = (side.sums + reference.sums)[ranked].any(axis=1)
         for i in ranked[scored][:count].tolist():
             rows.append(
                 {
@@ -298,9 +335,14 @@ def furthest(sides: Sequence[Side], count: int) -> list[dict[str, Any]]:
                     "bits_more": float(more[i]),
                     **{
                         key: float(sums[0] / sums[1]) if sums[1] else None
-                        for key, sums in (("bits_per_byte", side.sums[i]), ("of_the_first", first.sums[i]))
+                        for key, sums in (("bits_per_byte", side.sums[i]), ("of_the_other", reference.sums[i]))
                     },
-                    "bytes": int(first.sums[i, 1]),
+                    "bytes": int(reference.sums[i, 1]),
                 }
             )
     return rows
+
+
+def shown_p(p: float | None) -> str:
+    """A p value for people; of so many replicates none may have gone as far."""
+    return "" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"

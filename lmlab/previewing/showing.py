@@ -13,6 +13,7 @@ from lmlab.config.planning import Planned, changes
 from lmlab.data.datamodule import Batch
 from lmlab.previewing import job
 from lmlab.previewing.cost import Term, lasting
+from lmlab.runs.choices import said
 from lmlab.runs.summary import console, show_result, show_rows
 
 
@@ -26,7 +27,7 @@ def show_config(plan: Planned) -> None:
         return
     console().print(Text("Config, and in brackets the default; all of it: --cfg job", style="italic"))
     for key, (now, default) in changed.items():
-        console().print(Text.assemble("  ", (key, "bold"), f": {now} ", (f"({default})", "dim")))
+        console().print(Text.assemble("  ", (key, "bold"), f": {said(now)} ", (f"({said(default)})", "dim")))
 
 
 def show_parts(found: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from lmlab.evaluation.comparing import (
     chunks,
     difference,
     expansion,
+    same_draw,
 )
 from lmlab.evaluation.records import Records, perplexity
 
@@ -61,14 +62,15 @@ def finals(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Fi
 
 
 def sides_of(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Side]:
-    """Evaluations of one name and precision are one side. Of the same weights one counts: more are no more seeds."""
-    groups: dict[tuple[str, str], dict[str, Records]] = {}
+    """Evaluations of one name and precision are one side. Of the same weights or seed one counts: more are no draws."""
+    groups: dict[tuple[str, str], list[Records]] = {}
     for e in evaluations:
-        name, certificate = names.get(e.place, str(e.place)), e.certificate
-        groups.setdefault((name, certificate["precision"]), {}).setdefault(certificate["weights_hash"], e)
+        alike = groups.setdefault((names.get(e.place, str(e.place)), e.certificate["precision"]), [])
+        if not any(same_draw(other, e) for other in alike):
+            alike.append(e)
     several = len({precision for _, precision in groups}) > 1
     return [
-        Side(f"{name}, evaluated in {precision}" if several else name, list(alike.values()))
+        Side(f"{name}, evaluated in {precision}" if several else name, alike)
         for (name, precision), alike in groups.items()
     ]
 

@@ -1,14 +1,14 @@
 """The report as files: a page that needs nothing else, and figures and tables beside it."""
 
+import json
 import math
 import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
-from functools import partial
 from importlib import resources
 from itertools import chain
 from multiprocessing import get_context
@@ -21,14 +21,15 @@ from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
 from lmlab.errors import UserError
+from lmlab.evaluation.comparing import PAIRED
 from lmlab.reporting.drawing import svg_and_png
 from lmlab.reporting.finals import BEST
 from lmlab.reporting.gather import Group
 from lmlab.reporting.reading import Run
-from lmlab.reporting.section import SO_FAR, Section
+from lmlab.reporting.section import Section
 from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
-from lmlab.runs.files import read_json, write_beside, write_json, write_text
+from lmlab.runs.files import PARTIAL, read_json
 from lmlab.runs.tables import as_csv, as_latex
 
 POINTS = 40_000
@@ -52,17 +53,13 @@ def sections_of(groups: Sequence[Group]) -> list[Section]:
     return found
 
 
-def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> None:
-    """The report into a folder.
-
-    Raises:
-        OSError: it can't be written.
-    """
+def files(sections: Sequence[Section], unread: Sequence[str]) -> Iterator[tuple[str, str | bytes]]:
+    """The files of a report, by their names; the first lists them all."""
     with debug_mode(False):  # no check of what is not the user's: it takes Altair half the time
         drawn = [(section, figure) for section in sections for figure in section.filed]
     names = [f"{figure.name}.{kind}" for _, figure in drawn for kind in ("svg", "png")]
     names += [f"{name}.csv" for section in sections for name in section.tables]
-    make_room(place, [*names, "runs.csv", "runs.tex", "report.html"])
+    yield LISTED, json.dumps({"files": [*names, "runs.csv", "runs.tex", "report.html"]}, indent=2) + "\n"
     # Each process its own V8: drawing holds the interpreter.
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
         bundle = pool.submit(vl_convert.javascript_bundle, SNIPPET)
@@ -73,31 +70,27 @@ def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> No
         images = pool.map(svg_and_png, specs)
         for section in sections:
             for name, rows in section.tables.items():
-                write_text(place / f"{name}.csv", as_csv(rows))
-        page = html(sections, unread, bundle.result())
+                yield f"{name}.csv", as_csv(rows)
+        yield "runs.csv", as_csv(table(sections))
+        yield "runs.tex", latex(sections)
+        yield "report.html", html(sections, unread, bundle.result())
         for (_, figure), (svg, png) in zip(drawn, images, strict=True):
-            write_text(place / f"{figure.name}.svg", svg)
-            write_beside(place / f"{figure.name}.png", partial(Path.write_bytes, data=png))
-    write_text(place / "runs.csv", as_csv(table(sections)))
-    write_text(place / "runs.tex", latex(sections))
-    write_text(place / "report.html", page)
+            yield f"{figure.name}.svg", svg
+            yield f"{figure.name}.png", png
 
 
-def make_room(place: Path, files: Sequence[str]) -> None:
-    """An empty folder for a report of these files: those of an earlier one there are removed.
+def earlier(folder: Path) -> list[str]:
+    """The files of the report that a folder holds already.
 
     Raises:
-        UserError: there is something else in it.
+        UserError: there is something else in it, and no report.
     """
-    listed = place / LISTED
-    place.mkdir(parents=True, exist_ok=True)
+    listed = folder / LISTED
     if listed.is_file():
-        for name in read_json(listed).get("files", ()):
-            if Path(name).name == name and (place / name).is_file():
-                (place / name).unlink()
-    elif any(place.iterdir()):
-        raise UserError(f"{place} holds other things than a report.\nChoose another folder by --out DIR.")
-    write_json(listed, {"files": list(files)})
+        return [name for name in read_json(listed).get("files", ()) if Path(name).name == name]
+    if folder.is_dir() and {file.name for file in folder.iterdir()} - {PARTIAL}:
+        raise UserError(f"{folder} holds other things than a report.\nChoose another folder by --out DIR.")
+    return []
 
 
 def table(sections: Sequence[Section]) -> list[dict[str, Any]]:
@@ -113,8 +106,7 @@ def latex(sections: Sequence[Section]) -> str:
         f"% {section.group.objective}\n"
         + as_latex(
             [head for head, _ in section.columns],
-            # The state says of which runs a figure is one so far.
-            [[" ".join(cell.text.removesuffix(SO_FAR).split()) for cell in section.cells(run)] for run in section.runs],
+            [[" ".join(cell.text.split()) for cell in section.cells(run)] for run in section.runs],
             "".join("r" if numeric else "l" for numeric in section.numeric),
         )
         for section in sections
@@ -132,8 +124,8 @@ def html(sections: Sequence[Section], unread: Sequence[str], vega: str) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    files = resources.files("lmlab") / "reporting"
-    style, script = ((files / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    here = resources.files("lmlab") / "reporting"
+    style, script = ((here / name).read_text("utf-8") for name in ("page.css", "page.js"))
     runs = [run for section in sections for run in section.runs]
     return environment.get_template("page.html").render(
         style=Markup(style),
@@ -147,6 +139,7 @@ def html(sections: Sequence[Section], unread: Sequence[str], vega: str) -> str:
         unread=unread,
         clip=CLIP,
         best=BEST,
+        paired=PAIRED,
         letter=letter,
         drawings=[drawing(section) for section in sections],
     )

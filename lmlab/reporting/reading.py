@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.comparing import choices_of, chosen
+from lmlab.evaluation.comparing import choices_of
 from lmlab.evaluation.records import Records, read
+from lmlab.runs.choices import MACHINERY, chosen, under
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import rows
 from lmlab.runs.states import ENDED, State, state_of
@@ -75,10 +76,20 @@ class Run:
         if self.records:
             figures = self.records.certificate["figures"]
             return {"perplexity": figures[self.figure], "bits_per_byte": figures[bits]}
-        logged = [row for row in self.rows if row.get(f"val/{self.figure}") is not None]
-        best = min(logged, key=lambda row: row[f"val/{self.figure}"], default={})
-        source = self.result or best
+        source = self.result or self.best_so_far
         return {"perplexity": source.get(f"val/{self.figure}"), "bits_per_byte": source.get(f"val/{bits}")}
+
+    @cached_property
+    def best_so_far(self) -> dict[str, Any]:
+        """The row of the lowest perplexity of its validations; empty before the first of weights that were trained."""
+        name = f"val/{self.figure}"
+        logged = [row for row in self.rows if row["step"] and row.get(name) is not None and not math.isnan(row[name])]
+        return min(logged, key=lambda row: row[name], default={})
+
+    @property
+    def so_far_at(self) -> int | None:
+        """The step that the final figures are of, where the run has not ended."""
+        return None if self.state.name in ENDED else self.best_so_far.get("step")
 
     @cached_property
     def seconds(self) -> list[float]:
@@ -254,7 +265,7 @@ def as_far_as_whole(file: Path, right: Callable[[dict], bool], faults: list[str]
 def chosen_by(overrides: Sequence[str]) -> dict[str, Any]:
     """The same of a run that has not begun: what its sweep gives it."""
     pairs = (override.lstrip("+~").partition("=") for override in overrides)
-    return {key: yaml.load(value, LOADER) for key, _, value in pairs}
+    return {key: yaml.load(value, LOADER) for key, _, value in pairs if not under(key, MACHINERY)}
 
 
 def objective_of(evaluation: Records) -> str:

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lmlab.evaluation.comparing import said
+from lmlab.evaluation.comparing import shown_p
 from lmlab.reporting import figures
 from lmlab.reporting.figures import Figure, Key
 from lmlab.reporting.finals import BEST, Final, finals
 from lmlab.reporting.gather import Group
 from lmlab.reporting.reading import SPLITS, Run, number
+from lmlab.reporting.verdict import verdict
 from lmlab.reporting.words import brief, duration, figure, file_name, letter, next_command, shortened
-from lmlab.runs.states import ENDED
+from lmlab.runs.choices import said
 
 FILE_POINTS = 4000
 """Of curves, in a figure's files."""
-SO_FAR = " so far"
 KEYS = 8
 """Keys whose effect is drawn."""
 MANY = 100
@@ -58,11 +58,16 @@ class Section:
         return next((run.figure for run in self.runs if run.figure), "perplexity").replace("_", " ")
 
     @cached_property
+    def figures_measured(self) -> list[str]:
+        """Of each kind of evaluation what its perplexity is called."""
+        return [alike[0].certificate["figure"].replace("_", " ") for alike in self.group.evaluations]
+
+    @cached_property
     def final(self) -> tuple[str, str]:
         """The figure that charts show: perplexity, or bits per byte where tokenizers differ; and its name."""
         tokenizers = {e.certificate["tokenizer_hash"] for alike in self.group.evaluations for e in alike}
         if len(tokenizers) > 1:
-            return "bits_per_byte", self.figure.replace("perplexity", "bits per byte")
+            return "bits_per_byte", bits_per_byte(self.figure)
         return "perplexity", self.figure
 
     @cached_property
@@ -253,26 +258,28 @@ class Section:
         return found
 
     @cached_property
-    def intervals(self) -> list[tuple[str, str, list[Figure], list[tuple[list[int], list[Cell]]]]]:
-        """Of each kind of evaluation: its letter, why it stands apart, figures, and a table with each row's runs."""
+    def intervals(self) -> list[tuple[str, str, str, list[Figure], list[tuple[list[int], list[Cell]]]]]:
+        """Of each kind of evaluation: its letter, why it stands apart, what its perplexity is called, charts, and a
+        table with each row's runs."""
         found = []
-        field, name = self.final
+        field = self.final[0]
         table = f"{self.slug}_finals"
-        for place, alike in enumerate(self.finals):
+        for place, (alike, perplexity) in enumerate(zip(self.finals, self.figures_measured, strict=True)):
             kind = letter(place)
             shown = [row for row in self.data["finals"] if row["evaluation"] == kind][:BEST]
             suffix = "" if len(self.finals) == 1 else f"_{kind}"
             best = f", the {BEST} best of {len(alike)}" if len(alike) > BEST else ""
+            name = perplexity if field == "perplexity" else bits_per_byte(perplexity)
             spec = figures.final(shown, field, name)
             charts = [Figure(f"{self.slug}_final{suffix}", f"Final {name}{best}", spec, "finals", table)]
             if len(alike) > 1:
-                title = f"difference from the best ({self.figure.replace('perplexity', 'bits per byte')})"
+                title = f"difference from the best ({bits_per_byte(perplexity)})"
                 spec = figures.final(shown, "difference", title, 0.0)
                 heading = f"Difference from the best{best}"
                 charts.append(Figure(f"{self.slug}_difference{suffix}", heading, spec, "finals", table))
             why = self.group.apart[place - 1] if place else ""
             rows = [(self.members(final), final_cells(row)) for final, row in zip(alike[:BEST], shown, strict=True)]
-            found.append((kind, why, charts, rows))
+            found.append((kind, why, perplexity, charts, rows))
         return found
 
     def labels(self, alike: list[Final]) -> list[str]:
@@ -299,7 +306,7 @@ class Section:
     def figures(self) -> list[Figure]:
         """All of them."""
         of_curves = [figure for variants in self.curves.values() for figure in variants.values()]
-        return of_curves + self.effects + [chart for _, _, charts, _ in self.intervals for chart in charts]
+        return of_curves + self.effects + [chart for _, _, _, charts, _ in self.intervals for chart in charts]
 
     @property
     def tables(self) -> dict[str, list[dict[str, Any]]]:
@@ -332,8 +339,11 @@ class Section:
             ("", "rank" if len(self.finals) < 2 else "evaluation and rank in it"),
             ("run", "directory"),
             *((shortened(self.group.heads.get(key, key), 40), key) for key in keys),
-            (self.figure, "of the best weights on the held-out text; so far, where the run has not ended"),
-            ("bits/byte", self.figure.replace("perplexity", "bits per byte")),
+            (
+                self.figure,
+                "of the best weights on the held-out text; so far, and from which step, where the run has not ended",
+            ),
+            ("bits/byte", bits_per_byte(self.figure)),
             ("state", "state"),
             ("steps", "optimizer steps"),
             ("tokens", "seen in training"),
@@ -346,7 +356,7 @@ class Section:
         rank = self.group.ranks.get(run.name)
         apart = len(self.finals) > 1
         keys = [full for _, full in self.columns if full == "seed" or full in self.group.keys]
-        so_far = "" if run.state.name in ENDED else SO_FAR
+        so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
         perplexity, bits = run.final["perplexity"], run.final["bits_per_byte"]
         state = run.state
         of = f" of {state.steps:,}" if state.steps and state.steps != state.step else ""
@@ -398,6 +408,7 @@ class Section:
             **{key: run.chosen.get(key) for key in self.group.keys},
             name: run.final["perplexity"],
             name.replace("perplexity", "bits_per_byte"): run.final["bits_per_byte"],
+            "so_far_at_step": run.so_far_at,
             "step": run.state.step,
             "of_steps": run.state.steps,
             "tokens": run.tokens,
@@ -431,12 +442,24 @@ class Section:
         """Runs that have not come to their end or can't be read in full, each with the command that goes on with it."""
         return [(run, next_command(run)) for run in self.runs if run.state.name not in ("done", "pruned") or run.faults]
 
+    @cached_property
+    def verdict(self) -> list[str]:
+        """What the final figures decide, and last the best single run, which decides nothing."""
+        kinds = list(zip(map(bits_per_byte, self.figures_measured), self.finals, strict=True))
+        return [*verdict(kinds, self.states, self.unranked), *self.best]
+
     @property
-    def best(self) -> tuple[Run, str] | None:
-        """The best run, and its figure in words; None where none is ranked."""
-        if not self.runs or self.runs[0].name not in self.group.ranks:
-            return None
-        return self.runs[0], f"{self.figure} {figure(self.runs[0].final['perplexity'] or math.nan)}"
+    def best(self) -> list[str]:
+        """A sentence on the best single run, where one is ranked."""
+        run = self.runs[0] if self.runs else None
+        if run is None or run.name not in self.group.ranks:
+            return []
+        kind = self.group.ranks[run.name][0]
+        of = f" of {letter(kind)}" if len(self.finals) > 1 else ""
+        choices = [self.configured[run.name]] if self.group.keys else []
+        which = ", ".join([run.name, *choices, f"seed {run.chosen.get('seed')}"])
+        value = figure(run.final["perplexity"] or math.nan)
+        return [f"The best single run{of} is {which}, with {self.figures_measured[kind]} {value}."]
 
 
 def final_cells(row: dict[str, Any]) -> list[Cell]:
@@ -446,7 +469,7 @@ def final_cells(row: dict[str, Any]) -> list[Cell]:
         low, high = row[f"{name}_low"], row[f"{name}_high"]
         return "" if low is None else f"{low:{form}} to {high:{form}}"
 
-    p, low, high = row["p"], row["perplexity_low"], row["perplexity_high"]
+    low, high = row["perplexity_low"], row["perplexity_high"]
     return [
         Cell(row["configuration"]),
         Cell(str(row["runs"])),
@@ -456,8 +479,13 @@ def final_cells(row: dict[str, Any]) -> list[Cell]:
         Cell(interval("bits_per_byte", ".4f")),
         Cell("" if row["rank"] == 1 or row["difference"] is None else f"{row['difference']:+.4f}"),
         Cell(interval("difference", "+.4f")),
-        Cell("" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"),
+        Cell(shown_p(row["p"])),
     ]
+
+
+def bits_per_byte(perplexity: str) -> str:
+    """What bits per byte are called beside a perplexity of that name."""
+    return perplexity.replace("perplexity", "bits per byte")
 
 
 def with_interval(name: str, values: tuple[float | None, float | None, float | None]) -> dict[str, float | None]:

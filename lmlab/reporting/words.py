@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lmlab.evaluation.comparing import said
 from lmlab.reporting.reading import Run
+from lmlab.runs.choices import said
 from lmlab.runs.files import from_here
 
 

@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lmlab.errors import UserError, first_line
+
+PARTIAL = ".partial"
+"""In a folder that a command writes: where its files are until all of them are whole."""
 
 
 def write_json(place: Path, content: Any) -> None:
@@ -72,6 +75,44 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_out(folder: Path, files: Iterable[tuple[str, str | bytes]], instead_of: Iterable[str] = ()) -> None:
+    """Write the files of a command's `--out` folder: all of them or, where one can't be written, none.
+
+    What else there is in the folder stays.
+
+    Args:
+        files: names and contents; what is written first takes its place first.
+        instead_of: names of earlier ones, which go once all the new ones are written.
+
+    Raises:
+        UserError: there is no room, or no permission.
+    """
+    partial = folder / PARTIAL
+    try:
+        new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            names = []
+            for name, content in files:
+                with (partial / name).open("wb") as stream:
+                    stream.write(content.encode() if isinstance(content, str) else content)
+                    os.fsync(stream.fileno())
+                names.append(name)
+            for name in set(instead_of) - set(names):
+                (folder / name).unlink(missing_ok=True)
+            for name in names:
+                os.replace(partial / name, folder / name)
+            flush_folder(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in new:
+                with suppress(OSError):  # it holds what was written
+                    parent.rmdir()
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
 
 
 def flush_folder(folder: Path) -> None:

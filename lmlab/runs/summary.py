@@ -41,11 +41,11 @@ def show_result(rows: Mapping[str, str], title: str = "Result") -> None:
     console().print(table)
 
 
-def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table: the first column of words, the others of figures."""
+def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
+    """Print a table: the first columns, so many, of words, the others of figures."""
     table = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
+        table.add_column(column, justify="right" if place >= words else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console().print(table)

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -96,7 +96,9 @@ class WandB(WandbLogger):
     """A W&B run that has the rows of metrics.jsonl, each once, whatever became of the processes that sent them.
 
     A row's W&B step is its number in that file; steps of the optimizer are in the row. That of
-    a validation also has the table of all samples so far.
+    a validation also has a table of its samples, and the run's summary at the end one of all.
+    W&B's own incremental tables are none of these: a sample that is sent again after a kill would
+    be in them twice, and no more than a hundred validations are shown.
     """
 
     def __init__(self, experiment: Any, run: RunDirectory, there: int, axis: str, log_model: bool, patience: float):
@@ -109,11 +111,13 @@ class WandB(WandbLogger):
         self.number, self.seen = 0, set[str]()
         self.closed = self.unsent = False
         self.takes_rows = self.takes_tables = True
-        samples = list(rows(run.samples))
+        samples: dict[int, list[dict[str, Any]]] = {}
+        for sample in rows(run.samples):
+            samples.setdefault(sample["step"], []).append(sample)
         for row in rows(run.metrics):
             self.log_metrics({name: row[name] for name in row if name not in ("step", "time")}, row["step"])
             if "val/loss" in row:
-                self.log_samples([sample for sample in samples if sample["step"] <= row["step"]])
+                self.log_samples(samples.get(row["step"], []))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -137,16 +141,19 @@ class WandB(WandbLogger):
         self.experiment.log(row, step=self.number)
 
     @rank_zero_only
-    def log_samples(self, samples: list[dict[str, Any]]) -> None:
-        """All samples so far, in the row that was logged last."""
+    def log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Send the samples of a validation, in the row that was logged last."""
+        if self.number > self.there:
+            self.send_table(samples, lambda table: self.experiment.log({"samples": table}, step=self.number - 1))
+
+    def send_table(self, samples: Sequence[Mapping[str, Any]], send: Callable[[Any], Any]) -> None:
         import wandb
 
-        if not samples or self.number <= self.there or not (self.takes_rows and self.takes_tables):
+        if not (samples and self.takes_rows and self.takes_tables):
             return
         began = time.monotonic()
         try:
-            table = wandb.Table(columns=list(COLUMNS), data=[[sample[name] for name in COLUMNS] for sample in samples])
-            self.experiment.log({"samples": table}, step=self.number - 1)
+            send(wandb.Table(columns=list(COLUMNS), data=[[sample[name] for name in COLUMNS] for sample in samples]))
             why = "its service does not answer." if time.monotonic() - began > ANSWER - 1 else ""
         except Exception as error:  # as above; or there is no room for the file that a table becomes
             why = first_line(error)
@@ -158,21 +165,28 @@ class WandB(WandbLogger):
         """Hand over the result, if there is one, and end."""
         import wandb
 
-        steps: list[Callable[[], Any]] = [partial(self.experiment.finish, exit_code=exit_code)]
-        if will_go_on:
-            # W&B's own process is ended too: SLURM would kill it first, and this one then complain.
-            steps = [self.experiment.mark_preempting, *steps, wandb.teardown]
-        if result is not None and not self.experiment.disabled:
-            steps[:0] = [partial(self.hand_over, result), partial(self.hand_over_files, result)]
+        steps: list[Callable[[], Any]] = [self.experiment.mark_preempting] if will_go_on else []
+        if not self.experiment.disabled:
+            # The last row goes first: it would have the last word in the summary.
+            steps += [partial(self.experiment.log, {}, commit=True), self.hand_over_samples]
+            if result is not None:
+                steps += [partial(self.hand_over, result), partial(self.hand_over_files, result)]
+        steps.append(partial(self.experiment.finish, exit_code=exit_code))
+        if will_go_on:  # W&B's own process is ended too: SLURM would kill it first, and this one then complain
+            steps.append(wandb.teardown)
         for step in steps:
             try:
                 step()
             except Exception as error:  # a signal to all of a job has ended W&B's own process; no run fails for it
                 self.say_unsent(first_line(error))
 
+    def hand_over_samples(self) -> None:
+        """All samples, where W&B looks for the last of them."""
+        samples = list(rows(self.run.samples))
+        self.send_table(samples, lambda table: self.experiment.summary.update({"samples": table}))
+
     def hand_over(self, result: Mapping[str, Any]) -> None:
-        """The figures that a run ended with."""
-        self.experiment.log({}, commit=True)  # the last row, which would have the last word
+        """The metrics that a run ended with."""
         self.experiment.summary.update(dict(result))
 
     def hand_over_files(self, result: Mapping[str, Any]) -> None:
@@ -304,6 +318,6 @@ def close(
         # Apart, since W&B would ask a service that is not there again and again.
         ending = Thread(target=logger.end, args=(exit_code, will_go_on, result), daemon=True)
         ending.start()
-        ending.join(logger.patience + 4 * ANSWER)
+        ending.join(logger.patience + 5 * ANSWER)
         if ending.is_alive():
             logger.say_unsent(f"not done in {logger.patience:g} seconds")

@@ -12,7 +12,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lmlab.errors import UserError, first_line
 from lmlab.models.inference import speak
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import rows
 from lmlab.training.loggers import Lines, WandB, rewind
 from lmlab.training.module import LMModule
 
@@ -64,10 +63,11 @@ class Samples(Callback):
             LOG.warning("the model can't speak, so there are no samples: %s", first_line(error))
             self.texts = []
             return
-        self.lines.add(*({"step": trainer.global_step, "text": text, "said": words} for text, words in said))
+        samples = [{"step": trainer.global_step, "text": text, "said": words} for text, words in said]
+        self.lines.add(*samples)
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
-                logger.log_samples(list(rows(self.run.samples)))
+                logger.log_samples(samples)
 
     def speak(self, trainer: L.Trainer, module: LMModule) -> list[tuple[str, str]]:
         """A text and what the model makes of it, for each document. Neither modes nor generators are changed."""

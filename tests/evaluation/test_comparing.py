@@ -135,8 +135,12 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
             config = {
                 "seed": seed,
                 "optim": {"lr": lr},
+                # How they ran is no choice of what they are.
+                **{"profile": seed == 1, "compile": seed == 2, "loss_rows": 64 * seed, "num_workers": seed},
+                "trainer": {"precision": "32-true", "devices": seed, "accumulate_grad_batches": seed},
                 "callbacks": {
                     "best": {"dirpath": f"{tmp_path}/{lr}/{seed}/x"},
+                    "checkpoints": {"keep_best": 1, "every_steps": seed},
                     "end": {"run_dir": f"{tmp_path}/{lr}/{seed}"},
                 },
             }
@@ -154,6 +158,20 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
     assert [side.name for side in two] == ["seed=1", "seed=2"]
 
 
+@pytest.mark.parametrize(
+    ("values", "corrected"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),  # 3 × 0.01, 2 × 0.03, and 0.04 no less than the one before
+        ([0.9, None, 0.02, 0.5], [1.0, None, 0.06, 1.0]),
+        ([0.02], [0.02]),
+        ([None], [None]),
+    ],
+)
+def test_correction_for_the_number_of_pairs(values: list[float | None], corrected: list[float | None]) -> None:
+    """Holm 1979, worked by hand."""
+    assert comparing.holm(values) == [p if p is None else pytest.approx(p) for p in corrected]
+
+
 def test_the_documents_that_differ_most(write: Write) -> None:
     level = np.full(40, 1.0)
     other = level.copy()
@@ -163,7 +181,7 @@ def test_the_documents_that_differ_most(write: Write) -> None:
     rows = comparing.furthest(comparing.sides_of(runs), 2)
     assert [row["document"] for row in rows] == ["document-7", "document-20"]
     assert [row["bits_more"] for row in rows] == [pytest.approx(50), pytest.approx(-40)]
-    assert rows[0]["of_the_first"] == pytest.approx(1)
+    assert rows[0]["of_the_other"] == pytest.approx(1)
     assert rows[0]["begins"] == "Text 7"
 
 
@@ -221,14 +239,26 @@ def test_other_documents(write: Write) -> None:
         comparing.check_comparable([one, records.Records(other.place, other.certificate, table)])
 
 
-def test_the_same_weights_twice_are_no_two_seeds(write: Write) -> None:
+@pytest.mark.parametrize("same", ["weights", "seed"])
+def test_one_draw_twice_is_no_two_seeds(write: Write, same: str) -> None:
+    hashed, seed = {"weights": ({"weights_hash": "same"}, 2), "seed": ({}, 1)}[same]
     runs = [
-        write("a", np.ones(40), config={"seed": 1, "lr": 1}, weights_hash="same"),
-        write("b", np.ones(40), config={"seed": 2, "lr": 1}, weights_hash="same"),
-        write("c", np.ones(40), config={"seed": 1, "lr": 2}),
+        write("a", np.ones(40), config={"seed": 1, "lr": 1, "compile": False}, **hashed),
+        write("b", np.ones(40), config={"seed": seed, "lr": 1, "compile": True}, **hashed),
+        write("c", np.ones(40), config={"seed": 1, "lr": 2, "compile": False}),
     ]
-    with pytest.raises(UserError, match="would count twice"):
+    with pytest.raises(UserError, match=f"the same {same}: .* they would count twice"):
         comparing.sides_of(runs)
+
+
+def test_precision_is_a_difference(write: Write) -> None:
+    runs = [write(kind, np.ones(40), config={"seed": 1, "trainer": {"precision": kind}}) for kind in ("32", "bf16")]
+    assert [side.name for side in comparing.sides_of(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
+
+
+def test_runs_that_differ_in_machinery_alone_go_by_their_directories(write: Write) -> None:
+    runs = [write(name, np.ones(40), config={"seed": 1, "compile": name == "a"}) for name in "ab"]
+    assert [Path(side.name).name for side in comparing.sides_of(runs)] == ["a", "b"]
 
 
 def test_directories(write: Write, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lmlab.reporting.finals import finals
 from lmlab.reporting.gather import gather
 from lmlab.runs.directory import RunDirectory
 
-from ..conftest import HOME, TINY, TINY_MLM, run_verb
+from ..conftest import HOME, TINY, TINY_MLM, Refused, run_verb
 from .synthetic import made
 
 STEPS = ["trainer.max_steps=8", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2"]
@@ -203,12 +203,49 @@ def test_nothing_finished(trained: dict[str, Path], tmp_path: Path, capsys: pyte
         other.kill()
     said = capsys.readouterr().out
     assert "1 failed, 1 running" in said
-    assert "none has finished" in said
+    assert "None has finished" in said
     html = (tmp_path / "out" / "report.html").read_text()
     assert "so none is ranked" in html
     assert "metrics.jsonl ends in half a line, which is left out." in html
     assert f"python -m lmlab.resume {place}" in html
     assert (tmp_path / "out" / "clm_validation_loss.svg").is_file()
+
+
+@pytest.mark.parametrize("status", ["stopped", "failed"])
+def test_a_run_before_its_end_is_shown_with_its_best_so_far(
+    trained: dict[str, Path], tmp_path: Path, status: str
+) -> None:
+    """Stopped, or killed while it went on after an end that it once had: its certificate is of that end.
+
+    What it began with, here lower than all that followed, is none of its weights.
+    """
+    made(trained["clm"], tmp_path / "runs" / "done", factor=1.1)
+    run = RunDirectory(made(trained["clm"], tmp_path / "runs" / "before", factor=0.9))
+    run.summary.unlink()
+    if status == "stopped":
+        run.certificate.unlink()
+        run.failure.write_text(json.dumps({"state": "stopped", "cause": "SIGINT", "message": "Stopped.", "time": ""}))
+    rises = {2: 7.0, 4: 6.0, 6: 6.5, 8: 6.5}
+    edited(
+        run.metrics,
+        lambda row: (
+            row | {"val/perplexity": math.exp(rises[row["step"]]), "val/bits_per_byte": rises[row["step"]] / 2}
+            if row["step"] in rises and "val/loss" in row
+            else row
+        ),
+    )
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    done, before = table(tmp_path / "out" / "runs.csv")
+    assert (before["run"], before["rank"], before["state"]) == ("before", "", status)
+    assert (float(before["perplexity"]), float(before["bits_per_byte"])) == (math.exp(6), 3.0)
+    assert (before["so_far_at_step"], done["so_far_at_step"], done["rank"]) == ("4", "", "1")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert ">403.43 so far, step 4</td>" in html
+    assert "1 run has not finished, and has no part in this.<br>The best single run is done, " in html
+    assert any(row["run"] == "before" for row in table(tmp_path / "out" / "clm_validation.csv"))
+    assert {row["configuration"]: row["runs"] for row in table(tmp_path / "out" / "clm_finals.csv")} == {
+        "all runs": "1"
+    }
 
 
 def test_damaged_files_are_named(trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,15 +301,36 @@ def test_finished_without_an_evaluation(
     (run / "certificate.json").unlink()
     run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
     said = capsys.readouterr().out
-    assert "1 finished, without an evaluation" in said
-    assert "none has finished" not in said
-    assert "1 finished, without an evaluation to rank it by" in (tmp_path / "out" / "report.html").read_text()
+    assert "1 run finished, without an evaluation to rank it by." in said
+    assert "None has finished" not in said
+    assert "1 run finished, without an evaluation to rank it by." in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_headline_is_of_configurations_not_of_a_lucky_seed(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (rate, seed, factor) in enumerate([(1e-3, 1, 1.0), (1e-3, 2, 1.02), (3e-3, 1, 0.99), (3e-3, 2, 1.2)]):
+        made(trained["clm"], tmp_path / "runs" / str(number), {"optim.lr": rate, "seed": seed}, factor)
+    run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    best, other = table(tmp_path / "out" / "clm_finals.csv")
+    low, high = float(other["difference_low"]), float(other["difference_high"])
+    assert low < 0 < high
+    verdict = (
+        f"lr=0.001 is best in the mean: {float(best['bits_per_byte']):.4f} against {float(other['bits_per_byte']):.4f} "
+        f"bits per byte for lr=0.003, 95 % of the difference {low:+.4f} to {high:+.4f}: not decided by 2 seeds."
+    )
+    single = "The best single run is 2, lr=0.003, seed 1, with perplexity "
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert f"<strong>{verdict}</strong><br>{single}" in html
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{verdict} {single}" in said
 
 
 def test_seeds_only_are_one_row(trained: dict[str, Path], tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         # Whole numbers may be written as such or not.
         changes = {"seed": seed, "optim.weight_decay": 0 if seed == 1 else 0.0}
+        changes |= {"profile": seed == 2, "trainer.devices": seed, "trainer.accumulate_grad_batches": 4 - seed}
         made(trained["clm"], tmp_path / "runs" / str(seed), changes, 1 + seed / 100)
     run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
     (row,) = table(tmp_path / "out" / "clm_finals.csv")
@@ -310,6 +368,24 @@ def test_into_a_folder_with_something_in_it(
     with pytest.raises(SystemExit):
         run_verb("report", tmp_path / "runs", "--out", tmp_path / "runs")
     assert "holds other things than a report" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_report_before(
+    trained: dict[str, Path], tmp_path: Path, full_disk: Path, refused: Refused
+) -> None:
+    """Nothing of a new report stays, and nothing of an earlier one goes, where there is no room for all of it."""
+    run = made(trained["clm"], tmp_path / "runs" / "a")
+    assert f"{full_disk}/new/out can't be written: No space left" in refused(
+        "report", run, "--out", full_disk / "new/out"
+    )
+    assert not list(full_disk.iterdir())
+    out = full_disk / "out"
+    out.mkdir()
+    before = {"report.json": '{"files": ["report.html", "old.svg"]}', "report.html": "old", "old.svg": "<svg/>"}
+    for name, text in before.items():
+        (out / name).write_text(text)
+    assert "No space left" in refused("report", run, "--out", out)
+    assert {file.name: file.read_text() for file in out.iterdir()} == before
 
 
 def test_where_runs_went_on_and_links(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def run_id(run: Path) -> str:
 
 
 def same_rows(history: list[dict[str, Any]], run: Path, tables: bool = True) -> None:
-    """Each row of metrics.jsonl once, under its number, with the table of samples where it is a validation's."""
+    """Each row of metrics.jsonl once, under its number, with a table of its samples where it is a validation's."""
     rows = metrics(run)
     assert [row["_step"] for row in history] == list(range(len(rows)))
     for row, line in zip(history, rows, strict=True):
@@ -76,11 +76,23 @@ def same_rows(history: list[dict[str, Any]], run: Path, tables: bool = True) -> 
         assert row["trainer/global_step"] == line["step"]
         assert not tables or ("samples" in row) == ("val/loss" in line)
         if "samples" in row:
-            assert row["samples"]["nrows"] == sum(sample["step"] <= line["step"] for sample in samples(run))
+            assert row["samples"]["nrows"] == sum(sample["step"] == line["step"] for sample in samples(run))
 
 
 def samples(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def same_samples(backend: Backend, run: Path) -> None:
+    """Each sample once in the tables of the history, and all of them in the summary's."""
+    known = backend.runs[run_id(run)]
+    found = []
+    for of in [*(row["samples"] for row in known.history if "samples" in row), known.summary["samples"]]:
+        table = json.loads(backend.files[f"{known.name}/{of['path']}"])
+        assert table["columns"] == ["step", "text", "said"]
+        found.append(table["data"])
+    *each, whole = found
+    assert [row for rows in each for row in rows] == whole == [list(sample.values()) for sample in samples(run)]
 
 
 def test_a_run_is_known_as_the_config_says(online: Path, backend: Backend) -> None:
@@ -94,13 +106,9 @@ def test_a_run_is_known_as_the_config_says(online: Path, backend: Backend) -> No
 
 
 def test_rows_and_tables(online: Path, backend: Backend) -> None:
-    identity = run_id(online)
-    same_rows(backend.runs[identity].history, online)
-    tables = [row["samples"] for row in backend.runs[identity].history if "samples" in row]
-    table = json.loads(backend.files[f"{identity}/{tables[-1]['path']}"])
-    assert table["columns"] == ["step", "text", "said"]
-    assert table["data"] == [list(sample.values()) for sample in samples(online)]
-    assert {row[0] for row in table["data"]} == {0, 2, 4, 6}
+    same_rows(backend.runs[run_id(online)].history, online)
+    same_samples(backend, online)
+    assert {sample["step"] for sample in samples(online)} == {0, 2, 4, 6}
 
 
 def test_the_summary_holds_the_best_and_the_result(online: Path, backend: Backend) -> None:
@@ -168,6 +176,7 @@ def test_a_resumed_run_goes_on_with_its_curve(online: Path, backend: Backend, ho
     assert "Traceback" not in out
     assert len(backend.runs) == 1
     same_rows(backend.runs[run_id(online)].history, online)
+    same_samples(backend, online)
     assert backend.runs[run_id(online)].summary["steps"] == 8
 
 
@@ -236,6 +245,7 @@ def test_a_bad_key_leaves_the_run_offline(home: dict[str, str], tmp_path: Path) 
         subprocess.run(sync, env=os.environ | home | server.environment, check=True, cwd=tmp_path, capture_output=True)
         identity = run_id(tmp_path / "run")
         same_rows(server.runs[identity].history, tmp_path / "run")
+        same_samples(server, tmp_path / "run")
         kinds = [artifact["artifactTypeName"] for artifact in server.artifacts]
         assert sorted(set(kinds)) == ["certificate", "dataset", "run_table"]
         assert server.used == [(identity, f"artifact{kinds.index('dataset')}")]
