@@ -121,7 +121,7 @@ def test_exported_model_is_the_best_and_loads_in_transformers(train: Callable[..
 def test_utilisation_where_the_peak_is_known(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lmlab.training.callbacks.get_available_flops", lambda device, kind: 10**12)
+    monkeypatch.setattr("lmlab.training.callbacks.peak_flops", lambda device, precision: 1e12)
     run = train(*TINY, "trainer.log_every_n_steps=2")
     last = metrics(run)[-2]
     # 6 per weight and token, of a block of 32: the body's matrices, the head's on 31 tokens, and attention.
