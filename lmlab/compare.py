@@ -44,7 +44,7 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print the comparison, and write it as CSV and LaTeX."""
     from lmlab.evaluation import comparing
-    from lmlab.evaluation.comparing import PAIRED
+    from lmlab.evaluation.records import BOUND
     from lmlab.runs.choices import said
     from lmlab.runs.files import from_here, write_out
     from lmlab.runs.summary import show_rows
@@ -52,6 +52,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
     runs = comparing.evaluations(arguments.places)
     comparing.check_comparable(runs)
+    runs = comparing.aligned(runs)
+    paired = comparing.paired(runs)
     sides = comparing.sides_of(runs)
     against = comparing.row_of(sides, arguments.against)
     reference = "the first row" if against == 0 else f"row {against + 1}"
@@ -62,62 +64,79 @@ def compare(arguments: argparse.Namespace) -> None:
     of_pairs = ["", "from", *DIFFERENCE, "p (Holm)"]
     files = {
         "comparison.csv": as_csv(rows),
-        "comparison.tex": as_latex(columns, [shown(row) for row in rows]),
+        "comparison.tex": as_latex(columns, [shown(row, paired) for row in rows]),
         "documents.csv": as_csv(furthest),
     }
     if pairs:
         files |= {
             "pairs.csv": as_csv(pairs),
-            "pairs.tex": as_latex(of_pairs, [shown_pair(row) for row in pairs], "llrrrr"),
+            "pairs.tex": as_latex(of_pairs, [shown_pair(row, paired) for row in pairs], "llrrrr"),
         }
     place = arguments.out or Path("comparisons") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     write_out(place, files.items(), instead_of=("pairs.csv", "pairs.tex"))
 
     several = any(len(side.runs) > 1 for side in sides)
-    scored = runs[0].certificate["totals"]["documents_scored"]
-    show_rows(f"Paired over {scored:,} {PAIRED}", columns, map(shown, rows))
-    print(f"A difference is from {reference}, and below 0 better. The interval holds what other {PAIRED}", end=" ")
+    totals = runs[0].certificate["totals"]
+    scored = int((runs[0].sums[1][:, 0] > 0).sum())
+    of = totals["documents_scored"]
+    whole = f" of {of:,} document{'s' if of != 1 else ''}" if paired == "stretches" else ""
+    show_rows(f"Paired over {scored:,} {paired}{whole}", columns, [shown(row, paired) for row in rows])
+    if whole:
+        print("So few documents are cut into stretches, which end with paragraphs, and these are taken for documents.")
+    for number, row in enumerate(rows, 1):
+        if row["unknown_bytes"]:
+            print(
+                f"{BOUND}Row {number} is an upper bound: its tokenizer has no token for {row['unknown_bytes']:,} of "
+                f"{row['bytes']:,.0f} bytes, which are charged 8 bits each."
+            )
+    uncounted = [str(run.place) for run in runs if run.certificate["format"] == 1]
+    if uncounted and len({run.certificate["tokenizer_hash"] for run in runs}) > 1:
+        print(f"Unknown tokens were not counted yet in {', '.join(uncounted)}: evaluate again to have them charged.")
+    print(f"A difference is from {reference}, and below 0 better. The interval holds what other {paired}", end=" ")
     print("and seeds would give." if several else "would give;\none run a side cannot say what another seed would.")
     if len(rows) > 2 and not pairs:
         print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
     if pairs:
-        show_rows("All pairs", of_pairs, map(shown_pair, pairs), words=2)
+        show_rows("All pairs", of_pairs, [shown_pair(row, paired) for row in pairs], words=2)
         print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
     keys = comparing.differing(sides)
     if keys:
         sided = ["key", *(f"row {number}" for number in range(1, len(sides) + 1))]
         show_rows("Configs differ in", sided, ([key, *map(said, found)] for key, found in keys.items()))
     headings = ["begins", "row", "bits more", "per byte", f"of {reference.removesuffix(' row')}", "bytes"]
-    show_rows(f"{PAIRED.capitalize()} that differ most from {reference}", headings, map(shown_document, furthest))
+    show_rows(f"{paired.capitalize()} that differ most from {reference}", headings, map(shown_document, furthest))
     print(f"Written to {from_here(place.resolve())}: {', '.join(files)}")
 
 
-def shown(row: dict[str, Any]) -> list[str]:
-    """A row of the comparison for people."""
+def shown(row: dict[str, Any], paired: str) -> list[str]:
+    """A row of the comparison for people; `paired` is what its rows of records are."""
+    from lmlab.evaluation.records import BOUND
+
+    bound = BOUND if row["unknown_bytes"] else ""
     spread = f" ± {row['deviation_of_seeds']:.4f}" if row["deviation_of_seeds"] is not None else ""
     return [
         row["side"],
         str(row["runs"]),
         f"{row['bytes']:,.0f}",
-        f"{row['value']:.4f}{spread}",
-        *shown_difference(row),
+        f"{bound}{row['value']:.4f}{spread}",
+        *shown_difference(row, paired),
     ]
 
 
-def shown_pair(row: dict[str, Any]) -> list[str]:
+def shown_pair(row: dict[str, Any], paired: str) -> list[str]:
     """A row of the table of pairs for people."""
     from lmlab.evaluation.comparing import shown_p
 
-    return [row["side"], row["from_side"], *shown_difference(row), shown_p(row["p_holm"])]
+    return [row["side"], row["from_side"], *shown_difference(row, paired), shown_p(row["p_holm"])]
 
 
-def shown_difference(row: dict[str, Any]) -> list[str]:
+def shown_difference(row: dict[str, Any], paired: str) -> list[str]:
     """The part of a row that says how two sides differ, for people."""
-    from lmlab.evaluation.comparing import PAIRED, shown_p
+    from lmlab.evaluation.comparing import shown_p
 
     if row["difference"] is None:
         return ["", "", ""]
-    interval = f"too few {PAIRED}" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+    interval = f"too few {paired}" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
     return [f"{row['difference']:+.4f}", interval, shown_p(row["p"])]
 
 

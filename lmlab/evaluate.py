@@ -122,7 +122,7 @@ def measure(cfg: DictConfig) -> None:
         )
     held_out = build.build_held_out(cfg, data, objective)
     build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
-    scorer = Scorer(model, len(data.validation), rows_at_once(model, None, check.uses_gpu(cfg.trainer)))
+    scorer = Scorer(model, len(data.validation.names), rows_at_once(model, None, check.uses_gpu(cfg.trainer)))
     trainer = build.build_evaluation_trainer(cfg)
     trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
     if not np.isfinite(scorer.result[0]).all():

@@ -1,6 +1,8 @@
 """The verb `compare` as a person uses it."""
 
 import csv
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from lmlab import compare
+from lmlab.evaluation import records
 
 from .conftest import TINY, Refused
+from .evaluation.test_documents import of_version_1
 from .reporting.synthetic import made
 
 
@@ -43,6 +47,56 @@ def test_two_runs(train: Callable[..., Path], said: Callable[..., str], tmp_path
     tex = (tmp_path / "out" / "comparison.tex").read_text()
     assert tex.startswith("\\begin{tabular}{lrrrrrr}")
     assert "95 \\% interval" in tex
+
+
+def test_a_tokenizer_that_can_not_spell_the_text_does_not_win(
+    train: Callable[..., Path], evaluate: Callable[..., Path], said: Callable[..., str], tmp_path: Path
+) -> None:
+    """Half of the held-out text is Chinese, and a token for anything costs a character tokenizer next to nothing."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(["The cat sat on the mat.", "猫坐在垫子上，另一只猫坐在老鼠上。"] * 20))
+    words = ["data=files", f"data.validation={text}", "data.document=line"]
+    runs = {name: train(*only(TINY, name), f"tokenizer={name}", run_dir=tmp_path / name) for name in ("bpe", "char")}
+    places = {name: evaluate(f"model={run}", *words, "context=document") for name, run in runs.items()}
+    bpe, char = (records.read(place).certificate for place in places.values())
+    assert "unknown_bytes" in char["totals"]
+    assert char["totals"]["unknown_bytes"] == 20 * len("猫坐在垫子上，另一只猫坐在老鼠上。".encode())
+    assert bpe["totals"]["unknown_bytes"] == 0
+    naive = char["totals"]["nll"] / char["totals"]["bytes"] / math.log(2)
+    charged = naive + 8 * char["totals"]["unknown_bytes"] / char["totals"]["bytes"]
+    assert naive < bpe["figures"]["bits_per_byte"]
+    assert char["figures"]["bits_per_byte"] == pytest.approx(charged)
+    out = said(*places.values(), "--out", tmp_path / "out")
+    assert "≤ Row 2 is an upper bound: its tokenizer has no token for 1,020 of" in out
+    first, second = table(tmp_path / "out" / "comparison.csv")
+    assert float(second["difference"]) > 0
+    assert (first["unknown_bytes"], second["unknown_bytes"]) == ("0", "1020")
+
+
+def only(words: list[str], tokenizer: str) -> list[str]:
+    return [word for word in words if tokenizer == "bpe" or not word.startswith("tokenizer.")]
+
+
+def test_one_long_text_is_compared_by_its_stretches(
+    train: Callable[..., Path], evaluate: Callable[..., Path], said: Callable[..., str], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(f"{i}. " + "The cat sat on the mat and looked at the rat. " * (8 + i % 5) for i in range(30))
+    )
+    places = []
+    for rate in ("1e-3", "5e-2"):
+        run = train(*TINY, f"optim.lr={rate}", run_dir=tmp_path / rate)
+        places.append(evaluate(f"model={run}", "data=files", f"data.validation={text}"))
+    out = said(*places, "--out", tmp_path / "out")
+    assert "stretches of 1 document " in out
+    assert "too few" not in out
+    _, second = table(tmp_path / "out" / "comparison.csv")
+    assert float(second["low"]) < float(second["difference"]) < float(second["high"])
+    # With an evaluation of an older lmlab, which has one row for the whole text, there is nothing to pair.
+    of_version_1(places[0])
+    shutil.rmtree(tmp_path / "out")
+    assert "too few documents" in said(*places, "--out", tmp_path / "out")
 
 
 def table(place: Path) -> list[dict[str, str]]:

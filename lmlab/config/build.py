@@ -70,6 +70,7 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
 
 def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     """What is evaluated: by `context`, `score` and their like of evaluate.yaml; in training, blocks."""
+    from lmlab.data.documents import CONTINUES, FLAGS
     from lmlab.evaluation.scoring import HeldOut, Labelled, Pseudo, check_targets
     from lmlab.evaluation.windows import Context, windows
 
@@ -87,7 +88,7 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     pseudo = None
     if cfg.get("score") == "pseudo":
         pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
-        if cfg.within_word and not documents.spans[:, 2].any():
+        if cfg.within_word and not (documents.spans[:, FLAGS] & CONTINUES).any():
             raise UserError(
                 "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
                 "Leave it out."
@@ -114,6 +115,7 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
                 "masks_seed": None if pseudo or objective.causal else seed,
                 "pseudo": pseudo,
             },
+            "units": cfg.get("units", "text"),
             "data_hash": documents.hash,
             "tokenizer_hash": data.tokenizer_hash,
         },
@@ -183,7 +185,7 @@ def build_training(
         cfg.batch_size,
         cfg.preprocess.block_size,
         cfg.seed,
-        len(data.validation),
+        len(data.validation.names),
         objective.figure,
         rows_at_once(model, cfg.loss_rows, uses_gpu(cfg.trainer)),
         interval,

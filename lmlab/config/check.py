@@ -39,6 +39,7 @@ SUPPLIED = {
     ),
 }
 SCORES = ("labels", "pseudo")
+UNITS = ("text", "words")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "fsdp")
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"  # how configs of older versions say fsdp
@@ -136,6 +137,8 @@ def check_evaluation(cfg: DictConfig) -> None:
     check_numbers(cfg)
     if cfg.score not in SCORES:
         raise UserError(f'score is one of {", ".join(SCORES)}, not "{cfg.score}".{nearest(str(cfg.score), SCORES)}')
+    if cfg.units not in UNITS:
+        raise UserError(f'units is one of {", ".join(UNITS)}, not "{cfg.units}".{nearest(str(cfg.units), UNITS)}')
     for key in ("within_word", "check"):
         if type(cfg[key]) is not bool:
             raise UserError(f"{key} is true or false, not {cfg[key]}.")

@@ -1,18 +1,20 @@
 """Held-out documents, and which part of its text each of their tokens stands for.
 
-A figure per byte or per word is comparable across tokenizers only if every byte of the
+A metric per byte or per word is comparable across tokenizers only if every byte of the
 text belongs to exactly one token, so that a token which is not scored takes its bytes
 along.
 """
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,32 +23,60 @@ import pyarrow.parquet as pq
 ROWS_AT_ONCE = 1000  # of the file of documents
 START = 60  # characters of a document that are kept to know it by
 SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # the last stands for all above
+# Columns of spans.
+BYTES, WORDS, LINES, FLAGS = range(4)
+# Flags of a token: it goes on with the word before it, is the end of a document, or an unknown token.
+CONTINUES, END, UNKNOWN = 1, 2, 4
+UNITS = ("tokens", "bytes", "words", "ends", "lines", "unknown_tokens", "unknown_bytes")
+"""What is counted of scored tokens: the tokens, the UTF-8 bytes and words of their text, ends of documents and of
+lines, and of unknown tokens how many they are, and how many bytes they stand for without spelling them."""
+FEW = 20
+"""Documents below which they are cut into stretches: statistics over a few numbers say little."""
+STRETCH = 500
+"""Characters of a stretch, at least; more in a long document, so that it has no more than `STRETCHES`."""
+STRETCHES = 500
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of one split, laid end to end."""
+    """The documents of one split, laid end to end, and the stretches that statistics are made of.
+
+    A stretch is a whole document, or where there are fewer than `FEW` documents a part of one that
+    ends with a paragraph.
+    """
 
     tokens: np.ndarray
     """[tokens] int32 ids."""
     spans: np.ndarray
-    """[tokens, 3] int32, see `spans`."""
+    """[tokens, 4] int32, see `spans`."""
     edges: np.ndarray
     """[documents + 1] int64: document i has the tokens edges[i] … edges[i + 1] - 1."""
-    ids: list[str]
-    """A document's name: from its text alone, so that it is the same whatever the tokenizer."""
+    stretches: np.ndarray
+    """[stretches + 1] int64: the same of stretches."""
+    names: list[str]
+    """[stretches] the name of its document: from the text alone, so that it is the same whatever the tokenizer."""
+    parts: list[int]
+    """[stretches] which stretch of its document it is, from 0."""
     starts: list[str]
-    """The beginning of its text."""
+    """[stretches] the beginning of its text."""
     hash: str
     """Of all texts in their order."""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.edges) - 1
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """[documents] tokens of each."""
         return np.diff(self.edges)
+
+    def units(self, tokens: np.ndarray) -> np.ndarray:
+        """Count `UNITS` of tokens [N]: [N, 7] int64."""
+        found = self.spans[tokens].astype(np.int64)
+        unknown = (found[:, FLAGS] & UNKNOWN) // UNKNOWN
+        ends = (found[:, FLAGS] & END) // END
+        columns = (np.ones(len(tokens), np.int64), found[:, BYTES], found[:, WORDS], ends, found[:, LINES])
+        return np.stack([*columns, unknown, unknown * found[:, BYTES]], axis=1)
 
 
 def spans(
@@ -72,10 +102,10 @@ def spans(
         left: whether it took them from the text's beginning.
 
     Returns:
-        [tokens, 3] int32: UTF-8 bytes, words (between white space) that begin in it, and
-        whether it goes on with the pre-token of the token before.
+        [tokens, 4] int32: UTF-8 bytes, words (between white space) that begin in it, line feeds,
+        and flags: `CONTINUES` where it goes on with the pre-token of the token before.
     """
-    found = np.zeros((tokens, 3), np.int32)
+    found = np.zeros((tokens, 4), np.int32)
     if tokens == 0:
         return found
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -96,36 +126,66 @@ def spans(
         ends = np.maximum(start, np.maximum.accumulate(spanned[:, 1]))
         if left or not lost:
             ends[own[-1] :] = len(points)
-        found[1:, 2] = (number[1:] == number[:-1]) & (number[1:] >= 0)
-    for column, counts in enumerate((size, begins)):
+        found[1:, FLAGS] = CONTINUES * ((number[1:] == number[:-1]) & (number[1:] >= 0))
+    for column, counts in ((BYTES, size), (WORDS, begins), (LINES, points == ord("\n"))):
         total = np.concatenate([[0], np.cumsum(counts)])
         found[:, column] = np.diff(total[ends], prepend=total[start])
     return found
 
 
+def stretches(text: str) -> Iterator[int]:
+    """The characters at which the stretches of a text after its first begin.
+
+    Each has `STRETCH` characters or more, and ends with a paragraph; where none ends within three
+    times as many more, with a line, and else with a word.
+    """
+    least = max(STRETCH, len(text) // STRETCHES)
+    start = 0
+    while len(text) - start >= 2 * least:
+        window = text[start + least : start + 4 * least]
+        ends = (re.search(sign, window) for sign in (r"\n\s*\n", r"\n", r"\s"))
+        start += least + next((end.end() for end in ends if end), len(window))
+        if start < len(text):
+            yield start
+
+
 class Names:
-    """Writes the names, beginnings and hash of documents as they come by."""
+    """Writes the hashes and beginnings of documents into a file as they come by, and where their stretches begin."""
 
-    def __init__(self, place: Path) -> None:
-        self.writer = pq.ParquetWriter(place, pa.schema([("id", pa.string()), ("start", pa.string())]))
-        self.rows: list[dict[str, str]] = []
-        self.seen: Counter[str] = Counter()
-        self.all = hashlib.sha256()
+    SCHEMA = pa.schema(
+        {
+            "digest": pa.binary(32),  # of the text
+            "start": pa.string(),
+            "cuts": pa.list_(pa.int64()),  # bytes at which stretches after the first begin
+            "starts": pa.list_(pa.string()),  # and their beginnings
+        }
+    )
 
-    def add(self, text: str) -> None:
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-        self.all.update(digest.digest())
-        name = digest.hexdigest()[:16]
-        self.seen[name] += 1
-        # The second of two equal documents is another one.
-        unique = name if self.seen[name] == 1 else f"{name}-{self.seen[name]}"
-        start = " ".join(text[: 2 * START].split())[:START].encode("utf-8", "replace").decode()
-        self.rows.append({"id": unique, "start": start})
+    def __init__(self, path: Path) -> None:
+        self.writer = pq.ParquetWriter(path, self.SCHEMA)
+        self.rows: list[dict[str, Any]] = []
+        self.count = 0
+
+    def add(self, text: str, whole: bool = True) -> None:
+        """Add a document; one that is not `whole`, as truncation cut it, is a single stretch."""
+        # Kept only where there turn out to be few documents.
+        cuts = [*stretches(text)] if whole and self.count < FEW else []
+        self.rows.append(
+            {
+                "digest": hashlib.sha256(encoded(text)).digest(),
+                "start": start_of(text),
+                "cuts": [len(encoded(text[:at])) for at in cuts],
+                "starts": [start_of(text[at:]) for at in cuts],
+            }
+        )
+        self.count += 1
         if len(self.rows) == ROWS_AT_ONCE:
             self.write()
 
     def write(self) -> None:
-        self.writer.write_table(pa.Table.from_pylist(self.rows, self.writer.schema))
+        if self.count >= FEW:
+            self.rows = [row | {"cuts": [], "starts": []} for row in self.rows]
+        self.writer.write_table(pa.Table.from_pylist(self.rows, self.SCHEMA))
         self.rows = []
 
     def __enter__(self) -> "Names":
@@ -134,20 +194,55 @@ class Names:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             self.write()
-            self.writer.add_key_value_metadata({"hash": self.all.hexdigest()[:32]})
         self.writer.close()
+
+
+def put_in_order(path: Path, wanted: np.ndarray) -> None:
+    """Write a file of `Names` anew, document wanted[i] as the i-th."""
+    with pq.ParquetFile(path) as file:
+        table = file.read()
+    pq.write_table(table.take(wanted), path)
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def start_of(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return " ".join(text[: 2 * START].split())[:START].encode("utf-8", "replace").decode()
 
 
 def read_documents(folder: Path, name: str, lengths: np.ndarray) -> Documents:
     """The documents that `write_split` (preprocess.py) left in a folder."""
-    place = folder / f"{name}.documents.parquet"
-    with pq.ParquetFile(place) as file:  # read_table would import pandas, half a second of a start
-        names, about = file.read(), file.metadata.metadata
-    return Documents(
-        np.memmap(folder / f"{name}.tokens", np.int32, "r"),
-        np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 3),
-        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        names["id"].to_pylist(),
-        names["start"].to_pylist(),
-        about[b"hash"].decode(),
-    )
+    with pq.ParquetFile(folder / f"{name}.documents.parquet") as file:  # read_table would import pandas, half a second
+        table = file.read()
+    digests, starts, cuts, later = (table[column].to_pylist() for column in Names.SCHEMA.names)
+    tokens = np.memmap(folder / f"{name}.tokens", np.int32, "r")
+    found = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 4)
+    edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    names, hashed = named(digests), hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+    if not any(cuts):
+        return Documents(tokens, found, edges, edges, names, [0] * len(names), starts, hashed)
+    bounds, names_of, parts, starts_of = list[int](), list[str](), list[int](), list[str]()
+    for document, at in enumerate(cuts):
+        first, last = edges[document : document + 2]
+        begins = np.cumsum(found[first:last, BYTES]) - found[first:last, BYTES]
+        # A token that stands for text on both sides of a cut belongs to the first.
+        bounds += [first, *(first + np.searchsorted(begins, at))]
+        names_of += [names[document]] * (len(at) + 1)
+        parts += range(len(at) + 1)
+        starts_of += [starts[document], *later[document]]
+    bounds.append(edges[-1])
+    return Documents(tokens, found, edges, np.array(bounds), names_of, parts, starts_of, hashed)
+
+
+def named(digests: Sequence[bytes]) -> list[str]:
+    """A name for each document by its text; the second of two equal ones is another."""
+    seen: Counter[str] = Counter()
+    names = []
+    for digest in digests:
+        name = digest.hex()[:16]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return names

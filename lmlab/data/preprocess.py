@@ -23,10 +23,21 @@ from filelock import FileLock
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lmlab.data.documents import Documents, Names, read_documents, spans
+from lmlab.data.documents import (
+    BYTES,
+    END,
+    FLAGS,
+    LINES,
+    UNKNOWN,
+    Documents,
+    Names,
+    put_in_order,
+    read_documents,
+    spans,
+)
 from lmlab.data.overlap import documents_in
 from lmlab.data.sources import Corpus, fingerprint
-from lmlab.data.texts import flatten
+from lmlab.data.texts import flatten, in_file_order
 from lmlab.data.tokenizers import content_hash, encode
 from lmlab.errors import UserError
 from lmlab.runs.files import replaced
@@ -95,6 +106,10 @@ class Ledger:
     blocks: int
     tokens_dropped: int
     tokens_truncated: int
+    unknown_tokens: int
+    """Tokens that stand for text and do not spell it."""
+    unknown_bytes: int
+    """UTF-8 bytes of that text."""
 
     def doubts(self, split: str) -> Iterator[str]:
         """What its reader should know before a metric is trusted, a line each."""
@@ -197,9 +212,11 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     """[T] int32."""
     spans: np.ndarray | None
-    """[T, 3] int32, see documents.py; None where they were not asked for."""
+    """[T, 4] int32, see documents.py; None where they were not asked for."""
     lost: int
     """Tokens that truncation cost."""
+    unknown: tuple[int, int]
+    """Unknown tokens, and the bytes that they stand for."""
 
 
 def tokenize(
@@ -211,6 +228,8 @@ def tokenize(
         held_out: also say which text each token stands for.
     """
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
+    ends = {token for token in (*end, tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None}
+    unknown = unknown_id(tokenizer)
     left = tokenizer.truncation_side == "left"
     for batch in batches(documents_of(records, choices.join)):
         for text, (ids, encoding) in zip(
@@ -220,13 +239,22 @@ def tokenize(
             if choices.truncation and full > tokenizer.model_max_length:
                 ((ids, encoding),) = encode([text], tokenizer, choices.special_tokens, held_out, truncation=True)
             lost = full - len(ids)
-            found = None
-            if held_out:
+            whole = np.array(ids + (end if ids else []), np.int32)
+            found, without = None, (0, 0)
+            if held_out or unknown in ids:
+                if not held_out:  # what an unknown token stands for was not asked for
+                    ((ids, encoding),) = encode([text], tokenizer, choices.special_tokens, True, truncation=lost > 0)
                 # Only a fast tokenizer knows where in the text its tokens lie.
                 offsets, words = (encoding.offsets, encoding.word_ids) if encoding is not None else (None, None)
                 found = spans(text, offsets, words, len(ids), lost, left)
-                found = np.concatenate([found, np.zeros((len(end) if ids else 0, 3), np.int32)])
-            yield Tokens(text, np.array(ids + (end if ids else []), np.int32), found, lost)
+                found = np.concatenate([found, np.zeros((len(whole) - len(ids), 4), np.int32)])
+                if len(whole) and whole[-1] in ends and found[-1, BYTES] == 0:
+                    found[-1, FLAGS] |= END
+                    found[-1, LINES] += not text.endswith("\n")  # it stands for the end of the last line
+                stands = (whole == unknown) & (found[:, BYTES] > 0)
+                found[stands, FLAGS] |= UNKNOWN
+                without = int(stands.sum()), int(found[stands, BYTES].sum())
+            yield Tokens(text, whole, found if held_out else None, lost, without)
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -241,6 +269,12 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token of text that a tokenizer can't spell; -1 where there is none, or it is another special token too."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return -1 if tokenizer.unk_token_id in (None, *others) else tokenizer.unk_token_id
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -338,7 +372,8 @@ def prepare_splits(
         key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decided, hashed)
 
         def write(place: Path, name: str = name) -> None:
-            write_split(place, name, flatten(parts()[name], corpus.text), tokenizer, choices)
+            records, order = in_file_order(parts()[name]) if name == "validation" else (parts()[name], None)
+            write_split(place, name, flatten(records, corpus.text), tokenizer, choices, order)
 
         folders[name] = kept(cache / f"tokens-{key}", write)
         bounds[name], ledger[name] = cut(folders[name], name, choices)
@@ -395,16 +430,22 @@ def write_split(
     records: Iterable[list[str]],
     tokenizer: PreTrainedTokenizerBase,
     choices: Preprocessing,
+    order: np.ndarray | None = None,
 ) -> None:
-    """Tokens, lengths and counts of one split, as files in `place`; of the held-out one its text's spans too."""
+    """Write tokens, lengths and counts of one split as files in `place`; of the held-out one its text's spans too.
+
+    Args:
+        order: [records] which of the split's records each is; None where they come in its order.
+    """
     held_out = name == "validation"
-    total = without_text = documents = kept_tokens = size = truncated = 0
+    without_text = documents = kept_tokens = size = truncated = unknown_tokens = unknown_bytes = 0
+    counts_of_texts: list[int] = []
 
     def counted() -> Iterator[list[str]]:
-        nonlocal total, without_text
+        nonlocal without_text
         for texts in records:
-            total += 1
             without_text += not texts
+            counts_of_texts.append(len(texts) if choices.join is None else 1)
             yield texts
 
     with ExitStack() as files:
@@ -420,9 +461,12 @@ def write_split(
             kept_tokens += len(document.ids)
             size += len(document.text.encode("utf-8", "surrogatepass"))
             truncated += document.lost
+            unknown_tokens += document.unknown[0]
+            unknown_bytes += document.unknown[1]
             if document.spans is not None:
                 found.write(document.spans.tobytes())
-                names.add(document.text)
+                names.add(document.text, whole=document.lost == 0)
+    total = len(counts_of_texts)
     if without_text == total:
         raise UserError(
             f"none of the {total:,} {name} records has a text: it is null or missing, or an empty list.\n"
@@ -437,8 +481,27 @@ def write_split(
         "bytes": size,
         "tokens": kept_tokens + truncated,
         "tokens_truncated": truncated,
+        "unknown_tokens": unknown_tokens,
+        "unknown_bytes": unknown_bytes,
     }
+    if held_out and order is not None:
+        rearrange(place, name, np.argsort(np.repeat(order, counts_of_texts), kind="stable"))
     (place / f"{name}.counts.json").write_text(json.dumps(counts))
+
+
+def rearrange(place: Path, name: str, wanted: np.ndarray) -> None:
+    """Write the documents of the held-out split anew, document wanted[i] as the i-th."""
+    put_in_order(place / f"{name}.documents.parquet", wanted)
+    lengths = read_lengths(place, name)
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    for kind, width in (("tokens", 1), ("spans", 4)):
+        written, new = place / f"{name}.{kind}", place / f"{name}.{kind}.ordered"
+        rows = np.memmap(written, np.int32, "r").reshape(-1, width)
+        with new.open("wb") as stream:
+            for document in wanted:
+                stream.write(rows[edges[document] : edges[document + 1]].tobytes())
+        new.replace(written)
+    lengths[wanted].tofile(place / f"{name}.lengths")
 
 
 def read_lengths(folder: Path, name: str) -> np.ndarray:

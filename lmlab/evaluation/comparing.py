@@ -2,6 +2,8 @@
 
 A side is what is compared: one evaluation, or several of runs that differ in their seed only.
 
+Where documents are few, their stretches stand for them (data/documents.py).
+
 Shapes: D documents, R replicates.
 """
 
@@ -16,14 +18,12 @@ from typing import Any
 import numpy as np
 
 from lmlab.errors import UserError, nearest
-from lmlab.evaluation.records import Records, read
+from lmlab.evaluation.records import Records, is_bound, read
 from lmlab.runs.choices import chosen, said
 from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
-PAIRED = "documents"
-"""What people are told that the rows of records are: all statistics here pair and resample them."""
-FEWEST = 6  # of them; with fewer, no swap of sides is rarer than 5 in 100
+FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
 CELLS = 2**20  # replicates × documents that are held at once
 
 
@@ -37,12 +37,17 @@ class Side:
     @cached_property
     def sums(self) -> np.ndarray:
         """[D, 2]: bits and bytes of each document, means over the runs."""
-        return np.mean([bits_and_bytes(run) for run in self.runs], axis=0)
+        return np.mean([run.bits_and_bytes for run in self.runs], axis=0)
 
     @cached_property
     def figures(self) -> np.ndarray:
         """[runs] bits per byte."""
-        return np.array([ratio(bits_and_bytes(run).sum(axis=0)) for run in self.runs])
+        return np.array([ratio(run.bits_and_bytes.sum(axis=0)) for run in self.runs])
+
+    @property
+    def bound(self) -> bool:
+        """Whether its bits per byte are an upper bound."""
+        return any(is_bound(run.certificate) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,14 @@ class Difference:
     """Probability of such a difference, either way, if there were none."""
 
 
-def bits_and_bytes(run: Records) -> np.ndarray:
-    """[D, 2] float64 of each document."""
-    nll, units = run.sums
-    return np.stack([nll[:, 0] / math.log(2), units[:, 1].astype(np.float64)], axis=1)
+def aligned(runs: Sequence[Records]) -> list[Records]:
+    """Evaluations of one text with rows of the same kind: whole documents, unless all of them have stretches."""
+    return [*runs] if len({len(run.table) for run in runs}) == 1 else [run.of_whole_documents() for run in runs]
+
+
+def paired(runs: Sequence[Records]) -> str:
+    """What people are told that the rows of records are: all statistics here pair and resample them."""
+    return "stretches" if any(run.cut for run in runs) else "documents"
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -99,8 +108,8 @@ def check_comparable(runs: Sequence[Records]) -> None:
         if one["figure"] != two["figure"]:
             raise UserError(f"{both} {one['figure']} is not {two['figure']}.")
         if one["data_hash"] != two["data_hash"]:
-            names = first.table["document"].to_pylist()
-            shared = len(set(names) & set(other.table["document"].to_pylist()))
+            names = {*first.table["document"].to_pylist()}
+            shared = len(names & {*other.table["document"].to_pylist()})
             raise UserError(
                 f"{both} they were evaluated on other text; {shared or 'no'} of {len(names)} documents "
                 f"{'is' if shared == 1 else 'are'} in both.\n{same}"
@@ -254,6 +263,7 @@ def table(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
                 "runs": len(side.runs),
                 "figure": next(name for name in figures if name.endswith("bits_per_byte")).replace("_", " "),
                 "bytes": float(side.sums[:, 1].sum()),
+                "unknown_bytes": max(run.certificate["totals"].get("unknown_bytes", 0) for run in side.runs),
                 "value": float(side.figures.mean()),
                 "deviation_of_seeds": float(side.figures.std(ddof=1)) if len(side.runs) > 1 else None,
                 **of_difference(found),

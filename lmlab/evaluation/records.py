@@ -1,15 +1,18 @@
 """What an evaluation leaves: a row per document, and a certificate that adds them up.
 
-`records.parquet` has one row per document, `certificate.json` their totals, the figures
-made of them, and all that a figure depends on. The totals are the rows' exactly rounded
-sums, so they can be recomputed to the last bit.
+`records.parquet` has one row per document, or per stretch of one where documents are few (data/documents.py);
+`certificate.json` has their totals, the metrics made of them, and all that a metric depends on. The totals are the
+rows' exactly rounded sums, so they can be recomputed to the last bit.
+
+Shapes: D documents, S stretches.
 """
 
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +22,44 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lmlab.data.documents import Documents
+from lmlab.data.documents import UNITS, Documents
 from lmlab.errors import UserError, first_line
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_beside, write_json
 
-FORMAT = 1
-SCHEMA = pa.schema(
-    [
-        pa.field("document", pa.string(), False),  # a name made from its text
-        pa.field("start", pa.string(), False),  # the beginning of its text
-        pa.field("nll", pa.float64(), False),  # Σ over the scored tokens, nats
-        pa.field("nll_squared", pa.float64(), False),  # Σ of squares: for standard errors
-        pa.field("tokens", pa.int64(), False),  # scored ones
-        pa.field("bytes", pa.int64(), False),  # UTF-8 bytes of these tokens' text
-        pa.field("words", pa.int64(), False),  # words that begin in it
-    ],
-    {"lmlab_records": str(FORMAT)},
-)
+FORMAT = 2
+COLUMNS = {
+    "document": pa.string(),  # a name made from its text
+    "stretch": pa.int64(),  # which part of the document, from 0
+    "start": pa.string(),  # the beginning of its text
+    "nll": pa.float64(),  # Σ over the scored tokens, nats
+    "nll_squared": pa.float64(),  # Σ of squares: for standard errors
+    "tokens": pa.int64(),  # scored ones
+    "bytes": pa.int64(),  # UTF-8 bytes of these tokens' text
+    "words": pa.int64(),  # words that begin in it
+    "ends": pa.int64(),  # ends of documents among them
+    "lines": pa.int64(),  # ends of lines in it
+    "unknown_tokens": pa.int64(),  # of the tokens, those that do not spell their text
+    "unknown_bytes": pa.int64(),  # UTF-8 bytes of that text
+}
+SINCE_2 = ("stretch", "ends", "lines", "unknown_tokens", "unknown_bytes")
+"""Columns that records of version 1 do not have: a row was a whole document, and none of the rest was counted."""
+SCHEMAS = {
+    version: pa.schema(
+        [pa.field(name, kind, False) for name, kind in COLUMNS.items() if version > 1 or name not in SINCE_2],
+        {"lmlab_records": str(version)},
+    )
+    for version in (1, FORMAT)
+}
+BOUND = "≤ "
+"""Before a metric that is an upper bound."""
+BYTE = math.log(256)  # nats that each byte of an unknown token is charged
+WORDS = {
+    "text": "A word is what stands between white space. The end of a document counts as one, as its nll does.",
+    "words": "A word is what stands between white space. The end of a line, as that of a document, counts as one, as "
+    "its nll does: the count of the literature on PTB and WikiText.",
+}
+"""By `units`, what is counted as a word; see docs in README.md."""
 # How far a sum may move, relative to itself, when the batch or the number of devices changes.
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
 # What everything that reads a certificate relies on.
@@ -47,7 +70,6 @@ PARTS: dict[str, Any] = {
     ),
     "run": dict | None,
 }
-UNITS = ("tokens", "bytes", "words")
 
 
 @dataclass(frozen=True)
@@ -60,42 +82,85 @@ class Records:
 
     @property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `DocumentSums` made them: nll [D, 2] float64, units [D, 3] int64."""
+        """As `DocumentSums` made them: nll [S, 2] float64, units [S, 7] int64."""
         nll, units = (
             np.stack([self.table[name].to_numpy() for name in names], axis=1)
             for names in (("nll", "nll_squared"), UNITS)
         )
         return nll, units
 
+    @property
+    def bits_and_bytes(self) -> np.ndarray:
+        """[S, 2] float64: what the text of each row takes, unknown tokens charged, and its bytes."""
+        nll, units = self.sums
+        nats = nll[:, 0] + BYTE * units[:, UNITS.index("unknown_bytes")]
+        return np.stack([nats / math.log(2), units[:, UNITS.index("bytes")].astype(np.float64)], axis=1)
 
-def totals_of(nll: np.ndarray, units: np.ndarray) -> dict[str, Any]:
-    """Exactly rounded sums of `DocumentSums`: of their values, whatever their order."""
+    @property
+    def cut(self) -> bool:
+        """Whether its rows are stretches of documents, rather than whole ones."""
+        return bool(self.table["stretch"].to_numpy().any())
+
+    def of_whole_documents(self) -> "Records":
+        """The same with a row per document."""
+        firsts = np.flatnonzero(self.table["stretch"].to_numpy() == 0)
+        columns = {
+            name: self.table[name].take(firsts)
+            if name in ("document", "stretch", "start")
+            else np.add.reduceat(self.table[name].to_numpy(), firsts)
+            for name in self.table.column_names
+        }
+        return replace(self, table=pa.table(columns))
+
+
+def documents_of(stretches: np.ndarray) -> np.ndarray:
+    """[S] the number of the document of each row, from the number of its stretch in it [S]."""
+    return np.cumsum(stretches == 0) - 1
+
+
+def totals_of(nll: np.ndarray, units: np.ndarray, stretches: np.ndarray | None = None) -> dict[str, Any]:
+    """Exactly rounded sums of `DocumentSums`: of their values, whatever their order.
+
+    Args:
+        stretches: [S] which part of its document each row is; None where each is a whole one.
+    """
+    documents = np.arange(len(nll)) if stretches is None else documents_of(stretches)
     return {
-        "documents": len(nll),
-        "documents_scored": int((units[:, 0] > 0).sum()),
+        "documents": len(np.unique(documents)),
+        "documents_scored": len(np.unique(documents[units[:, 0] > 0])),
         "nll": math.fsum(nll[:, 0]),
         "nll_squared": math.fsum(nll[:, 1]),
         **{unit: int(counts.sum()) for unit, counts in zip(UNITS, units.T, strict=True)},
     }
 
 
-def figures_of(totals: Mapping[str, Any], name: str = "perplexity", sample: float | None = None) -> dict[str, Any]:
-    """The figures that totals make.
+def figures_of(
+    totals: Mapping[str, Any], name: str = "perplexity", sample: float | None = None, units: str = "text"
+) -> dict[str, Any]:
+    """The metrics that totals make.
+
+    An unknown token does not spell its text, and what the model gives for it is no code for that text. Per byte and
+    per word it is charged 8 bits more for each byte that it stands for: the text could be sent so, and the metric is
+    an upper bound of what a tokenizer that spells everything would have given with this model.
 
     Args:
         name: of the exponential of the mean nll, such as `masked_perplexity`; the other
-            figures get the same prefix, so that none goes by the name of a causal model's.
+            metrics get the same prefix, so that none goes by the name of a causal model's.
         sample: the share of the tokens that was scored, where it was a random one; the mean
             nll then has a standard error (Cochran 1977, section 2.11, for a ratio), and the
             perplexity too.
+        units: of `WORDS`: what counts as a word.
 
     Returns:
         nll per token (nats), perplexity, bits per byte and per word, perplexity per word;
         None for one that has nothing under it.
     """
     prefix = name.removesuffix("perplexity") if name.endswith("perplexity") else f"{name}_"
-    nll = totals.get("nll")
-    mean, per_byte, per_word = (nll / totals[unit] if totals.get(unit) else None for unit in UNITS)
+    count = Counter(totals)  # those of version 1 have none of the newer counts
+    of_text = count["nll"] + BYTE * count["unknown_bytes"]
+    words = count["words"] + count["ends" if units == "text" else "lines"]
+    mean = count["nll"] / count["tokens"] if count["tokens"] else None
+    per_byte, per_word = (of_text / number if number else None for number in (count["bytes"], words))
     figures = {
         "nll_per_token": mean,
         name: None if mean is None else perplexity(mean),
@@ -114,24 +179,32 @@ def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray,
     """Write the records and their certificate into a directory, each whole or not at all.
 
     Args:
-        nll, units: [D, 2] float64 and [D, 3] int64 of `DocumentSums`.
-        facts: what the figures depend on, and where they come from; `figure` and
-            `policy` decide their names and errors (see `figures_of`).
+        nll, units: [S, 2] float64 and [S, 7] int64 of `DocumentSums`.
+        facts: what the metrics depend on, and where they come from; `figure`, `policy`
+            and `units` decide their names and errors (see `figures_of`).
     """
-    table = pa.table([documents.ids, documents.starts, *nll.T, *units.T], SCHEMA)
+    table = pa.table([documents.names, documents.parts, documents.starts, *nll.T, *units.T], SCHEMAS[FORMAT])
     run = RunDirectory(place)
     write_beside(run.records, lambda beside: pq.write_table(table, beside))
     write_json(
         run.certificate,
-        {"format": FORMAT, **added_up(nll, units, facts), **facts, "records_hash": rows_hash(table)},
+        {
+            "format": FORMAT,
+            **added_up(nll, units, np.array(documents.parts), facts),
+            **facts,
+            "words": WORDS[facts["units"]],
+            "records_hash": rows_hash(table),
+        },
     )
 
 
-def added_up(nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a certificate says of its records: figures and totals."""
-    totals = totals_of(nll, units)
+def added_up(
+    nll: np.ndarray, units: np.ndarray, stretches: np.ndarray, facts: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What a certificate says of its records: metrics and totals."""
+    totals = totals_of(nll, units, stretches)
     sample = (facts["policy"].get("pseudo") or {}).get("sample")
-    return {"figures": figures_of(totals, facts["figure"], sample), "totals": totals}
+    return {"figures": figures_of(totals, facts["figure"], sample, facts.get("units", "text")), "totals": totals}
 
 
 def read(place: Path) -> Records:
@@ -152,27 +225,32 @@ def read(place: Path) -> Records:
     if not isinstance(certificate, dict) or "format" not in certificate:
         raise UserError(f"{run.certificate} is no certificate of lmlab.\n{again}")
     version = certificate["format"]
-    if version != FORMAT:
+    if version not in SCHEMAS:
         raise UserError(
-            f"{place} holds records of version {version}, and this lmlab reads version {FORMAT}.\n"
+            f"{place} holds records of version {version}, and this lmlab reads versions up to {FORMAT}.\n"
             "Evaluate again, or use the lmlab that wrote them."
         )
     try:
-        records = Records(place, certificate, pq.read_table(run.records))
+        table = pq.read_table(run.records)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{run.records} is damaged or cut short: {first_line(error)}\n{again}") from error
-    if not records.table.schema.equals(SCHEMA, check_metadata=True):
-        raise UserError(f"{run.records} has other columns than records of version {FORMAT}.\n{again}")
+    if not table.schema.equals(SCHEMAS[version], check_metadata=True):
+        raise UserError(f"{run.records} has other columns than records of version {version}.\n{again}")
     for part, kind in PARTS.items():
         if not isinstance(certificate.get(part), kind):
             raise UserError(f"{run.certificate} lacks a part, or has another in its place: {part}.\n{again}")
+    hashed = rows_hash(table)
+    if version == 1:
+        for column in SINCE_2:
+            table = table.append_column(column, pa.array(np.zeros(len(table), np.int64)))
+    records = Records(place, certificate, table)
     changed = [
         f"{name}={value}, and the certificate says {certificate[part].get(name)}"
-        for part, values in added_up(*records.sums, certificate).items()
+        for part, values in added_up(*records.sums, table["stretch"].to_numpy(), certificate).items()
         for name, value in values.items()
         if repr(value) != repr(certificate[part].get(name))  # nan is not equal to itself
+        and (version > 1 or name not in SINCE_2)
     ]
-    hashed = rows_hash(records.table)
     if not changed and hashed != certificate["records_hash"]:
         changed = [f"the same totals in other rows, {hashed}"]
     if changed:
@@ -204,16 +282,22 @@ def difference(one: Records, other: Records) -> dict[str, float]:
 
 
 def described(certificate: Mapping[str, Any]) -> dict[str, str]:
-    """The figures of a certificate for people, by what to call them."""
+    """The metrics of a certificate for people, by what to call them."""
     figures, totals, policy = (certificate[part] for part in ("figures", "totals", "policy"))
+    unknown, bound = totals.get("unknown_tokens", 0), BOUND if is_bound(certificate) else ""
     shown = {}
     for name, value in figures.items():
         error = figures.get(f"{name}_standard_error")
         if value is not None and not name.endswith("_standard_error"):
-            shown[name.replace("_", " ")] = f"{value:,.4f}" + (
+            of_text = bound if "byte" in name or "word" in name else ""
+            shown[name.replace("_", " ")] = f"{of_text}{value:,.4f}" + (
                 "" if error is None else f" ± {error:.4f} (standard error)"
             )
-    shown["scored"] = ", ".join(f"{totals[unit]:,} {unit}" for unit in UNITS)
+    shown["scored"] = ", ".join(f"{totals[unit]:,} {unit}" for unit in ("tokens", "bytes", "words"))
+    if unknown:
+        shown["unknown tokens"] = (
+            f"{unknown:,}, for {totals['unknown_bytes']:,} bytes, which are charged 8 bits each: ≤ is an upper bound"
+        )
     shown["documents"] = f"{totals['documents']:,}, of which {totals['documents_scored']:,} hold something to score"
     stride = f", stride {policy['stride']}" if policy["stride"] else ""
     shown["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}"
@@ -224,6 +308,11 @@ def described(certificate: Mapping[str, Any]) -> dict[str, str]:
             f"devices {' and '.join(map(str, check['devices']))}; the total moved by {check['total_moved_by']:.1e}"
         )
     return shown
+
+
+def is_bound(certificate: Mapping[str, Any]) -> bool:
+    """Whether what a certificate says per byte and per word is an upper bound, as some tokens were unknown."""
+    return certificate["totals"].get("unknown_tokens", 0) > 0
 
 
 def rows_hash(table: pa.Table) -> str:

@@ -2,7 +2,7 @@
 
 The same rows, batches and sums serve `val/perplexity` in training and `lmlab.evaluate`.
 
-Shapes: B rows, T positions, N scored positions of the whole batch, D documents.
+Shapes: B rows, T positions, N scored positions of the whole batch, S stretches of the documents.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import Objective, padded
-from lmlab.data.documents import Documents
+from lmlab.data.documents import CONTINUES, FLAGS, UNITS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
 from lmlab.evaluation.windows import Windows
@@ -38,10 +38,10 @@ class Targets(NamedTuple):
     """[N] int64, into the B·T positions: those that are scored."""
     targets: Tensor
     """[N] int64: the token to predict there."""
-    documents: Tensor
-    """[N] int64: the document each belongs to."""
+    stretches: Tensor
+    """[N] int64: the stretch of the documents that each belongs to."""
     units: Tensor
-    """[N, 3] int64 of each target: 1 (a token), its UTF-8 bytes, the words that begin in it."""
+    """[N, 7] int64: `documents.UNITS` of each target."""
 
 
 class Row(NamedTuple):
@@ -179,7 +179,7 @@ class Pseudo:
         ids = np.array(self.documents.tokens[start:end])
         hidden = token + 1
         if self.within_word:
-            while hidden < end and self.documents.spans[hidden, 2]:
+            while hidden < end and self.documents.spans[hidden, FLAGS] & CONTINUES:
                 hidden += 1
         ids[token - start : hidden - start] = self.mask_id
         head, tail = (w.head, w.tail) if w.framed[place] else ([], [])
@@ -213,19 +213,18 @@ class HeldOut(Dataset):
             rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
         input_ids, attention_mask, positions = padded([(row.inputs, row.positions) for row in rows], self.pad_id)
         tokens = np.concatenate([row.tokens for row in rows])
-        units = np.concatenate([np.ones((len(tokens), 1), np.int64), documents.spans[tokens, :2]], axis=1)
         return Targets(
             input_ids,
             attention_mask,
             positions,
             torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
-            torch.from_numpy(np.searchsorted(documents.edges, tokens, side="right") - 1),
-            torch.from_numpy(units.astype(np.int64)),
+            torch.from_numpy(np.searchsorted(documents.stretches, tokens, side="right") - 1),
+            torch.from_numpy(documents.units(tokens)),
         )
 
 
 class DocumentSums(Metric):
-    """Sums per document over batches and ranks: nll in float64, what was scored as integers.
+    """Sums per stretch of the documents over batches and ranks: nll in float64, what was scored as integers.
 
     Neither the batch size nor the number of devices moves them beyond rounding (promise 2).
     """
@@ -234,32 +233,32 @@ class DocumentSums(Metric):
     nll: Tensor
     units: Tensor
 
-    def __init__(self, documents: int):
+    def __init__(self, stretches: int):
         super().__init__()
-        self.add_state("nll", torch.zeros((documents, 2), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("units", torch.zeros((documents, 3), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("nll", torch.zeros((stretches, 2), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("units", torch.zeros((stretches, len(UNITS)), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, batch: Targets) -> None:
         """`nll` [N] of the batch's targets; N may be 0."""
         nll = nll.detach().double()
         # Not in place: a validation under inference mode may have made the state. In float64: a trainer in
         # bf16-true casts the empty state with the weights.
-        self.nll = self.nll.double().index_add(0, batch.documents, torch.stack([nll, nll.square()], dim=1))
-        self.units = self.units.index_add(0, batch.documents, batch.units)
+        self.nll = self.nll.double().index_add(0, batch.stretches, torch.stack([nll, nll.square()], dim=1))
+        self.units = self.units.index_add(0, batch.stretches, batch.units)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """[D, 2] float64: Σ nll and Σ nll²; [D, 3] int64: tokens, bytes and words that were scored."""
+        """[S, 2] float64: Σ nll and Σ nll²; [S, 7] int64: `documents.UNITS` of what was scored."""
         return self.nll, self.units
 
 
 class Scorer(L.LightningModule):
     """Scores held-out documents with one model."""
 
-    def __init__(self, model: PreTrainedModel, documents: int, rows: int | None = None):
-        """`rows` of logits are held at once, None: all; see `rows_at_once`."""
+    def __init__(self, model: PreTrainedModel, stretches: int, rows: int | None = None):
+        """`stretches` of the documents are summed apart; `rows` of logits are held at once (see `rows_at_once`)."""
         super().__init__()
         self.model, self.rows = model, rows
-        self.sums = DocumentSums(documents)
+        self.sums = DocumentSums(stretches)
 
     def configure_model(self) -> None:
         if self._device_mesh is not None:

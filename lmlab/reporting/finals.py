@@ -16,9 +16,11 @@ from lmlab.evaluation.comparing import (
     REPLICATES,
     Difference,
     Side,
+    aligned,
     chunks,
     difference,
     expansion,
+    paired,
     same_draw,
 )
 from lmlab.evaluation.records import Records, perplexity
@@ -35,6 +37,10 @@ class Final:
     places: list[Path]
     bits_per_byte: tuple[float, float | None, float | None]
     """And its 95 % interval; None where there are too few documents."""
+    bound: bool
+    """Whether they are an upper bound."""
+    paired: str
+    """What the intervals are over: documents, or their stretches."""
     perplexity: tuple[float, float | None, float | None]
     """exp of the mean over the side's runs of nll per token."""
     difference: Difference | None
@@ -47,6 +53,7 @@ def finals(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Fi
     Args:
         names: what to call an evaluation, by its place. Those of one configuration have one name.
     """
+    evaluations = aligned(evaluations)
     sides = sorted(sides_of(evaluations, names), key=lambda side: float(side.figures.mean()))
     low_and_high = intervals(sides)
     return [
@@ -54,6 +61,8 @@ def finals(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Fi
             side.name,
             [run.place for run in side.runs],
             (float(side.figures.mean()), *low_and_high[i][0]),
+            side.bound,
+            paired(evaluations),
             (perplexity(float(nll_per_token(side).mean())), *low_and_high[i][1]),
             difference(side, sides[0]) if 0 < i < BEST else None,
         )
@@ -88,7 +97,7 @@ def intervals(sides: Sequence[Side]) -> list[tuple[tuple[float | None, float | N
     from t with the standard error of the runs' mean is added where a side has several runs. All sides are
     resampled alike.
     """
-    sums = np.stack([np.mean([of_documents(run) for run in side.runs], axis=0) for side in sides], axis=1)  # [D, S, 3]
+    sums = np.stack([np.mean([of_documents(run) for run in side.runs], axis=0) for side in sides], axis=1)  # [D, S, 4]
     sums = sums[sums.any(axis=(1, 2))]
     documents = len(sums)
     if documents < FEWEST:
@@ -99,7 +108,7 @@ def intervals(sides: Sequence[Side]) -> list[tuple[tuple[float | None, float | N
     for count in chunks(REPLICATES, max(1, CELLS // max(columns.shape))):
         picked = random.integers(documents, size=(count, documents)) + documents * np.arange(count)[:, None]
         counts = np.bincount(picked.ravel(), minlength=count * documents).reshape(count, documents)
-        drawn.append(two_ratios((counts.astype(np.float64) @ columns).reshape(count, len(sides), 3)))
+        drawn.append(two_ratios((counts.astype(np.float64) @ columns).reshape(count, len(sides), 4)))
     values = two_ratios(sums.sum(axis=0))  # [S, 2]
     spread = values + (np.concatenate(drawn) - values) * expansion(documents)  # [R, S, 2]
     for i, side in enumerate(sides):
@@ -115,11 +124,11 @@ def intervals(sides: Sequence[Side]) -> list[tuple[tuple[float | None, float | N
 
 
 def of_documents(run: Records) -> np.ndarray:
-    """[D, 3]: nll in nats, bytes and tokens of each document."""
+    """[D, 4]: bits and bytes, nll in nats and tokens of each document."""
     nll, units = run.sums
-    return np.stack([nll[:, 0], units[:, 1], units[:, 0]], axis=1).astype(np.float64)
+    return np.concatenate([run.bits_and_bytes, nll[:, :1], units[:, :1]], axis=1)
 
 
 def two_ratios(sums: np.ndarray) -> np.ndarray:
-    """[..., 2] of sums [..., 3]: bits per byte, and nats per token."""
-    return np.stack([sums[..., 0] / sums[..., 1] / math.log(2), sums[..., 0] / sums[..., 2]], axis=-1)
+    """[..., 2] of sums [..., 4]: bits per byte, and nats per token."""
+    return np.stack([sums[..., 0] / sums[..., 1], sums[..., 2] / sums[..., 3]], axis=-1)

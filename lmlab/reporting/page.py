@@ -21,7 +21,6 @@ from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
 from lmlab.errors import UserError
-from lmlab.evaluation.comparing import PAIRED
 from lmlab.reporting.drawing import svg_and_png
 from lmlab.reporting.finals import BEST
 from lmlab.reporting.gather import Group
@@ -139,7 +138,6 @@ def html(sections: Sequence[Section], unread: Sequence[str], vega: str) -> str:
         unread=unread,
         clip=CLIP,
         best=BEST,
-        paired=PAIRED,
         letter=letter,
         drawings=[drawing(section) for section in sections],
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lmlab.evaluation.comparing import shown_p
+from lmlab.evaluation.comparing import paired, shown_p
+from lmlab.evaluation.records import BOUND, is_bound
 from lmlab.reporting import figures
 from lmlab.reporting.figures import Figure, Key
 from lmlab.reporting.finals import BEST, Final, finals
@@ -99,6 +100,11 @@ class Section:
         """The configurations of each kind of evaluation, best first."""
         return [finals(alike, self.named) for alike in self.group.evaluations]
 
+    @property
+    def paired(self) -> str:
+        """What the statistics are over: documents, or stretches of them."""
+        return paired([e for alike in self.group.evaluations for e in alike])
+
     @cached_property
     def keys(self) -> list[Key]:
         """In which finished runs differ: as fields of the data."""
@@ -168,6 +174,7 @@ class Section:
                 "evaluation": letter(kind),
                 "runs": len(final.places),
                 **with_interval("bits_per_byte", final.bits_per_byte),
+                "upper_bound": final.bound,
                 **with_interval("perplexity", final.perplexity),
                 **with_interval(
                     "difference",
@@ -358,6 +365,7 @@ class Section:
         keys = [full for _, full in self.columns if full == "seed" or full in self.group.keys]
         so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
         perplexity, bits = run.final["perplexity"], run.final["bits_per_byte"]
+        bound = BOUND if run.records and is_bound(run.records.certificate) else ""
         state = run.state
         of = f" of {state.steps:,}" if state.steps and state.steps != state.step else ""
         seconds = run.seconds[-1] if run.seconds else None
@@ -366,7 +374,7 @@ class Section:
             Cell(run.name, run.name),
             *(self.choice(run, key) for key in keys),
             Cell("" if perplexity is None else f"{figure(perplexity)}{so_far}", perplexity),
-            Cell("" if bits is None else f"{bits:.4f}{so_far}", bits),
+            Cell("" if bits is None else f"{bound}{bits:.4f}{so_far}", bits),
             Cell(state.name + (f": {state.cause}" if state.cause else ""), state.name),
             Cell(f"{state.step:,}{of}" if run.begun else "", state.step),
             Cell(f"{run.tokens:,}" if run.begun else "", run.tokens),
@@ -475,7 +483,7 @@ def final_cells(row: dict[str, Any]) -> list[Cell]:
         Cell(str(row["runs"])),
         Cell(figure(row["perplexity"])),
         Cell("" if low is None else f"{figure(low)} to {figure(high)}"),
-        Cell(f"{row['bits_per_byte']:.4f}"),
+        Cell(f"{BOUND if row['upper_bound'] else ''}{row['bits_per_byte']:.4f}"),
         Cell(interval("bits_per_byte", ".4f")),
         Cell("" if row["rank"] == 1 or row["difference"] is None else f"{row['difference']:+.4f}"),
         Cell(interval("difference", "+.4f")),

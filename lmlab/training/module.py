@@ -48,17 +48,17 @@ class LMModule(Scorer):
         batch_size: int,
         block_size: int,
         seed: int,
-        documents: int,
+        stretches: int,
         figure: str = "perplexity",
         rows: int | None = None,
         interval: int | None = None,
     ):
-        """`steps` and `batch_size` count optimizer steps and their samples, `documents` held-out ones.
+        """`steps` and `batch_size` count optimizer steps and their samples, `stretches` those of held-out documents.
 
         `figure` names the exponential of the loss; `rows` of logits are held at once; every
         `interval` steps there is a validation, and before the first and after the last.
         """
-        super().__init__(model, documents, rows)
+        super().__init__(model, stretches, rows)
         self.optimizer, self.steps, self.interval = optimizer, steps, interval or steps
         self.batch_size, self.seed, self.figure = batch_size, seed, figure
         self.block_size, self.nominal_targets = block_size, batch_size * block_size

@@ -468,7 +468,7 @@ def test_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("train", "validation"):
         ours, theirs = blocks_of(second, name), blocks_of(first, name)
         assert [block.tolist() for block in ours] == [block.tolist() for block in theirs]
-    assert (second.validation.ids, second.validation.hash) == (first.validation.ids, first.validation.hash)
+    assert (second.validation.names, second.validation.hash) == (first.validation.names, first.validation.hash)
     np.testing.assert_array_equal(second.validation.spans, first.validation.spans)
 
 
@@ -535,7 +535,7 @@ def test_an_evaluation_reads_what_a_run_kept(
     assert part.train is None
     # It does not read the training text, so it can't say what of it is held out.
     assert part.ledger == {"validation": replace(whole.ledger["validation"], documents_in_training=None)}
-    assert (part.validation.ids, part.validation.hash) == (whole.validation.ids, whole.validation.hash)
+    assert (part.validation.names, part.validation.hash) == (whole.validation.names, whole.validation.hash)
     np.testing.assert_array_equal(part.validation.tokens, whole.validation.tokens)
     np.testing.assert_array_equal(part.bounds, whole.bounds)
 
@@ -584,7 +584,7 @@ def test_writer_that_fails(run: Callable[..., Prepared], tmp_path: Path, monkeyp
 
 
 def test_what_is_on_disk(run: Callable[..., Prepared], tmp_path: Path) -> None:
-    """Every byte: an id is 4, a length 8, a held-out token's span 12; no mask and no label, which are implied."""
+    """Every byte: an id is 4, a length 8, a held-out token's span 16; no mask and no label, which are implied."""
     draw = random.Random(0)
     prepared = run(corpus_of(random_texts(draw, 100), random_texts(draw, 50)))
     assert prepared.train.tokens.dtype == prepared.validation.tokens.dtype == np.int32
@@ -594,8 +594,8 @@ def test_what_is_on_disk(run: Callable[..., Prepared], tmp_path: Path) -> None:
         sizes = {kind: path.stat().st_size for kind, path in files.items()}
         wanted = {"tokens": 4 * len(tokens), "lengths": 8 * prepared.ledger[name].documents}
         if name == "validation":
-            wanted["spans"] = 12 * len(tokens)
-            assert pq.read_schema(files.pop("documents.parquet")).names == ["id", "start"]
+            wanted["spans"] = 16 * len(tokens)
+            assert pq.read_schema(files.pop("documents.parquet")).names == ["digest", "start", "cuts", "starts"]
         assert json.loads(files["counts.json"].read_text()).keys() <= asdict(prepared.ledger[name]).keys()
         assert files.keys() == {*wanted, "counts.json"}
         assert {kind: sizes[kind] for kind in wanted} == wanted

@@ -25,6 +25,8 @@ class Token:
     words: int = 0
     pretoken: int | None = None
     ends_text: bool = False
+    lines: int = 0
+    unknown: bool = False
 
 
 @dataclass
@@ -35,12 +37,25 @@ class Sums:
     tokens: int = 0
     bytes: int = 0
     words: int = 0
+    ends: int = 0
+    lines: int = 0
+    unknown_tokens: int = 0
+    unknown_bytes: int = 0
 
     def add(self, token: Token, nll: float) -> None:
         self.nll += nll
         self.tokens += 1
         self.bytes += token.bytes
         self.words += token.words
+        self.ends += token.ends_text
+        self.lines += token.lines
+        self.unknown_tokens += token.unknown
+        self.unknown_bytes += token.unknown * token.bytes
+
+    @property
+    def units(self) -> list[int]:
+        counts = [self.tokens, self.bytes, self.words, self.ends, self.lines]
+        return [*counts, self.unknown_tokens, self.unknown_bytes]
 
 
 def tokenized(texts: Sequence[str], tokenizer: Any, end_of_text: bool = True) -> list[list[Token]]:
@@ -68,12 +83,14 @@ def tokenized(texts: Sequence[str], tokenizer: Any, end_of_text: bool = True) ->
                 sum(len(text[c].encode()) for c in range(len(text)) if owner[c] == index),
                 sum(owner[c] == index for c in begins),
                 pretokens[index],
+                lines=sum(text[c] == "\n" and owner[c] == index for c in range(len(text))),
+                unknown=token == tokenizer.unk_token_id and index in owner,
             )
             for index, token in enumerate(ids)
         ]
         if tokens and end_of_text:
             end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-            tokens.append(Token(end, number, ends_text=True))
+            tokens.append(Token(end, number, ends_text=True, lines=int(not text.endswith("\n"))))
         documents.append(tokens)
     return documents
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
+from lmlab.data.documents import UNITS
 from lmlab.data.tokenizers import bpe, char
 from lmlab.evaluation.records import figures_of, totals_of
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 
+from . import reference
 from .test_scoring import held_out_of, prepared, sums_of, wordpiece
 
 TEXTS = ["abba cab", "", "ab\u00e9 👩‍🚀 ba", "b", " \n", "a\u0301 你好  c  "]
@@ -100,6 +102,18 @@ def ids_of(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [[*ids, end] if ids else [] for ids in texts]
 
 
+def unknown_bytes(tokenizer: PreTrainedTokenizerBase, unscored: int = 0) -> int:
+    """Bytes of `TEXTS` that a tokenizer does not spell, but for those of the first tokens."""
+    tokens = [token for tokens in reference.tokenized(TEXTS, tokenizer) for token in tokens]
+    return sum(token.bytes for token in tokens[unscored:] if token.unknown)
+
+
+def test_unknown_bytes_by_hand() -> None:
+    found = {name: unknown_bytes(make()) for name, make in TOKENIZERS.items()}
+    assert found["bytes"] == found["char"] == 0
+    assert found["char with unknowns"] == len("é👩\u200d🚀\n\u0301你好".encode()) == 22
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("context", ["document", "sliding"])
 def test_a_uniform_model(name: str, context: str, tmp_path: Path) -> None:
@@ -122,11 +136,12 @@ def test_a_uniform_model(name: str, context: str, tmp_path: Path) -> None:
     assert totals["tokens"] == tokens
     if name == "bytes":
         assert tokens == BYTES + len(documents)
-    cost = tokens * math.log2(vocabulary)
+    cost = tokens * math.log2(vocabulary) + 8 * totals["unknown_bytes"]
+    words = totals["words"] + len(documents)
     assert found["perplexity"] == pytest.approx(vocabulary, rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(cost / totals["bytes"], rel=1e-6)
-    assert found["bits_per_word"] == pytest.approx(cost / totals["words"], rel=1e-6)
-    assert found["word_perplexity"] == pytest.approx(2 ** (cost / totals["words"]), rel=1e-5)
+    assert found["bits_per_word"] == pytest.approx(cost / words, rel=1e-6)
+    assert found["word_perplexity"] == pytest.approx(2 ** (cost / words), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -140,8 +155,11 @@ def test_a_unigram_model(name: str, tmp_path: Path) -> None:
     flat = [token for ids in ids_of(tokenizer) for token in ids]
     cost = math.fsum(bits(unigram, token) for token in (flat[1:] if name == "wordpiece" else flat))
     assert totals["nll"] == pytest.approx(cost * math.log(2), rel=1e-6)
-    assert found["bits_per_byte"] == pytest.approx(cost / totals["bytes"], rel=1e-6)
-    assert found["bits_per_word"] == pytest.approx(cost / totals["words"], rel=1e-6)
+    unknown = unknown_bytes(tokenizer, unscored=name == "wordpiece")
+    of_text = cost + 8 * unknown
+    assert totals["unknown_bytes"] == unknown
+    assert found["bits_per_byte"] == pytest.approx(of_text / totals["bytes"], rel=1e-6)
+    assert found["bits_per_word"] == pytest.approx(of_text / (totals["words"] + totals["ends"]), rel=1e-6)
     if name != "wordpiece":
         assert (totals["bytes"], totals["words"]) == (BYTES, WORDS)
 
@@ -166,7 +184,8 @@ def test_a_bigram_model(name: str, context: str, stride: int | None, tmp_path: P
     cost = math.fsum(bits(rows[a], b) for a, b in pairs)
     assert totals["tokens"] == len(pairs)
     assert totals["nll"] == pytest.approx(cost * math.log(2), rel=1e-6)
-    assert found["bits_per_byte"] == pytest.approx(cost / totals["bytes"], rel=1e-6)
+    of_text = cost + 8 * totals["unknown_bytes"]
+    assert found["bits_per_byte"] == pytest.approx(of_text / totals["bytes"], rel=1e-6)
     squares = math.fsum((bits(rows[a], b) * math.log(2)) ** 2 for a, b in pairs)
     assert totals["nll_squared"] == pytest.approx(squares, rel=1e-6)
 
@@ -191,7 +210,8 @@ def test_a_masked_model(name: str, context: str, tmp_path: Path) -> None:
         assert totals["tokens"] == len(tokens)
         assert totals["nll"] == pytest.approx(cost * math.log(2), rel=1e-6)
         assert found[f"{prefix}perplexity"] == pytest.approx(2 ** (cost / len(tokens)), rel=1e-5)
-        assert found[f"{prefix}bits_per_byte"] == pytest.approx(cost / totals["bytes"], rel=1e-6)
+        of_text = cost + 8 * (unknown_bytes(tokenizer) if spared else 0)
+        assert found[f"{prefix}bits_per_byte"] == pytest.approx(of_text / totals["bytes"], rel=1e-6)
         # No figure of it goes by the name of a causal model's.
         assert {key for key in found if not key.startswith(prefix)} == {"nll_per_token"}
         if name in ("bytes", "char"):
@@ -220,7 +240,7 @@ def test_figures_with_nothing_under_them() -> None:
     found = figures_of({"nll": 5000.0, "nll_squared": 1.0, "tokens": 2, "bytes": 0, "words": 0})
     assert found["perplexity"] == math.inf
     assert found["bits_per_byte"] is found["bits_per_word"] is found["word_perplexity"] is None
-    nothing = totals_of(np.zeros((3, 2)), np.zeros((3, 3), np.int64))
+    nothing = totals_of(np.zeros((3, 2)), np.zeros((3, len(UNITS)), np.int64))
     assert nothing["documents"] == 3
     assert nothing["documents_scored"] == 0
     assert set(figures_of(nothing, sample=0.5).values()) == {None}

@@ -32,13 +32,16 @@ def write(tmp_path: Path) -> Write:
         count = len(sizes)
         documents = Documents(
             np.zeros(0, np.int32),
-            np.zeros((0, 3), np.int32),
+            np.zeros((0, 4), np.int32),
+            np.zeros(count + 1, np.int64),
             np.zeros(count + 1, np.int64),
             [f"document-{i}" for i in range(count)],
+            [0] * count,
             [f"Text {i}" for i in range(count)],
             "",
         )
-        units = np.stack([sizes // 4, sizes, sizes // 5], axis=1)
+        none = np.zeros(count, np.int64)
+        units = np.stack([sizes // 4, sizes, sizes // 5, none, none, none, none], axis=1)
         run = None if config is None else {"run_id": name, "config": {"run_dir": str(place), **config}}
         made = {
             "figure": "perplexity",
@@ -49,6 +52,7 @@ def write(tmp_path: Path) -> Write:
             "precision": "32-true",
             "model": name,
             "run": run,
+            "units": "text",
         }
         records.write(place, documents, np.stack([nll, nll**2], axis=1), units, made | facts)
         return records.read(place)

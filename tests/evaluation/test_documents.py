@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmlab.data.documents import START, Documents, spans
+from lmlab.data.documents import CONTINUES, END, FEW, START, STRETCH, UNITS, Documents, spans, stretches
 from lmlab.data.preprocess import Preprocessing, Tokens, read_lengths, tokenize, write_split
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
@@ -79,14 +79,16 @@ def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, **choices: A
 def test_the_bytes_of_all_tokens_are_those_of_the_text(name: str, special_tokens: bool) -> None:
     for each in tokens_of(TEXTS, TOKENIZERS[name](), special_tokens=special_tokens):
         assert each.spans is not None
-        assert each.spans.shape == (len(each.ids), 3)
+        assert each.spans.shape == (len(each.ids), 4)
         assert (each.spans >= 0).all()
         if len(each.ids) > (3 if special_tokens else 0):  # a text of no token of its own has no bytes to share out
             assert each.spans[:, 0].sum() == len(each.text.encode())
             assert each.spans[:, 1].sum() == len(each.text.split())
-            assert each.spans[-1].tolist() == [0, 0, 0]  # the end-of-text token
+            last_line = not each.text.endswith("\n")
+            assert each.spans[:, 2].sum() == each.text.count("\n") + last_line
+            assert each.spans[-1].tolist() == [0, 0, last_line, END]  # the end-of-text token
             if special_tokens and name == "wordpiece":
-                assert each.spans[[0, -2]].tolist() == [[0, 0, 0], [0, 0, 0]]
+                assert each.spans[[0, -2]].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "no offsets"])
@@ -100,7 +102,7 @@ def test_each_byte_and_word_belongs_where_the_definition_says(name: str) -> None
             before.pretoken is not None and before.pretoken == token.pretoken
             for before, token in zip([reference.Token(0, 0), *wanted], wanted, strict=False)
         ]
-        assert each.spans[:, 2].tolist() == goes_on
+        assert (each.spans[:, 3] & CONTINUES).tolist() == goes_on
 
 
 def test_spans_by_hand() -> None:
@@ -108,13 +110,13 @@ def test_spans_by_hand() -> None:
     text = "ab  é👍 \n"
     offsets = [(0, 2), (4, 5), (5, 6), (5, 6), (5, 6)]
     whole = spans(text, offsets, [0, 1, 2, 2, 2], 5)
-    assert whole.tolist() == [[2, 1, 0], [4, 1, 0], [4, 0, 0], [0, 0, 1], [2, 0, 1]]
+    assert whole.tolist() == [[2, 1, 0, 0], [4, 1, 0, 0], [4, 0, 0, 0], [0, 0, 0, 1], [2, 0, 1, 1]]
     cut = spans(text, offsets, [0, 1, 2, 2, 2], 5, lost=1)
     assert cut[:, 0].tolist() == [2, 4, 4, 0, 0]
-    assert spans("", None, None, 0).shape == (0, 3)
+    assert spans("", None, None, 0).shape == (0, 4)
     # Special tokens around a text have none of it, and the last token before them has the rest.
     framed = spans("a b ", [(0, 0), (0, 1), (2, 3), (0, 0)], [None, 0, 1, None], 4)
-    assert framed.tolist() == [[0, 0, 0], [1, 1, 0], [3, 1, 0], [0, 0, 0]]
+    assert framed.tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [3, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_offsets_that_go_back() -> None:
@@ -165,7 +167,7 @@ def test_a_cut_text_of_a_tokenizer_without_offsets() -> None:
 def test_a_tokenizer_without_offsets() -> None:
     """All tokens get even shares of the characters, in order, and none is lost."""
     found = spans("añb 👍 x", None, None, 3)
-    assert found.tolist() == [[3, 1, 0], [2, 0, 0], [6, 2, 0]]
+    assert found.tolist() == [[3, 1, 0, 0], [2, 0, 0, 0], [6, 2, 0, 0]]
     assert spans("ab", None, None, 5)[:, 0].sum() == 2
     assert spans("abcdef", None, None, 3)[:, 0].tolist() == [2, 2, 2]
 
@@ -178,15 +180,15 @@ def test_names_come_from_texts_alone(tmp_path: Path) -> None:
         place = tmp_path / name
         place.mkdir()
         found[name] = documents_of(texts, name, place)
-    ids = found["bpe"].ids
+    ids = found["bpe"].names
     assert len(set(ids)) == len(texts)
     assert len({name.split("-")[0] for name in ids}) == 3
     assert [ids[0], f"{ids[0]}-2", f"{ids[0]}-3"] == [ids[0], ids[2], ids[4]]
-    assert all(each.ids == ids for each in found.values())
+    assert all(each.names == ids for each in found.values())
     assert len({each.hash for each in found.values()}) == 1
     # A text keeps its name among others, and the hash is that of all in their order.
     turned = documents_of(["new", "", "other", "same"], "char", tmp_path / "char")
-    assert turned.ids[1:] == [ids[3], ids[1], ids[0]]
+    assert turned.names[1:] == [ids[3], ids[1], ids[0]]
     assert turned.hash != found["char"].hash
     assert documents_of(["ab", "c"], "char", tmp_path / "char").hash != (
         documents_of(["a", "bc"], "char", tmp_path / "char").hash
@@ -196,8 +198,63 @@ def test_names_come_from_texts_alone(tmp_path: Path) -> None:
 def test_beginnings_are_one_short_line(tmp_path: Path) -> None:
     texts = ["  two\n\twords ", "👍" * 500, "x\u2028y", "", "long " * 1000]
     documents = documents_of(texts, "bpe", tmp_path)
-    assert documents.starts == ["two words", "👍" * START, "x y", "", ("long " * START)[:START]]
+    starts = [start for start, part in zip(documents.starts, documents.parts, strict=True) if part == 0]
+    assert starts == ["two words", "👍" * START, "x y", "", ("long " * START)[:START]]
     assert len(documents) == len(texts)
+
+
+PARAGRAPHS = "\n\n".join(f"Paragraph {i}: " + "the cat sat on the mat. " * (5 + i % 9) for i in range(40))
+
+
+def test_few_documents_are_cut_into_stretches(tmp_path: Path) -> None:
+    """At ends of paragraphs, wherever the tokenizer puts its tokens; each token lies in one of them."""
+    found = {}
+    for name in ("bpe", "char", "wordpiece"):
+        (tmp_path / name).mkdir()
+        found[name] = documents_of([PARAGRAPHS, "short"], name, tmp_path / name)
+    documents = found["bpe"]
+    begins = [0, *stretches(PARAGRAPHS)]
+    assert len(begins) > 10
+    assert documents.parts == [*range(len(begins)), 0]
+    assert len(set(documents.names)) == len(documents) == 2
+    assert all(start.startswith("Paragraph") for start in documents.starts[:-1])
+    sizes = np.diff([*begins, len(PARAGRAPHS)])
+    assert (sizes >= STRETCH).all()
+    assert (sizes < 4 * STRETCH).all()
+    for name, each in found.items():
+        assert (each.names, each.parts, each.starts) == (documents.names, documents.parts, documents.starts)
+        assert len(each.stretches) == len(each.names) + 1
+        assert {*each.edges.tolist()} <= {*each.stretches.tolist()}
+        of_each = [each.spans[slice(*each.stretches[i : i + 2]), 0].sum() for i in range(len(each.names))]
+        if name != "wordpiece":  # where a dropped blank line belongs to the word after it
+            assert of_each[:-1] == sizes.tolist()
+        assert sum(of_each) == len(PARAGRAPHS) + len("short")
+
+
+def test_text_without_paragraphs_is_cut_at_lines_or_words() -> None:
+    for sign in ("\n", " "):
+        text = sign.join(["a word" if sign == "\n" else "word"] * 1000)
+        begins = [*stretches(text)]
+        assert len(begins) >= 8
+        assert all(text[begin - 1] == sign for begin in begins)
+    assert [*stretches("x" * 2000)] == [2000 - 4 * STRETCH + 4 * STRETCH] or [*stretches("x" * 2000)] == []
+    assert [*stretches("one\n\n" * 100)] == []  # not two of the least length
+
+
+def test_many_documents_are_whole(tmp_path: Path) -> None:
+    documents = documents_of([PARAGRAPHS, *(f"text {i}" for i in range(FEW - 1))], "bpe", tmp_path)
+    assert documents.parts == [0] * FEW
+    assert documents.stretches is documents.edges
+
+
+def test_ends_lines_and_unknown_tokens_are_counted(tmp_path: Path) -> None:
+    """A document's end is that of its last line, unless the text ends with one."""
+    documents = documents_of(["The cat\nsat", "on the\nmat\n", "你 cat"], "char", tmp_path)
+    units = documents.units(np.arange(len(documents.tokens)))
+    owners = np.searchsorted(documents.edges, np.arange(len(units)), side="right") - 1
+    sums = [dict(zip(UNITS, units[owners == i].sum(axis=0).tolist(), strict=True)) for i in range(3)]
+    assert [(s["words"], s["ends"], s["lines"]) for s in sums] == [(3, 1, 2), (3, 1, 2), (2, 1, 1)]
+    assert [(s["unknown_tokens"], s["unknown_bytes"]) for s in sums] == [(0, 0), (0, 0), (1, 3)]
 
 
 def test_edges_and_lengths(tmp_path: Path) -> None:
@@ -228,20 +285,21 @@ FACTS = {
     "weights_hash": "weights",
     "model": "model",
     "run": None,
+    "units": "text",
 }
 
 
 def documents_for(nll: np.ndarray) -> Documents:
     names = [f"{i:016x}" for i in range(len(nll))]
-    none = np.zeros(0, np.int32)
-    return Documents(none, none.reshape(0, 3), np.zeros(len(nll) + 1, np.int64), names, names, "")
+    none, edges = np.zeros(0, np.int32), np.zeros(len(nll) + 1, np.int64)
+    return Documents(none, none.reshape(0, 4), edges, edges, names, [0] * len(nll), names, "")
 
 
 def some_sums(count: int = 500) -> tuple[np.ndarray, np.ndarray]:
     """Of very different sizes, so that the order of adding would show in the last bits."""
     draw = np.random.default_rng(0)
     nll = draw.gamma(0.3, 10.0 ** draw.uniform(-8, 8, (count, 1)), (count, 2))
-    units = draw.integers(0, 10**6, (count, 3))
+    units = draw.integers(0, 10**6, (count, len(UNITS)))
     nll[::7], units[::7] = 0, 0
     return nll, units
 
@@ -265,7 +323,7 @@ def test_records_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert found.certificate["totals"]["documents_scored"] == (units[:, 0] > 0).sum()
     np.testing.assert_array_equal(found.sums[0], nll)
     np.testing.assert_array_equal(found.sums[1], units)
-    assert found.table["document"].to_pylist() == documents_for(nll).ids
+    assert found.table["document"].to_pylist() == documents_for(nll).names
     # Totals do not hang on the order of the documents; a plain sum of these would.
     orders = [np.random.default_rng(seed).permutation(len(nll)) for seed in range(20)]
     assert len({float(nll[order, 0].sum()) for order in orders}) > 1
@@ -292,7 +350,7 @@ def test_an_evaluation_that_is_not_there(written: Path, tmp_path: Path) -> None:
     assert "records.parquet" in refused(written)
 
 
-@pytest.mark.parametrize("column", ["nll", "nll_squared", "tokens", "bytes", "words"])
+@pytest.mark.parametrize("column", ["nll", "nll_squared", *UNITS])
 def test_a_changed_value(written: Path, column: str) -> None:
     """The least there is: one unit, or the last bits of one document."""
     table = pq.read_table(written / "records.parquet")
@@ -354,14 +412,57 @@ def test_a_certificate_without_a_part(written: Path, missing: str) -> None:
     refused(written)
 
 
-@pytest.mark.parametrize("version", [records.FORMAT + 1, 0, str(records.FORMAT), None])
+@pytest.mark.parametrize("version", [records.FORMAT + 1, 0, -1, None])
 def test_another_version(written: Path, version: Any) -> None:
     certificate = json.loads((written / "certificate.json").read_text())
     (written / "certificate.json").write_text(json.dumps(certificate | {"format": version}))
-    message = f"records of version {version}, and this lmlab reads version {records.FORMAT}"
+    message = f"records of version {version}, and this lmlab reads versions up to {records.FORMAT}"
     with pytest.raises(UserError, match=message) as caught:
         records.read(written)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+def of_version_1(place: Path) -> None:
+    """Make an evaluation one that an older lmlab has left."""
+    found = records.read(place)
+    found = found.of_whole_documents()
+    table = found.table.drop_columns(list(records.SINCE_2)).cast(records.SCHEMAS[1])
+    certificate = {key: value for key, value in found.certificate.items() if key not in ("units", "words")}
+    totals = {key: value for key, value in records.totals_of(*found.sums).items() if key not in records.SINCE_2}
+    figures = records.figures_of(totals, certificate["figure"])
+    certificate |= {"format": 1, "totals": totals, "figures": figures, "records_hash": records.rows_hash(table)}
+    pq.write_table(table, place / "records.parquet")
+    (place / "certificate.json").write_text(json.dumps(certificate))
+
+
+def test_an_older_evaluation_is_read(written: Path) -> None:
+    """By what it counted: words without the ends of documents, and no unknown token."""
+    before = records.read(written)
+    of_version_1(written)
+    found = records.read(written)
+    np.testing.assert_array_equal(found.sums[0], before.sums[0])
+    np.testing.assert_array_equal(found.sums[1][:, :3], before.sums[1][:, :3])
+    assert not found.sums[1][:, 3:].any()
+    totals = found.certificate["totals"]
+    per_word = totals["nll"] / totals["words"]
+    assert found.certificate["figures"]["bits_per_word"] == per_word / math.log(2)
+    table = pq.read_table(written / "records.parquet")
+    pq.write_table(table.slice(1), written / "records.parquet")
+    assert "documents=499" in refused(written)
+
+
+def test_words_as_the_literature_counts_them() -> None:
+    """Penn Treebank's test set: 78,669 words in 3,761 lines, whose ends count on both sides."""
+    lines = {"nll": 576212.0, "nll_squared": 0.0, "tokens": 100_000, "bytes": 449_945, "words": 78_669}
+    lines |= {"unknown_tokens": 0, "unknown_bytes": 0}
+    by_line, whole = lines | {"ends": 3761, "lines": 3761}, lines | {"ends": 1, "lines": 3761}
+    literature = math.exp(576212 / (78_669 + 3761))
+    assert round(literature) == 1086
+    for totals in (by_line, whole):
+        assert records.figures_of(totals, units="words")["word_perplexity"] == pytest.approx(literature)
+    # As one document, its line ends are white space like any other.
+    assert records.figures_of(by_line)["word_perplexity"] == pytest.approx(literature)
+    assert records.figures_of(whole)["word_perplexity"] == pytest.approx(math.exp(576212 / 78_670))
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "order", "type", "metadata"])

@@ -29,6 +29,7 @@ from transformers import (
 
 from lmlab.config.build import build_held_out
 from lmlab.data.datamodule import HeldOutData
+from lmlab.data.documents import UNITS
 from lmlab.data.preprocess import Prepared, Preprocessing, prepare_validation
 from lmlab.data.sampler import EvaluationSampler
 from lmlab.data.sources import Corpus
@@ -148,7 +149,7 @@ def held_out_of(data: Any, objective: Any, block_size: int, **choices: Any) -> H
 def sums_of(
     model: PreTrainedModel, held_out: HeldOut, batch_size: int = 4, ranks: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per document nll [D, 2] and units [D, 3], added up over ranks."""
+    """Per document nll [D, 2] and units [D, 7], added up over ranks."""
     sums = []
     for rank in range(ranks):
         metric = DocumentSums(len(held_out.documents))
@@ -165,7 +166,7 @@ def sums_of(
 def agree(sums: tuple[np.ndarray, np.ndarray], wanted: list[reference.Sums]) -> None:
     """Units are the same; nll to the rounding of float32."""
     nll, units = sums
-    np.testing.assert_array_equal(units, [[each.tokens, each.bytes, each.words] for each in wanted])
+    np.testing.assert_array_equal(units, [each.units for each in wanted])
     expected = np.array([each.nll for each in wanted])
     assert expected.sum() > 0
     np.testing.assert_allclose(nll[:, 0].sum(), expected.sum(), rtol=1e-6)
@@ -345,7 +346,7 @@ def targets_of(held_out: HeldOut, batch_size: int = 4) -> dict[int, tuple[int, i
         shown = batch.input_ids.flatten()[batch.positions].tolist()
         tokens = [int(token) for row in rows for token in row.tokens]
         for token, owner, target, ids in zip(
-            tokens, batch.documents.tolist(), batch.targets.tolist(), shown, strict=True
+            tokens, batch.stretches.tolist(), batch.targets.tolist(), shown, strict=True
         ):
             assert token not in found
             assert documents.edges[owner] <= token < documents.edges[owner + 1]
@@ -428,7 +429,7 @@ def test_the_standard_error_of_a_sample(tmp_path: Path) -> None:
     for seed in range(300):
         rows = held_out_of(data, MaskedLM(tokenizer), 64, sample=0.6, seed=seed, **choices).rows
         nll = each[rows.tokens]
-        units = np.ones((len(nll), 3), np.int64)
+        units = np.ones((len(nll), len(UNITS)), np.int64)
         totals = totals_of(np.stack([nll, nll**2], axis=1), units)
         figures = figures_of(totals, "pseudo_perplexity", sample=0.6)
         error = figures["nll_per_token_standard_error"]

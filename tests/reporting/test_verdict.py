@@ -15,7 +15,7 @@ def final(name: str, seeds: int, value: float, low: float | None = None, high: f
     """A configuration's figures; `low` and `high` are of its difference from the best, of 3.698."""
     runs = [Path(f"{name}/{seed}") for seed in range(seeds)]
     difference = Difference(value - 3.698, low, high, None) if value != 3.698 else None
-    return Final(name, runs, (value, None, None), (9.9, None, None), difference)
+    return Final(name, runs, (value, None, None), False, "documents", (9.9, None, None), difference)
 
 
 BEST = final("lr=1", 3, 3.698)
