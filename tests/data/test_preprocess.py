@@ -705,3 +705,26 @@ def test_two_processes(tmp_path: Path) -> None:
     *written, one, other = log.read_text().splitlines()
     assert written == ["tokenizer", "train", "validation"]
     assert one == other
+
+
+@pytest.mark.parametrize("join", [None, "\n"])
+def test_held_out_records_are_read_in_the_order_of_their_file(
+    join: str | None, run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And kept in the order of the split, which was drawn."""
+    draw = random.Random(0)
+    records = [[f"{i}, text {n}" for n in range(draw.randint(0, 3))] for i in range(100)]
+    corpus = corpus_of(records)
+    read = []
+    monkeypatch.setattr(preprocess, "flatten", lambda part, path: read.append(part) or from_records.flatten(part, path))
+    prepared = run(corpus, join=join, test_size=0.3)
+    held_out = next(part for part in read if part._indices is not None and len(part) == 30)
+    order = held_out._indices.column(0).to_pylist()
+    assert order == sorted(order)
+    choices = Preprocessing(join=join, test_size=0.3)
+    drawn = preprocess.split(corpus, choices)["validation"]
+    assert drawn._indices.column(0).to_pylist() != order
+    texts = list(preprocess.documents_of(drawn["text"], join))
+    whole = [f"{text}{tokenizer.eos_token}" for text in texts if text]
+    assert documents(blocks_of(prepared, "validation"), tokenizer) == whole
+    assert prepared.validation.starts == [" ".join(text.split()) for text in texts]
