@@ -253,6 +253,10 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
             if not state:
                 show_ledger(data.ledger)
         trainer.fit(module, datamodule, ckpt_path=state, weights_only=True)
+        if datamodule.whole is not None or checkpoint.outdated(trainer):
+            LOG.info("Scoring all %d held-out documents by the best weights.", len(data.validation))
+            whole = datamodule.whole or datamodule.held_out
+            checkpoint.measure_whole(trainer, module, whole, datamodule.rows_at_once, cfg.num_workers)
         weights, best = checkpoint.best_weights(trainer)
         if leads:
             if module.device_mesh is not None:  # a shard can't take whole weights
@@ -276,7 +280,10 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     from lmlab.training.checkpoint import export
 
     export(module.model, data.tokenizer, run.model)
-    before, after = module.validations[0], module.validations[trainer.global_step if best is None else best]
+    before = module.validations[0]
+    after = module.final or module.validations[trainer.global_step if best is None else best]
+    most = (cfg.get("validation") or {}).get("max_documents")
+    part = f"   ({most:,} of {len(data.validation):,} held-out documents)" if most and module.final else ""
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
     stops = (getattr(callback, "pruned", None) for callback in trainer.callbacks)
     pruned = next(({"pruned": step} for step in stops if step is not None), {})
@@ -296,7 +303,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         text, said = "…", f"(nothing: {first_line(error)})"
     show_result(
         {
-            f"{title(module.figure)} before": f"{before[figure]:,.2f}",
+            f"{title(module.figure)} before": f"{before[figure]:,.2f}{part}",
             f"{title(module.figure)} after": f"{after[figure]:,.2f}   ({which} weights, held-out text)",
             **{title(name): f"{value:.4f}" for name, value in after.items() if name.endswith("bits_per_byte")},
             "tokens": f"{result['tokens']:,} trained on in {result['seconds']:.1f} s",

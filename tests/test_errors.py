@@ -568,6 +568,10 @@ COMMANDS = {
         "no tensor parallelism",
         "trainer=fsdp",
     ],
+    "trainer.limit_val_batches=5": ["validation.max_documents=N", "trainer.max_steps=N"],
+    "+trainer.limit_train_batches=5": ["trainer.limit_train_batches: a share of the batches", "trainer.max_steps=N"],
+    "validation.max_documents=0": ["validation.max_documents is a whole number, 1 or more"],
+    "+validation.documents=5": ['no key "validation.documents"', "max_documents"],
     # What is not there.
     "trainer=gpu": ["this machine has 0", "trainer=cpu"],
     "trainer.devices=auto": ["trainer.devices is a number of devices"],

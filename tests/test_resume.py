@@ -104,6 +104,20 @@ def test_best_weights_of_before_the_stop_are_the_best_after(train: Callable[...,
     assert equal(tmp_path / "stopped", run)
 
 
+def test_best_weights_with_sums_of_an_older_lmlab(train: Callable[..., Path], tmp_path: Path) -> None:
+    """They counted less than a certificate says now: the weights are scored again."""
+    run = train(*SIX, "optim.lr=0.5", "optim.warmup_steps=2", "optim.schedule=constant", run_dir=tmp_path / "whole")
+    stop_after(run, 4, tmp_path / "stopped")
+    for path in (tmp_path / "stopped/checkpoints").glob("*.ckpt"):
+        kept = torch.load(path, weights_only=True)
+        kept["validation"]["units"] = kept["validation"]["units"][:, :3]
+        torch.save(kept, path)
+    assert (tmp_path / "stopped/checkpoints/best-2.ckpt").is_file()
+    resumed(tmp_path / "stopped")
+    certificates = [json.loads((place / "certificate.json").read_text()) for place in (run, tmp_path / "stopped")]
+    assert certificates[0]["totals"] == certificates[1]["totals"]
+
+
 def test_early_stopping_counts_over_a_stop(train: Callable[..., Path], tmp_path: Path) -> None:
     patience = ["callbacks=early_stopping", "callbacks.early_stopping.patience=2", "optim.lr=0.5"]
     words = [*SIX, *patience, "trainer.max_steps=40", "trainer.log_every_n_steps=3"]

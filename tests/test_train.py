@@ -294,6 +294,28 @@ def test_a_bad_batch_of_another_rank_is_named(train: Callable[..., Path], capfd:
     assert "not finite at step 3." in capfd.readouterr().err
 
 
+def test_cheaper_validations_look_at_the_same_documents_and_the_last_one_at_all(
+    train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = [*TINY, "validation.max_documents=6", "trainer.val_check_interval=2"]
+    run, other = (train(*part, f"seed={seed}", run_dir=tmp_path / str(seed)) for seed in (0, 1))
+    assert "(6 of 25 held-out documents)" in capsys.readouterr().out
+    rows = [line for line in metrics(run) if "val/loss" in line]
+    assert [(row["step"], row["val/documents"]) for row in rows] == [(0, 6), (2, 6), (4, 6)]
+    before = [next(line["val/loss"] for line in metrics(r) if "val/loss" in line) for r in (run, other)]
+    assert before[0] == pytest.approx(before[1], rel=0.01)  # random weights of two seeds say much the same of one text
+    certificates = [json.loads((place / "certificate.json").read_text()) for place in (run, evaluate(f"model={run}"))]
+    assert certificates[0]["totals"] == certificates[1]["totals"]
+    assert certificates[0]["weights_hash"] == certificates[1]["weights_hash"]
+    assert certificates[0]["totals"]["documents"] == 25
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val/loss"] == certificates[0]["figures"]["nll_per_token"]
+    assert summary["val/loss"] != rows[-1]["val/loss"]
+    # With as many as there are, nothing is different from a run that looks at all.
+    whole = train(*TINY, "validation.max_documents=25", run_dir=tmp_path / "whole")
+    assert all("val/documents" not in line for line in metrics(whole))
+
+
 def test_a_validation_says_where_it_is(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     train(*TINY, "callbacks.progress.every_seconds=0", "trainer.val_check_interval=2")
     shown = capsys.readouterr().out

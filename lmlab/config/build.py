@@ -3,6 +3,7 @@
 import inspect
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,24 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     )
 
 
+def build_validation(cfg: DictConfig, data: Any, objective: Any) -> tuple[Any, Any]:
+    """What validations in training look at and, where that is a part of the held-out documents, all of them."""
+    from lmlab.data.preprocess import group_texts
+    from lmlab.data.sampler import some
+
+    whole = build_held_out(cfg, data, objective)
+    most = (cfg.get("validation") or {}).get("max_documents")
+    if most is None or most >= len(data.validation):
+        return whole, None
+    seed = cfg.preprocess.split_seed
+    documents = data.validation.chosen(some(seed, most, len(data.validation)))
+    bounds = group_texts(documents.lengths, cfg.preprocess.block_size, cfg.preprocess.drop_remainder_every)
+    if len(bounds) == 0:
+        raise UserError(f"validation.max_documents={most}: those documents give no block. Raise it.")
+    part = build_held_out(cfg, replace(data, validation=documents, bounds=bounds), objective)
+    return part, whole
+
+
 def check_padding(model: Any, lengths: "np.ndarray", rows: int) -> None:
     """Refuse a model whose metrics padding would move.
 
@@ -171,6 +190,7 @@ def build_training(
     from lmlab.training.module import LMModule
     from lmlab.training.optim import AdamW
 
+    held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
     # AdamW keeps two moments; what another optimizer keeps is not known.
     tensors = 3 if isinstance(optimizer, AdamW) else 1
@@ -185,15 +205,14 @@ def build_training(
         cfg.batch_size,
         cfg.preprocess.block_size,
         cfg.seed,
-        len(data.validation.names),
+        len(held_out.documents.names),
         objective.figure,
         rows_at_once(model, cfg.loss_rows, uses_gpu(cfg.trainer)),
         interval,
     )
-    held_out = build_held_out(cfg, data, objective)
     rows = share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
     lengths = data.train.bounds[:, 1] - data.train.bounds[:, 0]
-    check_padding(model, np.concatenate([lengths, held_out.rows.lengths]), rows)
+    check_padding(model, np.concatenate([lengths, (whole or held_out).rows.lengths]), rows)
     datamodule = BlocksDataModule(
         data.train,
         held_out,
@@ -205,6 +224,7 @@ def build_training(
         accumulate=cfg.trainer.accumulate_grad_batches,
         num_workers=cfg.num_workers,
         tokenizer=data.tokenizer,
+        whole=whole,
     )
     return module, datamodule
 

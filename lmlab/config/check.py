@@ -4,14 +4,14 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config.compose import CONF
+from lmlab.config.compose import CONF, LIMITS
 from lmlab.errors import UserError, first_line, nearest
 from lmlab.training import launch
 
@@ -107,8 +107,12 @@ def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
 
 def check_run(cfg: DictConfig) -> None:
     """Refuse what can be seen to be wrong in the config of a run."""
+    limits = [key for key in map(str, cfg.trainer) if key.startswith("limit_")]
+    if limits:
+        raise UserError(f"trainer.{limits[0]}: {LIMITS}")
     check_keys(cfg, "train")
     check_numbers(cfg)
+    check_validation(cfg)
     for key in ("accumulate_grad_batches", "log_every_n_steps"):
         value = cfg.trainer.get(key, 1)
         if type(value) is not int or value < 1:
@@ -129,6 +133,18 @@ def check_run(cfg: DictConfig) -> None:
     from lmlab.data.sampler import share_of
 
     share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
+
+
+def check_validation(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong in `validation`, which older configs do not have."""
+    block = cfg.get("validation", {"max_documents": None})
+    known = ("max_documents",)
+    wrong = [key for key in block if key not in known] if isinstance(block, Mapping | DictConfig) else [""]
+    if wrong:
+        raise UserError(f'there is no key "validation.{wrong[0]}". Keys: {", ".join(known)}.')
+    most = block["max_documents"]
+    if most is not None and (type(most) is not int or most < 1):
+        raise UserError(f"validation.max_documents is a whole number, 1 or more, or null for all, not {most}.")
 
 
 def check_evaluation(cfg: DictConfig) -> None:

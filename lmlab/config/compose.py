@@ -26,6 +26,11 @@ from lmlab.runs.stopping import SIGNALS
 PACKAGE = Path(__file__).parent.parent
 # Beside the package in a checkout, inside it when installed.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+LIMITS = (
+    "a share of the batches would be a metric of no text that has a name.\n"
+    "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
+)
+"""What to say of the keys of Lightning's that leave batches out."""
 INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 # What a launcher asks a cluster for, per node.
@@ -129,6 +134,8 @@ def explain(error: Exception, name: str) -> str:
         return f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
     if lines and lines[0].startswith(("Could not override", "Key '")):
         wrong = lines[0].split("'")[1]
+        if wrong.startswith("trainer.limit_"):
+            return f"{wrong}: {LIMITS}"
         meant = nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
         return f'there is no key "{wrong}".{meant}'
     if lines and lines[0].startswith("Error merging override") and error.__cause__:

@@ -144,13 +144,15 @@ class BlocksDataModule(HeldOutData):
         accumulate: int = 1,
         num_workers: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        whole: Rows | None = None,
     ):
         """`batch_size` counts the samples of an optimizer step, over ranks and accumulation.
 
-        The `tokenizer` is for callbacks that read text or let the model speak.
+        The `tokenizer` is for callbacks that read text or let the model speak. `whole` is what
+        `held_out` is a part of, if it is one: it is scored once, when training is over.
         """
         super().__init__(held_out, batch_size, num_workers)
-        self.train, self.tokenizer = train, tokenizer
+        self.train, self.tokenizer, self.whole = train, tokenizer, whole
         self.batches = Batches(train, objective, seed, pad_id)
         self.batch_size, self.steps, self.seed, self.accumulate = batch_size, steps, seed, accumulate
 

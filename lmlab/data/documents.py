@@ -70,6 +70,24 @@ class Documents:
         """[documents] tokens of each."""
         return np.diff(self.edges)
 
+    def chosen(self, documents: np.ndarray) -> "Documents":
+        """Some of the documents, by their numbers [n] in ascending order."""
+        of_stretch = np.cumsum(np.array(self.parts) == 0) - 1
+        rows = np.flatnonzero(np.isin(of_stretch, documents))
+        tokens = np.concatenate([np.arange(*self.edges[i : i + 2]) for i in documents])
+        names, starts = ([column[row] for row in rows] for column in (self.names, self.starts))
+        lengths = np.diff(self.stretches)[rows]
+        return Documents(
+            self.tokens[tokens],
+            self.spans[tokens],
+            np.concatenate([[0], np.cumsum(self.lengths[documents])]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+            names,
+            [self.parts[row] for row in rows],
+            starts,
+            hashlib.sha256("".join(names).encode()).hexdigest()[:32],
+        )
+
     def units(self, tokens: np.ndarray) -> np.ndarray:
         """Count `UNITS` of tokens [N]: [N, 7] int64."""
         found = self.spans[tokens].astype(np.int64)

@@ -35,6 +35,12 @@ def order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Generator(stream).permutation(size)
 
 
+def some(seed: int, count: int, size: int) -> np.ndarray:
+    """`count` of the numbers below `size`, ascending: always the same ones for a seed."""
+    stream = np.random.Philox(key=np.array([seed, EVALUATION], np.uint64), counter=[0, 0, 1, 0])
+    return np.sort(np.random.Generator(stream).permutation(size)[:count])
+
+
 def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
     """`count` samples of the run from position `first` on, of a corpus of `size` blocks."""
     return [

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -13,16 +13,16 @@ LOG = logging.getLogger(__name__)
 
 
 def show_ledger(ledger: Mapping[str, Any]) -> None:
-    """One row per split, and what in it gives reason to doubt a metric."""
-    columns = [field.name for field in fields(next(iter(ledger.values())))]
-    table = Table(title="Ledger", title_justify="left")
-    table.add_column("split")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for name, counts in ledger.items():
-        table.add_row(name, *("" if count is None else f"{count:,}" for count in asdict(counts).values()))
-    console().print(table)
+    """Print a row per count and a column per split, and what in them gives reason to doubt a metric."""
+    counts = [asdict(of_split) for of_split in ledger.values()]
+    names = {name: name.replace("_", " ") for name in counts[0]}
+    rows = ([said, *(shown(of_split[name]) for of_split in counts)] for name, said in names.items())
+    show_rows("Ledger", ["", *ledger], rows)
     warn_of(ledger)
+
+
+def shown(count: int | None) -> str:
+    return "" if count is None else f"{count:,}"
 
 
 def warn_of(ledger: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -19,7 +20,7 @@ from lmlab.evaluation.scoring import Targets
 from lmlab.models.steps import Flops
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_beside
-from lmlab.training.checkpoint import best_weights
+from lmlab.training.checkpoint import best_weights, outdated
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
@@ -129,10 +130,11 @@ class Measure(Callback):
             self.clock, self.waited_when_stopped = None, trainer.datamodule.waited
 
     def on_validation_start(self, trainer: L.Trainer, module: LMModule) -> None:
-        self.stop(trainer, module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.stop(trainer, module)
 
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
-        if trainer.should_stop and trainer.global_step > self.step:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.should_stop and trainer.global_step > self.step:
             self.report(trainer, module)  # so that the last state has it: early stopping may just have ended the run
             self.stop(trainer, module)
 
@@ -194,16 +196,24 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 class WriteCertificate(Callback):
-    """At the end of a run, writes the records and the certificate of its best validation into the run directory."""
+    """At the end of a run, writes the records and the certificate of its best weights into the run directory."""
 
     def __init__(self, run_dir: str):
         self.run = RunDirectory(run_dir)
 
     def on_fit_end(self, trainer: L.Trainer, module: LMModule) -> None:
+        if trainer.datamodule.whole is None and not outdated(trainer):
+            self.write(trainer, module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:  # of all held-out documents, after training
+            self.write(trainer, module)
+
+    def write(self, trainer: L.Trainer, module: LMModule) -> None:
         weights, best = best_weights(trainer)
         if trainer.is_global_zero:
             nll, units = module.result
-            if best is not None:
+            if best is not None and trainer.state.fn == TrainerFn.FITTING:
                 nll, units = best["validation"]["nll"].numpy(), best["validation"]["units"].numpy()
             held_out = trainer.datamodule.held_out
             facts = {
@@ -322,6 +332,8 @@ class ShowProgress(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
         self.shown_at = time.perf_counter()
         self.validations.append(self.shown_at - self.validating)
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            return  # the table at the end has it
         figures = module.validations[trainer.global_step]
         line = (
             f"step {trainer.global_step}/{module.steps}  val/loss {figures['val/loss']:.4f}  "

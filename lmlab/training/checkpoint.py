@@ -25,7 +25,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmlab.data.datamodule import HeldOutData
+from lmlab.data.documents import UNITS
 from lmlab.errors import UserError, disk_full, first_line
+from lmlab.evaluation.scoring import DocumentSums
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import replaced, write_beside
 from lmlab.runs.stopping import SIGNALS, requeue
@@ -381,17 +384,52 @@ def check_fits(state: dict[str, Any], module: LMModule, place: Path) -> None:
         )
 
 
+def measure_whole(trainer: L.Trainer, module: LMModule, whole: Any, rows_at_once: int, num_workers: int) -> None:
+    """Score all held-out documents by the best weights, once training is over.
+
+    Args:
+        whole: what to score.
+        rows_at_once: of it, on each rank.
+    """
+    callback, step = best_step(trainer)
+    module.sums = DocumentSums(len(whole.documents.names))
+    trainer.strategy.optimizers = []  # which a sharded checkpoint would be asked for
+    trainer.validate(
+        module,
+        datamodule=HeldOutData(whole, rows_at_once, num_workers),
+        ckpt_path=None if callback is None or step is None else str(callback.run.best_at(step)),
+        verbose=False,
+        weights_only=True,
+    )
+
+
+def outdated(trainer: L.Trainer) -> bool:
+    """Whether the best weights lie with sums of an older lmlab, which counted less than a certificate says now."""
+    callback, step = best_step(trainer)
+    if callback is None or step is None:
+        return False
+    sums = read_state(callback.run.best_at(step)).get("validation")
+    return sums is not None and sums["units"].shape[1] != len(UNITS)
+
+
+def best_step(trainer: L.Trainer) -> tuple[Checkpoints | None, int | None]:
+    """The callback that keeps checkpoints, if there is one, and the step of the best weights that it has kept."""
+    callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), None)
+    there = [at for at in callback.best if callback.run.best_at(at).is_file()] if callback else []
+    if callback is None or not there:
+        return callback, None
+    return callback, min(there, key=lambda at: (callback.sign * callback.best[at], at))
+
+
 def best_weights(trainer: L.Trainer) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The model's state dict that a run was found best at, and the checkpoint it is of.
 
     The last weights, and None, where none was kept. All ranks have to call it: weights that
     are sharded come together, on rank 0.
     """
-    callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), None)
-    there = [at for at in callback.best if callback.run.best_at(at).is_file()] if callback else []
+    callback, step = best_step(trainer)
     best = None
-    if callback and there:
-        step = min(there, key=lambda at: (callback.sign * callback.best[at], at))
+    if callback is not None and step is not None:
         best = torch.load(callback.run.best_at(step), map_location="cpu", weights_only=True, mmap=True)
     state = trainer.strategy.lightning_module_state_dict() if best is None else best["state_dict"]
     return {n.removeprefix("model."): tensor for n, tensor in state.items() if n.startswith("model.")}, best

@@ -69,7 +69,9 @@ class LMModule(Scorer):
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.lr = 0.0  # of the last step
-        self.validations: dict[int, dict[str, float]] = {}  # the figures, by step
+        self.validations: dict[int, dict[str, float]] = {}  # the metrics, by step
+        self.final: dict[str, float] | None = None
+        """The metrics on all held-out documents, where validations look at a part of them."""
 
     def setup(self, stage: str) -> None:
         """Refuse a callback that monitors what is never logged, before any step is made."""
@@ -210,11 +212,17 @@ class LMModule(Scorer):
             )
         # Without a word or a byte in the text, some figures are none.
         named = {f"val/{name}": value for name, value in figures.items() if value is not None}
-        metrics = self.validations[self.global_step] = {"val/loss": loss, **named}
+        metrics = {"val/loss": loss, **named}
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self.final = metrics
+            return
+        self.validations[self.global_step] = metrics
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        part = {"val/documents": len(data.held_out.documents)} if data.whole is not None else {}
         # For what monitors a figure; loggers get the float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)
         for logger in self.loggers:
-            logger.log_metrics({**metrics, "data/tokens_seen": int(self.tokens)}, self.global_step)
+            logger.log_metrics({**metrics, **part, "data/tokens_seen": int(self.tokens)}, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What is needed beside weights, optimizer and schedule: all of it follows from the step but these."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.errors import first_line
 from lmlab.training.module import LMModule
@@ -37,7 +38,7 @@ class Prune(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
         number = len(module.validations) - 1  # the one before training says nothing yet
-        if number < 1:
+        if number < 1 or trainer.state.fn != TrainerFn.FITTING:
             return
         hopeless = trainer.strategy.broadcast(trainer.is_global_zero and self.report(module, number))
         if hopeless and trainer.global_step < module.steps:

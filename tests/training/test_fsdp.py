@@ -24,7 +24,7 @@ def test_same_run_as_on_one_device(
 ) -> None:
     # A norm this small is always clipped; 10 documents give validation rows that do not divide by two.
     common = [f"objective={objective}", *DROPOUT_OFF[objective], *COMMON]
-    common += ["trainer.gradient_clip_val=0.1", "preprocess.test_size=0.07"]
+    common += ["trainer.gradient_clip_val=0.1", "preprocess.test_size=0.07", "validation.max_documents=6"]
     one = train(*common, run_dir=tmp_path / "one")
     two = train(*common, *FSDP, run_dir=tmp_path / "two")
     for name in ("train/loss", "optim/grad_norm", "val/loss", "data/tokens_seen"):
