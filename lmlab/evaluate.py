@@ -6,6 +6,8 @@ Takes Hydra overrides; `--help` lists them.
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -52,12 +54,31 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> float:
     """An evaluation of this config, in its directory."""
     if cfg.check and launch.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
-    cfg = compose.freeze(compose.completed(cfg, overrides))
-    resuming.settle_width(cfg)
-    check.check_evaluation(cfg)
-    run = RunDirectory(cfg.run_dir)
-    with run.lock():
-        return evaluate_here(cfg, run, overrides)
+    with of_finished_run(cfg):
+        cfg = compose.freeze(compose.completed(cfg, overrides))
+        resuming.settle_width(cfg)
+        check.check_evaluation(cfg)
+        run = RunDirectory(cfg.run_dir)
+        with run.lock():
+            return evaluate_here(cfg, run, overrides)
+
+
+@contextmanager
+def of_finished_run(cfg: DictConfig) -> Iterator[None]:
+    """Where the config names a run that has not ended, let it name a snapshot of it instead."""
+    named = not OmegaConf.is_missing(cfg.model, "name") and cfg.model.get("name")
+    if not named or not RunDirectory(cfg.model.name).unfinished():
+        yield
+        return
+    from lmlab.config.snapshot import snapshot
+
+    path = Path(cfg.run_dir) / "snapshot"
+    try:
+        print(f"Evaluating {snapshot(RunDirectory(cfg.model.name), path)}.")
+        cfg.model.name = str(path)
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
@@ -134,7 +155,7 @@ def measure(cfg: DictConfig) -> None:
         facts = held_out.facts | {
             "precision": trainer.precision,
             "weights_hash": weights,
-            "model": cfg.model.name,
+            "model": evaluated.identity().get("snapshot", cfg.model.name) if trained else cfg.model.name,
             "run": trained,
             **run.provenance(),
         }

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lmlab.errors import Arguments, UserError, shown_plainly
@@ -62,8 +63,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from lmlab.models import inference
 
     logging.disable_progress_bar()
-    exported = RunDirectory(arguments.model).model
-    model, tokenizer = inference.load(str(exported) if exported.is_dir() else arguments.model, arguments.revision)
+    model, tokenizer = loaded(arguments.model, arguments.revision)
     for text in texts:
         if inference.fills_masks(model):
             if candidates < 1:
@@ -74,6 +74,21 @@ def predict(arguments: argparse.Namespace) -> None:
             for said in inference.generate(model, tokenizer, text, arguments.seed, **options):
                 row = {"text": text, "generated_text": said}
                 print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
+
+
+def loaded(name: str, revision: str | None) -> tuple[Any, Any]:
+    """A model and its tokenizer: of a run, the exported one, or the best weights so far."""
+    from lmlab.models import inference
+
+    run = RunDirectory(name)
+    if not run.unfinished():
+        return inference.load(str(run.model) if run.model.is_dir() else name, revision)
+    from lmlab.config.snapshot import snapshot
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "snapshot")
+        print(f"From {snapshot(run, path)}.", file=sys.stderr)
+        return inference.load(str(RunDirectory(path).model))
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:

@@ -59,7 +59,7 @@ def preview(plan: Planned) -> None:
     objective = check.build(cfg.objective, "objective", tokenizer=data.tokenizer)
     steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     show_ledger(data.ledger)
-    held_out = build.build_held_out(cfg, data, objective)
+    held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
     batch.show_samples(first, data.tokenizer, objective.causal, console())
 
@@ -74,7 +74,7 @@ def preview(plan: Planned) -> None:
         showing.show_measured(cfg, found, first)
         if submitted and cfg.trainer.accelerator == "auto" and not check.uses_gpu(cfg.trainer):
             print("Measured without a GPU, as this machine has none; a node may have some.")
-        parts = cost.terms(cfg, found, steps, interval, len(held_out))
+        parts = cost.terms(cfg, found, steps, interval, len(held_out), 0 if whole is None else len(whole))
         total = sum(term.seconds for term in parts)
         showing.show_estimate(plan, parts, total)
     if submitted:

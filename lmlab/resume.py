@@ -9,11 +9,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lmlab.config import build, resuming
+from lmlab.config.compose import config_of
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
 from lmlab.runs.stopping import SIGNALS
-from lmlab.train import config_of, finished, longer, run_or_go_on
+from lmlab.train import finished, longer, run_or_go_on
 from lmlab.training import launch
 
 EXAMPLES = """\

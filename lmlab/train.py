@@ -21,7 +21,7 @@ from lmlab.errors import UserError, first_line
 from lmlab.runs import states, sweep
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.files import from_here, write_beside, write_json, write_text
+from lmlab.runs.files import from_here, replaced, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
 from lmlab.runs.stopping import SIGNALS, Stopped
 from lmlab.training import launch
@@ -77,7 +77,7 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
     """
     run = RunDirectory(cfg.run_dir)
     with run.lock(), SIGNALS.heeded():
-        kept = config_of(run) if run.begun() else None
+        kept = compose.config_of(run) if run.begun() else None
         try:
             resuming.settle_width(cfg, kept)
             check.check_run(cfg)
@@ -175,16 +175,6 @@ def sharded(cfg: DictConfig) -> bool:
     return check.strategy(cfg.trainer) == "fsdp" and check.world(cfg.trainer) > 1
 
 
-def config_of(run: RunDirectory) -> DictConfig:
-    """The composed config of a run."""
-    cfg = compose.read_config(run.path)
-    if not {"data", "model", "objective", "trainer", "run_dir"} <= set(cfg):
-        raise UserError(f"{run.config} is damaged: it is not the config of a run.")
-    if "optim" not in cfg:
-        raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
-    return cfg
-
-
 def longer(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
     """Whether a config asks for more steps than a finished run has made."""
     if resuming.length(cfg) == resuming.length(kept):
@@ -249,6 +239,8 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     try:
         if leads:
             run.note(**data.identity, steps=steps)
+            if not run.tokenizer.is_dir():  # so that the model can be used before the run has ended
+                replaced(run.tokenizer, data.tokenizer.save_pretrained)
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
             if not state:
                 show_ledger(data.ledger)

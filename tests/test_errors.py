@@ -788,7 +788,7 @@ EVALUATIONS = {
     "model=encoder data=sample": ["BertModel", "no causal or masked language model"],
     "model=outputs/2000/run data=sample": ["outputs/2000/run", "no such directory"],
     "model=my/model data=sample": ["my/model", "local directory", "HF_HUB_OFFLINE"],
-    "model=unfinished": ["holds no model", "did not come to its end"],
+    "model=unfinished": ["holds no model", "Name a run"],
     # Misspelt.
     "modle=causal": ['no key "modle"', 'Did you mean "model"?'],
     "model=causal data=sample contxt=document": ['Did you mean "context"?'],

@@ -73,7 +73,7 @@ def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
     text = shown(*tiny, f"trainer.max_steps={STEPS}")
     assert "  preprocess.block_size: 32 (128)\n" in text
     assert "run_dir" not in text
-    assert re.search(r"train +│ +122 │ +0 │ +276 │ +│ +143,686 ", text)  # the ledger that the run prints
+    assert re.search(r"bytes +│ +143,686 │ +14,301 ", text)  # the ledger that the run prints
     assert "3 of the 8 samples" in text
     for name in ("embeddings", "layers (1)", "weights", "gradients", "optimizer state", "peak memory", "first step"):
         assert f"│ {name} " in text

@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lmlab.config import resuming
+from lmlab.config.compose import config_of
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
+from lmlab.evaluation import records
 from lmlab.runs.directory import RunDirectory
-from lmlab.train import config_of
 from lmlab.training import checkpoint
 from lmlab.training.optim import AdamW
 
@@ -116,6 +117,45 @@ def test_best_weights_with_sums_of_an_older_lmlab(train: Callable[..., Path], tm
     resumed(tmp_path / "stopped")
     certificates = [json.loads((place / "certificate.json").read_text()) for place in (run, tmp_path / "stopped")]
     assert certificates[0]["totals"] == certificates[1]["totals"]
+
+
+def test_a_run_before_its_end_is_used_by_its_best_weights_so_far(
+    stopped: Path,
+    evaluate: Callable[..., Path],
+    refused: Refused,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(stopped.rglob("*"))
+    text = tmp_path / "text.txt"
+    text.write_text("The sun is a star.\nThe moon goes around the earth.\n")
+    monkeypatch.setattr("lmlab.data.sources.load_sample", None)  # its tokenizer is at hand without its data
+    place = evaluate(f"model={stopped}", "data=files", f"data.validation={text}")
+    monkeypatch.undo()
+    said = f"{stopped} at step 4, its best weights so far"
+    assert f"Evaluating {said}." in capsys.readouterr().out
+    certificate = json.loads((place / "certificate.json").read_text())
+    assert certificate["model"] == said
+    kept = torch.load(stopped / "checkpoints/best-4.ckpt", weights_only=True)["state_dict"]
+    weights = {name.removeprefix("model."): t for name, t in kept.items() if name.startswith("model.")}
+    assert certificate["weights_hash"] == records.weights_hash(weights)
+    assert not (place / "snapshot").exists()
+    # The text that it holds out, by its own data.
+    own = json.loads((evaluate(f"model={stopped}") / "certificate.json").read_text())
+    assert own["figures"]["nll_per_token"] == next(
+        v for step, name, v in losses(stopped) if (step, name) == (4, "val/loss")
+    )
+    capsys.readouterr()
+    run_verb("predict", stopped, "The sun", "--greedy", "--max-new-tokens", 3)
+    shown = capsys.readouterr()
+    assert f"From {said}." in shown.err
+    assert shown.out.startswith("The sun")
+    assert sorted(stopped.rglob("*")) == before
+    for path in (stopped / "checkpoints").iterdir():
+        path.unlink()
+    for verb in (["evaluate", f"model={stopped}"], ["predict", stopped, "x"]):
+        assert "has kept no weights yet" in refused(*verb)
 
 
 def test_early_stopping_counts_over_a_stop(train: Callable[..., Path], tmp_path: Path) -> None:

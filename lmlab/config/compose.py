@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
+from lmlab.runs.directory import RunDirectory
 from lmlab.runs.stopping import SIGNALS
 
 PACKAGE = Path(__file__).parent.parent
@@ -180,8 +181,6 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     Args:
         overrides: of the command line, to tell a choice from a default.
     """
-    from lmlab.runs.directory import RunDirectory
-
     if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
         raise UserError("model has to be given: add model=RUN_DIRECTORY, or an exported directory, or a hub id.")
     run = RunDirectory(cfg.model.name)
@@ -190,10 +189,7 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     if trained is not None:
         if not run.model.is_dir():
-            raise UserError(
-                f"{run.path} holds no model: it is an evaluation, or a run that did not come to its end.\n"
-                "Name a run that did: model=RUN_DIRECTORY"
-            )
+            raise UserError(f"{run.path} holds no model: it is an evaluation. Name a run: model=RUN_DIRECTORY")
         cfg.model.name = str(run.model)
     elif cfg.model.name.endswith(".ckpt"):
         raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
@@ -237,6 +233,20 @@ def elsewhere(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
     other = OmegaConf.merge(cfg, changes, {"run_dir": f"{cfg.run_dir}/check"})
     assert isinstance(other, DictConfig)
     return other
+
+
+def config_of(run: RunDirectory) -> DictConfig:
+    """The composed config of a run.
+
+    Raises:
+        UserError: the directory holds an evaluation, or the file is damaged.
+    """
+    cfg = read_config(run.path)
+    if not {"data", "model", "objective", "trainer", "run_dir"} <= set(cfg):
+        raise UserError(f"{run.config} is damaged: it is not the config of a run.")
+    if "optim" not in cfg:
+        raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
+    return cfg
 
 
 def read_config(run_dir: Path) -> DictConfig:

@@ -23,24 +23,29 @@ class Term(NamedTuple):
         return self.times * self.each
 
 
-def terms(cfg: DictConfig, found: dict[str, Any], steps: int, interval: int, rows: int) -> list[Term]:
+def terms(cfg: DictConfig, found: dict[str, Any], steps: int, interval: int, rows: int, last: int) -> list[Term]:
     """What a run's time is made of.
 
     Args:
         found: by `measure`.
         interval: steps between two validations.
-        rows: held-out blocks.
+        rows: held-out blocks that a validation looks at.
+        last: those that are scored once more when training is over.
     """
     world = check.world(cfg.trainer)
     share = share_of(cfg.batch_size, world, cfg.trainer.accumulate_grad_batches)
     after = math.ceil(steps / interval)  # validations behind the one before training
     first, *later = found["steps"]
+
+    def batches(count: int) -> int:
+        return len(EvaluationSampler(count, share, 0, world))
+
     batch = sum(found["validation"]) / len(found["validation"])
     made = [
         Term("start: imports, data, model", 1, found["start"]),
         Term("first step", 1, first),
         Term("steps", steps - 1, median(later) if later else first),
-        Term("validation batches", (1 + after) * len(EvaluationSampler(rows, share, 0, world)), batch),
+        Term("validation batches", (1 + after) * batches(rows) + batches(last), batch),
     ]
     return [*made, Term("states written", after, found["state"])] if "state" in found else made
 

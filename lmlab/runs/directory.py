@@ -51,6 +51,7 @@ class RunDirectory:
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.tokenizer = self.path / "tokenizer"
         self.profile = self.path / "profile"
         self.log = self.path / "train.log"
         self.logs = self.path / "logs"
@@ -149,6 +150,10 @@ class RunDirectory:
     def finished(self) -> bool:
         """Whether the run has come to its end."""
         return self.summary.is_file()
+
+    def unfinished(self) -> bool:
+        """Whether the directory holds a run that began to train and has not ended: it goes on, or was stopped."""
+        return self.begun() and self.config.is_file() and self.ledger.is_file() and not self.model.is_dir()
 
     def failed(self) -> dict[str, Any] | None:
         """What ended the last attempt at a run that has not come to its end: see states.py."""

@@ -330,6 +330,29 @@ def last_state(run: RunDirectory) -> Path | None:
     return None
 
 
+def best_so_far(run: RunDirectory, mode: str) -> tuple[Path, str, int] | None:
+    """The checkpoint with the best weights that a run has kept so far, perhaps of one that is going on.
+
+    Args:
+        mode: whether the least of what is monitored is best, `min`, or the most, `max`.
+
+    Returns:
+        its path, whether it has the `best` or the `last` weights, and their step; None if there is none.
+    """
+    for path in run.states()[::-1]:
+        try:
+            kept = read_state(path)
+        except UserError:  # it is damaged, or the run has just removed it
+            continue
+        states = [state for state in kept["callbacks"].values() if isinstance(state, dict) and "kept" in state]
+        best = {at: value for state in states for at, value in state["best"].items() if run.best_at(at).is_file()}
+        if best:
+            step = (min if mode == "min" else max)(best, key=lambda at: best[at])
+            return run.best_at(step), "best", step
+        return path, "last", run.step_of(path)
+    return None
+
+
 def damage(place: Path) -> str | None:
     """What is wrong with a checkpoint: its parts are read and held against their checksums. None if it is whole.
 

@@ -1,0 +1,44 @@
+"""A run that has not come to its end, as a run directory that commands for finished ones can read."""
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from lmlab.config import build
+from lmlab.config.compose import config_of
+from lmlab.errors import UserError
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import from_here
+from lmlab.training import checkpoint
+
+
+def snapshot(run: RunDirectory, path: Path) -> str:
+    """Make a directory that of a run which ends with the best weights that `run` has kept so far.
+
+    It has what evaluation and prediction ask of a run: manifest, config, and the exported model.
+
+    Returns:
+        what to say of those weights.
+
+    Raises:
+        UserError: the run has kept none yet.
+    """
+    cfg = config_of(run)
+    checkpoints = (cfg.get("callbacks") or {}).get("checkpoints") or {}
+    found = checkpoint.best_so_far(run, checkpoints.get("mode", "min"))
+    if found is None or not run.tokenizer.is_dir():
+        raise UserError(f"{run.path} has kept no weights yet: it has not come to its first checkpoint.")
+    weights, which, step = found
+    tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    _, model = build.build_model(cfg, tokenizer)
+    state = checkpoint.read_state(weights)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
+    copy = RunDirectory(path)
+    path.mkdir(parents=True)
+    for file in (run.manifest, run.config):
+        shutil.copy(file, path)
+    said = f"{from_here(run.path)} at step {step}, its {which} weights so far"
+    copy.note(snapshot=said)
+    checkpoint.export(model, tokenizer, copy.model)
+    return said
