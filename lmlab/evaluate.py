@@ -42,14 +42,16 @@ def start(cfg: DictConfig) -> float | None:
         follow("evaluate")
         return None  # rank 0's counts
     with launch.leading():
-        return evaluate(cfg, list(HydraConfig.get().overrides.task))
+        hydra = HydraConfig.get()
+        folders = (source.path for source in hydra.runtime.config_sources if source.provider == "command-line")
+        return evaluate(cfg, list(hydra.overrides.task), next(map(Path, folders), None))
 
 
-def evaluate(cfg: DictConfig, overrides: list[str]) -> float:
-    """An evaluation of this config, in its directory."""
+def evaluate(cfg: DictConfig, overrides: list[str], folder: Path | None = None) -> float:
+    """An evaluation of this config, composed with `folder` as --config-dir, in its directory."""
     if cfg.check and launch.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
-    cfg = compose.freeze(compose.completed(cfg, overrides))
+    cfg = compose.freeze(compose.completed(cfg, overrides, folder))
     resuming.settle_width(cfg)
     check.check_evaluation(cfg)
     run = RunDirectory(cfg.run_dir)

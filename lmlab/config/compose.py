@@ -167,12 +167,14 @@ def freeze(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+def completed(cfg: DictConfig, overrides: list[str], folder: Path | None = None) -> DictConfig:
     """The config of an evaluation, with what the run that it evaluates says where the command does not.
 
     Args:
         overrides: of the command line, to tell a choice from a default.
+        folder: of its --config-dir.
     """
+    from lmlab.config import trust
     from lmlab.runs.directory import RunDirectory
 
     if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
@@ -192,6 +194,7 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
     elif cfg.model.name.startswith(("/", ".")) and not run.path.is_dir():
         raise UserError(f"{cfg.model.name}: no such directory. Name a run, or an exported model, that is there.")
+    taken = list[str]()  # from the run
     if "data" not in cfg:
         if trained is None:
             raise UserError(
@@ -203,12 +206,16 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
                 raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
         cfg.data = trained.data
         cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
+        taken += ["data", "preprocess"]
     if cfg.preprocess.block_size is None and trained is not None:
         cfg.preprocess.block_size = trained.preprocess.block_size
     if OmegaConf.is_missing(cfg.data, "train"):
         cfg.data.train = None
     if "objective" not in cfg:
         cfg.objective = trained.objective if trained is not None else objective_of(cfg)
+        taken += ["objective"] if trained is not None else []
+    trusted = [*trust.packages(cfg.pop("trust")), *trust.named_by_command(overrides, folder)]
+    trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
     if cfg.context is None:
         cfg.context = "document" if cfg.score == "pseudo" else "blocks"
     return cfg
