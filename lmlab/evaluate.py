@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, check, compose, resuming
 from lmlab.errors import UserError
+from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, write_json, write_text
 from lmlab.training import launch
@@ -63,8 +64,8 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
     """Measure, and certify; nothing stays of an evaluation that failed."""
     run.start({"masks": cfg.seed})
     try:
-        write_text(run.config, OmegaConf.to_yaml(cfg))
-        write_text(run.overrides, OmegaConf.to_yaml(overrides))
+        compose.write_config(cfg, run.path)
+        write_text(run.overrides, OmegaConf.to_yaml(secrets.redacted_command(overrides)))
         began = time.perf_counter()
         measure_on_all(cfg)
         seconds = time.perf_counter() - began
@@ -84,9 +85,9 @@ def measure_on_all(cfg: DictConfig) -> None:
     if check.world(cfg.trainer) == 1:
         measure(cfg)
     elif launch.rank() is None:
-        launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)])
+        launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)], compose.handed_over(cfg))
     else:
-        launch.tell([str(run.path)])
+        launch.tell([str(run.path)], compose.handed_over(cfg))
         measure(cfg)
 
 
@@ -108,7 +109,8 @@ def measure(cfg: DictConfig) -> None:
     data = build.prepare_held_out(cfg, tokenizer)
     # Another model may lie beside a run's own.
     trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
-    if trained and trained["config"]["data"] == cfg.data and evaluated.fingerprint() != data.data_fingerprint:
+    same = trained and compose.without_secrets(cfg.data) == trained["config"]["data"]
+    if same and evaluated.fingerprint() != data.data_fingerprint:
         raise UserError(
             f"the data of {evaluated.path} is not what it was trained with: its files have changed.\n"
             "Bring them back, or name other text: data=… on the command line."
@@ -141,7 +143,7 @@ def prove(cfg: DictConfig) -> None:
     run, other = RunDirectory(cfg.run_dir), RunDirectory(again.run_dir)
     try:
         other.start({"masks": cfg.seed})
-        write_text(other.config, OmegaConf.to_yaml(again))
+        compose.write_config(again, other.path)
         measure_on_all(again)
         first = records.read(run.path)
         found = records.difference(first, records.read(other.path))

@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lmlab.config import build, resuming, trust
+from lmlab.config import build, compose, resuming, trust
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
+from lmlab.runs.secrets import redacted_command
 from lmlab.runs.stopping import SIGNALS
 from lmlab.train import config_of, finished, longer, run_or_go_on
 from lmlab.training import launch
@@ -66,6 +67,7 @@ def main() -> None:
             if run.finished() and not longer(cfg, kept, run):
                 raise UserError(finished(run))
             trust.check_trusted(cfg, trusted)
+            compose.check_secrets(cfg)
             run_or_go_on(cfg, overrides)
 
 
@@ -76,6 +78,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
         raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
     cfg = resuming.continued(kept, place, overrides)
     trust.check_trusted(cfg, trusted)
+    compose.check_secrets(cfg)
     then = run.identity()
     data = build.prepare_data(cfg)
     prepared = {"data_fingerprint": data.data_fingerprint, "tokenizer_hash": data.tokenizer_hash}
@@ -85,7 +88,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
         f"length: it was made another at step {a['step']}" for a in then.get("went_on", ()) if "length_before" in a
     ]
     if overrides:
-        differ.append(f"config: {shlex.join(overrides)}")
+        differ.append(f"config: {shlex.join(redacted_command(overrides))}")
     for line in differ:
         print(f"differs from {from_here(run.path)}: {line}")
     if not differ:

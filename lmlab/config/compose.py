@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
+from lmlab.runs import secrets
+from lmlab.runs.files import write_text
 from lmlab.runs.stopping import SIGNALS
 
 PACKAGE = Path(__file__).parent.parent
@@ -102,6 +104,7 @@ def read_command() -> Namespace:
             f"can't make sense of {' '.join(unknown)}.\n"
             "An override is KEY=VALUE, without dashes; options such as --config-dir DIR come before all overrides."
         )
+    refuse_lost(secrets.lost_of_command(sys.argv[1:]))
     return given
 
 
@@ -164,7 +167,24 @@ def freeze(cfg: DictConfig) -> DictConfig:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} does not resolve: {first_line(error)}.") from error
+    check_secrets(cfg)
     return cfg
+
+
+def check_secrets(cfg: DictConfig) -> None:
+    """Refuse a config whose secrets were not kept. Those of any other are kept out of messages from now on."""
+    values = OmegaConf.to_container(cfg)
+    refuse_lost(secrets.lost(values))
+    secrets.redacted(values)
+
+
+def refuse_lost(keys: list[str], prefix: str = "") -> None:
+    """Refuse what has these keys, whose secrets were not kept; they are given again with a prefix."""
+    if keys:
+        raise UserError(
+            f"{', '.join(keys)} held a secret, which was not kept.\n"
+            f"Give it again: add {' '.join(f'{prefix}{key}=…' for key in keys)} to the command."
+        )
 
 
 def completed(cfg: DictConfig, overrides: list[str], folder: Path | None = None) -> DictConfig:
@@ -195,7 +215,7 @@ def completed(cfg: DictConfig, overrides: list[str], folder: Path | None = None)
     elif cfg.model.name.startswith(("/", ".")) and not run.path.is_dir():
         raise UserError(f"{cfg.model.name}: no such directory. Name a run, or an exported model, that is there.")
     taken = list[str]()  # from the run
-    if "data" not in cfg:
+    if "_target_" not in cfg.get("data", {}):
         if trained is None:
             raise UserError(
                 "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
@@ -204,7 +224,7 @@ def completed(cfg: DictConfig, overrides: list[str], folder: Path | None = None)
         for word in overrides:
             if word.lstrip("+~").startswith("preprocess") and not word.startswith("preprocess.block_size="):
                 raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
-        cfg.data = trained.data
+        cfg.data = OmegaConf.merge(trained.data, cfg.get("data", {}))  # a secret of it is given again
         cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
         taken += ["data", "preprocess"]
     if cfg.preprocess.block_size is None and trained is not None:
@@ -216,6 +236,7 @@ def completed(cfg: DictConfig, overrides: list[str], folder: Path | None = None)
         taken += ["objective"] if trained is not None else []
     trusted = [*trust.packages(cfg.pop("trust")), *trust.named_by_command(overrides, folder)]
     trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
+    refuse_lost(secrets.lost(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
     if cfg.context is None:
         cfg.context = "document" if cfg.score == "pseudo" else "blocks"
     return cfg
@@ -239,8 +260,23 @@ def elsewhere(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
     return other
 
 
+def without_secrets(cfg: DictConfig) -> DictConfig:
+    """The same config with its secrets redacted."""
+    return OmegaConf.create(secrets.redacted(OmegaConf.to_container(cfg)))
+
+
+def write_config(cfg: DictConfig, run_dir: Path) -> None:
+    """Keep the composed config in a run directory, without its secrets."""
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(without_secrets(cfg)))
+
+
+def handed_over(cfg: DictConfig) -> dict[str, str]:
+    """Variables for a process that reads the config where `write_config` wrote it."""
+    return secrets.handed_over(OmegaConf.to_container(cfg))
+
+
 def read_config(run_dir: Path) -> DictConfig:
-    """The composed config of a run directory."""
+    """The composed config of a run directory, with the secrets that this process was handed over."""
     place = run_dir / "config.yaml"
     try:
         cfg = OmegaConf.load(place)
@@ -248,4 +284,4 @@ def read_config(run_dir: Path) -> DictConfig:
         raise UserError(f"{place} can't be read: {first_line(error)}") from error
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{place} is damaged: it is not the config of a run or an evaluation.")
-    return cfg
+    return OmegaConf.create(secrets.taken_over(OmegaConf.to_container(cfg)))

@@ -8,10 +8,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lmlab.config.check import world
-from lmlab.config.compose import CONF, dotted, explain
-from lmlab.errors import UserError, nearest
+from lmlab.config.compose import CONF, dotted, explain, without_secrets
+from lmlab.errors import UserError, first_line, nearest
+from lmlab.runs.secrets import MARK
 from lmlab.training import launch
 
 # Blocks and keys that change how and how far a run goes, not what it is.
@@ -70,7 +72,17 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
             raise UserError(f'there is no key "{key}".{nearest(key, known)} A new one is +{word}.')
         else:
             OmegaConf.update(cfg, key, override.value(), force_add=True)
+            OmegaConf.update(cfg, key, resolved(cfg, key))
     return cfg
+
+
+def resolved(cfg: DictConfig, key: str) -> Any:
+    """The value of a key, with what it takes from the environment, or from elsewhere, in its place."""
+    try:
+        value = OmegaConf.select(cfg, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key} does not resolve: {first_line(error)}.") from error
 
 
 def parsed(word: str) -> Override:
@@ -114,12 +126,13 @@ def moved(cfg: DictConfig, run_dir: Path) -> DictConfig:
 
 
 def check_same(cfg: DictConfig, kept: DictConfig) -> None:
-    """Refuse a config that is another experiment than the run that was begun.
+    """Refuse a config that is another experiment than the run that was begun. A secret of it may be another.
 
     Raises:
         UserError: names the keys.
     """
-    now, then = values(cfg), values(moved(kept, Path(cfg.run_dir)))
+    now, then = values(without_secrets(cfg)), values(without_secrets(moved(kept, Path(cfg.run_dir))))
+    then |= {key: now[key] for key, value in then.items() if MARK in str(value) and now.get(key) is not None}
     changed = [
         f"{key}={now.get(key, 'not there')} (it was {then.get(key, 'not there')})"
         for key in sorted(now.keys() | then.keys())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmlab.data.documents import Documents
 from lmlab.errors import UserError, first_line
+from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_beside, write_json
 
@@ -123,7 +124,7 @@ def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray,
     write_beside(run.records, lambda beside: pq.write_table(table, beside))
     write_json(
         run.certificate,
-        {"format": FORMAT, **added_up(nll, units, facts), **facts, "records_hash": rows_hash(table)},
+        {"format": FORMAT, **added_up(nll, units, facts), **secrets.redacted(facts), "records_hash": rows_hash(table)},
     )
 
 
