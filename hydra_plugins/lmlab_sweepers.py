@@ -25,6 +25,8 @@ from lmlab.runs import states, sweep
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, held, kept_locked
+from lmlab.runs.log import shown_without_secrets
+from lmlab.runs.secrets import MARK, bare, redacted, redacted_command
 from lmlab.runs.stopping import Stopped
 from lmlab.runs.sweep import Point
 from lmlab.sweep import conclude
@@ -87,9 +89,11 @@ class Grid(Sweeper):
         """
         from lmlab.config.resuming import CHANGEABLE, GROUPS
 
-        then = sweep.facts(self.folder)
+        then, shared = sweep.facts(self.folder), redacted_command(shared)
         facts["kind"] = type(self).__name__.lower()
-        changed = {word.lstrip("+~").partition("=")[0] for word in {*then.get("shared", shared)} ^ {*shared}}
+        # A secret that is not kept may be another, and part of what stands beside it.
+        differ = {*redacted_command(then.get("shared", shared))} ^ {*shared}
+        changed = {bare(word) for word in differ if MARK not in word}
         own = {key for key in changed if key in fixed or not under(key, (*GROUPS, *CHANGEABLE))}
         own |= {name for name, value in facts.items() if then.get(name, value) != value}
         if own:
@@ -106,7 +110,7 @@ class Grid(Sweeper):
             for point, fixed in zip(points, shared, strict=True)
         ]
         try:
-            with every_job_heard(self.launcher):
+            with every_job_heard(self.launcher), shown_without_secrets(type(self.launcher).__module__):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
         except Stopped:
             place = shlex.quote(str(from_here(self.folder)))
@@ -203,7 +207,7 @@ class Search(Grid):
         there, drawn = sweep.facts(self.folder).get("points", []), [words(trial) for trial in self.trials()]
         if drawn[: len(there)] != there:
             raise UserError(
-                f"{self.storage} does not hold the search that the runs in {self.folder} are of.\n"
+                f"{redacted(self.storage)} does not hold the search that the runs in {self.folder} are of.\n"
                 "Bring it back, or begin another search: hydra.sweep.dir=DIR"
             )
 
@@ -323,6 +327,10 @@ def every_job_heard(launcher: Launcher) -> Iterator[None]:
         yield
         return
     import submitit
+
+    # Jobs lie there as they were submitted, secrets and all.
+    folder: str = launcher.params["submitit_folder"]  # type: ignore[attr-defined]
+    Path(folder.partition("%")[0]).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     class Heard(submitit.AutoExecutor):
         def map_array(self, *arguments: Any) -> list[Any]:

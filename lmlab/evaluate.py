@@ -6,15 +6,16 @@ Takes Hydra overrides; `--help` lists them.
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, check, compose, resuming
+from lmlab.config import build, check, compose, resuming, trust
 from lmlab.errors import UserError
+from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, write_json, write_text
 from lmlab.training import launch
@@ -47,15 +48,19 @@ def start(cfg: DictConfig) -> float | None:
         follow("evaluate")
         return None  # rank 0's counts
     with launch.leading():
-        return evaluate(cfg, list(HydraConfig.get().overrides.task))
+        hydra = HydraConfig.get()
+        folders = (source.path for source in hydra.runtime.config_sources if source.provider == "command-line")
+        return evaluate(cfg, list(hydra.overrides.task), next(map(Path, folders), None))
 
 
-def evaluate(cfg: DictConfig, overrides: list[str]) -> float:
-    """An evaluation of this config, in its directory."""
+def evaluate(cfg: DictConfig, overrides: list[str], folder: Path | None = None) -> float:
+    """An evaluation of this config, composed with `folder` as --config-dir, in its directory."""
     if cfg.check and launch.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
-    with of_finished_run(cfg):
-        cfg = compose.freeze(compose.completed(cfg, overrides))
+    # What the command names to be imported, it trusts.
+    trusted = [*trust.packages(cfg.trust), *trust.named_by_command(overrides, folder)]
+    with of_finished_run(cfg, trusted):
+        cfg = compose.freeze(compose.completed(cfg, overrides, trusted))
         resuming.settle_width(cfg)
         check.check_evaluation(cfg)
         run = RunDirectory(cfg.run_dir)
@@ -64,7 +69,7 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> float:
 
 
 @contextmanager
-def of_finished_run(cfg: DictConfig) -> Iterator[None]:
+def of_finished_run(cfg: DictConfig, trusted: Sequence[str]) -> Iterator[None]:
     """Where the config names a run that has not ended, let it name a snapshot of it instead."""
     named = not OmegaConf.is_missing(cfg.model, "name") and cfg.model.get("name")
     if not named or not RunDirectory(cfg.model.name).unfinished():
@@ -74,7 +79,7 @@ def of_finished_run(cfg: DictConfig) -> Iterator[None]:
 
     path = Path(cfg.run_dir) / "snapshot"
     try:
-        print(f"Evaluating {snapshot(RunDirectory(cfg.model.name), path)}.")
+        print(f"Evaluating {snapshot(RunDirectory(cfg.model.name), path, trusted)}.")
         cfg.model.name = str(path)
         yield
     finally:
@@ -85,8 +90,8 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
     """Measure, and certify; nothing stays of an evaluation that failed."""
     run.start({"masks": cfg.seed})
     try:
-        write_text(run.config, OmegaConf.to_yaml(cfg))
-        write_text(run.overrides, OmegaConf.to_yaml(overrides))
+        compose.write_config(cfg, run.path)
+        write_text(run.overrides, OmegaConf.to_yaml(secrets.redacted_command(overrides)))
         began = time.perf_counter()
         measure_on_all(cfg)
         seconds = time.perf_counter() - began
@@ -106,9 +111,9 @@ def measure_on_all(cfg: DictConfig) -> None:
     if check.world(cfg.trainer) == 1:
         measure(cfg)
     elif launch.rank() is None:
-        launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)])
+        launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)], compose.handed_over(cfg))
     else:
-        launch.tell([str(run.path)])
+        launch.tell([str(run.path)], compose.handed_over(cfg))
         measure(cfg)
 
 
@@ -136,7 +141,8 @@ def measure(cfg: DictConfig) -> None:
         warn_of(data.ledger)
     # Another model may lie beside a run's own.
     trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
-    if trained and trained["config"]["data"] == cfg.data and evaluated.fingerprint() != data.data_fingerprint:
+    same = trained and compose.without_secrets(cfg.data) == trained["config"]["data"]
+    if same and evaluated.fingerprint() != data.data_fingerprint:
         raise UserError(
             f"the data of {evaluated.path} is not what it was trained with: its files have changed.\n"
             "Bring them back, or name other text: data=… on the command line."
@@ -170,7 +176,7 @@ def prove(cfg: DictConfig) -> None:
     run, other = RunDirectory(cfg.run_dir), RunDirectory(again.run_dir)
     try:
         other.start({"masks": cfg.seed})
-        write_text(other.config, OmegaConf.to_yaml(again))
+        compose.write_config(again, other.path)
         measure_on_all(again)
         first = records.read(run.path)
         found = records.difference(first, records.read(other.path))

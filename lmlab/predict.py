@@ -43,6 +43,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="any option of transformers' generate, such as --option repetition_penalty=1.2",
     )
+    p.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="of a run before its end: let code run that its config names and that is not lmlab's",
+    )
     p.add_argument("--json", action="store_true", help="one JSON object per line")
     return p
 
@@ -63,7 +70,7 @@ def predict(arguments: argparse.Namespace) -> None:
     from lmlab.models import inference
 
     logging.disable_progress_bar()
-    model, tokenizer = loaded(arguments.model, arguments.revision)
+    model, tokenizer = loaded(arguments.model, arguments.revision, arguments.trust)
     for text in texts:
         if inference.fills_masks(model):
             if candidates < 1:
@@ -76,7 +83,7 @@ def predict(arguments: argparse.Namespace) -> None:
                 print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
 
 
-def loaded(name: str, revision: str | None) -> tuple[Any, Any]:
+def loaded(name: str, revision: str | None, trusted: list[str]) -> tuple[Any, Any]:
     """A model and its tokenizer: of a run, the exported one, or the best weights so far."""
     from lmlab.models import inference
 
@@ -87,7 +94,7 @@ def loaded(name: str, revision: str | None) -> tuple[Any, Any]:
 
     with TemporaryDirectory() as folder:
         path = Path(folder, "snapshot")
-        print(f"From {snapshot(run, path)}.", file=sys.stderr)
+        print(f"From {snapshot(run, path, trusted)}.", file=sys.stderr)
         return inference.load(str(RunDirectory(path).model))
 
 

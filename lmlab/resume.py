@@ -2,17 +2,19 @@
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from lmlab.config import build, resuming
+from lmlab.config import build, compose, resuming, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
+from lmlab.runs.secrets import redacted_command
 from lmlab.runs.stopping import SIGNALS
 from lmlab.train import finished, longer, run_or_go_on
 from lmlab.training import launch
@@ -33,7 +35,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a run")
-    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to how, or how far, it goes")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="changes to how, or how far, it goes; trust=PACKAGE lets code run that is not lmlab's",
+    )
     p.add_argument("--fresh", action="store_true", help="run it again from the start, and compare")
     p.add_argument("--into", type=Path, metavar="DIR", help="directory of the run that --fresh begins")
     return p
@@ -51,23 +58,28 @@ def main() -> None:
         if not run.begun():
             raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")
         kept = config_of(run)
+        trusted, overrides = trust.split(given.overrides)
         if given.fresh:
-            again(run, kept, given.into, given.overrides)
+            again(run, kept, given.into, overrides, trusted)
         elif given.into:
             raise UserError("--into is for --fresh: a run goes on in its own directory.")
         else:
-            cfg = resuming.continued(kept, run.path, given.overrides)
+            cfg = resuming.continued(kept, run.path, overrides)
             if run.finished() and not longer(cfg, kept, run):
                 raise UserError(finished(run))
-            run_or_go_on(cfg, given.overrides)
+            trust.check_trusted(cfg, trusted)
+            compose.check_secrets(cfg)
+            run_or_go_on(cfg, overrides)
 
 
-def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: list[str]) -> None:
+def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: list[str], trusted: Sequence[str]) -> None:
     """Run the experiment of a manifest in a new directory; say what differs, before and after."""
     place = (into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
     if RunDirectory(place).begun():
         raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
     cfg = resuming.continued(kept, place, overrides)
+    trust.check_trusted(cfg, trusted)
+    compose.check_secrets(cfg)
     then = run.identity()
     data = build.prepare_data(cfg)
     prepared = data.identity
@@ -77,7 +89,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
         f"length: it was made another at step {a['step']}" for a in then.get("went_on", ()) if "length_before" in a
     ]
     if overrides:
-        differ.append(f"config: {shlex.join(overrides)}")
+        differ.append(f"config: {shlex.join(redacted_command(overrides))}")
     for line in differ:
         print(f"differs from {from_here(run.path)}: {line}")
     if not differ:

@@ -12,6 +12,7 @@ from pathlib import Path
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs import states, sweep
 from lmlab.runs.files import from_here
+from lmlab.runs.secrets import bare
 from lmlab.runs.states import State
 
 EXAMPLES = """\
@@ -55,11 +56,14 @@ def resume(folder: Path, overrides: list[str]) -> None:
     from lmlab import train
 
     facts = sweep.facts(folder)
-    names = {word.partition("=")[0] for word in overrides} | {"hydra.sweep.dir"}
+    names = {bare(word) for word in overrides} | {"hydra.sweep.dir"}
     # Another launcher has keys of its own.
     gone = ("hydra.launcher.",) if "hydra/launcher" in names else ()
-    words = (word for word in facts["arguments"] if not word.startswith(gone))
-    kept = [word for word in words if word.partition("=")[0] not in names]
+    words = [word for word in facts["arguments"] if not word.startswith(gone)]
+    kept = [word for word in words if bare(word) not in names]
+    # Another value of a key that was added is added too.
+    before = {bare(word): word[: word.index(bare(word))] for word in words}
+    overrides = [before.get(word.partition("=")[0], "") + word for word in overrides]
     if Path(facts.get("directory", "")).is_dir():
         os.chdir(facts["directory"])  # relative paths in it are of there
     sys.argv[1:] = [*kept, *overrides, f"hydra.sweep.dir={json.dumps(str(folder))}"]

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, check, compose, resuming
 from lmlab.errors import UserError, first_line
-from lmlab.runs import states, sweep
+from lmlab.runs import secrets, states, sweep
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, replaced, write_beside, write_json, write_text
@@ -108,8 +108,8 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
 def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[str, Any], apart: bool) -> None:
     """A new run. One that is refused leaves its directory to others."""
     try:
-        write_text(run.config, OmegaConf.to_yaml(cfg))
-        write_text(run.overrides, OmegaConf.to_yaml(overrides))
+        compose.write_config(cfg, run.path)
+        write_text(run.overrides, OmegaConf.to_yaml(secrets.redacted_command(overrides)))
         run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed}, **facts)
         run.failure.unlink(missing_ok=True)
         on_all_ranks(cfg, run, None, apart)
@@ -160,7 +160,7 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
         run.summary.unlink(missing_ok=True)
         run.failure.unlink(missing_ok=True)
         run.note(went_on=[*then.get("went_on", ()), attempt])
-        write_text(run.config, OmegaConf.to_yaml(cfg))
+        compose.write_config(cfg, run.path)
         on_all_ranks(cfg, run, state, apart)
     except UserError:
         newest = run.states()[-1] if run.states() else None
@@ -190,9 +190,9 @@ def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None, apart: 
         return
     build.prepare_data(cfg)  # once: the ranks find the cache
     if launch.rank() is None:
-        launch.launch("train", run, cfg.trainer.devices, word)
+        launch.launch("train", run, cfg.trainer.devices, word, compose.handed_over(cfg))
     else:
-        launch.tell(word)
+        launch.tell(word, compose.handed_over(cfg))
         train(cfg, state)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lmlab.config.compose import read_config
 from lmlab.errors import plainly
 from lmlab.evaluate import measure
+from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import kept_log
 from lmlab.runs.stopping import SIGNALS, Stopped
@@ -53,7 +54,8 @@ def share(verb: str, run_dir: str, state: str | None = None) -> None:
                     train(cfg, Path(state) if state else None)
     except Exception as error:
         message = None if cfg.debug else plainly(error)
-        shown = f"error: {message}" if message else launch.traced(error)
+        message = message and secrets.redacted_text(message)
+        shown = f"error: {message}" if message else secrets.redacted_text(launch.traced(error))
         # Rank 0 shares the terminal with the process that will show it.
         if not launch.report(message or shown, error, message is not None) or not leads:
             print(shown, file=sys.stderr)

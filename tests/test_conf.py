@@ -7,7 +7,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import check
+from lmlab.config import check, trust
 from lmlab.config import compose as composing
 from lmlab.config.compose import CONF
 from lmlab.train import main
@@ -40,10 +40,11 @@ def compose_evaluation(*overrides: str) -> DictConfig:
 
 
 def fits(cfg: DictConfig, verb: str = "train") -> None:
-    """Every block's keys are arguments of what it names, and all that is needed is there."""
+    """Every block's keys are arguments of what it names, which is lmlab's own, and all that is needed is there."""
     cfg = composing.freeze(cfg)
     check.check_keys(cfg, verb)
     check.preprocessing(cfg)
+    trust.check_trusted(cfg, ())
 
 
 def test_there_are_options() -> None:

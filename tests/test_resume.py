@@ -152,6 +152,15 @@ def test_a_run_before_its_end_is_used_by_its_best_weights_so_far(
     assert f"From {said}." in shown.err
     assert shown.out.startswith("The sun")
     assert sorted(stopped.rglob("*")) == before
+    # Its config may come from elsewhere, and is run to build the model.
+    kept_config = (stopped / "config.yaml").read_text()
+    cfg = OmegaConf.load(stopped / "config.yaml")
+    cfg.objective["_target_"] = "ours.Objective"
+    OmegaConf.save(cfg, stopped / "config.yaml")
+    for verb in (["evaluate", f"model={stopped}"], ["predict", stopped, "x"]):
+        assert "objective._target_=ours.Objective, which lmlab itself does not use" in refused(*verb)
+    assert "ours.Objective can't be imported" in refused("predict", stopped, "x", "--trust", "ours")
+    (stopped / "config.yaml").write_text(kept_config)
     for path in (stopped / "checkpoints").iterdir():
         path.unlink()
     for verb in (["evaluate", f"model={stopped}"], ["predict", stopped, "x"]):

@@ -28,9 +28,10 @@ SWEEPS = CONF.parent / "sweeps"
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Points of a sweep run in this process: what they need of their own, tests of launch look at."""
 
-    def run(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
+    def run(verb: str, run: RunDirectory, devices: int, word: list[str], variables: dict[str, str]) -> None:
         from lmlab.train import train
 
+        os.environ.update(variables)
         train(read_config(run.path), Path(word[1]) if word[1:] else None)
 
     monkeypatch.setattr(launch, "launch", run)
@@ -124,6 +125,19 @@ def test_what_a_resume_is_of(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "0" / "config.yaml").write_text(config)
     run_verb("sweep", "resume", tmp_path)
     assert capsys.readouterr().out.splitlines()[-1] == "6 done"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_secret_is_given_again(tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+    """By no more of its key than the name, or by the whole command."""
+    swept(tmp_path, "+hydra.job.env_set.OF_TEST=planted", "seed=1,2")
+    assert "planted" not in (tmp_path / "sweep.json").read_text()
+    said = refused("sweep", "resume", tmp_path)
+    assert "hydra.job.env_set.OF_TEST held a secret, which was not kept" in said
+    assert "add hydra.job.env_set.OF_TEST=… to the command" in said
+    run_verb("sweep", "resume", tmp_path, "hydra.job.env_set.OF_TEST=another")
+    swept(tmp_path, "+hydra.job.env_set.OF_TEST=a-third", "seed=1,2")
+    assert capsys.readouterr().out.splitlines()[-1] == "2 done"
 
 
 @pytest.mark.usefixtures("here")
@@ -541,6 +555,7 @@ def test_submitit_on_this_machine(tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert [row[1:] for row in found(folder)] == [("failed", "killed"), ("done", None)]
+    assert (folder / ".submitit").stat().st_mode & 0o777 == 0o700  # jobs have their secrets
     # The rest of it, another way, on two devices.
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "hydra/launcher=basic", "~callbacks.fatal"]
     subprocess.run([sys.executable, "-m", "lmlab.sweep", "resume", folder, *two], env=env, check=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.check import arguments, blocks, build, preprocessing, strategy, target, uses_gpu, world
+from lmlab.config.compose import without_secrets
 from lmlab.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     callbacks.append(Measure())  # behind those that may end the run; what keeps its state Lightning puts last
     # Last, since W&B begins a run.
-    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(cfg)}
+    shown = OmegaConf.to_container(without_secrets(cfg))
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": shown}
     loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     return lightning_trainer(
         cfg,

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
+from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import write_text
 from lmlab.runs.stopping import SIGNALS
 
 PACKAGE = Path(__file__).parent.parent
@@ -108,6 +110,7 @@ def read_command() -> Namespace:
             f"can't make sense of {' '.join(unknown)}.\n"
             "An override is KEY=VALUE, without dashes; options such as --config-dir DIR come before all overrides."
         )
+    refuse_lost(secrets.lost_of_command(sys.argv[1:]))
     return given
 
 
@@ -172,15 +175,35 @@ def freeze(cfg: DictConfig) -> DictConfig:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} does not resolve: {first_line(error)}.") from error
+    check_secrets(cfg)
     return cfg
 
 
-def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+def check_secrets(cfg: DictConfig) -> None:
+    """Refuse a config whose secrets were not kept. Those of any other are kept out of messages from now on."""
+    values = OmegaConf.to_container(cfg)
+    refuse_lost(secrets.lost(values))
+    secrets.redacted(values)
+
+
+def refuse_lost(keys: list[str], prefix: str = "") -> None:
+    """Refuse what has these keys, whose secrets were not kept; they are given again with a prefix."""
+    if keys:
+        raise UserError(
+            f"{', '.join(keys)} held a secret, which was not kept.\n"
+            f"Give it again: add {' '.join(f'{prefix}{key}=…' for key in keys)} to the command."
+        )
+
+
+def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = ()) -> DictConfig:
     """The config of an evaluation, with what the run that it evaluates says where the command does not.
 
     Args:
         overrides: of the command line, to tell a choice from a default.
+        trusted: packages, modules or what is in them, that the config of the run may name.
     """
+    from lmlab.config import trust
+
     if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
         raise UserError("model has to be given: add model=RUN_DIRECTORY, or an exported directory, or a hub id.")
     run = RunDirectory(cfg.model.name)
@@ -195,7 +218,8 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
     elif cfg.model.name.startswith(("/", ".")) and not run.path.is_dir():
         raise UserError(f"{cfg.model.name}: no such directory. Name a run, or an exported model, that is there.")
-    if "data" not in cfg or "_target_" not in cfg.data:
+    taken = list[str]()  # from the run
+    if "_target_" not in (cfg.get("data") or {}):
         if trained is None:
             raise UserError(
                 "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
@@ -204,14 +228,19 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         for word in overrides:
             if word.lstrip("+~").startswith("preprocess") and not word.startswith("preprocess.block_size="):
                 raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
-        cfg.data = OmegaConf.merge(trained.data, cfg.get("data") or {})
+        cfg.data = OmegaConf.merge(trained.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
         cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
+        taken += ["data", "preprocess"]
     if cfg.preprocess.block_size is None and trained is not None:
         cfg.preprocess.block_size = trained.preprocess.block_size
     if OmegaConf.is_missing(cfg.data, "train"):
         cfg.data.train = None
     if "objective" not in cfg:
         cfg.objective = trained.objective if trained is not None else objective_of(cfg)
+        taken += ["objective"] if trained is not None else []
+    cfg.pop("trust")
+    trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
+    refuse_lost(secrets.lost(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
     if cfg.context is None:
         cfg.context = "document" if cfg.score == "pseudo" else "blocks"
     return cfg
@@ -249,8 +278,23 @@ def config_of(run: RunDirectory) -> DictConfig:
     return cfg
 
 
+def without_secrets(cfg: DictConfig) -> DictConfig:
+    """The same config with its secrets redacted."""
+    return OmegaConf.create(secrets.redacted(OmegaConf.to_container(cfg)))
+
+
+def write_config(cfg: DictConfig, run_dir: Path) -> None:
+    """Keep the composed config in a run directory, without its secrets."""
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(without_secrets(cfg)))
+
+
+def handed_over(cfg: DictConfig) -> dict[str, str]:
+    """Variables for a process that reads the config where `write_config` wrote it."""
+    return secrets.handed_over(OmegaConf.to_container(cfg))
+
+
 def read_config(run_dir: Path) -> DictConfig:
-    """The composed config of a run directory."""
+    """The composed config of a run directory, with the secrets that this process was handed over."""
     place = run_dir / "config.yaml"
     try:
         cfg = OmegaConf.load(place)
@@ -258,4 +302,4 @@ def read_config(run_dir: Path) -> DictConfig:
         raise UserError(f"{place} can't be read: {first_line(error)}") from error
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{place} is damaged: it is not the config of a run or an evaluation.")
-    return cfg
+    return OmegaConf.create(secrets.taken_over(OmegaConf.to_container(cfg)))

@@ -8,11 +8,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lmlab.config.check import world
-from lmlab.config.compose import CONF, dotted, explain
-from lmlab.errors import UserError, nearest
+from lmlab.config.compose import CONF, dotted, explain, without_secrets
+from lmlab.errors import UserError, first_line, nearest
 from lmlab.runs.choices import MACHINERY, flat, said, under
+from lmlab.runs.secrets import MARK
 from lmlab.training import launch
 
 CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
@@ -53,10 +55,20 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
             raise UserError(f'there is no key "{key}".{nearest(key, known)} A new one is +{word}.')
         else:
             OmegaConf.update(cfg, key, override.value(), force_add=True)
+            OmegaConf.update(cfg, key, resolved(cfg, key))
     # A pretrained model brings its tokenizer.
     if kept.model.get("name") and kept.model.name == kept.tokenizer.get("name") == cfg.tokenizer.get("name"):
         cfg.tokenizer.name = cfg.model.name
     return cfg
+
+
+def resolved(cfg: DictConfig, key: str) -> Any:
+    """The value of a key, with what it takes from the environment, or from elsewhere, in its place."""
+    try:
+        value = OmegaConf.select(cfg, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key} does not resolve: {first_line(error)}.") from error
 
 
 def parsed(word: str) -> Override:
@@ -119,8 +131,12 @@ def check_same(cfg: DictConfig, kept: DictConfig, located: bool = True) -> None:
 
 
 def differing(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
-    """The keys in which a config differs from the one that a run was begun with, each with both values in words."""
-    now, then = (flat(OmegaConf.to_container(one)) for one in (cfg, moved(kept, Path(cfg.run_dir))))
+    """The keys in which a config differs from the one that a run was begun with, each with both values in words.
+
+    A secret that the run was begun with is not kept, and so may be another.
+    """
+    now, then = (flat(OmegaConf.to_container(without_secrets(one))) for one in (cfg, moved(kept, Path(cfg.run_dir))))
+    then |= {key: now[key] for key, value in then.items() if MARK in str(value) and now.get(key) is not None}
     return {
         key: f"{key}={said(now.get(key, NOT_THERE))} (it was {said(then.get(key, NOT_THERE))})"
         for key in sorted(now.keys() | then.keys())

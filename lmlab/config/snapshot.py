@@ -1,11 +1,13 @@
 """A run that has not come to its end, as a run directory that commands for finished ones can read."""
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from lmlab.config import build
+from lmlab.config import build, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
@@ -13,18 +15,22 @@ from lmlab.runs.files import from_here
 from lmlab.training import checkpoint
 
 
-def snapshot(run: RunDirectory, path: Path) -> str:
+def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     """Make a directory that of a run which ends with the best weights that `run` has kept so far.
 
     It has what evaluation and prediction ask of a run: manifest, config, and the exported model.
+
+    Args:
+        trusted: packages, modules or what is in them, that the config of the run may name.
 
     Returns:
         what to say of those weights.
 
     Raises:
-        UserError: the run has kept none yet.
+        UserError: the run has kept none yet, or its config names what is neither lmlab's own nor trusted.
     """
     cfg = config_of(run)
+    trust.check_trusted(OmegaConf.masked_copy(cfg, ["model", "objective"]), trusted)
     checkpoints = (cfg.get("callbacks") or {}).get("checkpoints") or {}
     found = checkpoint.best_so_far(run, checkpoints.get("mode", "min"))
     if found is None or not run.tokenizer.is_dir():

@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lmlab.errors import UserError
+from lmlab.runs.secrets import redacted_word
 
 
 def overrides(
@@ -20,6 +21,10 @@ def overrides(
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
     last = {override.get_key_element().lstrip("+"): override for override in parsed}
     both = {override.get_key_element(): override for override in last.values()}
+    for key, override in both.items():
+        word = override.input_line or ""
+        if override.is_sweep_override() and redacted_word(word) != word:
+            raise UserError(f"{key} is a secret, which is not kept, and so not to be swept over: give it one value.")
     fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in both.items() if not o.is_sweep_override()]
     return {key: override for key, override in both.items() if override.is_sweep_override()}, fixed
 

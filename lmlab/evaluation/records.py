@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lmlab.data.documents import UNITS, Documents
 from lmlab.errors import UserError, first_line
+from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_beside, write_json
 
@@ -191,7 +192,7 @@ def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray,
         {
             "format": FORMAT,
             **added_up(nll, units, np.array(documents.parts), facts),
-            **facts,
+            **secrets.redacted(facts),
             "words": WORDS[facts["units"]],
             "records_hash": rows_hash(table),
         },

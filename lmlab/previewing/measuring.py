@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from lmlab.config import build, check, compose, resuming
@@ -19,7 +19,7 @@ from lmlab.data.datamodule import Batch
 from lmlab.errors import UserError, out_of_memory, plainly
 from lmlab.machine.processes import calling, last_line
 from lmlab.models.steps import Flops, layers
-from lmlab.runs.files import read_json, write_json, write_text
+from lmlab.runs.files import read_json, write_json
 from lmlab.training import launch
 from lmlab.training.callbacks import Measure, peak_memory
 
@@ -41,9 +41,10 @@ def measure(cfg: DictConfig, steps: int, interval: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="lmlab-preview-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(of_one_rank(resuming.moved(cfg, folder))))
+        alone = of_one_rank(resuming.moved(cfg, folder))
+        compose.write_config(alone, folder)
         write_json(folder / "report.json", {})
-        env = os.environ | {"LMLAB_PARENT": str(os.getpid()), "TMPDIR": name}
+        env = os.environ | compose.handed_over(alone) | {"LMLAB_PARENT": str(os.getpid()), "TMPDIR": name}
         world = check.world(cfg.trainer)
         if world > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // cfg.trainer.devices)))

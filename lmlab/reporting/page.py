@@ -29,6 +29,7 @@ from lmlab.reporting.section import Section
 from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
 from lmlab.runs.files import PARTIAL, read_json
+from lmlab.runs.secrets import redacted_command
 from lmlab.runs.tables import as_csv, as_latex
 
 POINTS = 40_000
@@ -187,10 +188,10 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     began = [when(manifest["started"]) for manifest in sorted(manifests, key=lambda manifest: manifest["started"])]
     lines: list[tuple[str, list[str]]] = [
         ("written", [f"{when()} on {here['machine']['host']}, lmlab {here['lmlab']}"]),
-        ("by", [shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])]),
+        ("by", [shlex.join(redacted_command([Path(sys.executable).name, *sys.orig_argv[1:]]))]),
         ("runs began", list(dict.fromkeys([began[0], began[-1]])) if began else []),
         ("sweeps", counted(str(run.sweep) for run in runs if run.sweep)),
-        ("commands", counted(shlex.join(manifest["command"]) for manifest in manifests)),
+        ("commands", counted(shlex.join(redacted_command(manifest["command"])) for manifest in manifests)),
         ("code", counted(f"lmlab {m['lmlab']}, {commit(m['git'])}, Python {m['python']}" for m in manifests)),
         ("versions", counted(versions(manifest["packages"]) for manifest in manifests)),
         ("went on", counted(went_on(attempt) for m in manifests for attempt in m.get("went_on", ()))),

@@ -19,6 +19,7 @@ import yaml
 
 import lmlab
 from lmlab.errors import UserError
+from lmlab.runs import secrets
 from lmlab.runs.files import held, read_json, write_json
 
 PACKAGES = (
@@ -134,7 +135,7 @@ class RunDirectory:
         manifest = {
             "run_id": (swept and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
+            "command": secrets.redacted_command([Path(sys.executable).name, *sys.orig_argv[1:]]),
             "seeds": seeds,
             **surroundings(),
             **facts,

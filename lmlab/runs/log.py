@@ -7,6 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from lmlab.runs import secrets
+
+
+class Lines(logging.Formatter):
+    """Shows no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return secrets.redacted_text(super().format(record))
+
 
 class Terminal(logging.StreamHandler):
     """Writes to what is standard output at the time: a progress bar puts itself in front of it."""
@@ -28,10 +37,26 @@ class Log(logging.FileHandler):
 
 
 @contextmanager
+def shown_without_secrets(name: str) -> Iterator[None]:
+    """Redact what a logger that is not lmlab's says meanwhile."""
+
+    def redact(record: logging.LogRecord) -> bool:
+        record.msg, record.args = secrets.redacted_text(record.getMessage()), ()
+        return True
+
+    logging.getLogger(name).addFilter(redact)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeFilter(redact)
+
+
+@contextmanager
 def kept_log(place: Path) -> Iterator[None]:
     """Send what lmlab logs meanwhile to the terminal, and that and others' warnings to `place`, which is added to."""
     terminal, file = Terminal(), Log(place)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    terminal.setFormatter(Lines())
+    file.setFormatter(Lines("%(asctime)s %(levelname)s %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("lmlab")
     attached = [(ours, terminal), (ours, file), (root, file)]
     for logger, handler in attached:

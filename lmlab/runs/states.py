@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from lmlab.errors import UserError, cause_of, first_line, plainly
+from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_json
 from lmlab.runs.stopping import BEFORE_THE_LIMIT, Stopped
@@ -71,6 +72,6 @@ def keep_failure(run: RunDirectory, error: BaseException) -> None:
         state, cause = "failed", cause_of(error)
         if cause == "error" and isinstance(error, UserError) and not run.begun():
             cause = "bad config"  # it was refused
-        message = plainly(error) or f"{type(error).__name__}: {first_line(error)}"
+        message = secrets.redacted_text(plainly(error) or f"{type(error).__name__}: {first_line(error)}")
     time = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(run.failure, {"state": state, "cause": cause, "message": message, "time": time})

@@ -11,6 +11,7 @@ from optuna.samplers import BaseSampler
 from sqlalchemy.exc import SQLAlchemyError
 
 from lmlab.errors import UserError, first_line, nearest
+from lmlab.runs.secrets import redacted, redacted_text
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 DIRECTIONS = ("minimize", "maximize")
@@ -28,8 +29,9 @@ def opened(storage: str, name: str, direction: Any) -> optuna.Study:
     try:
         return optuna.create_study(storage=database(storage), study_name=name, direction=direction, load_if_exists=True)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError) as error:
+        why = redacted_text(first_line(error))
         raise UserError(
-            f"the study {storage} can't be opened: {first_line(error)}\nGive another URL: hydra.sweeper.storage=…"
+            f"the study {redacted(storage)} can't be opened: {why}\nGive another URL: hydra.sweeper.storage=…"
         ) from error
 
 

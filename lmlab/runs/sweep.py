@@ -14,6 +14,7 @@ from filelock import FileLock
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import read_json, write_json
+from lmlab.runs.secrets import redacted_command
 
 FILE = "sweep.json"
 
@@ -61,7 +62,7 @@ def begin(folder: Path, **facts: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with written(folder) as content:
         content.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
-        content |= {"directory": os.getcwd(), "arguments": sys.argv[1:], **facts}
+        content |= {"directory": os.getcwd(), "arguments": redacted_command(sys.argv[1:]), **facts}
         content.setdefault("points", [])
 
 

@@ -34,8 +34,10 @@ PATIENCE = 300.0  # and after one has stopped for a signal
 LOG_LEVEL = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
+def launch(verb: str, run: RunDirectory, devices: int, word: list[str], variables: dict[str, str]) -> None:
     """Run `python -m lmlab.worker VERB …` once per device, with `word` after the verb, and wait for all.
+
+    `variables` are added to the environment of each.
 
     The terminal is rank 0's; what the others print goes to `logs/` of the run directory.
 
@@ -48,6 +50,7 @@ def launch(verb: str, run: RunDirectory, devices: int, word: list[str]) -> None:
     common = os.environ | meeting
     common |= {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices), "GROUP_RANK": "0"}
     common["LMLAB_PARENT"] = str(os.getpid())
+    common |= variables
     common.setdefault(*LOG_LEVEL)
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     command = [sys.executable, "-u", "-m", "lmlab.worker", verb, *word]
@@ -317,11 +320,14 @@ def leading() -> Iterator[None]:
         raise
 
 
-def tell(word: list[str] | None) -> None:
-    """Tell the other ranks the arguments of their share; [] if there is nothing to do, None if that is an error."""
+def tell(word: list[str] | None, variables: dict[str, str] | None = None) -> None:
+    """Tell the other ranks the arguments of their share; [] if there is nothing to do, None if that is an error.
+
+    `variables` are added to the environment of each.
+    """
     if rank() is None or store().check(["lmlab/word"]):
         return
-    store().set("lmlab/word", json.dumps(word))
+    store().set("lmlab/word", json.dumps([word, variables or {}]))
     if not word:  # the store may end with this process
         others, patience = int(os.environ["WORLD_SIZE"]) - 1, time.monotonic() + 30
         while store().add("lmlab/heard", 0) < others and time.monotonic() < patience:
@@ -336,10 +342,11 @@ def hear() -> list[str] | None:
 
     try:
         store().wait(["lmlab/word"])
-        word = json.loads(store().get("lmlab/word"))
+        word, variables = json.loads(store().get("lmlab/word"))
         store().add("lmlab/heard", 1)
     except DistError:
         return None
+    os.environ.update(variables)
     return word
 
 

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import shlex
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -19,6 +21,7 @@ import lmlab
 from lmlab.errors import UserError, disk_full, first_line, nearest
 from lmlab.runs.directory import RunDirectory, git_state
 from lmlab.runs.files import read_json, rows
+from lmlab.runs.secrets import redacted_command
 
 LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
@@ -288,11 +291,13 @@ def weights_and_biases(
     try:
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False) else "offline"
-        run = wandb.init(**options | {"mode": mode})
+        with redacted_arguments():
+            run = wandb.init(**options | {"mode": mode})
     except (wandb.errors.Error, ValueError) as error:  # a key that is none is a ValueError
         LOG.warning("W&B could not be reached (%s); this run is logged offline.", first_line(error))
         wandb.teardown()  # its own process would take the id for one in use
-        run = wandb.init(**options | {"mode": "offline"})
+        with redacted_arguments():
+            run = wandb.init(**options | {"mode": "offline"})
     there = 0
     if run.offline and not run.disabled:
         for folder in earlier:  # the new one has their rows, and what a kill has kept from them
@@ -302,6 +307,16 @@ def weights_and_biases(
         LOG.info("W&B: %s", run.url)
         there = run.starting_step
     return WandB(run, RunDirectory(run_dir), there, AXES[against], log_model, patience)
+
+
+@contextmanager
+def redacted_arguments() -> Iterator[None]:
+    """Let W&B see the command without its secrets: it keeps the arguments as metadata, and no setting stops that."""
+    arguments, sys.argv = sys.argv, redacted_command(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def close(

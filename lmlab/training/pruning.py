@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.errors import first_line
+from lmlab.runs.secrets import redacted
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
@@ -66,5 +67,5 @@ class Prune(Callback):
                 trial.report(figures[self.monitor], number)
             return trial.should_prune()
         except (LookupError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-            LOG.warning("the study %s could not be told: %s", self.storage, first_line(error))
+            LOG.warning("the study %s could not be told: %s", redacted(self.storage), first_line(error))
             return False

@@ -1,0 +1,120 @@
+"""What the config of a directory may name: the directory may come from elsewhere, and what is named there is called.
+
+A config that a command has just composed is the user's own, and so are the names on the command line and in the
+files of its --config-dir.
+"""
+
+import inspect
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lmlab.config.resuming import parsed
+from lmlab.errors import UserError
+
+# What a block may name: a class that is one of a kind, or a function that says it returns one, out of these modules.
+OWN = {
+    "data": ("lmlab.data.sources.Corpus", ["lmlab.data.sources"]),
+    "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
+    "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),
+    "objective": ("builtins.object", ["lmlab.objectives"]),
+    "optim": ("builtins.object", ["lmlab.training.optim"]),
+    "trainer": ("lightning.Trainer", ["lightning.pytorch.trainer"]),
+    "trainer.strategy": ("lightning.pytorch.strategies.ModelParallelStrategy", ["lightning.pytorch.strategies"]),
+    "callbacks": ("lightning.Callback", ["lmlab.training", "lightning.pytorch.callbacks"]),
+    "logger": ("lightning.pytorch.loggers.Logger", ["lmlab.training.loggers"]),
+}
+SCHEDULE = "optim.schedule"  # a name of lmlab's, or an import path
+NAMED = re.compile(r"\b(?:_target_|schedule)\b['\"]?\s*[:=]\s*['\"]?([\w.]+)")
+
+
+def check_trusted(cfg: DictConfig, trusted: Collection[str]) -> None:
+    """Refuse a config, read from a directory, that names what is neither lmlab's own for that block nor trusted.
+
+    Args:
+        trusted: packages, modules or what is in them, by their dotted names.
+    """
+    for key, name in strings(OmegaConf.to_container(cfg)):
+        if "${" in name:  # it could become anything
+            raise UserError(f"the config of the run has an interpolation, which lmlab never keeps: {key}={name}.")
+        if key != SCHEDULE and key.rpartition(".")[2] != "_target_":
+            continue
+        if not (is_own(key, name) or is_trusted(name, trusted)):
+            package = name.partition(".")[0]
+            package = name if package in trusted else package
+            raise UserError(
+                f"the config of the run names {key}={name}, which lmlab itself does not use there.\n"
+                f"If you trust its code: add trust={package} (lmlab.predict: --trust {package}) to the command."
+            )
+
+
+def strings(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The strings in a config of plain values, with their dotted keys."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from strings(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(config, list):
+        for value in config:
+            yield from strings(value, key)
+    elif isinstance(config, str):
+        yield key, config
+
+
+def is_own(key: str, name: str) -> bool:
+    """Whether lmlab itself uses what a key names for that block."""
+    if key == SCHEDULE:
+        from lmlab.training.optim import SCHEDULES
+
+        return name in SCHEDULES
+    block = max((block for block in OWN if key.startswith(f"{block}.")), key=len, default=None)
+    if block is None or not name.startswith(("lmlab.", "lightning.")):  # else looking for it could run it
+        return False
+    kind, modules = OWN[block]
+    try:
+        found, wanted = hydra.utils.get_object(name), hydra.utils.get_object(kind)
+    except (ImportError, AttributeError, ValueError):
+        return True  # there is nothing to run, as what would need it says
+    if not any(f"{getattr(found, '__module__', '')}.".startswith(f"{module}.") for module in modules):
+        return False
+    if inspect.isfunction(found) and wanted is not object:
+        found = inspect.signature(found).return_annotation
+    return inspect.isclass(found) and issubclass(found, wanted)
+
+
+def is_trusted(name: str, trusted: Collection[str]) -> bool:
+    """Whether a name is trusted, or lies in what is, and is not what that only imports, such as `mine.os.system`."""
+    if name in trusted:
+        return True
+    if not any(name.startswith(f"{package}.") for package in trusted):
+        return False
+    try:
+        home = getattr(hydra.utils.get_object(name), "__module__", "")
+    except (ImportError, AttributeError, ValueError):
+        return True  # as above
+    return any(f"{home}.".startswith(f"{package.partition('.')[0]}.") for package in trusted)
+
+
+def named_by_command(words: Iterable[str], folder: Path | None = None) -> list[str]:
+    """What the words of a command, and the files of its --config-dir, name to be imported."""
+    files = folder.rglob("*.yaml") if folder else ()
+    texts = [*words, *(file.read_text(errors="replace") for file in files)]
+    return [name for text in texts for name in NAMED.findall(text)]
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command: what they trust, by `trust=…` or by naming it, and the others."""
+    others = [word for word in words if not word.startswith("trust=")]
+    given = [name for word in words if word not in others for name in packages(parsed(word).value())]
+    return [*given, *named_by_command(others)], others
+
+
+def packages(value: Any) -> list[str]:
+    """The value of `trust`: a name, or several."""
+    names = list(value) if isinstance(value, list | ListConfig) else [] if value is None else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"trust={value}: it is the name of a package, or a list of them, [a,b].")
+    return names
