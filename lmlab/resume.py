@@ -13,7 +13,7 @@ from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
 from lmlab.runs.stopping import SIGNALS
-from lmlab.train import config_of, finished, longer, run_or_go_on
+from lmlab.train import check_all, config_of, finished, longer, run_or_go_on
 from lmlab.training import launch
 
 EXAMPLES = """\
@@ -56,8 +56,10 @@ def main() -> None:
             raise UserError("--into is for --fresh: a run goes on in its own directory.")
         else:
             cfg = resuming.continued(kept, run.path, given.overrides)
-            if run.finished() and not longer(cfg, kept, run):
-                raise UserError(finished(run))
+            if run.finished():
+                check_all(cfg, kept)
+                if not longer(cfg, kept, run):
+                    raise UserError(finished(run))
             run_or_go_on(cfg, given.overrides)
 
 

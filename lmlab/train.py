@@ -75,14 +75,11 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
     with run.lock(), SIGNALS.heeded():
         kept = config_of(run) if run.begun() else None
         try:
-            resuming.settle_width(cfg, kept)
-            check.check_run(cfg)
-            if kept is not None:
-                resuming.check_same(cfg, kept)
-                if run.finished() and not longer(cfg, kept, run):
-                    print(finished(run))
-                    launch.tell([])
-                    return run.result()["val/loss"]
+            check_all(cfg, kept)
+            if kept is not None and run.finished() and not longer(cfg, kept, run):
+                print(finished(run))
+                launch.tell([])
+                return run.result()["val/loss"]
             with kept_log(run.log):
                 try:
                     if kept is None:
@@ -98,6 +95,14 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
                 states.keep_failure(run, error)
             raise
     return run.result()["val/loss"]
+
+
+def check_all(cfg: DictConfig, kept: DictConfig | None) -> None:
+    """Refuse what can be seen to be wrong in the config of a run; `kept` is that of the one that goes on."""
+    resuming.settle_width(cfg, kept)
+    check.check_run(cfg)
+    if kept is not None:
+        resuming.check_same(cfg, kept)
 
 
 def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[str, Any], apart: bool) -> None:
@@ -229,6 +234,10 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
             if not state:
                 show_ledger(data.ledger)
+                wanted = cfg.tokenizer.get("vocab_size")
+                if wanted and len(data.tokenizer) < wanted:
+                    said = f"{len(data.tokenizer):,} tokens, fewer than tokenizer.vocab_size={wanted}"
+                    LOG.warning("the text gives %s.", said)
         trainer.fit(module, datamodule, ckpt_path=state, weights_only=True)
         weights, best = checkpoint.best_weights(trainer)
         if leads:
