@@ -112,6 +112,8 @@ class Grid(Sweeper):
             place = shlex.quote(str(from_here(self.folder)))
             print(f"The sweep was stopped; jobs of a cluster go on. To go on: python -m lmlab.sweep resume {place}")
             raise
+        if not sweep.facts(self.folder):  # it is gone, and is not to be made again
+            return
         for point, result in zip(points, results, strict=True):
             if result.status is JobStatus.FAILED and states.state_of(point.run).name == "waiting":
                 point.run.path.mkdir(parents=True, exist_ok=True)

@@ -64,10 +64,11 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
         write_text(run.config, OmegaConf.to_yaml(cfg))
         write_text(run.overrides, OmegaConf.to_yaml(overrides))
         began = time.perf_counter()
-        measure_on_all(cfg)
-        seconds = time.perf_counter() - began
-        if cfg.check:
-            prove(cfg)
+        with run.staying():
+            measure_on_all(cfg)
+            seconds = time.perf_counter() - began
+            if cfg.check:
+                prove(cfg)
     except BaseException:
         for file in (run.certificate, run.records):  # a figure whose check failed is none
             file.unlink(missing_ok=True)

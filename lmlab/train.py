@@ -153,7 +153,7 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
         on_all_ranks(cfg, run, state, apart)
     except UserError:
         newest = run.states()[-1] if run.states() else None
-        if state == newest:  # refused before it went on: as if never asked
+        if state == newest and run.path.is_dir():  # refused before it went on: as if never asked
             for place, content in before.items():
                 write_beside(place, lambda beside, content=content: beside.write_bytes(content))  # type: ignore[misc]
         raise
@@ -179,15 +179,16 @@ def longer(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
 def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None, apart: bool) -> None:
     """Train, on as many processes as the config has devices; `apart` from this one also on one."""
     word = [str(run.path), *([str(state)] if state else [])]
-    if check.world(cfg.trainer) == 1 and not apart:
-        train(cfg, state)
-        return
-    build.prepare_data(cfg)  # once: the ranks find the cache
-    if launch.rank() is None:
-        launch.launch("train", run, cfg.trainer.devices, word)
-    else:
-        launch.tell(word)
-        train(cfg, state)
+    with run.staying():
+        if check.world(cfg.trainer) == 1 and not apart:
+            train(cfg, state)
+            return
+        build.prepare_data(cfg)  # once: the ranks find the cache
+        if launch.rank() is None:
+            launch.launch("train", run, cfg.trainer.devices, word)
+        else:
+            launch.tell(word)
+            train(cfg, state)
 
 
 def finished(run: RunDirectory) -> str:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.config.overrides import meant, readable, unreadable
-from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
+from lmlab.errors import UserError, cause_of, first_line, nearest, plainly, shown_plainly
 from lmlab.runs.stopping import SIGNALS
 
 PACKAGE = Path(__file__).parent.parent
@@ -61,7 +61,8 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 sys.exit(1)
             # An exception, unlike an exit, lets the other jobs of the sweep go on.
-            raise UserError("a job of the sweep failed; its error is above. The other jobs were run.") from error
+            said = "a job of the sweep failed; its error is above. The other jobs were run."
+            raise UserError(said, cause_of(error)) from error
 
     with shown_plainly(debug), SIGNALS.heeded():
         if "--help" in sys.argv or "-h" in sys.argv:

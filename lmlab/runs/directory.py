@@ -110,6 +110,26 @@ class RunDirectory:
             print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
             yield
 
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Name the cause of an error that comes of the directory's being gone.
+
+        Raises:
+            UserError: it was there when something was begun in it, and is no more.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if self.begun():
+                raise
+            raise UserError(
+                f"{self.path} was moved or deleted while it was being written to.\n"
+                "A run that was moved can go on from its last checkpoint: python -m lmlab.resume DIR",
+                "gone",
+            ) from error
+
     def held(self) -> bool:
         """Whether another process has this directory."""
         return held(self.locked)

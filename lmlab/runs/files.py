@@ -56,7 +56,7 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a folder beside `place`, flush it, and put it in its place."""
     beside = place.with_name(f".{place.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside.mkdir()
     try:
         write(beside)
         for file in beside.rglob("*"):
