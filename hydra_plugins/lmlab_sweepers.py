@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.errors import UserError
 from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import from_here, held, kept_locked
+from lmlab.runs.files import from_here, held, kept_locked, locked
 from lmlab.runs.stopping import Stopped
 from lmlab.runs.sweep import Point
 from lmlab.sweep import conclude
@@ -170,7 +169,7 @@ class Search(Grid):
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.folder / ".study.lock"):
+            with locked(self.folder / ".study.lock"):
                 known = sweep.facts(self.folder).get("study")
                 self.name = known or f"lmlab-{uuid.uuid4().hex[:8]}"
                 facts = self.checked(shared, LENGTH, study=self.name, values=values, direction=self.direction)

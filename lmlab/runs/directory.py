@@ -1,7 +1,6 @@
 """The run directory: where every file of a run lies, and what the run is (promise 4)."""
 
 import errno
-import fcntl
 import os
 import platform
 import socket
@@ -19,7 +18,7 @@ import yaml
 
 import lmlab
 from lmlab.errors import UserError
-from lmlab.runs.files import held, read_json, write_json
+from lmlab.runs.files import held, lock, read_json, write_json
 
 PACKAGES = (
     "lightning",
@@ -96,8 +95,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with self.locked.open("a+") as file:
             try:
-                # POSIX locks hold over NFS too, and a forked worker does not inherit them.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
