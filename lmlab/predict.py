@@ -122,7 +122,10 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def check_options(options: dict[str, Any]) -> None:
     """Refuse sampling that transformers would take in silence, or only after the model was loaded."""
     wanted = {
-        "top_k": ("a whole number, 1 or more; that of all tokens is no limit", lambda value: type(value) is int and value >= 1),
+        "top_k": (
+            "a whole number, 1 or more; that of all tokens is no limit",
+            lambda value: type(value) is int and value >= 1,
+        ),
         "max_new_tokens": ("a whole number, 1 or more", lambda value: type(value) is int and value >= 1),
         "temperature": ("more than 0; --greedy takes the most likely token", lambda value: 0 < value < math.inf),
         "top_p": ("more than 0, and 1 at most", lambda value: 0 < value <= 1),
@@ -130,7 +133,8 @@ def check_options(options: dict[str, Any]) -> None:
     for name, (what, possible) in wanted.items():
         value = options.get(name)
         if value is not None and not (type(value) in (int, float) and possible(value)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: it has to be {what}.")
+            said = f"{value:g}" if type(value) is float else value
+            raise UserError(f"--{name.replace('_', '-')} {said}: it has to be {what}.")
 
 
 def show_filled(text: str, filled: list[list[dict[str, Any]]], as_json: bool) -> None:

@@ -111,7 +111,9 @@ def read_command() -> Namespace:
 
 
 def wrong_option(message: str) -> NoReturn:
-    raise UserError(f"{message}.\nAn override is KEY=VALUE, without dashes; options are such as -m and --config-dir DIR.")
+    raise UserError(
+        f"{message}.\nAn override is KEY=VALUE, without dashes; options are such as -m and --config-dir DIR."
+    )
 
 
 def help_text(name: str) -> str:
@@ -166,9 +168,10 @@ def files_of(group: str) -> list[str]:
 
 def chosen_otherwise(key: str) -> str | None:
     """Where a key is one of other options of its group: which, and how it is chosen."""
-    group, *path, leaf = key.split(".")
+    group, *path = key.split(".")
+    leaf = path.pop() if path else ""
     there = []
-    for option in files_of(group) if path or leaf != key else []:
+    for option in files_of(group):
         block: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
         for name in path:
             block = block.get(name) if isinstance(block, dict) else None

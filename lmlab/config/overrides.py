@@ -97,8 +97,9 @@ def no_override(words: Sequence[str], number: int) -> str:
         return f"{said}\n{meant('data', word)}"
     if after and "=" not in after and KEY.fullmatch(word):
         return f"{said} Did you mean {word}={after}?"
-    if before and not KEY.fullmatch(word):
-        return f"{said}\nIf it belongs to the word before it, put quotes around both: {shlex.quote(f'{before} {word}')}"
+    key, equals, value = before.partition("=")
+    if equals and not KEY.fullmatch(word):
+        return f"{said}\nIf it belongs to the word before it, put quotes around both: {typed(key, f'{value} {word}')}"
     return said
 
 
