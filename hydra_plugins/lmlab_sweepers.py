@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -24,7 +23,7 @@ from lmlab.errors import UserError
 from lmlab.runs import states, sweep
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import from_here, held, kept_locked
+from lmlab.runs.files import from_here, held, kept_locked, locked
 from lmlab.runs.log import shown_without_secrets
 from lmlab.runs.secrets import MARK, bare, redacted, redacted_command
 from lmlab.runs.stopping import Stopped
@@ -116,6 +115,8 @@ class Grid(Sweeper):
             place = shlex.quote(str(from_here(self.folder)))
             print(f"The sweep was stopped; jobs of a cluster go on. To go on: python -m lmlab.sweep resume {place}")
             raise
+        if not sweep.facts(self.folder):  # it is gone, and is not to be made again
+            return
         for point, result in zip(points, results, strict=True):
             if result.status is JobStatus.FAILED and states.state_of(point.run).name == "waiting":
                 point.run.path.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ class Search(Grid):
         new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.folder / ".study.lock"):
+            with locked(self.folder / ".study.lock"):
                 known = sweep.facts(self.folder).get("study")
                 self.name = known or f"lmlab-{uuid.uuid4().hex[:8]}"
                 facts = self.checked(shared, LENGTH, study=self.name, values=values, direction=self.direction)

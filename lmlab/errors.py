@@ -173,7 +173,11 @@ def shown_plainly(debug: bool = False) -> Iterator[None]:
     Anything else is a defect of lmlab and keeps its traceback; `debug` keeps all.
     """
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # as after --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

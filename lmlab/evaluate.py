@@ -93,10 +93,11 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
         compose.write_config(cfg, run.path)
         write_text(run.overrides, OmegaConf.to_yaml(secrets.redacted_command(overrides)))
         began = time.perf_counter()
-        measure_on_all(cfg)
-        seconds = time.perf_counter() - began
-        if cfg.check:
-            prove(cfg)
+        with run.staying():
+            measure_on_all(cfg)
+            seconds = time.perf_counter() - began
+            if cfg.check:
+                prove(cfg)
     except BaseException:
         for file in (run.certificate, run.records):  # a figure whose check failed is none
             file.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Takes ordinary arguments, so a text is taken as typed, commas, quotes and `=` in
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,6 +64,7 @@ def predict(arguments: argparse.Namespace) -> None:
     """Print what the model makes of each text, in order."""
     texts = texts_of(arguments)
     options = options_of(arguments)
+    check_options(options)
     candidates = 5 if arguments.top_k is None else arguments.top_k
 
     from transformers.utils import logging
@@ -73,8 +75,6 @@ def predict(arguments: argparse.Namespace) -> None:
     model, tokenizer = loaded(arguments.model, arguments.revision, arguments.trust)
     for text in texts:
         if inference.fills_masks(model):
-            if candidates < 1:
-                raise UserError(f"--top-k {candidates}: a mask needs 1 candidate or more.")
             filled = inference.fill_mask(model, tokenizer, text, candidates)
             show_filled(text, filled, arguments.json)
         else:
@@ -139,6 +139,24 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[key] = value
     return options
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse sampling that transformers would take in silence, or only after the model was loaded."""
+    wanted = {
+        "top_k": (
+            "a whole number, 1 or more; that of all tokens is no limit",
+            lambda value: type(value) is int and value >= 1,
+        ),
+        "max_new_tokens": ("a whole number, 1 or more", lambda value: type(value) is int and value >= 1),
+        "temperature": ("more than 0; --greedy takes the most likely token", lambda value: 0 < value < math.inf),
+        "top_p": ("more than 0, and 1 at most", lambda value: 0 < value <= 1),
+    }
+    for name, (what, possible) in wanted.items():
+        value = options.get(name)
+        if value is not None and not (type(value) in (int, float) and possible(value)):
+            said = f"{value:g}" if type(value) is float else value
+            raise UserError(f"--{name.replace('_', '-')} {said}: it has to be {what}.")
 
 
 def show_filled(text: str, filled: list[list[dict[str, Any]]], as_json: bool) -> None:

@@ -20,10 +20,10 @@ SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 
 def main() -> None:
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(compose.help_text("preview"))
-        return
     with shown_plainly("debug=true" in sys.argv), SIGNALS.heeded():
+        if "--help" in sys.argv or "-h" in sys.argv:
+            print(compose.help_text("preview"))
+            return
         os.environ["HYDRA_FULL_ERROR"] = "1"  # as in run_verb
         given = compose.read_command()
         part = given.cfg and (given.cfg != "job" or given.package or given.resolve)

@@ -16,7 +16,7 @@ from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
 from lmlab.runs.secrets import redacted_command
 from lmlab.runs.stopping import SIGNALS
-from lmlab.train import finished, longer, run_or_go_on
+from lmlab.train import check_all, finished, longer, run_or_go_on
 from lmlab.training import launch
 
 EXAMPLES = """\
@@ -65,10 +65,12 @@ def main() -> None:
             raise UserError("--into is for --fresh: a run goes on in its own directory.")
         else:
             cfg = resuming.continued(kept, run.path, overrides)
-            if run.finished() and not longer(cfg, kept, run):
-                raise UserError(finished(run))
             trust.check_trusted(cfg, trusted)
             compose.check_secrets(cfg)
+            if run.finished():
+                check_all(cfg, kept, run)
+                if not longer(cfg, kept, run):
+                    raise UserError(finished(run))
             run_or_go_on(cfg, overrides)
 
 

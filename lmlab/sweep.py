@@ -76,6 +76,8 @@ def conclude(folder: Path) -> None:
     Raises:
         UserError: some failed.
     """
+    if not sweep.facts(folder):
+        raise UserError(f"{from_here(folder)} was moved or deleted while the sweep went on.")
     found = show(sweep.points(folder))
     failed = sum(state.name == "failed" for state in found)
     if failed:

@@ -79,15 +79,11 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
     with run.lock(), SIGNALS.heeded():
         kept = compose.config_of(run) if run.begun() else None
         try:
-            resuming.settle_width(cfg, kept)
-            check.check_run(cfg)
-            if kept is not None:
-                # Of a run without a checkpoint, nothing could tell what was in the place that a path names.
-                resuming.check_same(cfg, kept, located=bool(run.states()))
-                if run.finished() and not longer(cfg, kept, run):
-                    print(finished(run))
-                    launch.tell([])
-                    return run.result()["val/loss"]
+            check_all(cfg, kept, run)
+            if kept is not None and run.finished() and not longer(cfg, kept, run):
+                print(finished(run))
+                launch.tell([])
+                return run.result()["val/loss"]
             with kept_log(run.log):
                 try:
                     if kept is None:
@@ -103,6 +99,15 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
                 states.keep_failure(run, error)
             raise
     return run.result()["val/loss"]
+
+
+def check_all(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
+    """Refuse what can be seen to be wrong in the config of a run; `kept` is that of the one that goes on."""
+    resuming.settle_width(cfg, kept)
+    check.check_run(cfg)
+    if kept is not None:
+        # Of a run without a checkpoint, nothing could tell what was in the place that a path names.
+        resuming.check_same(cfg, kept, located=bool(run.states()))
 
 
 def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[str, Any], apart: bool) -> None:
@@ -164,7 +169,7 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
         on_all_ranks(cfg, run, state, apart)
     except UserError:
         newest = run.states()[-1] if run.states() else None
-        if state == newest:  # refused before it went on: as if never asked
+        if state == newest and run.path.is_dir():  # refused before it went on: as if never asked
             for place, content in before.items():
                 write_beside(place, lambda beside, content=content: beside.write_bytes(content))  # type: ignore[misc]
         raise
@@ -185,15 +190,16 @@ def longer(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
 def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None, apart: bool) -> None:
     """Train, on as many processes as the config has devices; `apart` from this one also on one."""
     word = [str(run.path), *([str(state)] if state else [])]
-    if check.world(cfg.trainer) == 1 and not apart:
-        train(cfg, state)
-        return
-    build.prepare_data(cfg)  # once: the ranks find the cache
-    if launch.rank() is None:
-        launch.launch("train", run, cfg.trainer.devices, word, compose.handed_over(cfg))
-    else:
-        launch.tell(word, compose.handed_over(cfg))
-        train(cfg, state)
+    with run.staying():
+        if check.world(cfg.trainer) == 1 and not apart:
+            train(cfg, state)
+            return
+        build.prepare_data(cfg)  # once: the ranks find the cache
+        if launch.rank() is None:
+            launch.launch("train", run, cfg.trainer.devices, word, compose.handed_over(cfg))
+        else:
+            launch.tell(word, compose.handed_over(cfg))
+            train(cfg, state)
 
 
 def finished(run: RunDirectory) -> str:
@@ -244,6 +250,10 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
             if not state:
                 show_ledger(data.ledger)
+                wanted = cfg.tokenizer.get("vocab_size")
+                if wanted and len(data.tokenizer) < wanted:
+                    said = f"{len(data.tokenizer):,} tokens, fewer than tokenizer.vocab_size={wanted}"
+                    LOG.warning("the text gives %s.", said)
         trainer.fit(module, datamodule, ckpt_path=state, weights_only=True)
         if datamodule.whole is not None or checkpoint.outdated(trainer):
             LOG.info("Scoring all %d held-out documents by the best weights.", len(data.validation))

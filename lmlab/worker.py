@@ -46,7 +46,7 @@ def share(verb: str, run_dir: str, state: str | None = None) -> None:
     cfg = read_config(Path(run_dir))
     run, leads = RunDirectory(run_dir), os.environ["RANK"] == "0"
     try:
-        with SIGNALS.heeded():
+        with SIGNALS.heeded(), run.staying():
             if verb == "evaluate":
                 measure(cfg)
             else:

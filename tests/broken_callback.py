@@ -1,5 +1,7 @@
-"""A callback whose state is not plain."""
+"""Callbacks that go wrong on purpose."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -8,3 +10,16 @@ from lightning.pytorch.callbacks import Callback
 class KeepsASet(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"seen": {object}}
+
+
+class TakesAway(Callback):
+    """After a step, moves the run directory, or deletes it where there is nowhere to move it to."""
+
+    def __init__(self, run_dir: str, to: str | None = None, step: int = 2):
+        self.run_dir, self.to, self.step = Path(run_dir), to, step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step and self.to:
+            self.run_dir.rename(self.to)
+        elif trainer.global_step == self.step:
+            shutil.rmtree(self.run_dir)

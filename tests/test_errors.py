@@ -10,6 +10,8 @@ import gzip
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,9 +24,13 @@ import hydra
 import pytest
 import torch
 from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from transformers import (
+    AutoConfig,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -35,14 +41,16 @@ from transformers import (
 )
 
 from lmlab import predict
-from lmlab.config import check
+from lmlab.config import check, overrides, resuming, sweeping
 from lmlab.config.build import prepare_data
-from lmlab.config.compose import CONF
+from lmlab.config.compose import CONF, explain, read_command
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError, from_hub, plainly, shown_plainly
-from lmlab.models import memory
+from lmlab.models import loading, memory
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.files import kept_locked, locked
 
-from .conftest import HOME, TINY
+from .conftest import HOME, TINY, run_verb
 
 # Overrides of TINY that suit any model; the tokenizer's vocabulary is of tokenizer=bpe only.
 ANY = [override for override in TINY if not override.startswith(("model.", "tokenizer."))]
@@ -385,7 +393,7 @@ def test_no_block_is_full(unread: Refused, files: DictConfig, tmp_path: Path) ->
         ("{}", [": a directory", "/*.txt"]),
         ("null", ["no file is named", "add data.train="]),
         ("[]", ["data.train is a path, a glob, or a list"]),
-        ("3", ["data.train is a path, a glob, or a list"]),
+        ("3", ["data.train=3: it has to be", "not int"]),
     ],
 )
 def test_data_paths(unread: Refused, tmp_path: Path, value: str, said: list[str]) -> None:
@@ -521,13 +529,27 @@ COMMANDS = {
     "+callbacks.early_stoping.patience=1": ["callbacks.early_stoping", "misspelt"],
     "modle=gpt2": ['no key "modle"', 'Did you mean "model"?'],
     "model=gtp2": ["model=gtp2", 'Did you mean "gpt2"?', "roberta_small"],
+    "optim=sgd": ["Options: adamw", "optim._target_", "lmlab/training/optim.py"],
+    "logger=[nope]": ["logger=nope: no such option", "Options: default, file"],
+    "model.config={n_embdd:1}": ["gpt2", 'Did you mean "n_embd"?'],
+    "callbacks.checkpoints={every_stps:1}": ["callbacks.checkpoints.every_stps", 'Did you mean "every_steps"?'],
+    "callbacks.mine={every:1}": ["callbacks.mine has no _target_"],
+    "validation={nothing:1}": ['no key "validation.nothing"'],
+    "hydra.sweeper.sampler.nothing=1": ['no key "hydra.sweeper.sampler.nothing"'],
+    # What a group's option was meant by, or which option has the key.
+    "data=my.txt": ["data=my.txt: no such option", "data=files data.train=my.txt"],
+    "data=./my/*.jsonl": ["data=./my/*.jsonl: no such option", "data=files 'data.train=./my/*.jsonl'"],
+    "data=someone/texts": ["data=hub data.path=someone/texts"],
+    "model=someone/gpt": ["model=pretrained model.name=someone/gpt"],
+    "data.train=my.txt": ["data=files and of data=hub", "data=files data.train=my.txt"],
+    "objective.mask_probability=0.3": ["It is one of objective=mlm"],
+    "callbacks.early_stopping.patience=3": ["It is one of callbacks=early_stopping"],
     "optim.schedule=linaer": ['Did you mean "linear"?', "warmup_stable_decay"],
     "trainer.precision=bf16-mixd": ['Did you mean "bf16-mixed"?', "32-true"],
     "logger=default logger.wandb.mode=ofline": ['Did you mean "offline"?'],
     "callbacks.checkpoints.monitor=val/los": ["val/los", "val/loss"],
     # Words that are no override.
     "optim.lr": ["optim.lr"],
-    "optim.lr=[1": ["[1"],
     "optim=1": ["group"],
     "--optim.lr=1": ["--optim.lr"],
     "optim.lr=1,2": ["optim.lr=1,2", "-m"],
@@ -554,6 +576,13 @@ COMMANDS = {
     "optim.lr=x": ["optim.lr"],
     "optim.lr=-1": ["optim", "-1"],
     "optim.betas=[0.9]": ["optim.betas"],
+    "optim.betas=0.9": ["optim.betas=0.9", "Sequence[float], not float"],
+    "optim.betas=[a,b]": ["Sequence[float], not list[str]"],
+    "trainer.max_steps=-5": ["trainer.max_steps is a number of steps, or -1", "not -5"],
+    "trainer.precision=64": ["32-true, bf16-mixed, 16-mixed, bf16-true", 'not "64"'],
+    # What bash makes of braces that no quotes are around.
+    "model.config=n_head:1": ["dict", "not str", "'model.config={KEY: VALUE}'"],
+    "optim._target_=torch.optim.SGD": ["called with (model, steps)", "an optimizer and a schedule", "optim.py"],
     "compile=maybe": ["compile is true or false", "not maybe"],
     "activation_checkpointing=1": ["activation_checkpointing is true or false"],
     "profile=x": ["profile is true or false"],
@@ -573,7 +602,7 @@ COMMANDS = {
     "validation.max_documents=0": ["validation.max_documents is a whole number, 1 or more"],
     "+validation.documents=5": ['no key "validation.documents"', "max_documents"],
     # What is not there.
-    "trainer=gpu": ["this machine has 0", "trainer=cpu"],
+    "trainer=gpu": ["there is no GPU here", "trainer=cpu"],
     "trainer.devices=auto": ["trainer.devices is a number of devices"],
     "trainer.precision=16-mixed": ["needs a GPU", "bf16-mixed"],
     "trainer.accelerator=gpuu": ["gpuu", "cpu"],
@@ -589,6 +618,124 @@ def test_override(refused: Refused, overrides: str, said: list[str]) -> None:
     shown = refused(*TINY, *overrides.split())
     for words in said:
         assert words in shown
+
+
+UNREADABLE = {
+    # Words of a shell, and what is said of the first that is no override.
+    "objective mlm": ["objective: an override is KEY=VALUE", "Did you mean objective=mlm?"],
+    "seed=1 optim.lr": ["optim.lr: an override is KEY=VALUE."],
+    "optim.lr= 1e-3": ["space beside the =", "optim.lr=1e-3"],
+    "optim.lr =1e-3": ["space beside the =", "optim.lr=1e-3"],
+    "optim.lr = 1e-3": ["space beside the =", "optim.lr=1e-3"],
+    "seed=1 model.config={n_head: 2, n_embd: 32} batch_size=4": [
+        "Put quotes around the whole: 'model.config={n_head: 2, n_embd: 32}'"
+    ],
+    "data=files my.txt": ["data=files data.train=my.txt"],
+    "logger.wandb.notes=a note!": ["put quotes around both: 'logger.wandb.notes=\"a note!\"'"],
+    # Overrides.
+    "seed=1,2,": ["missing after the last comma"],
+    "seed=1,,2": ["missing beside a comma"],
+    "seed=[1,2,]": ["missing beside a comma"],
+    "optim.lr=[1": ["the [ is not closed"],
+    "'model.config={n_head: 2'": ["model.config={n_head: 2: the { is not closed"],
+    "seed=range(1,": ["the ( is not closed"],
+    "optim.lr=1)": ["the ) closes nothing"],
+    "'optim lr=1'": ['"optim lr" is no key'],
+    "optim.schedule=it~is": ["~ can't stand there without quotes", "'optim.schedule=\"it~is\"'"],
+    "optim.schedule=a=b": ["= can't stand there without quotes", "'optim.schedule=\"a=b\"'"],
+    "optim.schedule=mine(1).x": ["'optim.schedule=\"mine(1).x\"'"],
+    "optim.schedule=mine(1)": ["Unknown function 'mine'"],
+}
+
+
+@pytest.mark.parametrize(("typed", "said"), UNREADABLE.items(), ids=UNREADABLE)
+def test_words_that_are_no_overrides(typed: str, said: list[str]) -> None:
+    words = shlex.split(typed) if "'" in typed else typed.split()
+    with pytest.raises((UserError, OverrideParseException)) as error:
+        OverridesParser.create().parse_overrides(overrides.readable(words))
+    shown = str(error.value) if isinstance(error.value, UserError) else explain(error.value, "train")
+    for part in said:
+        assert part in shown
+    assert "For the shell" not in shown
+    # What is advised, Hydra reads.
+    advised = re.search(r"quotes[^:]*: ('.*')$", shown)
+    if advised:
+        OverridesParser.create().parse_overrides(overrides.readable(shlex.split(advised[1])))
+
+
+def test_a_home_directory_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for home in ("/home/me", "/home/mé, myself"):
+        monkeypatch.setenv("HOME", home)
+        for word, wanted in {
+            "data.train=~/x.txt": f"{home}/x.txt",
+            "data.train=[~/a b.txt, ~/b.txt,'~/c']": [f"{home}/a b.txt", f"{home}/b.txt", "~/c"],
+            "data={train: ~/x, text: a}": {"train": f"{home}/x", "text": "a"},
+            "cache_dir=~": home,
+            "cache_dir=~/": f"{home}/",
+        }.items():
+            (read,) = overrides.readable([word])
+            assert OverridesParser.create().parse_override(read).value() == wanted
+        (swept,) = overrides.readable(["data.path=~/a,~/b"])
+        sweep = OverridesParser.create().parse_override(swept)
+        assert [value.strip('"') for value in sweep.sweep_string_iterator()] == [f"{home}/a", f"{home}/b"]
+        assert overrides.readable(["~callbacks.progress", "a=x~y"]) == ["~callbacks.progress", "a=x~y"]
+
+
+def test_options_between_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra's own parser would end the overrides at the first option."""
+    words = ["seed=1,2", "-m", "optim.lr=1", "--config-dir", "mine", "model.config.n_head=2", "--info", "config"]
+    monkeypatch.setattr(sys, "argv", ["lmlab.train", *words])
+    given = read_command()
+    assert given == get_args_parser().parse_args(sys.argv[1:])
+    assert (given.multirun, given.config_dir, given.info) == (True, "mine", "config")
+    assert given.overrides == ["seed=1,2", "optim.lr=1", "++model.config.n_head=2"]
+    for more, said in {"--cfg nothing": "invalid choice", "seed=1 --config-dir": "expected one argument"}.items():
+        monkeypatch.setattr(sys, "argv", ["lmlab.train", *more.split()])
+        with pytest.raises(UserError, match=said):
+            read_command()
+
+
+def test_free_mappings_take_any_key(tmp_path: Path) -> None:
+    """Whole or key by key: in a command, among a sweeper's params, and where a run goes on."""
+    groups = ["data=hub", "data.path=x", "hydra/sweeper=optuna", "callbacks=early_stopping"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        for word, mapping in {
+            "model.config={new: 1}": "model.config",
+            "model.config.new=1": "model.config",
+            "data.filter={new: 1}": "data.filter",
+            "data.filter.new=1": "data.filter",
+            "hydra.sweeper.sampler={new: 1}": "hydra.sweeper.sampler",
+            "hydra.sweeper.pruner.new=1": "hydra.sweeper.pruner",
+            "callbacks.early_stopping={new: 1}": "callbacks.early_stopping",
+            "callbacks={early_stopping: {new: 1}}": "callbacks.early_stopping",
+            "logger.wandb={new: 1}": "logger.wandb",
+        }.items():
+            cfg = hydra.compose("train", overrides.readable([*groups, word]), return_hydra_config=True)
+            block = OmegaConf.select(cfg, mapping)
+            assert block.new == 1
+            assert mapping == "data.filter" or len(block) > 1  # what was there stays
+        kept = hydra.compose("train", [f"run_dir={tmp_path}"])
+    words = ["callbacks.checkpoints={every_steps: 5}", "callbacks.mine={_target_: x}", "model.config={n_head: 2}"]
+    cfg = resuming.continued(kept, tmp_path, words)
+    assert (cfg.callbacks.checkpoints.every_steps, cfg.callbacks.checkpoints.keep_best) == (5, 1)
+    assert cfg.callbacks.mine == {"_target_": "x"}
+    with pytest.raises(UserError, match=r"model.config.n_head=2 \(it was 4\)"):
+        resuming.check_same(cfg, kept)
+    params = {"model.config": "{new: 1},{new: 2}"}
+    swept, _ = sweeping.overrides(params, [], None)  # type: ignore[arg-type]
+    assert {key: sweeping.values(override) for key, override in swept.items()} == {
+        "++model.config": ["{new:1}", "{new:2}"]
+    }
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_more_devices_than_gpus(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    trainer = OmegaConf.create({"accelerator": "gpu", "devices": gpus + 1, "precision": "32-true", "strategy": "ddp"})
+    with pytest.raises(UserError) as error:
+        check.check_devices(trainer)
+    assert f"trainer.devices={gpus + 1}: this machine has {gpus} GPU" in str(error.value)
+    assert f"Use trainer.devices={gpus}" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -630,6 +777,7 @@ MODELS = {
     "tokenizer=pretrained": ["add tokenizer.name="],
     "model=scratch model.architecture=gpt22": ['Did you mean "gpt2"?'],
     "model=scratch model.architecture=distilbert": ["distilbert", "objective=mlm"],
+    "model=scratch model.architecture=t5": ["no causal t5", "encoder-decoder"],
     "objective=mlm model=gpt_small": ["gpt2", "objective=clm"],
     f"objective=mlm model=scratch {SMALL_FNET}": ["padding changes what fnet makes", "batch_size=1"],
     "objective._target_=tests.broken_objective.SecondNext": [
@@ -663,6 +811,8 @@ def test_model(refused: Refused, overrides: str, said: list[str]) -> None:
         ("causal", ["preprocess.block_size=65"], ["64 positions", "preprocess.block_size=64 or less"]),
         ("causal", ["model.config.n_heads=1"], ['Did you mean "n_head"?']),
         ("causal", ["model.config.n_embd=32"], ["model.config"]),
+        ("causal", ["model.config.n_head=x"], ["model.config", "does not fit", "n_head"]),
+        ("causal", ["model.config.activation_function=relo"], ["model.config", "does not fit", "relo"]),
         ("causal", ["objective=mlm"], ["gpt2", "objective=clm"]),
         ("masked", ["objective=mlm", "preprocess.block_size=33"], ["32 positions"]),
         ("masked", [], ["sees the tokens it should predict", "objective=mlm"]),
@@ -722,7 +872,96 @@ def test_a_model_larger_than_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.check_training(model, 3, False, gpu, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("causal", "architecture", "config", "said"),
+    [
+        # What only a forward pass shows: groups that do not divide the heads, fewer experts than a token is to have.
+        (True, "mamba2", {"hidden_size": 64, "num_heads": 2, "num_hidden_layers": 1}, ["output_size", "Mamba2Config"]),
+        (
+            True,
+            "qwen2_moe",
+            {"hidden_size": 16, "num_experts": 2, "num_hidden_layers": 1, "num_key_value_heads": 16},
+            ["out of range", "Qwen2MoeConfig"],
+        ),
+        (True, "falcon", {"head_dim": 16}, ["head_dim", "FalconConfig"]),
+        (True, "nougat", {}, ["no causal nougat"]),
+        (False, "t5", {}, ["no masked t5", "encoder-decoder"]),
+        (False, "gpt2", {}, ["no masked gpt2", "objective=clm"]),
+    ],
+)
+def test_architecture(causal: bool, architecture: str, config: dict[str, int], said: list[str]) -> None:
+    tokenizer = bpe(["a few words to learn"] * 9, 300)
+    with pytest.raises(UserError) as error:
+        loading.from_scratch(tokenizer, causal, architecture, config)
+    for words in said:
+        assert words in str(error.value)
+    assert ("objective=" in str(error.value)) == ("objective=clm" in said)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "causal", "said"),
+    [
+        ("bert", True, "objective=mlm"),
+        ("gpt2", False, "objective=clm"),
+        ("cpmant", True, "Use another architecture"),  # it sees ahead, and has no masked class
+        ("t5", False, "encoder-decoder"),
+    ],
+)
+def test_no_objective_is_advised_that_an_architecture_does_not_have(architecture: str, causal: bool, said: str) -> None:
+    advice = loading.instead(AutoConfig.for_model(architecture), causal)
+    assert said in advice
+    assert ("objective=" in advice) == said.startswith("objective=")
+
+
+def test_a_model_larger_than_memory_is_no_fault_of_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_config", full)
+    with pytest.raises(RuntimeError) as error:
+        loading.from_scratch(bpe(["a few words"] * 9, 300), True, "gpt2")
+    assert (plainly(error.value) or "").startswith("out of memory")
+
+
 # --- while it runs, and where it writes ---
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_run_directory_that_goes_away(refused: Refused, tmp_path: Path, moved: bool) -> None:
+    """It is not made again, by checkpoints, figures, or what says why the run failed."""
+    run = tmp_path / "run"
+    words = ["+callbacks.away._target_=tests.broken_callback.TakesAway", f"+callbacks.away.run_dir={run}"]
+    words += [f"+callbacks.away.to={tmp_path}/elsewhere"] if moved else []
+    shown = refused(*TINY, *words, "trainer.log_every_n_steps=1", run_dir=run, trains=True)
+    assert f"{run} was moved or deleted" in shown
+    assert not run.exists()
+    assert (tmp_path / "elsewhere/manifest.json").exists() == moved
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlockable(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", unlockable)
+    monkeypatch.setattr("fcntl.fcntl", unlockable)
+    run = RunDirectory(tmp_path)
+    for lock in (run.lock(), locked(tmp_path / "a.lock"), kept_locked(tmp_path / "a")):
+        with pytest.raises(UserError) as error, lock:
+            pass
+        assert f"{tmp_path} lies on a file system without locks ({os.strerror(number)})" in str(error.value)
+        for words in ("-o flock", "hydra.run.dir=DIR", "cache_dir=DIR"):
+            assert words in str(error.value)
+    assert not run.held()  # a status or a report of what was copied there is no error
+
+
+def test_a_cache_without_locks(unread: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlockable(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.lockf", unlockable)
+    (tmp_path / "a.txt").write_text("some words")
+    assert f"{tmp_path}/cache lies on a file system without locks" in unread(f"data.train={tmp_path}/a.txt")
 
 
 def test_loss_that_is_no_number(refused: Refused) -> None:
@@ -784,6 +1023,8 @@ EVALUATIONS = {
     "model=causal data=files data.validation=nowhere.txt": ["nowhere.txt: no such file"],
     "model=causal data=hub data.path=nobody/nothing": ["nobody/nothing", "HF_HUB_OFFLINE", "data.path"],
     "model=causal data=flies": ['Did you mean "files"?'],
+    "model=causal data=my.txt": ["data=files data.validation=my.txt"],
+    "model=causal data.validation=my.txt": ["data has to be given", "data=files data.validation=FILE"],
     "model=empty data=sample": ["empty", "Give another as model.name"],
     "model=encoder data=sample": ["BertModel", "no causal or masked language model"],
     "model=outputs/2000/run data=sample": ["outputs/2000/run", "no such directory"],
@@ -825,7 +1066,7 @@ EVALUATIONS = {
     "model=masked data=sample sample=0.5": ["within_word and sample are for score=pseudo"],
     "model=causal data=sample objective=mlm": ["gpt2", "objective=clm"],
     "model=masked data=sample objective=clm": ["sees the tokens it should predict", "objective=mlm"],
-    "model=causal data=sample trainer=gpu": ["this machine has 0", "trainer=cpu"],
+    "model=causal data=sample trainer=gpu": ["there is no GPU here", "trainer=cpu"],
     "model=causal data=sample trainer.precision=16-mixed": ["needs a GPU", "bf16-mixed"],
     "model=causal data=sample trainer.devices=0": ["trainer.devices is a number of devices"],
     # Another tokenizer.
@@ -952,7 +1193,6 @@ def test_full_disk_under_an_evaluation(unmeasured: Refused, models: Path, full_d
     [
         ("masked", ["no mask here"], ["no mask in", "<mask>"]),
         ("masked", ["<mask>" + " word" * 40], ["tokens and the model only 32 positions"]),
-        ("masked", ["<mask>", "--top-k", "0"], ["--top-k 0"]),
         ("masked", ["caf\udce9 <mask>"], ["not UTF-8"]),
         ("causal", ["word " * 80], ["tokens and the model only 64 positions"]),
         ("causal", [], ["no text", "--file"]),
@@ -962,10 +1202,21 @@ def test_full_disk_under_an_evaluation(unmeasured: Refused, models: Path, full_d
         ("causal", ["a", "--option", "repetition_penaltyy=1.2"], ["repetition_penaltyy"]),
         ("causal", ["a", "--option", "repetition_penalty=x"], ["penalty"]),
         ("causal", ["a", "--option", "repetition_penalty"], ["KEY=VALUE"]),
-        ("causal", ["a", "--option", "max_new_tokens=x"], ["max_new_tokens"]),
+        ("causal", ["a", "--option", "max_new_tokens=x"], ["--max-new-tokens x", "whole number"]),
         ("causal", ["a", "--option", "seed=1"], ["seed"]),
-        ("causal", ["a", "--temperature", "0"], ["temperature"]),
-        ("causal", ["a", "--max-new-tokens", "0"], ["max_new_tokens"]),
+        # Before a model is looked for.
+        *(
+            ("nowhere", ["a", option, value], [f"{option} {value}: it has to be"])
+            for option, values in {
+                "--top-p": ("0", "-0.5", "2", "nan"),
+                "--top-k": ("0", "-1"),
+                "--temperature": ("0", "-1", "inf"),
+                "--max-new-tokens": ("0", "-1"),
+            }.items()
+            for value in values
+        ),
+        ("nowhere", ["a", "--option", "top_p=2"], ["--top-p 2: it has to be"]),
+        ("nowhere", ["a", "--temperature", "0"], ["--greedy"]),
         ("causal", ["a", "--seed", "-1"], ["--seed", "0 to"]),
         ("causal", ["a", "--top-k", "x"], ["--top-k", "--help"]),
         ("causal", ["a", "--topk", "3"], ["--topk", "--help"]),
@@ -1024,6 +1275,21 @@ def test_a_defect_is_not_made_plain() -> None:
     assert plainly(FileNotFoundError(errno.ENOENT, "a defect")) is None
     with pytest.raises(ZeroDivisionError), from_hub('model "x"', "model.name"):
         _ = 1 / 0
+
+
+VERBS = ("train", "evaluate", "preview", "resume", "sweep", "predict", "compare", "report", "dashboard", "doctor")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_reader_that_has_had_enough(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `--help | head -1`: no traceback, neither then nor when Python empties what it holds back at its end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as stopped:
+            run_verb(verb, "--help")
+    assert stopped.value.code == 1
 
 
 def test_the_message_is_all_there_is(models: Path, tmp_path: Path) -> None:

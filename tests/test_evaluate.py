@@ -388,9 +388,9 @@ def test_multirun(causal: Path, masked: Path, text: Path, tmp_path: Path, evalua
 # --- Widths and precisions ---
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_precision(precision: str, causal: Path, evaluate: Verb) -> None:
-    found, exact = certificate(evaluate(f"model={causal}", f"trainer.precision={precision}")), certificate(causal)
+@pytest.mark.parametrize(("typed", "precision"), [("bf16", "bf16-mixed"), ("bf16-true", "bf16-true")])
+def test_precision(typed: str, precision: str, causal: Path, evaluate: Verb) -> None:
+    found, exact = certificate(evaluate(f"model={causal}", f"trainer.precision={typed}")), certificate(causal)
     assert found["precision"] == precision
     assert found["weights_hash"] == exact["weights_hash"]  # of the weights, before they are cast
     assert found["totals"]["nll"] != exact["totals"]["nll"]

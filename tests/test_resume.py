@@ -231,6 +231,23 @@ def test_longer(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert [rates[step] for step in (7, 8)] == [optim.lr * optim.factor(step - 1, 8) for step in (7, 8)]
 
 
+def test_a_finished_run_refuses_what_one_that_goes_on_does(refused: Refused, whole: Path, stopped: Path) -> None:
+    for words, said in {
+        ("optim.lr=0.5",): "optim.lr=0.5 (it was 0.001)",
+        ("optim.lr=0.5", "trainer.max_steps=8"): "optim.lr=0.5 (it was 0.001)",
+        ("model.config={n_head: 1}",): "model.config.n_head=1 (it was 2)",
+        ("trainer.max_steps=abc",): "has to be int, not str",
+        ("trainer.max_steps=true",): "has to be int, not bool",
+        ("trainer.max_steps=1.5",): "has to be int, not float",
+        ("trainer.max_steps=-3",): "trainer.max_steps is a number of steps",
+        ("optim.lr=[1",): "the [ is not closed",
+        ("seed", "1"): "Did you mean seed=1?",
+    }.items():
+        for run in (whole, stopped):
+            assert said in refused("resume", run, *words)
+    assert json.loads((whole / "summary.json").read_text())["steps"] == 6
+
+
 def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:
     assert "is no run" in refused("resume", tmp_path)
     assert "is no run" in refused("resume", tmp_path / "nowhere")

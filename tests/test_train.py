@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 import sys
 import time
@@ -200,10 +201,23 @@ def test_same_command_same_numbers_with_workers_too(train: Callable[..., Path], 
     assert figures[0] == figures[1] == figures[2]
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_precision(precision: str, train: Callable[..., Path]) -> None:
-    run = train(*TINY, f"trainer.precision={precision}")
+@pytest.mark.parametrize(("typed", "precision"), [("bf16", "bf16-mixed"), ("bf16-true", "bf16-true")])
+def test_precision(typed: str, precision: str, train: Callable[..., Path]) -> None:
+    run = train(*TINY, f"trainer.precision={typed}")
+    assert OmegaConf.load(run / "config.yaml").trainer.precision == precision
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert certificate["precision"] == certificate["run"]["config"]["trainer"]["precision"] == precision
     assert math.isfinite(metrics(run)[-1]["val/loss"])
+
+
+def test_a_text_too_short_for_its_vocabulary(train: Callable[..., Path]) -> None:
+    """Is said, in the log; where the vocabulary is filled, nothing is."""
+    for wanted, said in ((300, False), (100_000, True)):
+        run = train(*TINY, "trainer.max_steps=1", "preprocess.max_records=20", f"tokenizer.vocab_size={wanted}")
+        tokens = len(AutoTokenizer.from_pretrained(run / "model"))
+        line = f"the text gives {tokens:,} tokens, fewer than tokenizer.vocab_size={wanted}."
+        assert (line in (run / "train.log").read_text()) == said
+        shutil.rmtree(run)
 
 
 def test_early_stopping_ends_the_run_and_still_exports(train: Callable[..., Path]) -> None:

@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -43,6 +43,7 @@ UNITS = ("text", "words")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 STRATEGIES = ("auto", "ddp", "fsdp")
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"  # how configs of older versions say fsdp
+OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.training.optim.AdamW does"
 
 
 def target(block: DictConfig, key: str) -> Callable[..., Any]:
@@ -70,8 +71,10 @@ def arguments(function: Callable[..., Any], block: DictConfig, key: str, **given
         if name in given or not (anything or name in parameters):
             raise UserError(f'there is no key "{key}.{name}".{nearest(name, theirs)} Keys: {", ".join(theirs)}.')
         if name in parameters and not fits(values[name], parameters[name].annotation):
-            wanted = inspect.formatannotation(parameters[name].annotation)
-            raise UserError(f"{key}.{name}={values[name]}: it has to be {wanted}, not {type(values[name]).__name__}.")
+            wanted = inspect.formatannotation(parameters[name].annotation).replace("collections.abc.", "")
+            mapping = f"\nA mapping is, in a shell, '{key}.{name}={{KEY: VALUE}}'." if "dict" in wanted else ""
+            found = kind_of(values[name])
+            raise UserError(f"{key}.{name}={values[name]}: it has to be {wanted}, not {found}.{mapping}")
     values |= {name: value for name, value in given.items() if anything or name in parameters}
     for name, parameter in parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
@@ -80,12 +83,22 @@ def arguments(function: Callable[..., Any], block: DictConfig, key: str, **given
     return values
 
 
+def kind_of(value: Any) -> str:
+    """The type of a value, and of those in it if it is a list."""
+    name = type(value).__name__
+    return f"{name}[{' | '.join(sorted({kind_of(item) for item in value}))}]" if type(value) is list and value else name
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value is of an annotated plain type; True where the annotation says more than that."""
-    kinds = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
-    if not kinds <= {bool, int, float, str, NoneType}:
-        return True
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    kind, inner = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind in (list, Sequence):
+        return type(value) is list and all(fits(item, one) for one in inner for item in value)
+    if kind in (bool, int, str, NoneType, dict):
+        return type(value) is kind
+    return type(value) in (int, float) if kind is float else True
 
 
 def build(block: DictConfig, key: str, **given: Any) -> Any:
@@ -117,6 +130,9 @@ def check_run(cfg: DictConfig) -> None:
         value = cfg.trainer.get(key, 1)
         if type(value) is not int or value < 1:
             raise UserError(f"trainer.{key} is a whole number, 1 or more, not {value}.")
+    steps = cfg.trainer.get("max_steps")
+    if steps is not None and steps < 1 and steps != -1:
+        raise UserError(f"trainer.max_steps is a number of steps, or -1 to go by trainer.max_epochs, not {steps}.")
     for key in ("compile", "activation_checkpointing", "profile"):
         if type(cfg[key]) is not bool:
             raise UserError(f"{key} is true or false, not {cfg[key]}.")
@@ -198,9 +214,22 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     for key in map(str, cfg):
         if key not in known:
             raise UserError(f'there is no key "{key}".{nearest(key, known)} Keys: {", ".join(sorted(known))}.')
+    if "optim" in cfg:
+        check_optimizer(cfg.optim)
     for key, block in blocks(cfg):
         arguments(target(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
     preprocessing(cfg)
+
+
+def check_optimizer(block: DictConfig) -> None:
+    """Refuse a class whose objects can't be called for an optimizer, such as those of torch.optim."""
+    made = target(block, "optim")
+    called = not inspect.isclass(made) or any("__call__" in vars(base) for base in made.__mro__)
+    if not called or {"model", "steps"} <= inspect.signature(made).parameters.keys():
+        raise UserError(
+            f"optim._target_={block._target_}: it has to make something that, {OPTIMIZES}.\n"
+            "See lmlab/training/optim.py."
+        )
 
 
 def check_devices(trainer: DictConfig) -> None:
@@ -220,10 +249,13 @@ def check_devices(trainer: DictConfig) -> None:
             "Use -m hydra/launcher=slurm, or sbatch sweeps/train.sbatch, or torchrun on each node."
         )
     gpus, on_gpu = torch.cuda.device_count(), uses_gpu(trainer)
+    if on_gpu and gpus == 0:
+        hidden = " that CUDA_VISIBLE_DEVICES lets it see" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+        raise UserError(f"trainer.accelerator={trainer.accelerator}: there is no GPU here{hidden}.\nUse trainer=cpu.")
     if on_gpu and devices > gpus:
         raise UserError(
-            f"trainer.devices={devices} GPUs asked for, and this machine has {gpus}.\n"
-            f"Use trainer=cpu, or trainer.devices={max(gpus, 1)} or less."
+            f"trainer.devices={devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.\n"
+            f"Use trainer.devices={gpus}{' or less' if gpus > 1 else ''}."
         )
     if not on_gpu and precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
@@ -290,8 +322,6 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
         if trainer.max_epochs is None or trainer.max_epochs <= 0:
             raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
         steps = math.ceil(trainer.max_epochs * blocks / batch_size)
-    if steps < 1:
-        raise UserError(f"trainer.max_steps is a number of steps, or -1 to go by trainer.max_epochs, not {steps}.")
     interval = trainer.val_check_interval
     if isinstance(interval, float) and interval > 0:
         interval = max(1, round(interval * blocks / batch_size))

@@ -9,7 +9,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
+from lmlab.config.overrides import meant, readable, unreadable
+from lmlab.errors import UserError, cause_of, first_line, nearest, plainly, shown_plainly
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_text
@@ -34,6 +35,8 @@ LIMITS = (
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
 )
 """What to say of the keys of Lightning's that leave batches out."""
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
+"""Short names of precisions, as Lightning takes them."""
 INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 # What a launcher asks a cluster for, per node.
@@ -42,13 +45,6 @@ OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if acc
 
 def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     """Compose `conf/<name>.yaml` with the command line and call `job` with it, plainly failing."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(help_text(name))
-        return
-    if sys.argv[1:2] in (["-sc"], ["--shell-completion"]) and sys.argv[2:] in INSTALL:
-        # Hydra's own scripts complete files and entry points, and no `python -m`; what they ask of it serves here too.
-        print((Path(__file__).parent / f"completion.{sys.argv[2].partition('=')[2]}").read_text(), end="")
-        return
     debug = "debug=true" in sys.argv
     # Hydra then raises instead of printing, and what it raises is explained here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -73,9 +69,17 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 sys.exit(1)
             # An exception, unlike an exit, lets the other jobs of the sweep go on.
-            raise UserError("a job of the sweep failed; its error is above. The other jobs were run.") from error
+            said = "a job of the sweep failed; its error is above. The other jobs were run."
+            raise UserError(said, cause_of(error)) from error
 
     with shown_plainly(debug), SIGNALS.heeded():
+        if "--help" in sys.argv or "-h" in sys.argv:
+            print(help_text(name))
+            return
+        if sys.argv[1:2] in (["-sc"], ["--shell-completion"]) and sys.argv[2:] in INSTALL:
+            # Hydra's own scripts complete files and entry points, and no `python -m`; what they ask of it serves here.
+            print((Path(__file__).parent / f"completion.{sys.argv[2].partition('=')[2]}").read_text(), end="")
+            return
         read_command()
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
@@ -95,29 +99,36 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
 
 
 def read_command() -> Namespace:
-    """The command line as Hydra reads it.
+    """The command line as Hydra reads it, which gets it with its overrides made ready, and options behind them.
 
     Raises:
-        UserError: an option that is none.
+        UserError: an option that is none, or a word that is no override.
     """
-    # Which keys a model's config has is for its architecture to say (models/loading.py), so
-    # setting one that the YAML file does not list needs no +.
-    sys.argv[1:] = [f"++{word}" if word.startswith("model.config.") else word for word in sys.argv[1:]]
-    # argparse would print its usage, all of it.
-    given, unknown = get_args_parser().parse_known_args()
+    # argparse would print its usage, all of it, and ends an override's words at the first option between them.
+    parser = get_args_parser()
+    parser.error = wrong_option  # type: ignore[method-assign]
+    given, unknown = parser.parse_known_intermixed_args()
     if unknown:
-        raise UserError(
-            f"can't make sense of {' '.join(unknown)}.\n"
-            "An override is KEY=VALUE, without dashes; options such as --config-dir DIR come before all overrides."
-        )
+        wrong_option(f"can't make sense of {' '.join(word for word in unknown if word.startswith('-'))}")
+    options = list(sys.argv[1:])
+    for word in given.overrides:
+        options.remove(word)
+    given.overrides = readable(given.overrides, searches=given.config_name is not None)
+    sys.argv[1:] = [*given.overrides, *options]
     refuse_lost(secrets.lost_of_command(sys.argv[1:]))
     return given
+
+
+def wrong_option(message: str) -> NoReturn:
+    raise UserError(
+        f"{message}.\nAn override is KEY=VALUE, without dashes; options are such as -m and --config-dir DIR."
+    )
 
 
 def help_text(name: str) -> str:
     """What `--help` shows. Hydra would compose every file of conf/ twice only to list their names."""
     groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-    listed = [f"{group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups]
+    listed = [f"{group.name}: {', '.join(files_of(group.name))}" for group in groups]
     return (PACKAGE / f"{name}.txt").read_text().replace("{groups}", "\n".join(listed))
 
 
@@ -125,26 +136,68 @@ def explain(error: Exception, name: str) -> str:
     """What Hydra found wrong, with the nearest right name."""
     override = getattr(error, "override", None)
     if override:
-        return f"can't read the override {override}: {first_line(error)}\nFor the shell, put quotes around it."
+        return unreadable(override, error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Ambiguous value"):
         return f"{lines[0]}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
     missing = getattr(error, "missing_cfg_file", None)
     if "hydra/launcher/submitit" in str(missing):
         return "submitting jobs to SLURM takes a plugin of Hydra's that is not installed:\npip install 'lmlab[slurm]'"
-    options = getattr(error, "options", None)
-    if missing and options:
-        group, _, option = str(missing).rpartition("/")
-        return f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
+    if missing and "/" in str(missing):
+        return no_option(str(missing), getattr(error, "options", None), name)
     if lines and lines[0].startswith(("Could not override", "Key '")):
-        wrong = lines[0].split("'")[1]
+        # Of a mapping that was given as one, the key that is not in it.
+        wrong, inner = lines[0].split("'")[1], str(getattr(error.__cause__, "full_key", ""))
+        wrong = inner if inner.startswith(f"{wrong}.") else wrong
         if wrong.startswith("trainer.limit_"):
             return f"{wrong}: {LIMITS}"
-        meant = nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
-        return f'there is no key "{wrong}".{meant}'
+        return f'there is no key "{wrong}".{chosen_otherwise(wrong) or nearest_key(wrong, name)}'
     if lines and lines[0].startswith("Error merging override") and error.__cause__:
         return f"{lines[0]}: {first_line(error.__cause__)}"
     return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
+
+
+def no_option(missing: str, options: list[str] | None, name: str) -> str:
+    """What to say of an option that a group does not have, both in one path."""
+    given = (word.lstrip("+").partition("=") for word in sys.argv[1:])
+    group, option = next(
+        ((key, value) for key, _, value in given if f"{key}/{value}" == missing),
+        (missing.rpartition("/")[0], missing.rpartition("/")[2]),
+    )
+    options = options or files_of(group)
+    said = f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
+    if group == "optim":
+        return f"{said}\nAnother optimizer is a class of yours, optim._target_=…: see lmlab/training/optim.py."
+    hint = meant(group, option, "data.validation" if name == "evaluate" else "data.train")
+    return f"{said}\n{hint}" if hint else said
+
+
+def files_of(group: str) -> list[str]:
+    """The options of a group, lmlab's own."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def chosen_otherwise(key: str) -> str | None:
+    """Where a key is one of other options of its group: which, and how it is chosen."""
+    group, *path = key.split(".")
+    leaf = path.pop() if path else ""
+    there = []
+    for option in files_of(group):
+        block: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
+        for name in path:
+            block = block.get(name) if isinstance(block, dict) else None
+        if isinstance(block, dict) and {"_target_", leaf} <= block.keys():
+            there.append(f"{group}={option}")
+    if not there:
+        return None
+    value = next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith(f"{key}=")), "")
+    hint = meant(group, value, key) or "Choose that in the command."
+    return f" It is one of {' and of '.join(there)}.\n{hint}"
+
+
+def nearest_key(wrong: str, name: str) -> str:
+    """The key of a config that is nearest to a wrong one, or how to see all."""
+    return nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
 
 
 def known_keys(name: str) -> set[str]:
@@ -176,6 +229,14 @@ def freeze(cfg: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} does not resolve: {first_line(error)}.") from error
     check_secrets(cfg)
+    return name_precision(cfg)
+
+
+def name_precision(cfg: DictConfig) -> DictConfig:
+    """Give the precision of a config its full name, and return it."""
+    trainer = cfg.get("trainer")
+    if isinstance(trainer, DictConfig) and "precision" in trainer:
+        trainer.precision = PRECISIONS.get(str(trainer.precision), trainer.precision)
     return cfg
 
 

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lmlab.config.check import world
-from lmlab.config.compose import CONF, dotted, explain, without_secrets
+from lmlab.config.compose import CONF, dotted, explain, name_precision, without_secrets
+from lmlab.config.overrides import readable
 from lmlab.errors import UserError, first_line, nearest
 from lmlab.runs.choices import MACHINERY, flat, said, under
 from lmlab.runs.secrets import MARK
@@ -35,7 +36,7 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
         UserError: an override that can't be read, or of what a run does not change.
     """
     cfg = moved(kept, run_dir)
-    overrides = [(word, parsed(word)) for word in words]
+    overrides = [(word, parsed(word)) for word in readable(words)]
     # Groups first: what is said of their keys is said on top.
     for word, override in sorted(overrides, key=lambda pair: pair[1].key_or_group not in GROUPS):
         key, known = override.key_or_group, set(dotted(cfg))
@@ -46,12 +47,12 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
                 raise UserError(f"{word}: there is nothing of that name to leave out.{nearest(key, known)}")
             holder, _, leaf = key.rpartition(".")
             OmegaConf.select(cfg, holder).pop(leaf) if holder else cfg.pop(leaf)
-        elif key in GROUPS:
+        elif key in GROUPS and not isinstance(override.value(), dict):
             block = composed(key, word, run_dir)
             cfg[key] = OmegaConf.merge(cfg[key], {k: block[k] for k in PLACES}) if key == "trainer" else block
-        elif isinstance(cfg.get(key), DictConfig):
+        elif isinstance(cfg.get(key), DictConfig) and key not in GROUPS:
             raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
-        elif key not in known and not override.is_add():
+        elif key not in known and not (override.is_add() or override.is_force_add()):
             raise UserError(f'there is no key "{key}".{nearest(key, known)} A new one is +{word}.')
         else:
             OmegaConf.update(cfg, key, override.value(), force_add=True)
@@ -59,7 +60,7 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
     # A pretrained model brings its tokenizer.
     if kept.model.get("name") and kept.model.name == kept.tokenizer.get("name") == cfg.tokenizer.get("name"):
         cfg.tokenizer.name = cfg.model.name
-    return cfg
+    return name_precision(cfg)
 
 
 def resolved(cfg: DictConfig, key: str) -> Any:
@@ -73,10 +74,8 @@ def resolved(cfg: DictConfig, key: str) -> Any:
 
 def parsed(word: str) -> Override:
     """An override of a command."""
-    if "=" not in word and not word.startswith("~"):
-        raise UserError(f"{word}: an override is KEY=VALUE.")
     try:
-        override = OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_overrides([word])[0]
     except HydraException as error:
         raise UserError(explain(error, "train")) from error
     if override.is_sweep_override():

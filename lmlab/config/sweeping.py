@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lmlab.config.overrides import readable
 from lmlab.errors import UserError
 from lmlab.runs.secrets import redacted_word
 
@@ -17,7 +18,7 @@ def overrides(
     params: Mapping[Any, Any], words: Sequence[str], loader: ConfigLoader
 ) -> tuple[dict[str, Override], list[str]]:
     """The swept overrides of a sweeper's `params` and a command, which wins, by key; the fixed ones as typed."""
-    given = [*(f"{key}={typed(value)}" for key, value in params.items()), *words]
+    given = [*readable([f"{key}={typed(value)}" for key, value in params.items()]), *words]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
     last = {override.get_key_element().lstrip("+"): override for override in parsed}
     both = {override.get_key_element(): override for override in last.values()}

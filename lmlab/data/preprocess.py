@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -40,7 +39,7 @@ from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, in_file_order
 from lmlab.data.tokenizers import content_hash, encode
 from lmlab.errors import UserError
-from lmlab.runs.files import replaced
+from lmlab.runs.files import locked, replaced
 
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
@@ -418,7 +417,7 @@ def kept(place: Path, write: Callable[[Path], Any]) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cache_dir={place.parent} can't be made: {error.strerror}. Name another.") from error
-    with FileLock(f"{place}.lock"):
+    with locked(place.with_name(f"{place.name}.lock")):
         if not place.exists():
             replaced(place, write)
     return place

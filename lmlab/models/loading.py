@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 
-from lmlab.errors import UserError, first_line, from_hub, nearest
+from lmlab.errors import UserError, first_line, from_hub, nearest, out_of_memory
 from lmlab.models.memory import check_weights
 from lmlab.models.probe import probe
 from lmlab.models.scored import check_scoring
@@ -36,10 +36,10 @@ def pretrained(
     """A trained model by hub id or directory, in float32; `config` changes single values of its config."""
     with from_hub(f'model "{name}"', "model.name"):
         refuse_unknown(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), config or {})
-        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **(config or {}))
-        auto = auto_for(settings, causal)
-        check_weights(auto, settings)
         try:
+            settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **(config or {}))
+            auto = auto_for(settings, causal)
+            check_weights(auto, settings)
             # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
             model, loaded = auto.from_pretrained(
                 name,
@@ -49,8 +49,11 @@ def pretrained(
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        except RuntimeError as error:
-            raise UserError(f"model.config={config} does not fit the trained weights of {name}.") from error
+        except (RuntimeError, StrictDataclassError, LookupError, TypeError, ArithmeticError) as error:
+            if not config or out_of_memory(error):
+                raise
+            cause = first_line(error.__cause__ or error)
+            raise UserError(f"model.config={config} does not fit the trained weights of {name}: {cause}") from error
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
         logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
@@ -75,17 +78,19 @@ def is_causal(name: str, revision: str | None = None) -> bool:
 
 def auto_for(settings: PreTrainedConfig, causal: bool) -> Any:
     """The class that makes a model of this config, for the objective."""
-    auto, known, other = (
-        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "mlm")
-        if causal
-        else (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "clm")
-    )
-    if type(settings) not in known:
-        raise UserError(
-            f"transformers has no {'causal' if causal else 'masked'} {settings.model_type}.\n"
-            f"Use objective={other}, or another architecture."
-        )
-    return auto
+    if type(settings) not in (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_MASKED_LM_MAPPING):
+        kind = "causal" if causal else "masked"
+        raise UserError(f"transformers has no {kind} {settings.model_type}.\n{instead(settings, causal)}")
+    return AutoModelForCausalLM if causal else AutoModelForMaskedLM
+
+
+def instead(settings: PreTrainedConfig, causal: bool) -> str:
+    """What to do where an architecture can't have the objective that was chosen."""
+    if type(settings) in (MODEL_FOR_MASKED_LM_MAPPING if causal else MODEL_FOR_CAUSAL_LM_MAPPING):
+        return f"Use objective={'mlm' if causal else 'clm'}, or another architecture."
+    if getattr(settings, "is_encoder_decoder", False):
+        return "It is an encoder-decoder, and lmlab trains decoders and encoders: use another architecture."
+    return "Use another architecture."
 
 
 def from_scratch(
@@ -104,22 +109,32 @@ def from_scratch(
         raise UserError(
             f'model.architecture: transformers knows no "{architecture}".{nearest(architecture, CONFIG_MAPPING)}'
         )
-    defaults = AutoConfig.for_model(architecture)
-    refuse_unknown(defaults, config or {})
-    values = {"vocab_size": len(tokenizer)} | {
-        f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad", "cls", "sep")
-    }
-    # An encoder built for causal modelling has to be told to hide the future.
-    values["is_decoder"] = causal
-    values = {key: value for key, value in values.items() if hasattr(defaults, key)} | (config or {})
-    auto = auto_for(defaults, causal)
     try:
+        defaults = AutoConfig.for_model(architecture)
+        auto = auto_for(defaults, causal)
+        refuse_unknown(defaults, config or {})
+        values = {"vocab_size": len(tokenizer)} | {
+            f"{token}_token_id": getattr(tokenizer, f"{token}_token_id")
+            for token in ("bos", "eos", "pad", "cls", "sep")
+        }
+        # An encoder built for causal modelling has to be told to hide the future.
+        values["is_decoder"] = causal
+        values = {key: value for key, value in values.items() if hasattr(defaults, key)} | (config or {})
         settings = AutoConfig.for_model(architecture, **values)
         check_weights(auto, settings)
-        return auto.from_config(settings)
-    except (StrictDataclassError, ValueError, RuntimeError, ArithmeticError, TypeError, KeyError) as error:
+        model = auto.from_config(settings)
+        probe(model)  # some configs make a model that can't take any tokens
+    except UserError:
+        raise
+    except Exception as error:  # what transformers' code makes of values that it was not written for has no bounds
+        if out_of_memory(error):
+            raise
         cause = first_line(error.__cause__ or error)
-        raise UserError(f"model.config makes no {'causal' if causal else 'masked'} {architecture}: {cause}") from error
+        raise UserError(
+            f"model.config makes no {'causal' if causal else 'masked'} {architecture} that works: {cause}\n"
+            f"Its keys are those of transformers' {CONFIG_MAPPING[architecture].__name__}."
+        ) from error
+    return model
 
 
 def refuse_unknown(settings: PreTrainedConfig, values: dict[str, Any]) -> None:
@@ -147,7 +162,7 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size
     if causal and probe(model).sees_ahead:
         raise UserError(
             f"{model.config.model_type} sees the tokens it should predict, so its causal perplexity means nothing.\n"
-            "Use objective=mlm, or a causal architecture."
+            f"{instead(model.config, causal)}"
         )
     check_scoring(model)
 

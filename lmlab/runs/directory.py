@@ -1,7 +1,6 @@
 """The run directory: where every file of a run lies, and what the run is (promise 4)."""
 
 import errno
-import fcntl
 import os
 import platform
 import socket
@@ -20,7 +19,7 @@ import yaml
 import lmlab
 from lmlab.errors import UserError
 from lmlab.runs import secrets
-from lmlab.runs.files import held, read_json, write_json
+from lmlab.runs.files import held, lock, read_json, write_json
 
 PACKAGES = (
     "lightning",
@@ -98,8 +97,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with self.locked.open("a+") as file:
             try:
-                # POSIX locks hold over NFS too, and a forked worker does not inherit them.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
@@ -111,6 +109,26 @@ class RunDirectory:
             file.truncate(0)
             print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
             yield
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Name the cause of an error that comes of the directory's being gone.
+
+        Raises:
+            UserError: it was there when something was begun in it, and is no more.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if self.begun():
+                raise
+            raise UserError(
+                f"{self.path} was moved or deleted while it was being written to.\n"
+                "A run that was moved can go on from its last checkpoint: python -m lmlab.resume DIR",
+                "gone",
+            ) from error
 
     def held(self) -> bool:
         """Whether another process has this directory."""

@@ -1,5 +1,6 @@
 """Files and folders that are whole or not there (promise 6)."""
 
+import errno
 import fcntl
 import json
 import os
@@ -8,12 +9,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lmlab.errors import UserError, first_line
 
 PARTIAL = ".partial"
 """In a folder that a command writes: where its files are until all of them are whole."""
+UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
+"""What a file system without locks says, such as Lustre where it is mounted without them."""
 
 
 def write_json(place: Path, content: Any) -> None:
@@ -59,7 +62,7 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a folder beside `place`, flush it, and put it in its place."""
     beside = place.with_name(f".{place.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside.mkdir()
     try:
         write(beside)
         for file in beside.rglob("*"):
@@ -124,12 +127,40 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def lock(file: IO, wait: bool = True) -> None:
+    """Keep other processes from an open file until it is closed, or this process ends, however that ends.
+
+    POSIX locks hold over NFS too, and a forked worker does not inherit them.
+
+    Raises:
+        UserError: the file system has no locks.
+        OSError: without `wait`, another process has it.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in UNLOCKABLE:
+            raise
+        raise UserError(
+            f"{Path(file.name).parent} lies on a file system without locks ({os.strerror(error.errno)}).\n"
+            "Mount it with them (Lustre: -o flock), or choose another directory: hydra.run.dir=DIR, cache_dir=DIR."
+        ) from error
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Wait until no other process has a lock file, and have it."""
+    with place.open("ab") as file:
+        lock(file)
+        yield
+
+
 @contextmanager
 def kept_locked(place: Path) -> Iterator[Path]:
     """A file that other processes find `held` as long as this one lives."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("wb") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        lock(file)
         try:
             yield place
         finally:
@@ -142,7 +173,13 @@ def held(place: Path) -> bool:
         return False
     asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
     with place.open("rb") as file:
-        return struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+        try:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+        except OSError as error:
+            if error.errno not in UNLOCKABLE:
+                raise
+            return False  # nor could anybody lock it
+    return struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK
 
 
 def from_here(path: Path) -> Path:

@@ -21,8 +21,8 @@ class State:
     name: str
     """waiting, running, done, pruned, stopped (by a signal, its state kept) or failed."""
     cause: str | None = None
-    """Of a failure: out of memory, non-finite loss, killed, crashed, bad config, disk full, damaged or error; of a
-    stop: timed out, or the signal."""
+    """Of a failure: out of memory, non-finite loss, killed, crashed, bad config, disk full, gone (its directory),
+    damaged or error; of a stop: timed out, or the signal."""
     message: str | None = None
     """What was said then."""
     step: int = 0
@@ -64,7 +64,9 @@ def last_step(run: RunDirectory) -> int:
 
 
 def keep_failure(run: RunDirectory, error: BaseException) -> None:
-    """Leave in a run's directory what ended it."""
+    """Leave in a run's directory what ended it, unless the directory is gone."""
+    if not run.path.is_dir():
+        return
     if isinstance(error, Stopped):
         state, cause = "stopped", "timed out" if error.signal in BEFORE_THE_LIMIT else error.signal.name
         message = f"Stopped by {error.signal.name}."

@@ -9,11 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import read_json, write_json
+from lmlab.runs.files import locked, read_json, write_json
 from lmlab.runs.secrets import redacted_command
 
 FILE = "sweep.json"
@@ -84,7 +82,7 @@ def identity(overrides: Sequence[str]) -> frozenset[str]:
 @contextmanager
 def written(folder: Path) -> Iterator[dict[str, Any]]:
     """The file of a sweep, to be changed by one process at a time."""
-    with FileLock(folder / ".sweep.lock"):
+    with locked(folder / ".sweep.lock"):
         content = facts(folder)
         yield content
         write_json(folder / FILE, content)

@@ -112,7 +112,7 @@ def keep(checkpoint: dict[str, Any], place: Path) -> None:
             torch.save(checkpoint, stream)
 
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(exist_ok=True)  # and no parents: the run directory may be gone
         write_beside(place, write)
     except (OSError, RuntimeError) as error:
         if not disk_full(error):

@@ -637,7 +637,7 @@ def test_a_filled_cache_is_only_read(run: Callable[..., Prepared], monkeypatch: 
     """No record is loaded and no lock taken, so that it may lie where nothing can be written."""
     texts = random_texts(random.Random(0), 100)
     first = run(corpus_of(texts))
-    monkeypatch.setattr(preprocess, "FileLock", never)
+    monkeypatch.setattr(preprocess, "locked", never)
     second = run(Corpus(never, None, "text", "texts"))
     assert second.ledger == first.ledger
 
