@@ -38,6 +38,8 @@ class Signals:
         self.ending = False
         self.process = 0
         """The process that heeds them: what it forks inherits the handlers."""
+        self.ignored: set[signal.Signals] = set()
+        """Those that were ignored when it began, by nohup or a shell's &, and stay so."""
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
@@ -47,6 +49,7 @@ class Signals:
             yield
             return
         before = {number: signal.getsignal(number) for number in HEEDED}
+        self.ignored = {number for number, handler in before.items() if handler is signal.SIG_IGN}
         self.received, self.patient, self.ending, self.process = 0, False, False, os.getpid()
         self.heed()
         try:
@@ -61,8 +64,7 @@ class Signals:
         if self.process != os.getpid() or threading.current_thread() is not threading.main_thread():
             return
         for number in HEEDED:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self.note)
+            signal.signal(number, signal.SIG_IGN if number in self.ignored else self.note)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler. The same signal twice, or one while nobody looks, is not waited for."""

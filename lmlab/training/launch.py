@@ -94,7 +94,10 @@ def passed_on(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
         for process in ranks:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in HEEDED}
+    before = {number: signal.getsignal(number) for number in HEEDED}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it: ranks inherit that
+            signal.signal(number, pass_on)
     try:
         yield asked
     finally:
