@@ -4,7 +4,6 @@ Hydra takes sweepers from this package alone, and imports it at each start: noth
 """
 
 import itertools
-import shlex
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, held, kept_locked
 from lmlab.runs.stopping import Stopped
 from lmlab.runs.sweep import Point
+from lmlab.shell import command
 from lmlab.sweep import conclude
 
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
@@ -109,8 +109,8 @@ class Grid(Sweeper):
             with every_job_heard(self.launcher):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
         except Stopped:
-            place = shlex.quote(str(from_here(self.folder)))
-            print(f"The sweep was stopped; jobs of a cluster go on. To go on: python -m lmlab.sweep resume {place}")
+            again = command("python", "-m", "lmlab.sweep", "resume", from_here(self.folder))
+            print(f"The sweep was stopped; jobs of a cluster go on. To go on: {again}")
             raise
         for point, result in zip(points, results, strict=True):
             if result.status is JobStatus.FAILED and states.state_of(point.run).name == "waiting":

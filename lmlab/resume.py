@@ -1,7 +1,6 @@
 """`python -m lmlab.resume RUN_DIR [overrides]`: go on with a run, or run its experiment again."""
 
 import argparse
-import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
 from lmlab.runs.stopping import SIGNALS
+from lmlab.shell import command
 from lmlab.train import config_of, finished, longer, run_or_go_on
 from lmlab.training import launch
 
@@ -76,7 +76,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
         f"length: it was made another at step {a['step']}" for a in then.get("went_on", ()) if "length_before" in a
     ]
     if overrides:
-        differ.append(f"config: {shlex.join(overrides)}")
+        differ.append(f"config: {command(*overrides)}")
     for line in differ:
         print(f"differs from {from_here(run.path)}: {line}")
     if not differ:

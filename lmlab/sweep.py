@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs import states, sweep
 from lmlab.runs.files import from_here
 from lmlab.runs.states import State
+from lmlab.shell import command
 
 EXAMPLES = """\
   python -m lmlab.sweep status multirun/2026-01-31/12-00-00
@@ -77,7 +77,7 @@ def conclude(folder: Path) -> None:
     if failed:
         raise UserError(
             f"{failed} of {len(found)} runs failed. To run again what has not come to its end: "
-            f"python -m lmlab.sweep resume {shlex.quote(str(from_here(folder)))}"
+            f"{command('python', '-m', 'lmlab.sweep', 'resume', from_here(folder))}"
         )
 
 

@@ -4,7 +4,6 @@ Takes Hydra overrides; `--help` lists them.
 """
 
 import logging
-import shlex
 import shutil
 import sys
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
 from lmlab.runs.stopping import SIGNALS, Stopped
+from lmlab.shell import command
 from lmlab.training import launch
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
@@ -190,7 +190,7 @@ def finished(run: RunDirectory) -> str:
     place = from_here(run.path)
     return (
         f"{place} is finished: {run.result()['steps']} steps, val/loss {run.result()['val/loss']:.4f}.\n"
-        f"To train it longer: python -m lmlab.resume {shlex.quote(str(place))} trainer.max_steps=…"
+        f"To train it longer: {command('python', '-m', 'lmlab.resume', place, 'trainer.max_steps=…')}"
     )
 
 
@@ -202,7 +202,7 @@ def what_is_kept(run: RunDirectory) -> str:
         return finished(run)
     states = run.states()
     kept = f"Kept: the state of step {run.step_of(states[-1])}." if states else "It had kept no state yet."
-    return f"{kept} To go on: python -m lmlab.resume {shlex.quote(str(from_here(run.path)))}"
+    return f"{kept} To go on: {command('python', '-m', 'lmlab.resume', from_here(run.path))}"
 
 
 def train(cfg: DictConfig, state: Path | None = None) -> None:
@@ -286,7 +286,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         }
     )
     python = "python" if shutil.which("python") == sys.executable else from_here(Path(sys.executable))
-    print("Next:", shlex.join([str(python), "-m", "lmlab.predict", str(place), text]))
+    print("Next:", command(python, "-m", "lmlab.predict", place, text))
 
 
 def title(figure: str) -> str:

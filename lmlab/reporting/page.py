@@ -2,7 +2,6 @@
 
 import math
 import os
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
 from lmlab.runs.files import read_json, write_beside, write_json, write_text
 from lmlab.runs.tables import as_csv, as_latex
+from lmlab.shell import command
 
 POINTS = 40_000
 """Of curves, in the page: more than that no screen shows, and no phone draws."""
@@ -196,10 +196,10 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     began = [when(manifest["started"]) for manifest in sorted(manifests, key=lambda manifest: manifest["started"])]
     lines: list[tuple[str, list[str]]] = [
         ("written", [f"{when()} on {here['machine']['host']}, lmlab {here['lmlab']}"]),
-        ("by", [shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])]),
+        ("by", [command(Path(sys.executable).name, *sys.orig_argv[1:])]),
         ("runs began", list(dict.fromkeys([began[0], began[-1]])) if began else []),
         ("sweeps", counted(str(run.sweep) for run in runs if run.sweep)),
-        ("commands", counted(shlex.join(manifest["command"]) for manifest in manifests)),
+        ("commands", counted(command(*manifest["command"]) for manifest in manifests)),
         ("code", counted(f"lmlab {m['lmlab']}, {commit(m['git'])}, Python {m['python']}" for m in manifests)),
         ("versions", counted(versions(manifest["packages"]) for manifest in manifests)),
         ("went on", counted(went_on(attempt) for m in manifests for attempt in m.get("went_on", ()))),

@@ -59,8 +59,10 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
     beside.mkdir(parents=True)
     try:
         write(beside)
+        readable = beside.stat().st_mode & 0o666  # as the umask has it; safetensors leaves its files to their owner
         for file in beside.rglob("*"):
             if file.is_file():
+                file.chmod(readable)
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         old = place.with_name(f".{place.name}.old")

@@ -19,9 +19,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
+from lmlab import shell
 from lmlab.errors import UserError, cause_of
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
@@ -161,7 +161,7 @@ def failure(
         what = f" ({report['text'].splitlines()[-1]})"
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}{what}"
     log = f" Its log: {run.rank_log(first)}" if first else ""
-    hint = f"\nThe run can go on from its last state: python -m lmlab.resume {quote(str(run.path))}"
+    hint = f"\nThe run can go on from its last state: {shell.command('python', '-m', 'lmlab.resume', run.path)}"
     others = ", and the other ranks were stopped" if len(ranks) > 1 else ""
     why = " The system does that when memory runs out." if code == -signal.SIGKILL else ""
     who = f"rank {first}" if len(ranks) > 1 else "its process"
