@@ -138,6 +138,17 @@ def shown_plainly(debug: bool = False) -> Iterator[None]:
         sys.exit(1)
 
 
+def check_place(what: str, key: str) -> None:
+    """Refuse a directory that is not there, as far as a name can be no other thing.
+
+    Args:
+        what, key: as of `from_hub`.
+    """
+    name = what.split('"')[1]
+    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise UserError(f"could not load {what}: no such directory. Give one that is there as {key}.")
+
+
 @contextmanager
 def from_hub(what: str, key: str) -> Iterator[None]:
     """Turn a failed load into a `UserError`: what was asked for, and how to go on without the network.
@@ -146,6 +157,7 @@ def from_hub(what: str, key: str) -> Iterator[None]:
         what: the thing asked for, its name in quotes, such as `model "gpt2"`.
         key: the config key that can name a local copy instead.
     """
+    check_place(what, key)
     # Here, so that `--help` need not wait for them. The HTTP library's errors are no OSError.
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
@@ -172,8 +184,6 @@ def from_hub(what: str, key: str) -> Iterator[None]:
             hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
             why = shorten(str(error), 300, placeholder=" …")
             raise UserError(f"could not load {what} from that place: {why}\n{hint}") from error
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise UserError(f"could not load {what}: no such directory. Give one that is there as {key}.") from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(
             f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"

@@ -12,9 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, check, compose, resuming
-from lmlab.errors import UserError
+from lmlab.errors import UserError, cause_of
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import from_here, write_json, write_text
+from lmlab.runs.files import from_here, take_back, write_json, write_text
 from lmlab.training import launch
 
 
@@ -49,16 +49,22 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> float:
     """An evaluation of this config, in its directory."""
     if cfg.check and launch.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
+    check.check_choices(compose.freeze(cfg.copy(), whole=False))  # before the model is looked at, which takes longer
     cfg = compose.freeze(compose.completed(cfg, overrides))
     resuming.settle_width(cfg)
     check.check_evaluation(cfg)
     run = RunDirectory(cfg.run_dir)
-    with run.lock():
-        return evaluate_here(cfg, run, overrides)
+    with run.lock() as before:
+        try:
+            return evaluate_here(cfg, run, overrides)
+        except BaseException as error:
+            if cause_of(error) not in ("crashed", "killed"):  # then its ranks have left logs
+                take_back(run.path, before)
+            raise
 
 
 def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
-    """Measure, and certify; nothing stays of an evaluation that failed."""
+    """Measure, and certify; a figure whose check failed is none."""
     run.start({"masks": cfg.seed})
     try:
         write_text(run.config, OmegaConf.to_yaml(cfg))
@@ -69,7 +75,7 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
         if cfg.check:
             prove(cfg)
     except BaseException:
-        for file in (run.certificate, run.records):  # a figure whose check failed is none
+        for file in (run.certificate, run.records):
             file.unlink(missing_ok=True)
         run.give_up()
         raise

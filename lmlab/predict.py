@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.errors import Arguments, UserError, check_place, shown_plainly
 from lmlab.runs.directory import RunDirectory
 
 
@@ -56,14 +56,18 @@ def predict(arguments: argparse.Namespace) -> None:
     texts = texts_of(arguments)
     options = options_of(arguments)
     candidates = 5 if arguments.top_k is None else arguments.top_k
+    exported = RunDirectory(arguments.model).model
+    name = str(exported) if exported.is_dir() else arguments.model
+    check_place(f'model "{name}"', "the first argument")
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
 
     from transformers.utils import logging
 
     from lmlab.models import inference
 
     logging.disable_progress_bar()
-    exported = RunDirectory(arguments.model).model
-    model, tokenizer = inference.load(str(exported) if exported.is_dir() else arguments.model, arguments.revision)
+    model, tokenizer = inference.load(name, arguments.revision)
     for text in texts:
         if inference.fills_masks(model):
             if candidates < 1:

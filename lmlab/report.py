@@ -36,12 +36,14 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the report, and print the best runs and where it is."""
-    from lmlab.reporting import page
     from lmlab.reporting.gather import gather
     from lmlab.runs.files import from_here
     from lmlab.runs.summary import show_rows
 
     groups, unread = gather(arguments.places)
+
+    from lmlab.reporting import page
+
     sections = page.sections_of(groups)
     place = arguments.out or Path("reports") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lmlab.config import build, resuming
+from lmlab.config import build, check, resuming
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
@@ -67,6 +67,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
     if RunDirectory(place).begun():
         raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
     cfg = resuming.continued(kept, place, overrides)
+    check.check_run(cfg)
     then = run.identity()
     data = build.prepare_data(cfg)
     prepared = {"data_fingerprint": data.data_fingerprint, "tokenizer_hash": data.tokenizer_hash}

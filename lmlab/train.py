@@ -15,17 +15,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, check, compose, resuming
-from lmlab.errors import UserError, first_line
+from lmlab.config import build, check, compose, resuming, sweeping
+from lmlab.errors import UserError, cause_of, first_line
 from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.files import from_here, write_beside, write_json, write_text
+from lmlab.runs.files import from_here, take_back, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
 from lmlab.runs.stopping import SIGNALS, Stopped
 from lmlab.shell import command
 from lmlab.training import launch
 
-SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
 LOG = logging.getLogger("lmlab.train")
 
 
@@ -48,12 +47,10 @@ def start(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     with launch.leading():
         swept = hydra.mode is RunMode.MULTIRUN
-        here = swept and not hydra.launcher._target_.startswith(SUBMITIT)
-        if launch.rank() is not None and here:
-            raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
+        here = swept and not hydra.launcher._target_.startswith(sweeping.SUBMITIT)
         if swept:
             name_in_sweep(cfg, RunDirectory(cfg.run_dir))
-        return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task), apart=here)
+        return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task), swept, apart=here)
 
 
 def name_in_sweep(cfg: DictConfig, run: RunDirectory) -> None:
@@ -66,13 +63,16 @@ def name_in_sweep(cfg: DictConfig, run: RunDirectory) -> None:
         block.name = " ".join(point.overrides)
 
 
-def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **facts: Any) -> float:
+def run_or_go_on(
+    cfg: DictConfig, overrides: list[str], swept: bool = False, apart: bool = False, **facts: Any
+) -> float:
     """A run of this config in its directory: a new one, with `facts` in its manifest, or the one that is there.
 
-    `apart` from this process, no other run of a sweep bears its memory, or its end.
+    One that does not begin leaves nothing there, unless it is `swept`: then its sweep is told why. `apart` from this
+    process, no other run of a sweep bears its memory, or its end.
     """
     run = RunDirectory(cfg.run_dir)
-    with run.lock(), SIGNALS.heeded():
+    with run.lock() as before, SIGNALS.heeded():
         kept = config_of(run) if run.begun() else None
         try:
             resuming.settle_width(cfg, kept)
@@ -94,7 +94,10 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
                     raise
         except (Exception, Stopped) as error:
             refused = isinstance(error, UserError) and error.cause in ("error", "bad config")
-            if not (kept is not None and refused):  # then the run is what it was
+            crashed = cause_of(error) in ("crashed", "killed")  # its ranks have left logs
+            if not (swept or crashed or run.begun()):
+                take_back(run.path, before)
+            elif not (kept is not None and refused):  # then the run is what it was
                 states.keep_failure(run, error)
             raise
     return run.result()["val/loss"]
@@ -108,7 +111,9 @@ def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[
         run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed}, **facts)
         run.failure.unlink(missing_ok=True)
         on_all_ranks(cfg, run, None, apart)
-    except BaseException:
+    except BaseException as error:
+        if cause_of(error) == "bad config":  # seen by what trains, before it does
+            run.ledger.unlink(missing_ok=True)
         run.give_up()
         raise
 

@@ -4,13 +4,14 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from lmlab.config import signatures
 from lmlab.config.compose import CONF
 from lmlab.errors import UserError, first_line, nearest
 from lmlab.training import launch
@@ -42,23 +43,27 @@ SCORES = ("labels", "pseudo")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 
 
-def target(block: DictConfig, key: str) -> Callable[..., Any]:
-    """What a block's `_target_` names."""
+def target(block: DictConfig, key: str, get: Callable[[str], Any] = hydra.utils.get_object) -> Any:
+    """What a block's `_target_` names, or what another function says of that name."""
     name = block.get("_target_") if isinstance(block, DictConfig) else None
     if name is None:
         raise UserError(f"{key} has no _target_: it is a new block, or its name is misspelt.")
     try:
-        return hydra.utils.get_object(name)
+        return get(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{key}._target_={name} can't be imported: {first_line(error)}") from error
 
 
-def arguments(function: Callable[..., Any], block: DictConfig, key: str, **given: Any) -> dict[str, Any]:
-    """A block's values as arguments of a function, unknown keys refused.
+def takes(block: DictConfig, key: str) -> Mapping[str, inspect.Parameter]:
+    """What a block's target takes; where it can be, without importing it."""
+    return target(block, key, signatures.parameters)
 
-    `given` are those that lmlab supplies: passed on where the function takes them.
+
+def arguments(parameters: Mapping[str, inspect.Parameter], block: DictConfig, key: str, **given: Any) -> dict[str, Any]:
+    """A block's values as arguments of what has these parameters, unknown keys refused.
+
+    `given` are those that lmlab supplies: passed on where there is a parameter for them.
     """
-    parameters = inspect.signature(function).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     values: dict[str, Any] = OmegaConf.to_container(block)  # type: ignore[assignment]
     values.pop("_target_", None)
@@ -88,7 +93,7 @@ def fits(value: Any, annotation: Any) -> bool:
 def build(block: DictConfig, key: str, **given: Any) -> Any:
     """Call a block's target with its values."""
     function = target(block, key)
-    return function(**arguments(function, block, key, **given))
+    return function(**arguments(takes(block, key), block, key, **given))
 
 
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
@@ -102,8 +107,8 @@ def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
                 yield f"{group}.{name}", block
 
 
-def check_run(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong in the config of a run."""
+def check_run(cfg: DictConfig, here: bool = True) -> None:
+    """Refuse what can be seen to be wrong in the config of a run; of devices only if it is to run `here`."""
     check_keys(cfg, "train")
     check_numbers(cfg)
     for key in ("accumulate_grad_batches", "log_every_n_steps"):
@@ -121,15 +126,19 @@ def check_run(cfg: DictConfig) -> None:
     clip = cfg.trainer.get("gradient_clip_val")
     if clip is not None and clip < 0:
         raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
-    check_devices(cfg.trainer)
+    check_precision(cfg.trainer)
+    if here:
+        check_devices(cfg.trainer)
 
     from lmlab.data.sampler import share_of
 
     share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
 
 
-def check_evaluation(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong in the config of an evaluation."""
+def check_choices(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong in the config of an evaluation, whatever is evaluated."""
+    from lmlab.evaluation.windows import Context
+
     check_keys(cfg, "evaluate")
     check_numbers(cfg)
     if cfg.score not in SCORES:
@@ -141,21 +150,25 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise UserError(f"sample is a share of the tokens between 0 and 1, or null for all, not {cfg.sample}.")
     if cfg.score != "pseudo" and (cfg.within_word or cfg.sample is not None):
         raise UserError("within_word and sample are for score=pseudo.")
-    if cfg.score == "pseudo" and target(cfg.objective, "objective").causal:  # type: ignore[attr-defined]
-        raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
     if cfg.stride is not None and (type(cfg.stride) is not int or cfg.stride < 1):
         raise UserError(f"stride is a number of tokens, 1 or more, or null for half a block, not {cfg.stride}.")
-    if "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters:
+    if "texts" in takes(cfg.tokenizer, "tokenizer"):
         raise UserError(
             "a trained model has a tokenizer, and this one would have to learn it from text:\n"
             "leave tokenizer=… out, or name another by tokenizer.name=ID_OR_DIRECTORY."
         )
+    check_precision(cfg.trainer)
+    if cfg.context is not None:
+        # A block size that is left open is for the model to say; any stride may fit it.
+        Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
+
+
+def check_evaluation(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong in the whole config of an evaluation."""
+    check_choices(cfg)
     check_devices(cfg.trainer)
-
-    from lmlab.evaluation.windows import Context
-
-    # A block size that is left open is for the model to say; any stride may fit it.
-    Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
+    if cfg.score == "pseudo" and target(cfg.objective, "objective").causal:
+        raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -178,32 +191,38 @@ def check_keys(cfg: DictConfig, name: str) -> None:
         if key not in known:
             raise UserError(f'there is no key "{key}".{nearest(key, known)} Keys: {", ".join(sorted(known))}.')
     for key, block in blocks(cfg):
-        arguments(target(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
+        arguments(takes(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
     preprocessing(cfg)
 
 
-def check_devices(trainer: DictConfig) -> None:
-    """Refuse devices that are not there and precisions they do not have."""
-    import torch
-
-    precision, devices = str(trainer.precision), trainer.devices
+def check_precision(trainer: DictConfig) -> None:
+    """Refuse a precision that is none."""
+    precision = str(trainer.precision)
     if precision not in PRECISIONS:
         raise UserError(
             f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'
         )
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that are not there and precisions they do not have."""
+    devices = trainer.devices
     nodes = world(trainer) // devices
     if nodes > 1 and launch.rank() is None:
         raise UserError(
             f"trainer.num_nodes={nodes}: on several nodes the ranks are started by SLURM or torchrun.\n"
             "Use -m hydra/launcher=slurm, or sbatch sweeps/train.sbatch, or torchrun on each node."
         )
-    gpus, on_gpu = torch.cuda.device_count(), uses_gpu(trainer)
-    if on_gpu and devices > gpus:
-        raise UserError(
-            f"trainer.devices={devices} GPUs asked for, and this machine has {gpus}.\n"
-            f"Use trainer=cpu, or trainer.devices={max(gpus, 1)} or less."
-        )
-    if not on_gpu and precision == "16-mixed":
+    if uses_gpu(trainer):
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if devices > gpus:
+            raise UserError(
+                f"trainer.devices={devices} GPUs asked for, and this machine has {gpus}.\n"
+                f"Use trainer=cpu, or trainer.devices={max(gpus, 1)} or less."
+            )
+    elif trainer.precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
 
 
@@ -218,9 +237,11 @@ def world(trainer: DictConfig) -> int:
 
 def uses_gpu(trainer: DictConfig) -> bool:
     """Whether a trainer runs on GPUs of this machine."""
+    if trainer.accelerator != "auto":
+        return trainer.accelerator in ("gpu", "cuda")
     import torch
 
-    return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.device_count() > 0)
+    return torch.cuda.device_count() > 0
 
 
 def other_width(cfg: DictConfig) -> dict[str, Any]:
@@ -258,9 +279,9 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
 
 def preprocessing(cfg: DictConfig) -> Any:
     """The choices of a config that turn records into blocks."""
-    from lmlab.data.preprocess import Preprocessing
+    from lmlab.data.choices import Preprocessing
 
     block = cfg.preprocess
     if block.block_size is None:  # in an evaluation; build_model then asks the model
         block = OmegaConf.merge(block, {"block_size": Preprocessing.block_size})
-    return Preprocessing(**arguments(Preprocessing, block, "preprocess"))
+    return Preprocessing(**arguments(inspect.signature(Preprocessing).parameters, block, "preprocess"))

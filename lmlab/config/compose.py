@@ -8,6 +8,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.errors import UserError, first_line, nearest, plainly, shown_plainly
+from lmlab.errors import UserError, check_place, first_line, nearest, plainly, shown_plainly
+from lmlab.runs.files import empty_folders_removed
 from lmlab.runs.stopping import SIGNALS
 
 PACKAGE = Path(__file__).parent.parent
@@ -30,6 +33,15 @@ INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 # What a launcher asks a cluster for, per node.
 OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
+
+
+class RunFolder(Callback):
+    """Sees to it that what Hydra makes for a run does not outlive it empty: no folder stays of a typo."""
+
+    made = ExitStack()
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.made.enter_context(empty_folders_removed(Path(config.hydra.run.dir)))
 
 
 def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
@@ -67,7 +79,7 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             # An exception, unlike an exit, lets the other jobs of the sweep go on.
             raise UserError("a job of the sweep failed; its error is above. The other jobs were run.") from error
 
-    with shown_plainly(debug), SIGNALS.heeded():
+    with shown_plainly(debug), SIGNALS.heeded(), RunFolder.made:
         read_command()
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
@@ -155,10 +167,13 @@ def dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from dotted(value, f"{prefix}{key}.")
 
 
-def freeze(cfg: DictConfig) -> DictConfig:
-    """The config with every interpolation resolved: what the run directory keeps and ranks read."""
+def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
+    """The config with every interpolation resolved: what the run directory keeps and ranks read.
+
+    Unless it is the `whole` one, values may still be missing.
+    """
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
+        missing = sorted(OmegaConf.missing_keys(cfg)) if whole else []
         if missing:
             raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
         OmegaConf.resolve(cfg)
@@ -190,8 +205,8 @@ def completed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         cfg.model.name = str(run.model)
     elif cfg.model.name.endswith(".ckpt"):
         raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
-    elif cfg.model.name.startswith(("/", ".")) and not run.path.is_dir():
-        raise UserError(f"{cfg.model.name}: no such directory. Name a run, or an exported model, that is there.")
+    else:
+        check_place(f'model "{cfg.model.name}"', "model")
     if "data" not in cfg:
         if trained is None:
             raise UserError(

@@ -11,6 +11,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lmlab.errors import UserError
 
+# Hydra's launchers that bring jobs to a cluster, and that to SLURM.
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
+SLURM = f"{SUBMITIT}.submitit_launcher.SlurmLauncher"
+
 
 def overrides(
     params: Mapping[Any, Any], words: Sequence[str], loader: ConfigLoader

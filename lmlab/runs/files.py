@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,32 @@ def held(place: Path) -> bool:
     asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
     with place.open("rb") as file:
         return struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+
+
+def content(folder: Path) -> set[Path]:
+    """What lies in a folder; nothing where there is none."""
+    return {*folder.iterdir()} if folder.is_dir() else set()
+
+
+def take_back(folder: Path, before: Collection[Path]) -> None:
+    """Remove what has come to lie in a folder since `before` was its content."""
+    for path in content(folder).difference(before):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def empty_folders_removed(folder: Path) -> Iterator[None]:
+    """Remove a folder, and those above it, if they are made inside and hold nothing at the end."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        yield
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def from_here(path: Path) -> Path:
