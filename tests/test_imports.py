@@ -93,6 +93,7 @@ REFUSED = [
     ("train", "preprocess.block_size=1", "must be at least 2"),
     ("train", "preprocess.test_size=2", "is a share"),
     ("train", "trainer.precision=bf16-mixd", 'Did you mean "bf16-mixed"?'),
+    ("train", "trainer.accelerator=gpuu", 'Did you mean "gpu"?'),
     ("train", "trainer.accumulate_grad_batches=3", "does not divide"),
     ("train", "data=files", "data.train has to be given"),
     ("train", "-m seed=1,x", "the point seed=x is refused"),

@@ -41,6 +41,7 @@ SUPPLIED = {
 }
 SCORES = ("labels", "pseudo")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 
 
 def target(block: DictConfig, key: str, get: Callable[[str], Any] = hydra.utils.get_object) -> Any:
@@ -126,7 +127,7 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     clip = cfg.trainer.get("gradient_clip_val")
     if clip is not None and clip < 0:
         raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
-    check_precision(cfg.trainer)
+    check_names(cfg.trainer)
     if here:
         check_devices(cfg.trainer)
 
@@ -157,7 +158,7 @@ def check_choices(cfg: DictConfig) -> None:
             "a trained model has a tokenizer, and this one would have to learn it from text:\n"
             "leave tokenizer=… out, or name another by tokenizer.name=ID_OR_DIRECTORY."
         )
-    check_precision(cfg.trainer)
+    check_names(cfg.trainer)
     if cfg.context is not None:
         # A block size that is left open is for the model to say; any stride may fit it.
         Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
@@ -195,13 +196,12 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     preprocessing(cfg)
 
 
-def check_precision(trainer: DictConfig) -> None:
-    """Refuse a precision that is none."""
-    precision = str(trainer.precision)
-    if precision not in PRECISIONS:
-        raise UserError(
-            f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'
-        )
+def check_names(trainer: DictConfig) -> None:
+    """Refuse names that are none."""
+    for key, known in (("precision", PRECISIONS), ("accelerator", ACCELERATORS)):
+        name = str(trainer[key])
+        if name not in known:
+            raise UserError(f'trainer.{key} is one of {", ".join(known)}, not "{name}".{nearest(name, known)}')
 
 
 def check_devices(trainer: DictConfig) -> None:
