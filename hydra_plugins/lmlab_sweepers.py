@@ -19,11 +19,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.errors import UserError
+from lmlab.errors import Stopped, UserError
 from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import content, empty_folders_removed, from_here, held, kept_locked, take_back
-from lmlab.runs.stopping import Stopped
 from lmlab.runs.sweep import Point
 from lmlab.shell import command
 from lmlab.sweep import conclude
@@ -131,7 +130,8 @@ class Grid(Sweeper):
         try:
             with every_job_heard(self.launcher):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
-        except Stopped:
+        except Stopped as stop:
+            stop.kept = None
             again = command("python", "-m", "lmlab.sweep", "resume", from_here(self.folder))
             print(f"The sweep was stopped; jobs of a cluster go on. To go on: {again}")
             raise

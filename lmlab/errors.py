@@ -1,10 +1,11 @@
-"""Errors a person can cause, and how they are shown: one to three lines, exit code 1."""
+"""Errors a person can cause, and how they are shown: one to three lines, exit code 1. Stops are shown in one."""
 
 import argparse
 import errno
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import NoReturn
+
+from lmlab.early import NOTHING
 
 # What the file system says when the fault lies with the place written to.
 UNWRITABLE = {
@@ -32,6 +35,22 @@ class UserError(Exception):
     def __init__(self, message: str, cause: str = "error"):
         super().__init__(message)
         self.cause = cause
+
+
+class Stopped(SystemExit):
+    """Ends the process for a signal, with exit code 128 + its number.
+
+    No Exception: submitit would take one for the job's result, and a sweep go on with its next job.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+        self.kept: str | None = NOTHING
+        """What to say of what was stopped; None where it is said."""
+
+    def __str__(self) -> str:
+        return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -119,6 +138,16 @@ class Arguments(argparse.ArgumentParser):
 
 
 @contextmanager
+def stopped_with(kept: str | None) -> Iterator[None]:
+    """Say this of what was begun inside, if it is stopped by a signal."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.kept = kept
+        raise
+
+
+@contextmanager
 def shown_plainly(debug: bool = False) -> Iterator[None]:
     """Print an error a person can mend without a traceback, and exit 1.
 
@@ -127,6 +156,11 @@ def shown_plainly(debug: bool = False) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+    except Stopped as stop:
+        if stop.kept is not None:
+            print(stop, file=sys.stderr)
+            stop.kept = None
+        raise
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

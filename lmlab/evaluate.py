@@ -12,10 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, check, compose, resuming
-from lmlab.errors import UserError, cause_of
+from lmlab.errors import UserError, cause_of, stopped_with
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, take_back, write_json, write_text
 from lmlab.training import launch
+
+UNKEPT = "Nothing of the evaluation is kept."
 
 
 def main() -> None:
@@ -88,7 +90,8 @@ def measure_on_all(cfg: DictConfig) -> None:
     if check.world(cfg.trainer) == 1:
         measure(cfg)
     elif launch.rank() is None:
-        launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)])
+        with stopped_with(UNKEPT):
+            launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)])
     else:
         launch.tell([str(run.path)])
         measure(cfg)
@@ -120,7 +123,8 @@ def measure(cfg: DictConfig) -> None:
     held_out = build.build_held_out(cfg, data, objective)
     scorer = Scorer(model, len(data.validation), rows_at_once(model, None, check.uses_gpu(cfg.trainer)))
     trainer = build.build_evaluation_trainer(cfg)
-    trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
+    with stopped_with(UNKEPT):
+        trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
     if not np.isfinite(scorer.result[0]).all():
         raise UserError(
             "the model gives targets no finite nll: its weights have diverged, "

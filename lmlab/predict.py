@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmlab.errors import Arguments, UserError, check_place, shown_plainly
+from lmlab.errors import Arguments, UserError, check_place, shown_plainly, stopped_with
 from lmlab.runs.directory import RunDirectory
+from lmlab.runs.stopping import SIGNALS
 
 
 def seed(text: str) -> int:
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         predict(parser().parse_intermixed_args())  # options may stand between model and texts
 
 
@@ -68,16 +69,17 @@ def predict(arguments: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     model, tokenizer = inference.load(name, arguments.revision)
-    for text in texts:
-        if inference.fills_masks(model):
-            if candidates < 1:
-                raise UserError(f"--top-k {candidates}: a mask needs 1 candidate or more.")
-            filled = inference.fill_mask(model, tokenizer, text, candidates)
-            show_filled(text, filled, arguments.json)
-        else:
-            for said in inference.generate(model, tokenizer, text, arguments.seed, **options):
-                row = {"text": text, "generated_text": said}
-                print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
+    with stopped_with(""):
+        for text in texts:
+            if inference.fills_masks(model):
+                if candidates < 1:
+                    raise UserError(f"--top-k {candidates}: a mask needs 1 candidate or more.")
+                filled = inference.fill_mask(model, tokenizer, text, candidates)
+                show_filled(text, filled, arguments.json)
+            else:
+                for said in inference.generate(model, tokenizer, text, arguments.seed, **options):
+                    row = {"text": text, "generated_text": said}
+                    print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:

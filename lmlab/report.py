@@ -7,7 +7,8 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.errors import Arguments, UserError, shown_plainly, stopped_with
+from lmlab.runs.stopping import SIGNALS
 
 EXAMPLES = """\
   python -m lmlab.report multirun/2026-01-31/12-00-00       a sweep, also one that is going on
@@ -30,14 +31,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         report(parser().parse_args())
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the report, and print the best runs and where it is."""
     from lmlab.reporting.gather import gather
-    from lmlab.runs.files import from_here
+    from lmlab.runs.files import empty_folders_removed, from_here
     from lmlab.runs.summary import show_rows
 
     groups, unread = gather(arguments.places)
@@ -47,7 +48,8 @@ def report(arguments: argparse.Namespace) -> None:
     sections = page.sections_of(groups)
     place = arguments.out or Path("reports") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     try:
-        page.write(sections, unread, place)
+        with empty_folders_removed(place), stopped_with("Nothing of the report is kept."):
+            page.write(sections, unread, place)
     except OSError as error:
         raise UserError(f"{place} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
     rows = []

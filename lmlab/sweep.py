@@ -12,6 +12,7 @@ from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs import states, sweep
 from lmlab.runs.files import from_here
 from lmlab.runs.states import State
+from lmlab.runs.stopping import SIGNALS
 from lmlab.shell import command
 
 EXAMPLES = """\
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         given = parser().parse_intermixed_args()
         folder = given.folder.resolve()
         points = sweep.points(folder)
@@ -46,8 +47,8 @@ def main() -> None:
             if given.overrides:
                 raise UserError(f"{given.overrides[0]}: status takes a directory alone.")
             show(points)
-            return
-    resume(folder, given.overrides)
+        else:
+            resume(folder, given.overrides)
 
 
 def resume(folder: Path, overrides: list[str]) -> None:

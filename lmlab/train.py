@@ -16,12 +16,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, check, compose, resuming, sweeping
-from lmlab.errors import UserError, cause_of, first_line
+from lmlab.errors import Stopped, UserError, cause_of, first_line
 from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, take_back, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
-from lmlab.runs.stopping import SIGNALS, Stopped
+from lmlab.runs.stopping import SIGNALS
 from lmlab.shell import command
 from lmlab.training import launch
 
@@ -90,7 +90,10 @@ def run_or_go_on(
                     else:
                         go_on(cfg, run, kept, apart)
                 except Stopped as stop:
-                    LOG.warning("Stopped by %s. %s", stop.signal.name, what_is_kept(run))
+                    if run.begun():
+                        stop.kept = what_is_kept(run)
+                        LOG.warning("%s", stop)
+                        stop.kept = None
                     raise
         except (Exception, Stopped) as error:
             refused = isinstance(error, UserError) and error.cause in ("error", "bad config")
@@ -201,8 +204,6 @@ def finished(run: RunDirectory) -> str:
 
 def what_is_kept(run: RunDirectory) -> str:
     """What to say of a run that was stopped."""
-    if not run.begun():
-        return "It had not begun."
     if run.finished():
         return finished(run)
     states = run.states()

@@ -127,4 +127,17 @@ def ignored(name: str) -> None:
     signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
-FAULTS = {"die": die, "full": full, "slow": slow, "ignored": ignored}
+def interrupted(name: str) -> None:
+    """Press Ctrl-C where a function is called."""
+
+    def wrap(function: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return function(*args, **kwargs)
+
+        return called
+
+    patch(name, wrap)
+
+
+FAULTS = {"die": die, "full": full, "slow": slow, "ignored": ignored, "interrupted": interrupted}

@@ -10,7 +10,16 @@ import pytest
 import lmlab
 
 ROOT = Path(lmlab.__file__).parent
-FLOORS = {"errors": 0, "shell": 0, "objectives": 1, "models": 1, "config": 3, "previewing": 3, "reporting": 3}
+FLOORS = {
+    "errors": 0,
+    "shell": 0,
+    "early": 0,
+    "objectives": 1,
+    "models": 1,
+    "config": 3,
+    "previewing": 3,
+    "reporting": 3,
+}
 FLOORS |= {"training": 2, "evaluation": 2, "data": 2, "runs": 2, "machine": 2}
 VERB = 4
 

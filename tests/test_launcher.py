@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from submitit.slurm.slurm import _make_sbatch_string
 
 from lmlab.config.compose import CONF
-from lmlab.runs.stopping import SIGNALS, Stopped
+from lmlab.errors import Stopped
+from lmlab.runs.stopping import SIGNALS
 from tests.conftest import TINY
 
 SBATCH = CONF.parent / "sweeps" / "train.sbatch"

@@ -15,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lmlab.config.compose import CONF, read_config
+from lmlab.errors import Stopped
 from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import launch
@@ -188,10 +189,10 @@ def test_states(tmp_path: Path, whole: Path) -> None:
     with killed.metrics.open("a") as file:
         file.write('{"step": 5, "ti')  # half of a row
     assert states.state_of(killed).step == 4
-    states.keep_failure(killed, launch.Stopped(signal.SIGINT))
+    states.keep_failure(killed, Stopped(signal.SIGINT))
     assert states.state_of(killed).name == "stopped"
     assert states.state_of(killed).cause == "SIGINT"
-    states.keep_failure(killed, launch.Stopped(signal.SIGUSR2))
+    states.keep_failure(killed, Stopped(signal.SIGUSR2))
     assert states.state_of(killed).cause == "timed out"
     states.keep_failure(killed, OSError(28, "No space left on device"))
     assert states.state_of(killed).cause == "disk full"

@@ -3,6 +3,7 @@
 Nothing heavy is imported here at the top: `--help` and `--cfg job` come through.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -62,6 +63,7 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     def plain_job(cfg: DictConfig) -> Any:
         nonlocal begun
         begun = True
+        logging.getLogger().setLevel(logging.WARNING)  # Hydra shows its own news; those of libraries are for nobody
         try:
             return job(cfg)
         except Exception as error:

@@ -28,6 +28,7 @@ from lmlab.reporting.section import SO_FAR, Section
 from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
 from lmlab.runs.files import read_json, write_beside, write_json, write_text
+from lmlab.runs.stopping import signals_blocked
 from lmlab.runs.tables import as_csv, as_latex
 from lmlab.shell import command
 
@@ -64,13 +65,16 @@ def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> No
     names += [f"{name}.csv" for section in sections for name in section.tables]
     make_room(place, [*names, "runs.csv", "runs.tex", "report.html"])
     # Each process its own V8: drawing holds the interpreter.
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
-        bundle = pool.submit(vl_convert.javascript_bundle, SNIPPET)
+    pool = ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn"))
+    try:
+        with signals_blocked():  # processes are begun here: a Ctrl-C is for this one to heed
+            bundle = pool.submit(vl_convert.javascript_bundle, SNIPPET)
         data = {section.slug: plain(section.drawn) for section in sections}
         specs = [
             figure.spec | {"datasets": {figure.data: data[section.slug][figure.data]}} for section, figure in drawn
         ]
-        images = pool.map(svg_and_png, specs)
+        with signals_blocked():
+            images = pool.map(svg_and_png, specs)
         for section in sections:
             for name, rows in section.tables.items():
                 write_text(place / f"{name}.csv", as_csv(rows))
@@ -78,9 +82,14 @@ def write(sections: Sequence[Section], unread: Sequence[str], place: Path) -> No
         for (_, figure), (svg, png) in zip(drawn, images, strict=True):
             write_text(place / f"{figure.name}.svg", svg)
             write_beside(place / f"{figure.name}.png", partial(Path.write_bytes, data=png))
-    write_text(place / "runs.csv", as_csv(table(sections)))
-    write_text(place / "runs.tex", latex(sections))
-    write_text(place / "report.html", page)
+        pool.shutdown()
+        write_text(place / "runs.csv", as_csv(table(sections)))
+        write_text(place / "runs.tex", latex(sections))
+        write_text(place / "report.html", page)
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        clear(place)
+        raise
 
 
 def make_room(place: Path, files: Sequence[str]) -> None:
@@ -89,15 +98,19 @@ def make_room(place: Path, files: Sequence[str]) -> None:
     Raises:
         UserError: there is something else in it.
     """
-    listed = place / LISTED
     place.mkdir(parents=True, exist_ok=True)
-    if listed.is_file():
-        for name in read_json(listed).get("files", ()):
-            if Path(name).name == name and (place / name).is_file():
-                (place / name).unlink()
+    if (place / LISTED).is_file():
+        clear(place)
     elif any(place.iterdir()):
         raise UserError(f"{place} holds other things than a report.\nChoose another folder by --out DIR.")
-    write_json(listed, {"files": list(files)})
+    write_json(place / LISTED, {"files": list(files)})
+
+
+def clear(place: Path) -> None:
+    """Remove the files of a report from its folder."""
+    for name in (*read_json(place / LISTED).get("files", ()), LISTED):
+        if Path(name).name == name and (place / name).is_file():
+            (place / name).unlink()
 
 
 def table(sections: Sequence[Section]) -> list[dict[str, Any]]:

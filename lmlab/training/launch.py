@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from lmlab import shell
-from lmlab.errors import UserError, cause_of
+from lmlab.errors import Stopped, UserError, cause_of
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
+from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED
 
 GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
 PATIENCE = 300.0  # and after one has stopped for a signal
