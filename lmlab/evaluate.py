@@ -1,13 +1,15 @@
-"""`python -m lmlab.evaluate model=PLACE [overrides]`: measure a model, and certify the figures.
+"""`python -m lmlab.evaluate MODEL [overrides]`: measure a model, and certify the figures.
 
 Takes Hydra overrides; `--help` lists them.
 """
 
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,19 +23,42 @@ UNKEPT = "Nothing of the evaluation is kept."
 
 
 def main() -> None:
-    # To Hydra `model` is a group of conf/, so that its value could only be the name of a file there.
-    for place, word in reversed(list(enumerate(sys.argv))):
-        if word.startswith("model="):
-            name = word.removeprefix("model=")
-            if Path(name).exists():  # as typed, whatever signs of Hydra's own are in it
-                name = f'"{name.replace(chr(92), chr(92) * 2).replace(chr(34), chr(92) + chr(34))}"'
-            sys.argv[place : place + 1] = ["model=pretrained", f"model.name={name}"]
+    sys.argv[1:] = with_model(sys.argv[1:])
+    if "COMP_LINE" in os.environ:  # a shell asks how to complete a line: all of it but the last word is as typed
+        line, space, last = os.environ["COMP_LINE"].rpartition(" ")
+        os.environ["COMP_LINE"] = " ".join(["lmlab", *with_model(line.split()[1:])]) + space + last
     if launch.rank():
         from lmlab.worker import follow
 
         follow("evaluate")
     else:
         compose.run_verb(start, "evaluate")
+
+
+def with_model(words: list[str]) -> list[str]:
+    """A command's words as Hydra takes them: to it `model` is a group of conf/, and its value the name of a file there.
+
+    The model is the value of `model=`, or a first word that is no override.
+    """
+    first = next(iter(get_args_parser().parse_known_args(words)[0].overrides), "=")
+    if "=" in first or first.startswith(("+", "~")):
+        first = None
+    found = []
+    for word in words:
+        if word == first or word.startswith("model="):
+            place = word.removeprefix("model=")
+            # What is there is taken as typed, whatever signs of Hydra's own are in it; of several, each.
+            places = [place] if Path(place).exists() else place.split(",")
+            named = ",".join(quoted(place) if Path(place).exists() else place for place in places)
+            found += ["model=pretrained", f"model.name={named}"]
+        else:
+            found.append(word)
+    return found
+
+
+def quoted(text: str) -> str:
+    """A text in the grammar of overrides."""
+    return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
 
 
 def start(cfg: DictConfig) -> float | None:

@@ -30,7 +30,6 @@ from lmlab.runs.stopping import SIGNALS
 PACKAGE = Path(__file__).parent.parent
 # Beside the package in a checkout, inside it when installed.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
-INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 # What a launcher asks a cluster for, per node.
 OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
@@ -50,10 +49,11 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text(name))
         return
-    if sys.argv[1:2] in (["-sc"], ["--shell-completion"]) and sys.argv[2:] in INSTALL:
-        # Hydra's own scripts complete files and entry points, and no `python -m`; what they ask of it serves here too.
-        print((Path(__file__).parent / f"completion.{sys.argv[2].partition('=')[2]}").read_text(), end="")
-        return
+    if sys.argv[1:2] in (["-sc"], ["--shell-completion"]):
+        from lmlab.config import completing
+
+        if completing.answer(name):
+            return
     debug = "debug=true" in sys.argv
     # Hydra then raises instead of printing, and what it raises is explained here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
