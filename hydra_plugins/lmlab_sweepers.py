@@ -4,7 +4,6 @@ Hydra takes sweepers from this package alone, and imports it at each start: noth
 """
 
 import itertools
-import shlex
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,15 +18,15 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.errors import UserError
+from lmlab.errors import Stopped, UserError
 from lmlab.runs import states, sweep
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import from_here, held, kept_locked, locked
+from lmlab.runs.files import content, empty_folders_removed, from_here, held, kept_locked, locked, take_back
 from lmlab.runs.log import shown_without_secrets
 from lmlab.runs.secrets import MARK, bare, redacted, redacted_command
-from lmlab.runs.stopping import Stopped
 from lmlab.runs.sweep import Point
+from lmlab.shell import command
 from lmlab.sweep import conclude
 
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
@@ -63,7 +62,7 @@ class Grid(Sweeper):
         swept, shared = sweeping.overrides(self.params, arguments, self.hydra_context.config_loader)
         choices = [[f"{key}={value}" for value in sweeping.values(override)] for key, override in swept.items()]
         wanted = [list(point) for point in itertools.product(*choices)]
-        lengths = {length(self.composed([*shared, *point])) for point in wanted}
+        lengths = {length(cfg) for cfg in self.composed(shared, wanted)}
         with RunDirectory(self.folder).lock():
             sweep.begin(self.folder, **self.checked(shared))
             sweep.add(self.folder, wanted)
@@ -72,9 +71,32 @@ class Grid(Sweeper):
                 self.launch(left, [shared] * len(left))
         conclude(self.folder)
 
-    def composed(self, words: list[str]) -> DictConfig:
-        """What a job of those overrides would get."""
-        return self.hydra_context.config_loader.load_sweep_config(self.config, words)
+    def composed(self, shared: list[str], wanted: Sequence[list[str]]) -> Iterator[DictConfig]:
+        """The config that the job of each point would get. One that is there already is as it was begun.
+
+        Raises:
+            UserError: a point would be refused.
+        """
+        from lmlab.config import check, planning, sweeping
+        from lmlab.training import launch
+
+        launcher = self.config.hydra.launcher._target_
+        submitted = launcher.startswith(sweeping.SUBMITIT)
+        if launcher == sweeping.SLURM and not shutil.which("srun"):
+            raise UserError("there is no SLURM here, as there is no srun: give the command where jobs are submitted.")
+        if launch.rank() is not None and not submitted:
+            with launch.leading():
+                raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
+        begun = {sweep.identity(p.overrides) for p in sweep.points(self.folder) if p.run.begun()}
+        for point in wanted:
+            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, [*shared, *point])
+            if sweep.identity(point) not in begun:
+                planning.name_directory(cfg, swept=True)
+                try:
+                    check.check_run(planning.job(cfg), here=not submitted)
+                except UserError as error:
+                    raise UserError(f"the point {' '.join(point)} is refused: {error}") from error
+            yield cfg
 
     def checked(self, shared: list[str], fixed: tuple[str, ...] = (), **facts: Any) -> dict[str, Any]:
         """What to keep of a sweep.
@@ -111,9 +133,10 @@ class Grid(Sweeper):
         try:
             with every_job_heard(self.launcher), shown_without_secrets(type(self.launcher).__module__):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
-        except Stopped:
-            place = shlex.quote(str(from_here(self.folder)))
-            print(f"The sweep was stopped; jobs of a cluster go on. To go on: python -m lmlab.sweep resume {place}")
+        except Stopped as stop:
+            stop.kept = None
+            again = command("python", "-m", "lmlab.sweep", "resume", from_here(self.folder))
+            print(f"The sweep was stopped; jobs of a cluster go on. To go on: {again}")
             raise
         if not sweep.facts(self.folder):  # it is gone, and is not to be made again
             return
@@ -167,24 +190,24 @@ class Search(Grid):
         if not swept:
             raise UserError("nothing to search: add KEY='interval(1e-4,1e-2)', KEY='range(1,5)' or KEY=a,b.")
         space = {key: distribution(override) for key, override in swept.items()}
-        self.composed([*shared, *(f"{key}={text(first(space[key]))}" for key in space)])
+        list(self.composed(shared, [[f"{key}={text(first(space[key]))}" for key in space]]))
         study.check(self.sampler, self.pruner, self.direction, space)
         values = {key: distribution_to_json(found) for key, found in space.items()}
-        new = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(self.folder / ".study.lock"):
-                known = sweep.facts(self.folder).get("study")
-                self.name = known or f"lmlab-{uuid.uuid4().hex[:8]}"
-                facts = self.checked(shared, LENGTH, study=self.name, values=values, direction=self.direction)
-                self.storage = self.storage or f"sqlite:///{self.folder}/study.db"
-                self.study = study.opened(self.storage, self.name, self.direction)
-                self.check_study()
-                sweep.begin(self.folder, **facts)
-        except UserError:
-            if new:
-                shutil.rmtree(self.folder)
-            raise
+        before = content(self.folder)
+        with empty_folders_removed(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with locked(self.folder / ".study.lock"):
+                    known = sweep.facts(self.folder).get("study")
+                    self.name = known or f"lmlab-{uuid.uuid4().hex[:8]}"
+                    facts = self.checked(shared, LENGTH, study=self.name, values=values, direction=self.direction)
+                    self.storage = self.storage or f"sqlite:///{self.folder}/study.db"
+                    self.study = study.opened(self.storage, self.name, self.direction)
+                    self.check_study()
+                    sweep.begin(self.folder, **facts)
+            except UserError:
+                take_back(self.folder, before)
+                raise
         with kept_locked(self.folder / ".search" / uuid.uuid4().hex) as own:
             while numbers := self.next_trials(own, space):
                 points = [point for point in sweep.points(self.folder) if point.number in numbers]

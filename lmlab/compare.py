@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlab.errors import Arguments, shown_plainly
+from lmlab.runs.stopping import SIGNALS
 
 DIFFERENCE = ["difference", "95 % interval", "p"]  # columns
 
@@ -37,7 +38,7 @@ def count(text: str) -> int:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         compare(parser().parse_args())
 
 

@@ -8,7 +8,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lmlab.errors import Arguments, UserError, first_line, shown_plainly
+from lmlab.errors import Arguments, UserError, first_line, shown_plainly, stopped_with
+from lmlab.runs.stopping import SIGNALS
 
 TOKENS = "data/tokens_seen"
 COLUMNS = ("optim.lr", "optim.weight_decay", "batch_size", "preprocess.block_size", "seed")
@@ -50,7 +51,7 @@ def path(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         arguments = parser().parse_args()
         entity, project = arguments.project
         if not arguments.dry_run:
@@ -60,8 +61,9 @@ def main() -> None:
             for view in views:
                 print("\n".join(outline(view)))
             return
-        for view in views:
-            print(f"{type(view).__name__}: {saved(view)}")
+        with stopped_with(""):
+            for view in views:
+                print(f"{type(view).__name__}: {saved(view)}")
 
 
 def check_reachable() -> None:
@@ -76,8 +78,9 @@ def check_reachable() -> None:
 
 def saved(view: Any) -> str:
     """Make a workspace or report on the server; returns its address."""
-    import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+    import wandb
 
     wandb.setup(wandb.Settings(silent=True))
     try:

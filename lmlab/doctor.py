@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import lmlab
 from lmlab.config.compose import CONF
-from lmlab.errors import Arguments, UserError, first_line, shown_plainly
+from lmlab.errors import Arguments, UserError, first_line, shown_plainly, stopped_with
 from lmlab.machine import here, reachable, trials
 from lmlab.runs.stopping import SIGNALS
 
@@ -36,7 +36,10 @@ def main() -> None:
         parser.add_argument(
             "--cache-dir", type=Path, metavar="DIR", help="of prepared data (LMLAB_CACHE, or ~/.cache/lmlab)"
         )
-        sys.exit(examine(parser.parse_args()))
+        given = parser.parse_args()
+        with stopped_with("Nothing of what was tried out stays."):
+            failed = examine(given)
+        sys.exit(failed)
 
 
 def examine(given: argparse.Namespace) -> bool:

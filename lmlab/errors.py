@@ -1,4 +1,4 @@
-"""Errors a person can cause, and how they are shown: one to three lines, exit code 1."""
+"""Errors a person can cause, and how they are shown: one to three lines, exit code 1. Stops are shown in one."""
 
 import argparse
 import errno
@@ -6,6 +6,7 @@ import logging
 import os
 import pwd
 import re
+import signal
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import NoReturn
+
+from lmlab.early import NOTHING
 
 # What the file system says when the fault lies with the place written to.
 UNWRITABLE = {
@@ -34,6 +37,22 @@ class UserError(Exception):
     def __init__(self, message: str, cause: str = "error"):
         super().__init__(message)
         self.cause = cause
+
+
+class Stopped(SystemExit):
+    """Ends the process for a signal, with exit code 128 + its number.
+
+    No Exception: submitit would take one for the job's result, and a sweep go on with its next job.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+        self.kept: str | None = NOTHING
+        """What to say of what was stopped; None where it is said."""
+
+    def __str__(self) -> str:
+        return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -167,6 +186,16 @@ class Arguments(argparse.ArgumentParser):
 
 
 @contextmanager
+def stopped_with(kept: str | None) -> Iterator[None]:
+    """Say this of what was begun inside, if it is stopped by a signal."""
+    try:
+        yield
+    except Stopped as stop:
+        stop.kept = kept
+        raise
+
+
+@contextmanager
 def shown_plainly(debug: bool = False) -> Iterator[None]:
     """Print an error a person can mend without a traceback, and exit 1.
 
@@ -179,6 +208,11 @@ def shown_plainly(debug: bool = False) -> Iterator[None]:
             sys.stdout.flush()
             raise
         sys.stdout.flush()
+    except Stopped as stop:
+        if stop.kept is not None:
+            print(stop, file=sys.stderr)
+            stop.kept = None
+        raise
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -190,6 +224,17 @@ def shown_plainly(debug: bool = False) -> Iterator[None]:
         sys.exit(1)
 
 
+def check_place(what: str, key: str) -> None:
+    """Refuse a directory that is not there, as far as a name can be no other thing.
+
+    Args:
+        what, key: as of `from_hub`.
+    """
+    name = what.split('"')[1]
+    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise UserError(f"could not load {what}: no such directory. Give one that is there as {key}.")
+
+
 @contextmanager
 def from_hub(what: str, key: str) -> Iterator[None]:
     """Turn a failed load into a `UserError`: what was asked for, and how to go on without the network.
@@ -198,6 +243,7 @@ def from_hub(what: str, key: str) -> Iterator[None]:
         what: the thing asked for, its name in quotes, such as `model "gpt2"`.
         key: the config key that can name a local copy instead.
     """
+    check_place(what, key)
     # Here, so that `--help` need not wait for them. The HTTP library's errors are no OSError.
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
@@ -224,8 +270,6 @@ def from_hub(what: str, key: str) -> Iterator[None]:
             hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
             why = shorten(str(error), 300, placeholder=" …")
             raise UserError(f"could not load {what} from that place: {why}\n{hint}") from error
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise UserError(f"could not load {what}: no such directory. Give one that is there as {key}.") from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(
             f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"

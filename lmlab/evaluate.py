@@ -1,8 +1,9 @@
-"""`python -m lmlab.evaluate model=PLACE [overrides]`: measure a model, and certify the figures.
+"""`python -m lmlab.evaluate MODEL [overrides]`: measure a model, and certify the figures.
 
 Takes Hydra overrides; `--help` lists them.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -10,34 +11,57 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, check, compose, resuming, trust
-from lmlab.errors import UserError
+from lmlab.errors import UserError, cause_of, stopped_with
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import from_here, write_json, write_text
+from lmlab.runs.files import from_here, take_back, write_json, write_text
 from lmlab.training import launch
+
+UNKEPT = "Nothing of the evaluation is kept."
 
 
 def main() -> None:
     if not any(word.lstrip("+").startswith("data=") for word in sys.argv):
         # Of the run's own data then, which the composed config does not have.
         sys.argv[1:] = [f"++{word}" if word.startswith("data.") else word for word in sys.argv[1:]]
-    # To Hydra `model` is a group of conf/, so that its value could only be the name of a file there.
-    for place, word in reversed(list(enumerate(sys.argv))):
-        if word.startswith("model="):
-            name = word.removeprefix("model=")
-            if Path(name).exists():  # as typed, whatever signs of Hydra's own are in it
-                name = f'"{name.replace(chr(92), chr(92) * 2).replace(chr(34), chr(92) + chr(34))}"'
-            sys.argv[place : place + 1] = ["model=pretrained", f"model.name={name}"]
+    sys.argv[1:] = with_model(sys.argv[1:])
+    if "COMP_LINE" in os.environ:  # a shell asks how to complete a line: all of it but the last word is as typed
+        line, space, last = os.environ["COMP_LINE"].rpartition(" ")
+        os.environ["COMP_LINE"] = " ".join(["lmlab", *with_model(line.split()[1:])]) + space + last
     if launch.rank():
         from lmlab.worker import follow
 
         follow("evaluate")
     else:
         compose.run_verb(start, "evaluate")
+
+
+def with_model(words: list[str]) -> list[str]:
+    """A command's words as Hydra takes them: to it `model` is a group of conf/, and its value the name of a file there.
+
+    The model is the value of `model=`, or a first word that is no override.
+    """
+    first = next(iter(get_args_parser().parse_known_args(words)[0].overrides), "=")
+    if "=" in first or first.startswith(("+", "~")):
+        first = None
+    found = []
+    for word in words:
+        if word == first or word.startswith("model="):
+            place = word.removeprefix("model=")
+            # What is there is taken as typed, whatever signs of Hydra's own are in it; of several, each.
+            places = [place] if Path(place).exists() else place.split(",")
+            quoted = [QuotedString(place, Quote.double).with_quotes() for place in places]
+            named = ",".join(q if Path(place).exists() else place for q, place in zip(quoted, places, strict=True))
+            found += ["model=pretrained", f"model.name={named}"]
+        else:
+            found.append(word)
+    return found
 
 
 def start(cfg: DictConfig) -> float | None:
@@ -57,15 +81,25 @@ def evaluate(cfg: DictConfig, overrides: list[str], folder: Path | None = None) 
     """An evaluation of this config, composed with `folder` as --config-dir, in its directory."""
     if cfg.check and launch.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
+    chosen = compose.freeze(cfg.copy(), whole=False)
+    OmegaConf.set_struct(chosen, False)
+    if "_target_" not in (chosen.get("data") or {}):
+        chosen.pop("data", None)  # keys of the run's own data
+    check.check_choices(chosen)  # before the model is looked at, which takes longer
     # What the command names to be imported, it trusts.
     trusted = [*trust.packages(cfg.trust), *trust.named_by_command(overrides, folder)]
-    with of_finished_run(cfg, trusted):
-        cfg = compose.freeze(compose.completed(cfg, overrides, trusted))
-        resuming.settle_width(cfg)
-        check.check_evaluation(cfg)
-        run = RunDirectory(cfg.run_dir)
-        with run.lock():
-            return evaluate_here(cfg, run, overrides)
+    run = RunDirectory(cfg.run_dir)
+    with run.lock() as before:
+        try:
+            with of_finished_run(cfg, trusted):
+                cfg = compose.freeze(compose.completed(cfg, overrides, trusted))
+                resuming.settle_width(cfg)
+                check.check_evaluation(cfg)
+                return evaluate_here(cfg, run, overrides)
+        except BaseException as error:
+            if cause_of(error) not in ("crashed", "killed"):  # then its ranks have left logs
+                take_back(run.path, before)
+            raise
 
 
 @contextmanager
@@ -87,7 +121,7 @@ def of_finished_run(cfg: DictConfig, trusted: Sequence[str]) -> Iterator[None]:
 
 
 def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
-    """Measure, and certify; nothing stays of an evaluation that failed."""
+    """Measure, and certify; a figure whose check failed is none."""
     run.start({"masks": cfg.seed})
     try:
         compose.write_config(cfg, run.path)
@@ -99,7 +133,7 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
             if cfg.check:
                 prove(cfg)
     except BaseException:
-        for file in (run.certificate, run.records):  # a figure whose check failed is none
+        for file in (run.certificate, run.records):
             file.unlink(missing_ok=True)
         run.give_up()
         raise
@@ -112,7 +146,8 @@ def measure_on_all(cfg: DictConfig) -> None:
     if check.world(cfg.trainer) == 1:
         measure(cfg)
     elif launch.rank() is None:
-        launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)], compose.handed_over(cfg))
+        with stopped_with(UNKEPT):
+            launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)], compose.handed_over(cfg))
     else:
         launch.tell([str(run.path)], compose.handed_over(cfg))
         measure(cfg)
@@ -152,7 +187,8 @@ def measure(cfg: DictConfig) -> None:
     build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
     scorer = Scorer(model, len(data.validation.names), rows_at_once(model, None, check.uses_gpu(cfg.trainer)))
     trainer = build.build_evaluation_trainer(cfg)
-    trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
+    with stopped_with(UNKEPT):
+        trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
     if not np.isfinite(scorer.result[0]).all():
         raise UserError(
             "the model gives targets no finite nll: its weights have diverged, "

@@ -11,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.errors import Arguments, UserError, check_place, shown_plainly, stopped_with
 from lmlab.runs.directory import RunDirectory
+from lmlab.runs.stopping import SIGNALS
 
 
 def seed(text: str) -> int:
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         predict(parser().parse_intermixed_args())  # options may stand between model and texts
 
 
@@ -66,35 +67,40 @@ def predict(arguments: argparse.Namespace) -> None:
     options = options_of(arguments)
     check_options(options)
     candidates = 5 if arguments.top_k is None else arguments.top_k
+    run = RunDirectory(arguments.model)
+    name = str(run.model) if run.model.is_dir() else arguments.model
+    check_place(f'model "{name}"', "the first argument")
+    if not run.unfinished() and Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
 
     from transformers.utils import logging
 
     from lmlab.models import inference
 
     logging.disable_progress_bar()
-    model, tokenizer = loaded(arguments.model, arguments.revision, arguments.trust)
-    for text in texts:
-        if inference.fills_masks(model):
-            filled = inference.fill_mask(model, tokenizer, text, candidates)
-            show_filled(text, filled, arguments.json)
-        else:
-            for said in inference.generate(model, tokenizer, text, arguments.seed, **options):
-                row = {"text": text, "generated_text": said}
-                print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
+    model, tokenizer = loaded(run, name, arguments)
+    with stopped_with(""):
+        for text in texts:
+            if inference.fills_masks(model):
+                filled = inference.fill_mask(model, tokenizer, text, candidates)
+                show_filled(text, filled, arguments.json)
+            else:
+                for said in inference.generate(model, tokenizer, text, arguments.seed, **options):
+                    row = {"text": text, "generated_text": said}
+                    print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
 
 
-def loaded(name: str, revision: str | None, trusted: list[str]) -> tuple[Any, Any]:
-    """A model and its tokenizer: of a run, the exported one, or the best weights so far."""
+def loaded(run: RunDirectory, name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """A model of that name and its tokenizer; of a run that has not ended, its best weights so far."""
     from lmlab.models import inference
 
-    run = RunDirectory(name)
     if not run.unfinished():
-        return inference.load(str(run.model) if run.model.is_dir() else name, revision)
+        return inference.load(name, arguments.revision)
     from lmlab.config.snapshot import snapshot
 
     with TemporaryDirectory() as folder:
         path = Path(folder, "snapshot")
-        print(f"From {snapshot(run, path, trusted)}.", file=sys.stderr)
+        print(f"From {snapshot(run, path, arguments.trust)}.", file=sys.stderr)
         return inference.load(str(RunDirectory(path).model))
 
 

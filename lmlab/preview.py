@@ -11,12 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.config import check, compose, planning
+from lmlab.config import check, compose, planning, sweeping
 from lmlab.config.planning import Planned
 from lmlab.errors import UserError, shown_plainly
 from lmlab.runs.stopping import SIGNALS
-
-SLURM = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 
 def main() -> None:
@@ -42,17 +40,17 @@ def main() -> None:
 
 def preview(plan: Planned) -> None:
     """Show all there is to know before the run."""
+    cfg, launcher = plan.cfg, plan.launcher
+    submitted = launcher is None or launcher["_target_"] == sweeping.SLURM
+    check.check_run(cfg, here=not submitted)  # a node is another machine
+    here = of_this_machine(cfg) if submitted else cfg
+    check.check_devices(here.trainer)
+
     from lmlab.config import build
-    from lmlab.data.sampler import share_of
     from lmlab.previewing import batch, cost, showing
     from lmlab.previewing.measuring import measure
     from lmlab.runs.summary import console, show_ledger
 
-    cfg, launcher = plan.cfg, plan.launcher
-    submitted = launcher is None or launcher["_target_"] == SLURM
-    here = of_this_machine(cfg) if submitted else cfg  # a node is another machine
-    check.check_run(here)
-    share_of(cfg.batch_size, check.world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
     showing.show_config(plan)
 
     data = build.prepare_data(cfg)

@@ -7,7 +7,8 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from lmlab.errors import Arguments, shown_plainly
+from lmlab.errors import Arguments, shown_plainly, stopped_with
+from lmlab.runs.stopping import SIGNALS
 
 EXAMPLES = """\
   python -m lmlab.report multirun/2026-01-31/12-00-00       a sweep, also one that is going on
@@ -30,21 +31,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         report(parser().parse_args())
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the report, and print what it decides and where it is."""
-    from lmlab.reporting import page
     from lmlab.reporting.gather import gather
     from lmlab.runs.files import from_here, write_out
     from lmlab.runs.summary import show_rows
 
     groups, unread = gather(arguments.places)
+
+    from lmlab.reporting import page
+
     sections = page.sections_of(groups)
     place = arguments.out or Path("reports") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    write_out(place, page.files(sections, unread), page.earlier(place))
+    with stopped_with("Nothing of the report is kept."):
+        write_out(place, page.files(sections, unread), page.earlier(place))
     rows = []
     for section in sections:
         states = ", ".join(f"{count} {state}" for state, count in section.states.most_common())

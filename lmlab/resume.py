@@ -1,7 +1,6 @@
 """`python -m lmlab.resume RUN_DIR [overrides]`: go on with a run, or run its experiment again."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,13 +8,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lmlab.config import build, compose, resuming, trust
+from lmlab.config import build, check, compose, resuming, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.files import from_here, rows
 from lmlab.runs.secrets import redacted_command
 from lmlab.runs.stopping import SIGNALS
+from lmlab.shell import command
 from lmlab.train import check_all, finished, longer, run_or_go_on
 from lmlab.training import launch
 
@@ -82,6 +82,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
     cfg = resuming.continued(kept, place, overrides)
     trust.check_trusted(cfg, trusted)
     compose.check_secrets(cfg)
+    check.check_run(cfg)
     then = run.identity()
     data = build.prepare_data(cfg)
     prepared = data.identity
@@ -91,7 +92,7 @@ def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: lis
         f"length: it was made another at step {a['step']}" for a in then.get("went_on", ()) if "length_before" in a
     ]
     if overrides:
-        differ.append(f"config: {shlex.join(redacted_command(overrides))}")
+        differ.append(f"config: {command(*redacted_command(overrides))}")
     for line in differ:
         print(f"differs from {from_here(run.path)}: {line}")
     if not differ:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from lmlab.runs import states, sweep
 from lmlab.runs.files import from_here
 from lmlab.runs.secrets import bare
 from lmlab.runs.states import State
+from lmlab.runs.stopping import SIGNALS
+from lmlab.shell import command
 
 EXAMPLES = """\
   python -m lmlab.sweep status multirun/2026-01-31/12-00-00
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    with shown_plainly():
+    with shown_plainly(), SIGNALS.heeded():
         given = parser().parse_intermixed_args()
         folder = given.folder.resolve()
         points = sweep.points(folder)
@@ -47,8 +48,8 @@ def main() -> None:
             if given.overrides:
                 raise UserError(f"{given.overrides[0]}: status takes a directory alone.")
             show(points)
-            return
-    resume(folder, given.overrides)
+        else:
+            resume(folder, given.overrides)
 
 
 def resume(folder: Path, overrides: list[str]) -> None:
@@ -83,7 +84,7 @@ def conclude(folder: Path) -> None:
     if failed:
         raise UserError(
             f"{failed} of {len(found)} runs failed. To run again what has not come to its end: "
-            f"python -m lmlab.sweep resume {shlex.quote(str(from_here(folder)))}"
+            f"{command('python', '-m', 'lmlab.sweep', 'resume', from_here(folder))}"
         )
 
 

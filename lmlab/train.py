@@ -4,7 +4,6 @@ Takes Hydra overrides; `--help` lists them.
 """
 
 import logging
-import shlex
 import shutil
 import sys
 from dataclasses import asdict
@@ -16,17 +15,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, check, compose, resuming
-from lmlab.errors import UserError, first_line
+from lmlab.config import build, check, compose, resuming, sweeping
+from lmlab.errors import Stopped, UserError, cause_of, first_line
 from lmlab.runs import secrets, states, sweep
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.files import from_here, replaced, write_beside, write_json, write_text
+from lmlab.runs.files import from_here, replaced, take_back, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
-from lmlab.runs.stopping import SIGNALS, Stopped
+from lmlab.runs.stopping import SIGNALS
+from lmlab.shell import command
 from lmlab.training import launch
 
-SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
 LOG = logging.getLogger("lmlab.train")
 
 
@@ -49,15 +48,13 @@ def start(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     with launch.leading():
         swept = hydra.mode is RunMode.MULTIRUN
-        here = swept and not hydra.launcher._target_.startswith(SUBMITIT)
-        if launch.rank() is not None and here:
-            raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
+        here = swept and not hydra.launcher._target_.startswith(sweeping.SUBMITIT)
         if swept:
             name_in_sweep(cfg, RunDirectory(cfg.run_dir))
         made, cfg.run_dir = Path(cfg.run_dir), launch.same_directory(cfg.run_dir)
         if made != Path(cfg.run_dir):
             made.rmdir()  # Hydra's, for this attempt
-        return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task), apart=here)
+        return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task), swept, apart=here)
 
 
 def name_in_sweep(cfg: DictConfig, run: RunDirectory) -> None:
@@ -70,13 +67,16 @@ def name_in_sweep(cfg: DictConfig, run: RunDirectory) -> None:
         block.name = " ".join(point.overrides)
 
 
-def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **facts: Any) -> float:
+def run_or_go_on(
+    cfg: DictConfig, overrides: list[str], swept: bool = False, apart: bool = False, **facts: Any
+) -> float:
     """A run of this config in its directory: a new one, with `facts` in its manifest, or the one that is there.
 
-    `apart` from this process, no other run of a sweep bears its memory, or its end.
+    One that does not begin leaves nothing there, unless it is `swept`: then its sweep is told why. `apart` from this
+    process, no other run of a sweep bears its memory, or its end.
     """
     run = RunDirectory(cfg.run_dir)
-    with run.lock(), SIGNALS.heeded():
+    with run.lock() as before, SIGNALS.heeded():
         kept = compose.config_of(run) if run.begun() else None
         try:
             check_all(cfg, kept, run)
@@ -91,11 +91,17 @@ def run_or_go_on(cfg: DictConfig, overrides: list[str], apart: bool = False, **f
                     else:
                         go_on(cfg, run, kept, apart)
                 except Stopped as stop:
-                    LOG.warning("Stopped by %s. %s", stop.signal.name, what_is_kept(run))
+                    if run.begun():
+                        stop.kept = what_is_kept(run)
+                        LOG.warning("%s", stop)
+                        stop.kept = None
                     raise
         except (Exception, Stopped) as error:
             refused = isinstance(error, UserError) and error.cause in ("error", "bad config")
-            if not (kept is not None and refused):  # then the run is what it was
+            crashed = cause_of(error) in ("crashed", "killed")  # its ranks have left logs
+            if not (swept or crashed or run.begun()):
+                take_back(run.path, before)
+            elif not (kept is not None and refused):  # then the run is what it was
                 states.keep_failure(run, error)
             raise
     return run.result()["val/loss"]
@@ -118,7 +124,9 @@ def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[
         run.start({"run": cfg.seed, "split": cfg.preprocess.split_seed}, **facts)
         run.failure.unlink(missing_ok=True)
         on_all_ranks(cfg, run, None, apart)
-    except BaseException:
+    except BaseException as error:
+        if cause_of(error) == "bad config":  # seen by what trains, before it does
+            run.ledger.unlink(missing_ok=True)
         run.give_up()
         raise
 
@@ -130,7 +138,8 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
     state = last_state(run)
     step = run.step_of(state) if state else 0
     then, now = run.identity(), surroundings()
-    where = f"If they lie elsewhere now: python -m lmlab.resume {shlex.quote(str(from_here(run.path)))} data.train=PATH"
+    again = command("python", "-m", "lmlab.resume", from_here(run.path), "data.train=PATH")
+    where = f"If they lie elsewhere now: {again}"
     try:
         data = build.prepare_data(cfg)
     except UserError as error:
@@ -207,19 +216,17 @@ def finished(run: RunDirectory) -> str:
     place = from_here(run.path)
     return (
         f"{place} is finished: {run.result()['steps']} steps, val/loss {run.result()['val/loss']:.4f}.\n"
-        f"To train it longer: python -m lmlab.resume {shlex.quote(str(place))} trainer.max_steps=…"
+        f"To train it longer: {command('python', '-m', 'lmlab.resume', place, 'trainer.max_steps=…')}"
     )
 
 
 def what_is_kept(run: RunDirectory) -> str:
     """What to say of a run that was stopped."""
-    if not run.begun():
-        return "It had not begun."
     if run.finished():
         return finished(run)
     states = run.states()
     kept = f"Kept: the state of step {run.step_of(states[-1])}." if states else "It had kept no state yet."
-    return f"{kept} To go on: python -m lmlab.resume {shlex.quote(str(from_here(run.path)))}"
+    return f"{kept} To go on: {command('python', '-m', 'lmlab.resume', from_here(run.path))}"
 
 
 def train(cfg: DictConfig, state: Path | None = None) -> None:
@@ -318,7 +325,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         }
     )
     python = "python" if shutil.which("python") == sys.executable else from_here(Path(sys.executable))
-    print("Next:", shlex.join([str(python), "-m", "lmlab.predict", str(place), text]))
+    print("Next:", command(python, "-m", "lmlab.predict", place, text))
 
 
 def title(figure: str) -> str:

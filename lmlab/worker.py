@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from lmlab.config.compose import read_config
-from lmlab.errors import plainly
+from lmlab.errors import Stopped, plainly
 from lmlab.evaluate import measure
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import kept_log
-from lmlab.runs.stopping import SIGNALS, Stopped
+from lmlab.runs.stopping import SIGNALS
 from lmlab.train import train
 from lmlab.training import launch
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from lmlab.runs.stopping import HEEDED
+
 from .conftest import run_verb
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -26,12 +28,19 @@ def begin(verb: str, *arguments: object, out: Path, faults: dict[str, Any] | Non
     return process
 
 
+def heeding() -> None:
+    """Let this process begin as a terminal would have it: the tests may run under nohup, or behind a shell's &."""
+    for number in HEEDED:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def work(verb: str, arguments: list[str], out: Path, faults: dict[str, Any]) -> None:
     with out.open("ab") as stream:
         for standard in (1, 2):
             os.dup2(stream.fileno(), standard)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    heeding()
     for name, fault in faults.items():
         FAULTS[fault[0]](name, *fault[1:])
     run_verb(verb, *arguments)
@@ -113,4 +122,22 @@ def slow(name: str, seconds: float) -> None:
     patch(name, wrap)
 
 
-FAULTS = {"die": die, "full": full, "slow": slow}
+def ignored(name: str) -> None:
+    """Let a signal be ignored, as nohup has it."""
+    signal.signal(signal.Signals[name], signal.SIG_IGN)
+
+
+def interrupted(name: str) -> None:
+    """Press Ctrl-C where a function is called."""
+
+    def wrap(function: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return function(*args, **kwargs)
+
+        return called
+
+    patch(name, wrap)
+
+
+FAULTS = {"die": die, "full": full, "slow": slow, "ignored": ignored, "interrupted": interrupted}

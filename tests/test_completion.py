@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from .conftest import HOME
 
 PYTHON = Path(sys.executable).parent
 # What is typed, what is offered, and what is not.
@@ -26,7 +29,27 @@ CASES = [
     ("train experiment=eli5_c", ["experiment=eli5_clm"], ["experiment=eli5_mlm"]),
     ("preview callbacks=", ["callbacks=default", "callbacks=early_stopping"], []),
     ("evaluate sco", ["score="], []),
+    ("evaluate score=", ["score=labels", "score=pseudo"], []),
+    ("evaluate context=s", ["context=sliding"], ["context=blocks"]),
+    ("evaluate check=", ["check=true", "check=false"], []),
+    ("train compile=t", ["compile=true"], ["compile=false"]),
+    ("train trainer.precision=bf", ["trainer.precision=bf16-mixed", "trainer.precision=bf16-true"], []),
+    ("evaluate outputs/run data=sample sco", ["score="], []),
+    ("evaluate -m model=outputs/a,outputs/b sco", ["score="], []),
 ]
+# How a command may be written.
+FORMS = ["python -m lmlab.train", "python -m lmlab train", "lmlab train"]
+FORMS += [f"CUDA_VISIBLE_DEVICES=0 A= {form}" for form in FORMS]
+
+
+@cache
+def scripts() -> Path:
+    """A folder with the console script, which an installation from long ago may lack."""
+    folder = Path(HOME) / "scripts"
+    folder.mkdir()
+    (folder / "lmlab").write_text(f"#!{sys.executable}\nfrom lmlab.__main__ import main\nmain()\n")
+    (folder / "lmlab").chmod(0o755)
+    return folder
 
 
 def bash(line: str) -> list[str]:
@@ -61,7 +84,7 @@ _lmlab
 
 def shell(*command: str, **variables: str) -> list[str]:
     """The lines that a shell prints, with this Python in front on its path."""
-    env = os.environ | {"PATH": f"{PYTHON}:{os.environ['PATH']}", "TERM": "xterm"} | variables
+    env = os.environ | {"PATH": f"{scripts()}:{PYTHON}:{os.environ['PATH']}", "TERM": "xterm"} | variables
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert not done.stderr, done.stderr
     return done.stdout.splitlines()
@@ -85,6 +108,18 @@ def test_candidates(complete: Callable[[str], list[str]], line: str, offered: li
     assert not set(others) & set(found)
 
 
+@pytest.mark.parametrize("complete", SHELLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(complete: Callable[[str], list[str]], form: str) -> None:
+    assert complete(f"{form} optim=ad") == ["optim=adamw"]
+
+
+@pytest.mark.parametrize("complete", SHELLS)
+def test_commands(complete: Callable[[str], list[str]]) -> None:
+    assert "train" in [word.strip() for word in complete("lmlab tra")]
+    assert "doctor" in [word.strip() for word in complete("A=1 lmlab d")]
+
+
 @pytest.mark.parametrize(
     ("command", "install"),
     [
@@ -102,8 +137,9 @@ def test_tab_key(tmp_path: Path, command: list[str], install: str) -> None:
     try:
         typed.send("echo rea''dy\n", "ready")
         typed.send(f"{install}; echo instal''led\n", "installed")
-        typed.send("python -m lmlab.train optim=ad\t", "adamw", "adamw")
+        typed.send("A=1 python -m lmlab.train optim=ad\t", "adamw", "adamw")
         typed.send(" optim.eps=1 --cfg job\n", "_target_: lmlab.training.optim.AdamW")
+        typed.send("lmlab trai\t optim=ad\t", "train", "adamw")
     finally:
         typed.end()
 
@@ -112,7 +148,7 @@ class Typed:
     """A shell on a terminal of its own."""
 
     def __init__(self, command: list[str], home: Path):
-        env = os.environ | {"PATH": f"{PYTHON}:{os.environ['PATH']}", "HOME": str(home), "TERM": "xterm"}
+        env = os.environ | {"PATH": f"{scripts()}:{PYTHON}:{os.environ['PATH']}", "HOME": str(home), "TERM": "xterm"}
         env |= {"XDG_CONFIG_HOME": str(home), "XDG_DATA_HOME": str(home), "HISTFILE": ""}
         self.said = ""
         self.pid, self.terminal = pty.fork()

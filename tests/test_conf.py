@@ -1,5 +1,7 @@
 """Every YAML under conf/ and sweeps/ composes, and each block ends in its constructor."""
 
+import inspect
+import re
 from pathlib import Path
 
 import hydra
@@ -7,12 +9,17 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import check, trust
+from lmlab.config import check, signatures, trust
 from lmlab.config import compose as composing
 from lmlab.config.compose import CONF
 from lmlab.train import main
 
 SWEEPS = CONF.parent / "sweeps"
+TARGETS = {
+    target
+    for path in CONF.glob("*/*.yaml")
+    for target in re.findall(r"_target_: ((?:lmlab|lightning)\..+)", path.read_text())
+}
 # What a person has to say along with an option.
 REQUIRED = {
     "data=files": ["data.train=x.txt"],
@@ -45,6 +52,18 @@ def fits(cfg: DictConfig, verb: str = "train") -> None:
     check.check_keys(cfg, verb)
     check.preprocessing(cfg)
     trust.check_trusted(cfg, ())
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_what_a_target_takes_is_read_without_importing_it(name: str) -> None:
+    """As it is when it is imported, as far as a config is held against it."""
+    found, real = signatures.read(name), inspect.signature(hydra.utils.get_object(name)).parameters
+    assert found is not None
+    for one, other in zip(found.values(), real.values(), strict=True):
+        assert (one.name, one.kind) == (other.name, other.kind)
+        assert (one.default is one.empty) == (other.default is other.empty)
+        for value in (1, 1.0, True, "x", None, [1], {}):
+            assert check.fits(value, one.annotation) == check.fits(value, other.annotation)
 
 
 def test_there_are_options() -> None:

@@ -25,6 +25,7 @@ from lmlab.machine import here, reachable, trials
 from lmlab.runs.directory import RunDirectory
 
 from .conftest import run_verb
+from .processes import heeding
 
 CHECKS = {
     **dict.fromkeys(("writing", "compiling", "devices", "bf16"), here),
@@ -382,7 +383,8 @@ def test_stopped_it_leaves_nothing(number: signal.Signals, tmp_path: Path, play:
         f"trials.verb = lambda name, *arguments: [*{command}, name, arguments[-1]]\n"
         "sys.argv = ['doctor']; lmlab.doctor.main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)})
+    env = os.environ | {"TMPDIR": str(temporary)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, preexec_fn=heeding)
     until = time.monotonic() + 30
     while not list(temporary.glob("*/killed/checkpoints")) and time.monotonic() < until:
         time.sleep(0.02)

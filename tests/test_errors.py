@@ -90,14 +90,15 @@ def refused(
     monkeypatch.setattr(Hydra, "get_mode", lambda *args, **kwargs: RunMode.RUN)
 
     def run(*overrides: object, run_dir: Path = tmp_path / "run", trains: bool = False) -> str:
-        """`trains`: the fault shows only once checkpoints have been written."""
+        """`trains`: the fault shows only once the run has begun."""
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             train(*map(str, overrides), run_dir=run_dir)
         assert stopped.value.code == 1
-        if not run_dir.parent.is_file():
+        if trains:
             assert not (run_dir / "model").exists()
-            assert trains or not (run_dir / "checkpoints").exists()
+        elif not run_dir.parent.is_file():
+            assert run_dir.is_file() or not run_dir.exists()
         assert not unfinished(tmp_path, Path(HOME))
         return message(capsys.readouterr().err)
 
@@ -163,8 +164,7 @@ def unmeasured(
             evaluate(*arguments, run_dir=run_dir)
         assert stopped.value.code == 1
         assert not unfinished(tmp_path, Path(HOME))
-        # The directory is given back.
-        assert taken or not [path for path in run_dir.glob("*") if path.suffix != ".log" and path.name != ".lock"]
+        assert taken or not run_dir.exists()
         shown = capsys.readouterr()
         assert "Result" not in shown.out
         return message(shown.err)
@@ -200,6 +200,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(place / "no_mask")
     bpe(["a few other words to learn, and more of them"] * 9, 320).save_pretrained(place / "larger")
     (place / "empty").mkdir()
+    run_verb("train", *TINY, "trainer.max_steps=1", f"hydra.run.dir={place / 'run'}")
     (place / "unfinished").mkdir()
     for name in ("manifest.json", "config.yaml"):
         (place / "unfinished" / name).write_text("{}")
@@ -765,6 +766,44 @@ def test_missing_config_directory(refused: Refused) -> None:
     assert "/nowhere" in refused("--config-dir", "/nowhere", *TINY)
 
 
+def left_in(folder: Path) -> dict[str, bytes | None]:
+    """All that lies in a folder, and under it."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("train", ["optim.lr=x"]),  # by its config
+        ("train", ["data=files"]),  # before that
+        ("train", ["model.config.n_head=5"]),  # with a model half made
+        ("evaluate", ["model=causal", "score=psuedo", "data=sample"]),
+        ("evaluate", ["model=causal", "preprocess.block_size=65", "data=sample"]),
+        ("resume", ["run", "--fresh", "optim.lr=x"]),
+        ("resume", ["run", "--fresh", "model.config.n_head=5"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_refused_command_leaves_nothing(
+    verb: str, words: list[str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where it would have gone by itself, nor in a directory that was there, with something in it or not."""
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("causal", str(models / "causal")).replace("run", str(models / "run")) for word in words]
+    for name in ("empty", "mine"):
+        (tmp_path / name).mkdir()
+    for name in ("file", ".lock", "train.log"):
+        (tmp_path / "mine" / name).write_text("mine")
+    before = left_in(tmp_path) | {str(tmp_path / "mine/.lock"): None}
+    for place in (None, "empty", "mine", "new/one"):
+        into = ([] if verb == "resume" else TINY if verb == "train" else []) + (
+            [] if place is None else ["--into", place] if verb == "resume" else [f"hydra.run.dir={place}"]
+        )
+        with pytest.raises(SystemExit):
+            run_verb(verb, *into, *words)
+        assert left_in(tmp_path) | {str(tmp_path / "mine/.lock"): None} == before
+
+
 # --- models and tokenizers ---
 
 
@@ -964,11 +1003,12 @@ def test_a_cache_without_locks(unread: Refused, tmp_path: Path, monkeypatch: pyt
     assert f"{tmp_path}/cache lies on a file system without locks" in unread(f"data.train={tmp_path}/a.txt")
 
 
-def test_loss_that_is_no_number(refused: Refused) -> None:
+def test_loss_that_is_no_number(refused: Refused, tmp_path: Path) -> None:
     shown = refused(*TINY, "optim.lr=1e30", trains=True)
     assert "not finite at step 2." in shown
     assert "Blocks of that step's global batch: [" in shown
     assert "Lower optim.lr" in shown
+    assert json.loads((tmp_path / "run/failure.json").read_text())["cause"] == "non-finite loss"
 
 
 def test_the_same_command_works_once_it_is_right(train: Callable[..., Path], refused: Refused, tmp_path: Path) -> None:
@@ -1000,7 +1040,7 @@ def test_file_in_the_place_of_the_cache(refused: Refused, tmp_path: Path) -> Non
 def test_full_disk_under_the_model(refused: Refused, full_disk: Path) -> None:
     """Without checkpoints the disk is full only when the weights are exported, which another library does."""
     (full_disk / "taken").write_bytes(bytes(80_000))
-    assert "cannot write: " in refused(*TINY, "~callbacks.checkpoints", run_dir=full_disk / "run")
+    assert "cannot write: " in refused(*TINY, "~callbacks.checkpoints", run_dir=full_disk / "run", trains=True)
 
 
 def test_full_disk_under_the_cache(refused: Refused, full_disk: Path) -> None:
@@ -1039,7 +1079,7 @@ EVALUATIONS = {
     "model=causal data=sample optim.lr=1": ['no key "optim.lr"'],
     "model=causal data=sample model.config.n_heads=1": ['Did you mean "n_head"?'],
     "model=causal data=sample objective.mask_probability=0.5": ["objective.mask_probability"],
-    "model=causal,masked data=sample": ["causal,", "for each value add -m"],
+    "model=causal,masked data=sample": ["Ambiguous value", "for each value add -m"],
     "--model=causal": ["--model=causal"],
     # Values that are none.
     "model=causal data=sample batch_size=0": ["batch_size is a whole number", "not 0"],

@@ -10,7 +10,16 @@ import pytest
 import lmlab
 
 ROOT = Path(lmlab.__file__).parent
-FLOORS = {"errors": 0, "objectives": 1, "models": 1, "config": 3, "previewing": 3, "reporting": 3}
+FLOORS = {
+    "errors": 0,
+    "shell": 0,
+    "early": 0,
+    "objectives": 1,
+    "models": 1,
+    "config": 3,
+    "previewing": 3,
+    "reporting": 3,
+}
 FLOORS |= {"training": 2, "evaluation": 2, "data": 2, "runs": 2, "machine": 2}
 VERB = 4
 
@@ -81,3 +90,54 @@ def test_composing_does_not_import_torch(verb: str, arguments: list[str], says: 
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert says in out
     assert out.splitlines()[-1] == "heavy: []"
+
+
+REFUSED = [
+    ("train", "optim.lrr=1", 'no key "optim.lrr"'),
+    ("train", "+optim.foo=1", 'no key "optim.foo"'),
+    ("train", "optim.lr=x", "optim.lr=x"),
+    ("train", "trainer.max_epochs=x", "trainer.max_epochs=x"),
+    ("train", "+callbacks.progress.every=1", "every_seconds"),
+    ("train", "batch_size=0", "batch_size is a whole number"),
+    ("train", "preprocess.block_size=1", "must be at least 2"),
+    ("train", "preprocess.test_size=2", "is a share"),
+    ("train", "trainer.precision=bf16-mixd", 'Did you mean "bf16-mixed"?'),
+    ("train", "trainer.accelerator=gpuu", 'Did you mean "gpu"?'),
+    ("train", "trainer.accumulate_grad_batches=3", "does not divide"),
+    ("train", "data=files", "data.train has to be given"),
+    ("train", "-m seed=1,x", "the point seed=x is refused"),
+    ("train", "-m hydra/sweeper=optuna batch_size=0,8", "the point batch_size=0 is refused"),
+    ("preview", "optim.lr=x", "optim.lr=x"),
+    ("evaluate", "data=sample", "model has to be given"),
+    ("evaluate", "model=gpt2 score=psuedo data=sample", 'Did you mean "pseudo"?'),
+    ("evaluate", "model=gpt2 context=documents data=sample", 'Did you mean "document"?'),
+    ("evaluate", "model=gpt2 stride=0 data=sample", "stride is a number"),
+    ("evaluate", "model=gpt2 contxt=document data=sample", 'Did you mean "context"?'),
+    ("evaluate", "model=outputs/2000/run data=sample", "no such directory"),
+    ("predict", "outputs/2000/run a", "no such directory"),
+    ("predict", "conf a", "neither a run"),
+    ("compare", "nowhere", "nowhere"),
+    ("report", "nowhere", "no directory"),
+    ("report", "conf", "holds no run"),
+    ("resume", "nowhere", "is no run"),
+    ("sweep", "status nowhere", "holds no sweep"),
+]
+"""A command, and what is said of it."""
+
+
+def test_what_needs_no_torch_is_refused_without(tmp_path: Path) -> None:
+    """In less than a second each; and nothing stays of any."""
+    (tmp_path / "conf").mkdir()
+    code = (
+        "import contextlib, importlib, io, sys\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'lightning', 'wandb', 'pandas', 'altair'}\n"
+        f"for verb, words, says in {REFUSED}:\n"
+        "    sys.argv, shown = [verb, *words.split()], io.StringIO()\n"
+        "    with contextlib.redirect_stderr(shown), contextlib.suppress(SystemExit):\n"
+        "        importlib.import_module(f'lmlab.{verb}').main()\n"
+        "    found = heavy & sys.modules.keys()\n"
+        "    if found or says not in shown.getvalue(): sys.exit(f'{verb} {words}: {found}\\n{shown.getvalue()}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["conf"]

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from submitit.slurm.slurm import _make_sbatch_string
 
 from lmlab.config.compose import CONF
-from lmlab.runs.stopping import SIGNALS, Stopped
+from lmlab.errors import Stopped
+from lmlab.runs.stopping import SIGNALS
 from tests.conftest import TINY
 
 SBATCH = CONF.parent / "sweeps" / "train.sbatch"
@@ -51,7 +52,7 @@ def test_submitted_script() -> None:
 
 def without(place: Path, *words: str, path: str | None = None) -> subprocess.CompletedProcess:
     """`lmlab.train -m` with the launcher, and `place` before all other packages."""
-    env = os.environ | {"PYTHONPATH": str(place)} | ({"PATH": path} if path else {})
+    env = os.environ | {"PYTHONPATH": f"{place}:{CONF.parent}"} | ({"PATH": path} if path else {})
     command = [sys.executable, "-m", "lmlab.train", "-m", "hydra/launcher=slurm", *TINY, *words]
     return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
 
@@ -71,7 +72,20 @@ def test_missing_plugin_is_named(tmp_path: Path) -> None:
 def test_no_slurm_is_said_plainly(tmp_path: Path) -> None:
     done = without(tmp_path, path=str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr == 'error: Could not detect "srun", are you indeed on a slurm cluster?\n'
+    assert done.stderr.startswith("error: there is no SLURM here, as there is no srun")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_point_is_refused_before_any_is_submitted(tmp_path: Path) -> None:
+    """Whatever devices its nodes have and this machine has not."""
+    (tmp_path / "srun").touch(0o755)
+    (tmp_path / "here").mkdir()
+    words = ["trainer=gpu", "trainer.devices=8", "trainer.num_nodes=4", "batch_size=32,0"]
+    done = without(tmp_path / "here", *words, path=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    said = "error: the point batch_size=0 is refused: batch_size is a whole number, 1 or more, not 0.\n"
+    assert done.stderr == said
+    assert not list((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize("array", [False, True])

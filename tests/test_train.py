@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -32,7 +33,12 @@ FIGURES = ["perplexity", "bits_per_byte", "bits_per_word", "word_perplexity"]
 
 
 def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    run = train(*TINY, "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "seed=7")
+    umask = os.umask(0o027)
+    try:
+        run = train(*TINY, "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "seed=7")
+    finally:
+        os.umask(umask)
+    assert {oct(path.stat().st_mode & 0o777) for path in run.rglob("*") if path.is_file()} == {"0o640"}
     shown = capsys.readouterr().out
     names = {path.name for path in run.iterdir()}
     assert names >= {

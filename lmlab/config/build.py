@@ -1,6 +1,5 @@
 """From a checked config to the objects that it names."""
 
-import inspect
 import logging
 import warnings
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config.check import arguments, blocks, build, preprocessing, strategy, target, uses_gpu, world
+from lmlab.config.check import arguments, blocks, build, preprocessing, strategy, takes, uses_gpu, world
 from lmlab.config.compose import without_secrets
 from lmlab.errors import UserError, first_line
 
@@ -23,7 +22,7 @@ def prepare_data(cfg: DictConfig) -> Any:
     """The `Prepared` data of a run: from the cache where it is there."""
     from lmlab.data.preprocess import prepare
 
-    learned = "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters
+    learned = "texts" in takes(cfg.tokenizer, "tokenizer")
     return prepare(
         build(cfg.data, "data"),
         preprocessing(cfg),
@@ -282,7 +281,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    options = arguments(L.Trainer, cfg.trainer, "trainer") | options
+    options = arguments(takes(cfg.trainer, "trainer"), cfg.trainer, "trainer") | options
     # Who started the ranks is known, and not to be guessed from a SLURM job's variables.
     alone = world(cfg.trainer) == 1
     environment = LightningEnvironment() if alone else TorchElasticEnvironment()

@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from lmlab.config import signatures
 from lmlab.config.compose import CONF, LIMITS
 from lmlab.errors import UserError, first_line, nearest
 from lmlab.training import launch
@@ -41,28 +42,33 @@ SUPPLIED = {
 SCORES = ("labels", "pseudo")
 UNITS = ("text", "words")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 STRATEGIES = ("auto", "ddp", "fsdp")
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"  # how configs of older versions say fsdp
 OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.training.optim.AdamW does"
 
 
-def target(block: DictConfig, key: str) -> Callable[..., Any]:
-    """What a block's `_target_` names."""
+def target(block: DictConfig, key: str, get: Callable[[str], Any] = hydra.utils.get_object) -> Any:
+    """What a block's `_target_` names, or what another function says of that name."""
     name = block.get("_target_") if isinstance(block, DictConfig) else None
     if name is None:
         raise UserError(f"{key} has no _target_: it is a new block, or its name is misspelt.")
     try:
-        return hydra.utils.get_object(name)
+        return get(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{key}._target_={name} can't be imported: {first_line(error)}") from error
 
 
-def arguments(function: Callable[..., Any], block: DictConfig, key: str, **given: Any) -> dict[str, Any]:
-    """A block's values as arguments of a function, unknown keys refused.
+def takes(block: DictConfig, key: str) -> Mapping[str, inspect.Parameter]:
+    """What a block's target takes; where it can be, without importing it."""
+    return target(block, key, signatures.parameters)
 
-    `given` are those that lmlab supplies: passed on where the function takes them.
+
+def arguments(parameters: Mapping[str, inspect.Parameter], block: DictConfig, key: str, **given: Any) -> dict[str, Any]:
+    """A block's values as arguments of what has these parameters, unknown keys refused.
+
+    `given` are those that lmlab supplies: passed on where there is a parameter for them.
     """
-    parameters = inspect.signature(function).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     values: dict[str, Any] = OmegaConf.to_container(block)  # type: ignore[assignment]
     values.pop("_target_", None)
@@ -104,7 +110,7 @@ def fits(value: Any, annotation: Any) -> bool:
 def build(block: DictConfig, key: str, **given: Any) -> Any:
     """Call a block's target with its values."""
     function = target(block, key)
-    return function(**arguments(function, block, key, **given))
+    return function(**arguments(takes(block, key), block, key, **given))
 
 
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
@@ -118,8 +124,8 @@ def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
                 yield f"{group}.{name}", block
 
 
-def check_run(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong in the config of a run."""
+def check_run(cfg: DictConfig, here: bool = True) -> None:
+    """Refuse what can be seen to be wrong in the config of a run; of devices only if it is to run `here`."""
     limits = [key for key in map(str, cfg.trainer) if key.startswith("limit_")]
     if limits:
         raise UserError(f"trainer.{limits[0]}: {LIMITS}")
@@ -144,7 +150,9 @@ def check_run(cfg: DictConfig) -> None:
     clip = cfg.trainer.get("gradient_clip_val")
     if clip is not None and clip < 0:
         raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
-    check_devices(cfg.trainer)
+    check_names(cfg.trainer)
+    if here:
+        check_devices(cfg.trainer)
 
     from lmlab.data.sampler import share_of
 
@@ -163,8 +171,10 @@ def check_validation(cfg: DictConfig) -> None:
         raise UserError(f"validation.max_documents is a whole number, 1 or more, or null for all, not {most}.")
 
 
-def check_evaluation(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong in the config of an evaluation."""
+def check_choices(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong in the config of an evaluation, whatever is evaluated."""
+    from lmlab.evaluation.windows import Context
+
     check_keys(cfg, "evaluate")
     check_numbers(cfg)
     if cfg.score not in SCORES:
@@ -178,21 +188,25 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise UserError(f"sample is a share of the tokens between 0 and 1, or null for all, not {cfg.sample}.")
     if cfg.score != "pseudo" and (cfg.within_word or cfg.sample is not None):
         raise UserError("within_word and sample are for score=pseudo.")
-    if cfg.score == "pseudo" and target(cfg.objective, "objective").causal:  # type: ignore[attr-defined]
-        raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
     if cfg.stride is not None and (type(cfg.stride) is not int or cfg.stride < 1):
         raise UserError(f"stride is a number of tokens, 1 or more, or null for half a block, not {cfg.stride}.")
-    if "texts" in inspect.signature(target(cfg.tokenizer, "tokenizer")).parameters:
+    if "texts" in takes(cfg.tokenizer, "tokenizer"):
         raise UserError(
             "a trained model has a tokenizer, and this one would have to learn it from text:\n"
             "leave tokenizer=… out, or name another by tokenizer.name=ID_OR_DIRECTORY."
         )
+    check_names(cfg.trainer)
+    if cfg.context is not None:
+        # A block size that is left open is for the model to say; any stride may fit it.
+        Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
+
+
+def check_evaluation(cfg: DictConfig) -> None:
+    """Refuse what can be seen to be wrong in the whole config of an evaluation."""
+    check_choices(cfg)
     check_devices(cfg.trainer)
-
-    from lmlab.evaluation.windows import Context
-
-    # A block size that is left open is for the model to say; any stride may fit it.
-    Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
+    if cfg.score == "pseudo" and target(cfg.objective, "objective").causal:
+        raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -214,15 +228,18 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     for key in map(str, cfg):
         if key not in known:
             raise UserError(f'there is no key "{key}".{nearest(key, known)} Keys: {", ".join(sorted(known))}.')
-    if "optim" in cfg:
-        check_optimizer(cfg.optim)
     for key, block in blocks(cfg):
-        arguments(target(block, key), block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
+        parameters = takes(block, key)
+        if key == "optim":
+            check_optimizer(block)
+        arguments(parameters, block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
     preprocessing(cfg)
 
 
 def check_optimizer(block: DictConfig) -> None:
     """Refuse a class whose objects can't be called for an optimizer, such as those of torch.optim."""
+    if block._target_.startswith("lmlab.training.optim."):  # known without importing it
+        return
     made = target(block, "optim")
     called = not inspect.isclass(made) or any("__call__" in vars(base) for base in made.__mro__)
     if not called or {"model", "steps"} <= inspect.signature(made).parameters.keys():
@@ -232,32 +249,39 @@ def check_optimizer(block: DictConfig) -> None:
         )
 
 
+def check_names(trainer: DictConfig) -> None:
+    """Refuse names that are none."""
+    for key, known in (("precision", PRECISIONS), ("accelerator", ACCELERATORS)):
+        name = str(trainer[key])
+        if name not in known:
+            raise UserError(f'trainer.{key} is one of {", ".join(known)}, not "{name}".{nearest(name, known)}')
+    strategy(trainer)
+
+
 def check_devices(trainer: DictConfig) -> None:
     """Refuse devices that are not there and precisions they do not have."""
-    import torch
-
-    strategy(trainer)
-    precision, devices = str(trainer.precision), trainer.devices
-    if precision not in PRECISIONS:
-        raise UserError(
-            f'trainer.precision is one of {", ".join(PRECISIONS)}, not "{precision}".{nearest(precision, PRECISIONS)}'
-        )
+    devices = trainer.devices
     nodes = world(trainer) // devices
     if nodes > 1 and launch.rank() is None:
         raise UserError(
             f"trainer.num_nodes={nodes}: on several nodes the ranks are started by SLURM or torchrun.\n"
             "Use -m hydra/launcher=slurm, or sbatch sweeps/train.sbatch, or torchrun on each node."
         )
-    gpus, on_gpu = torch.cuda.device_count(), uses_gpu(trainer)
-    if on_gpu and gpus == 0:
-        hidden = " that CUDA_VISIBLE_DEVICES lets it see" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
-        raise UserError(f"trainer.accelerator={trainer.accelerator}: there is no GPU here{hidden}.\nUse trainer=cpu.")
-    if on_gpu and devices > gpus:
-        raise UserError(
-            f"trainer.devices={devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.\n"
-            f"Use trainer.devices={gpus}{' or less' if gpus > 1 else ''}."
-        )
-    if not on_gpu and precision == "16-mixed":
+    if uses_gpu(trainer):
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if gpus == 0:
+            hidden = " that CUDA_VISIBLE_DEVICES lets it see" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
+            raise UserError(
+                f"trainer.accelerator={trainer.accelerator}: there is no GPU here{hidden}.\nUse trainer=cpu."
+            )
+        if devices > gpus:
+            raise UserError(
+                f"trainer.devices={devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.\n"
+                f"Use trainer.devices={gpus}{' or less' if gpus > 1 else ''}."
+            )
+    elif trainer.precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
 
 
@@ -294,9 +318,11 @@ def world(trainer: DictConfig) -> int:
 
 def uses_gpu(trainer: DictConfig) -> bool:
     """Whether a trainer runs on GPUs of this machine."""
+    if trainer.accelerator != "auto":
+        return trainer.accelerator in ("gpu", "cuda")
     import torch
 
-    return trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.device_count() > 0)
+    return torch.cuda.device_count() > 0
 
 
 def other_width(cfg: DictConfig) -> dict[str, Any]:
@@ -332,9 +358,9 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
 
 def preprocessing(cfg: DictConfig) -> Any:
     """The choices of a config that turn records into blocks."""
-    from lmlab.data.preprocess import Preprocessing
+    from lmlab.data.choices import Preprocessing
 
     block = cfg.preprocess
     if block.block_size is None:  # in an evaluation; build_model then asks the model
         block = OmegaConf.merge(block, {"block_size": Preprocessing.block_size})
-    return Preprocessing(**arguments(Preprocessing, block, "preprocess"))
+    return Preprocessing(**arguments(inspect.signature(Preprocessing).parameters, block, "preprocess"))

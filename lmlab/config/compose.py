@@ -3,11 +3,13 @@
 Nothing heavy is imported here at the top: `--help` and `--cfg job` come through.
 """
 
+import logging
 import os
 import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,16 +17,17 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.config.overrides import meant, readable, unreadable
-from lmlab.errors import UserError, cause_of, first_line, nearest, plainly, shown_plainly
+from lmlab.errors import UserError, cause_of, check_place, first_line, nearest, plainly, shown_plainly
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import write_text
+from lmlab.runs.files import empty_folders_removed, write_text
 from lmlab.runs.stopping import SIGNALS
 
 PACKAGE = Path(__file__).parent.parent
@@ -35,12 +38,20 @@ LIMITS = (
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
 )
 """What to say of the keys of Lightning's that leave batches out."""
-PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
+SHORT_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 """Short names of precisions, as Lightning takes them."""
-INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 # What a launcher asks a cluster for, per node.
 OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
+
+
+class RunFolder(Callback):
+    """Sees to it that what Hydra makes for a run does not outlive it empty: no folder stays of a typo."""
+
+    made = ExitStack()
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.made.enter_context(empty_folders_removed(Path(config.hydra.run.dir)))
 
 
 def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
@@ -54,6 +65,7 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     def plain_job(cfg: DictConfig) -> Any:
         nonlocal begun
         begun = True
+        logging.getLogger().setLevel(logging.WARNING)  # Hydra shows its own news; those of libraries are for nobody
         try:
             return job(cfg)
         except Exception as error:
@@ -72,14 +84,15 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             said = "a job of the sweep failed; its error is above. The other jobs were run."
             raise UserError(said, cause_of(error)) from error
 
-    with shown_plainly(debug), SIGNALS.heeded():
+    with shown_plainly(debug), SIGNALS.heeded(), RunFolder.made:
         if "--help" in sys.argv or "-h" in sys.argv:
             print(help_text(name))
             return
-        if sys.argv[1:2] in (["-sc"], ["--shell-completion"]) and sys.argv[2:] in INSTALL:
-            # Hydra's own scripts complete files and entry points, and no `python -m`; what they ask of it serves here.
-            print((Path(__file__).parent / f"completion.{sys.argv[2].partition('=')[2]}").read_text(), end="")
-            return
+        if sys.argv[1:2] in (["-sc"], ["--shell-completion"]):
+            from lmlab.config import completing
+
+            if completing.answer(name):
+                return
         read_command()
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
@@ -219,10 +232,13 @@ def dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from dotted(value, f"{prefix}{key}.")
 
 
-def freeze(cfg: DictConfig) -> DictConfig:
-    """The config with every interpolation resolved: what the run directory keeps and ranks read."""
+def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
+    """The config with every interpolation resolved: what the run directory keeps and ranks read.
+
+    Unless it is the `whole` one, values may still be missing.
+    """
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
+        missing = sorted(OmegaConf.missing_keys(cfg)) if whole else []
         if missing:
             raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
         OmegaConf.resolve(cfg)
@@ -236,7 +252,7 @@ def name_precision(cfg: DictConfig) -> DictConfig:
     """Give the precision of a config its full name, and return it."""
     trainer = cfg.get("trainer")
     if isinstance(trainer, DictConfig) and "precision" in trainer:
-        trainer.precision = PRECISIONS.get(str(trainer.precision), trainer.precision)
+        trainer.precision = SHORT_PRECISIONS.get(str(trainer.precision), trainer.precision)
     return cfg
 
 
@@ -277,8 +293,8 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
         cfg.model.name = str(run.model)
     elif cfg.model.name.endswith(".ckpt"):
         raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
-    elif cfg.model.name.startswith(("/", ".")) and not run.path.is_dir():
-        raise UserError(f"{cfg.model.name}: no such directory. Name a run, or an exported model, that is there.")
+    else:
+        check_place(f'model "{cfg.model.name}"', "model")
     taken = list[str]()  # from the run
     if "_target_" not in (cfg.get("data") or {}):
         if trained is None:

@@ -1,13 +1,13 @@
 """The overrides of a command: made ready for Hydra's grammar, and what is wrong with one that it can't read."""
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from lmlab.errors import UserError
+from lmlab.shell import command
 
 # Mappings whose keys are for others to say: a model's architecture, the columns of a data set, a class of Optuna's,
 # a callback or a logger. Hydra knows the keys of the YAML files alone.
@@ -73,7 +73,7 @@ def literal(text: str) -> str:
 
 def typed(key: str, text: str) -> str:
     """An override that sets a key to a text, as it is typed in a shell."""
-    return shlex.quote(f"{key}={literal(text)}")
+    return command(f"{key}={literal(text)}")
 
 
 def no_override(words: Sequence[str], number: int) -> str:
@@ -91,7 +91,7 @@ def no_override(words: Sequence[str], number: int) -> str:
         if equals and "is not closed" in (fault(value) or ""):
             ends = (n for n in range(number, len(words)) if not fault(" ".join([value, *words[first + 1 : n + 1]])))
             together = " ".join(words[first : next(ends, number) + 1])
-            return f"{word}: to the shell a space ends a word. Put quotes around the whole: {shlex.quote(together)}"
+            return f"{word}: to the shell a space ends a word. Put quotes around the whole: {command(together)}"
     said = f"{word}: an override is KEY=VALUE."
     if is_file(word):
         return f"{said}\n{meant('data', word)}"

@@ -74,9 +74,8 @@ def composed(given: Namespace, overrides: list[str]) -> Planned:
             one = loader.load_sweep_config(whole, [*fixed, *swept_to])
         else:
             one = copy.deepcopy(whole)
-        for cfg in (whole, one):
-            name_directory(cfg, swept)
-        HydraConfig.instance().set_config(one)
+        name_directory(whole, swept)
+        name_directory(one, swept)
         default = loader.load_configuration("train", [], RunMode.RUN)
         launcher: Any = OmegaConf.to_container(whole.hydra.launcher, resolve=True)
         return Planned(job(one), job(default), points, swept, swept_to, jobs, launcher)
@@ -108,12 +107,13 @@ def first(override: Override) -> str:
 
 
 def name_directory(cfg: DictConfig, swept: bool) -> None:
-    """What Hydra says to a job of where it is."""
+    """What Hydra says to a job of where it is; interpolations of that are of this config from then on."""
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.mode = RunMode.MULTIRUN if swept else RunMode.RUN
         cfg.hydra.job.id, cfg.hydra.job.num = "0", 0
         place = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) if swept else Path(cfg.hydra.run.dir)
         cfg.hydra.runtime.output_dir = str(place.absolute())
+    HydraConfig.instance().set_config(cfg)
 
 
 def job(cfg: DictConfig) -> DictConfig:

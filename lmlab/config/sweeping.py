@@ -13,6 +13,10 @@ from lmlab.config.overrides import readable
 from lmlab.errors import UserError
 from lmlab.runs.secrets import redacted_word
 
+# Hydra's launchers that bring jobs to a cluster, and that to SLURM.
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
+SLURM = f"{SUBMITIT}.submitit_launcher.SlurmLauncher"
+
 
 def overrides(
     params: Mapping[Any, Any], words: Sequence[str], loader: ConfigLoader

@@ -14,19 +14,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from lmlab.data.documents import UNITS, Documents
 from lmlab.errors import UserError, first_line
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_beside, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor  # a comparison and a report need not wait for it
 
 FORMAT = 2
 COLUMNS = {
@@ -324,8 +325,10 @@ def rows_hash(table: pa.Table) -> str:
     return digest.hexdigest()[:32]
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
+def weights_hash(state: Mapping[str, "Tensor"]) -> str:
     """A hash of tensors by name: dtype, shape and bytes."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -335,4 +338,6 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 
 def perplexity(nll: float) -> float:
     """exp of a mean nll; infinite where that is beyond a float."""
+    import torch
+
     return float(torch.tensor(nll, dtype=torch.float64).exp())

@@ -8,13 +8,12 @@ import shutil
 import sysconfig
 import tempfile
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 from lmlab.errors import UserError, first_line
 from lmlab.machine.processes import calling, ended, last_line
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import write_text
+from lmlab.runs.files import empty_folders_removed, write_text
 
 FREE = 4.0  # GiB: two states of the guide's model, a third while it is written, its weights and their export
 UNITS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # what /proc/cpuinfo calls those for bf16, of x86 and of ARM
@@ -27,21 +26,17 @@ class NotThere(Exception):  # noqa: N818
 
 def writing(folder: Path, another: str) -> str:
     """A file can be written, flushed, renamed and locked in a folder, and there is room."""
-    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".lmlab-doctor-", dir=folder) as own:
-            write_text(Path(own, "file"), "lmlab")
-            run = RunDirectory(own)
-            with run.lock():
-                held = "BlockingIOError" in ended(calling(lock, str(run.locked)), 10)[1]
-            free = shutil.disk_usage(own).free / 2**30
+        with empty_folders_removed(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".lmlab-doctor-", dir=folder) as own:
+                write_text(Path(own, "file"), "lmlab")
+                run = RunDirectory(own)
+                with run.lock():
+                    held = "BlockingIOError" in ended(calling(lock, str(run.locked)), 10)[1]
+                free = shutil.disk_usage(own).free / 2**30
     except OSError as error:
         raise UserError(f"{error.filename or folder} is not writable: {error.strerror or error}\n{another}") from error
-    finally:
-        for place in made:
-            with suppress(OSError):
-                place.rmdir()
     if not held:
         raise UserError(f"{folder}: a lock there keeps no other process out (a network disk without locks?)\n{another}")
     if free < FREE:

@@ -1,6 +1,5 @@
 """Let a model speak (guide, "Inference"): go on with a text, or fill its masks."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ MASKS = ("<mask>", "[MASK]", "<|mask|>")
 
 def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, of the task it was trained for, by hub id or directory."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
     with from_hub(f'model "{name}"', "the first argument"):
         auto: Any = AutoModelForCausalLM if is_causal(name, revision) else AutoModelForMaskedLM
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)

@@ -164,7 +164,8 @@ def run_places(folder: Path, unread: list[str]) -> Iterator[tuple[Path, tuple[Pa
                 # A run that is named by itself may still be a point of a sweep.
                 siblings = {point.run.path.resolve(): point for point in points_in(here.resolve().parent)}
                 point = siblings.get(here.resolve())
-                yield here, (here.parent if point else None, point)
+                if point or "manifest.json" in files:  # else it never began
+                    yield here, (here.parent if point else None, point)
         for point in points_in(here):
             known.add(point.run.path)
             yield point.run.path, (here, point)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,9 @@ from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
 from lmlab.runs.files import PARTIAL, read_json
 from lmlab.runs.secrets import redacted_command
+from lmlab.runs.stopping import signals_blocked
 from lmlab.runs.tables import as_csv, as_latex
+from lmlab.shell import command
 
 POINTS = 40_000
 """Of curves, in the page: more than that no screen shows, and no phone draws."""
@@ -61,13 +62,16 @@ def files(sections: Sequence[Section], unread: Sequence[str]) -> Iterator[tuple[
     names += [f"{name}.csv" for section in sections for name in section.tables]
     yield LISTED, json.dumps({"files": [*names, "runs.csv", "runs.tex", "report.html"]}, indent=2) + "\n"
     # Each process its own V8: drawing holds the interpreter.
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
-        bundle = pool.submit(vl_convert.javascript_bundle, SNIPPET)
+    pool = ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn"))
+    try:
+        with signals_blocked():  # processes are begun here: a Ctrl-C is for this one to heed
+            bundle = pool.submit(vl_convert.javascript_bundle, SNIPPET)
         data = {section.slug: plain(section.drawn) for section in sections}
         specs = [
             figure.spec | {"datasets": {figure.data: data[section.slug][figure.data]}} for section, figure in drawn
         ]
-        images = pool.map(svg_and_png, specs)
+        with signals_blocked():
+            images = pool.map(svg_and_png, specs)
         for section in sections:
             for name, rows in section.tables.items():
                 yield f"{name}.csv", as_csv(rows)
@@ -77,6 +81,8 @@ def files(sections: Sequence[Section], unread: Sequence[str]) -> Iterator[tuple[
         for (_, figure), (svg, png) in zip(drawn, images, strict=True):
             yield f"{figure.name}.svg", svg
             yield f"{figure.name}.png", png
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def earlier(folder: Path) -> list[str]:
@@ -188,10 +194,10 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     began = [when(manifest["started"]) for manifest in sorted(manifests, key=lambda manifest: manifest["started"])]
     lines: list[tuple[str, list[str]]] = [
         ("written", [f"{when()} on {here['machine']['host']}, lmlab {here['lmlab']}"]),
-        ("by", [shlex.join(redacted_command([Path(sys.executable).name, *sys.orig_argv[1:]]))]),
+        ("by", [command(*redacted_command([Path(sys.executable).name, *sys.orig_argv[1:]]))]),
         ("runs began", list(dict.fromkeys([began[0], began[-1]])) if began else []),
         ("sweeps", counted(str(run.sweep) for run in runs if run.sweep)),
-        ("commands", counted(shlex.join(redacted_command(manifest["command"])) for manifest in manifests)),
+        ("commands", counted(command(*redacted_command(manifest["command"])) for manifest in manifests)),
         ("code", counted(f"lmlab {m['lmlab']}, {commit(m['git'])}, Python {m['python']}" for m in manifests)),
         ("versions", counted(versions(manifest["packages"]) for manifest in manifests)),
         ("went on", counted(went_on(attempt) for m in manifests for attempt in m.get("went_on", ()))),

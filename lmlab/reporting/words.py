@@ -1,13 +1,12 @@
 """How a report says things."""
 
 import re
-import shlex
-from pathlib import Path
 from typing import Any
 
 from lmlab.reporting.reading import Run
 from lmlab.runs.choices import said
 from lmlab.runs.files import from_here
+from lmlab.shell import command
 
 
 def next_command(run: Run) -> str:
@@ -15,12 +14,8 @@ def next_command(run: Run) -> str:
     if run.state.name in ("done", "pruned", "running"):
         return ""
     if run.begun:
-        return f"python -m lmlab.resume {quoted(run.place)}"
-    return f"python -m lmlab.sweep resume {quoted(run.sweep)}" if run.sweep else ""
-
-
-def quoted(place: Path) -> str:
-    return shlex.quote(str(from_here(place)))
+        return command("python", "-m", "lmlab.resume", from_here(run.place))
+    return command("python", "-m", "lmlab.sweep", "resume", from_here(run.sweep)) if run.sweep else ""
 
 
 def letter(number: int) -> str:

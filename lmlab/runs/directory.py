@@ -8,18 +8,18 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 import lmlab
 from lmlab.errors import UserError
 from lmlab.runs import secrets
-from lmlab.runs.files import held, lock, read_json, write_json
+from lmlab.runs.files import content, empty_folders_removed, held, lock, read_json, write_json
 
 PACKAGES = (
     "lightning",
@@ -88,14 +88,17 @@ class RunDirectory:
         return int(checkpoint.stem.rpartition("-")[2])
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[set[Path]]:
         """Keep other processes from this directory. However this one ends, the lock goes with it.
+
+        Yields:
+            What lay in it before; all else may be taken back inside, and a new directory then goes too.
 
         Raises:
             UserError: another process has it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.locked.open("a+") as file:
+        before = content(self.path)
+        with empty_folders_removed(self.path), opened(self.locked) as file:
             try:
                 lock(file, wait=False)
             except OSError as error:
@@ -107,8 +110,9 @@ class RunDirectory:
                     "Wait until it has ended, or stop it by Ctrl-C or kill: it keeps its state and can go on."
                 ) from None
             file.truncate(0)
-            print(f"pid {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-            yield
+            with suppress(OSError):  # a full disk keeps no lock from being one
+                os.write(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield before
 
     @contextmanager
     def staying(self) -> Iterator[None]:
@@ -204,6 +208,12 @@ class RunDirectory:
     def note(self, **facts: Any) -> None:
         """Add facts to the manifest."""
         write_json(self.manifest, self.identity() | facts)
+
+
+def opened(place: Path) -> TextIO:
+    """A file to read and add to, in a folder that may have to be made."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place.open("a+")
 
 
 def surroundings() -> dict[str, Any]:

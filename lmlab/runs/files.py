@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -65,8 +65,10 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
     beside.mkdir()
     try:
         write(beside)
+        readable = beside.stat().st_mode & 0o666  # as the umask has it; safetensors leaves its files to their owner
         for file in beside.rglob("*"):
             if file.is_file():
+                file.chmod(readable)
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         old = place.with_name(f".{place.name}.old")
@@ -94,26 +96,23 @@ def write_out(folder: Path, files: Iterable[tuple[str, str | bytes]], instead_of
     """
     partial = folder / PARTIAL
     try:
-        new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            names = []
-            for name, content in files:
-                with (partial / name).open("wb") as stream:
-                    stream.write(content.encode() if isinstance(content, str) else content)
-                    os.fsync(stream.fileno())
-                names.append(name)
-            for name in set(instead_of) - set(names):
-                (folder / name).unlink(missing_ok=True)
-            for name in names:
-                os.replace(partial / name, folder / name)
-            flush_folder(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in new:
-                with suppress(OSError):  # it holds what was written
-                    parent.rmdir()
+        with empty_folders_removed(folder):
+            partial.mkdir(parents=True)
+            try:
+                names = []
+                for name, content in files:
+                    with (partial / name).open("wb") as stream:
+                        stream.write(content.encode() if isinstance(content, str) else content)
+                        os.fsync(stream.fileno())
+                    names.append(name)
+                for name in set(instead_of) - set(names):
+                    (folder / name).unlink(missing_ok=True)
+                for name in names:
+                    os.replace(partial / name, folder / name)
+                flush_folder(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
 
@@ -180,6 +179,32 @@ def held(place: Path) -> bool:
                 raise
             return False  # nor could anybody lock it
     return struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK
+
+
+def content(folder: Path) -> set[Path]:
+    """What lies in a folder; nothing where there is none."""
+    return {*folder.iterdir()} if folder.is_dir() else set()
+
+
+def take_back(folder: Path, before: Collection[Path]) -> None:
+    """Remove what has come to lie in a folder since `before` was its content."""
+    for path in content(folder).difference(before):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def empty_folders_removed(folder: Path) -> Iterator[None]:
+    """Remove a folder, and those above it, if they are made inside and hold nothing at the end."""
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        yield
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def from_here(path: Path) -> Path:

@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from lmlab.errors import UserError, cause_of, first_line, plainly
+from lmlab.errors import Stopped, UserError, cause_of, first_line, plainly
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import write_json
-from lmlab.runs.stopping import BEFORE_THE_LIMIT, Stopped
+from lmlab.runs.stopping import BEFORE_THE_LIMIT
 
 ENDED = ("done", "pruned")
 """States of a run that has come to its end."""

@@ -6,25 +6,19 @@ Under SLURM, the signal before a time limit also puts the job back in the queue.
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+from lmlab import early
+from lmlab.errors import Stopped
 
 HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # What SLURM and submitit send ahead of a time limit; TERM is for those who want the job to end.
 BEFORE_THE_LIMIT = (signal.SIGUSR1, signal.SIGUSR2)
-
-
-class Stopped(SystemExit):
-    """Ends the process for a signal, with exit code 128 + its number.
-
-    No Exception: submitit would take one for the job's result, and a sweep go on with its next job.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(128 + number)
-        self.signal = signal.Signals(number)
 
 
 class Signals:
@@ -38,6 +32,8 @@ class Signals:
         self.ending = False
         self.process = 0
         """The process that heeds them: what it forks inherits the handlers."""
+        self.ignored: set[signal.Signals] = set()
+        """Those that were ignored when it began, by nohup or a shell's &, and stay so."""
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
@@ -47,11 +43,16 @@ class Signals:
             yield
             return
         before = {number: signal.getsignal(number) for number in HEEDED}
+        if before[signal.SIGINT] is early.end:
+            before[signal.SIGINT] = signal.default_int_handler
+        self.ignored = {number for number, handler in before.items() if handler is signal.SIG_IGN}
         self.received, self.patient, self.ending, self.process = 0, False, False, os.getpid()
         self.heed()
+        hook, sys.unraisablehook = sys.unraisablehook, self.send_again
         try:
             yield
         finally:
+            sys.unraisablehook = hook
             self.patient, self.process = False, 0
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
@@ -61,8 +62,7 @@ class Signals:
         if self.process != os.getpid() or threading.current_thread() is not threading.main_thread():
             return
         for number in HEEDED:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self.note)
+            signal.signal(number, signal.SIG_IGN if number in self.ignored else self.note)
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler. The same signal twice, or one while nobody looks, is not waited for."""
@@ -76,6 +76,14 @@ class Signals:
             self.received = self.received or number
             return
         self.end(number)
+
+    def send_again(self, unraisable: Any) -> None:
+        """A hook: what is raised in a finalizer, Python drops, and with it the signal."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            sys.__unraisablehook__(unraisable)
+            return
+        self.ending = False
+        threading.Timer(0.1, os.kill, (os.getpid(), unraisable.exc_value.signal)).start()
 
     @staticmethod
     def ahead_of_a_limit(number: int) -> bool:

@@ -10,7 +10,6 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from shlex import quote
 from threading import Thread
 from typing import Any
 
@@ -32,6 +31,7 @@ from lmlab.evaluation.scoring import DocumentSums
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import replaced, write_beside
 from lmlab.runs.stopping import SIGNALS, requeue
+from lmlab.shell import command
 from lmlab.training.loggers import close
 from lmlab.training.module import LMModule
 
@@ -325,7 +325,7 @@ def last_state(run: RunDirectory) -> Path | None:
     if places:
         raise UserError(
             f"no state in {run.checkpoints} is whole, so the run can't go on.\n"
-            f"To train it again from the start: python -m lmlab.resume {quote(str(run.path))} --fresh"
+            f"To train it again from the start: {command('python', '-m', 'lmlab.resume', run.path, '--fresh')}"
         )
     return None
 

@@ -20,12 +20,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from lmlab.errors import UserError, cause_of
+from lmlab import shell
+from lmlab.errors import Stopped, UserError, cause_of
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED, Stopped
+from lmlab.runs.stopping import BEFORE_THE_LIMIT, HEEDED
 
 GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
 RUN_DIR = "lmlab/run_dir"  # of the store
@@ -98,7 +98,10 @@ def passed_on(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
         for process in ranks:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in HEEDED}
+    before = {number: signal.getsignal(number) for number in HEEDED}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it: ranks inherit that
+            signal.signal(number, pass_on)
     try:
         yield asked
     finally:
@@ -162,7 +165,7 @@ def failure(
         what = f" ({report['text'].splitlines()[-1]})"
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}{what}"
     log = f" Its log: {run.rank_log(first)}" if first else ""
-    hint = f"\nThe run can go on from its last state: python -m lmlab.resume {quote(str(run.path))}"
+    hint = f"\nThe run can go on from its last state: {shell.command('python', '-m', 'lmlab.resume', run.path)}"
     others = ", and the other ranks were stopped" if len(ranks) > 1 else ""
     why = " The system does that when memory runs out." if code == -signal.SIGKILL else ""
     who = f"rank {first}" if len(ranks) > 1 else "its process"

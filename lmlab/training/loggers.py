@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -22,6 +21,7 @@ from lmlab.errors import UserError, disk_full, first_line, nearest
 from lmlab.runs.directory import RunDirectory, git_state
 from lmlab.runs.files import read_json, rows
 from lmlab.runs.secrets import redacted_command
+from lmlab.shell import command
 
 LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
@@ -220,8 +220,8 @@ class WandB(WandbLogger):
             return
         self.unsent = True
         online = [] if self.experiment.offline else ["--no-skip-online"]
-        command = shlex.join(["wandb", "sync", *online, str(Path(self.experiment.dir).parent)])
-        LOG.warning("W&B may not have all of the run: %s\nTo send it: %s", why, command)
+        send = command("wandb", "sync", *online, Path(self.experiment.dir).parent)
+        LOG.warning("W&B may not have all of the run: %s\nTo send it: %s", why, send)
 
 
 def weights_and_biases(
@@ -302,7 +302,7 @@ def weights_and_biases(
     if run.offline and not run.disabled:
         for folder in earlier:  # the new one has their rows, and what a kill has kept from them
             folder.rename(folder.with_name(f"earlier-{folder.name}"))
-        LOG.info("W&B: offline. To upload: wandb sync %s", Path(run.dir).parent)
+        LOG.info("W&B: offline. To upload: %s", command("wandb", "sync", Path(run.dir).parent))
     elif run.url:
         LOG.info("W&B: %s", run.url)
         there = run.starting_step

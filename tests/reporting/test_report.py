@@ -405,7 +405,12 @@ def test_where_runs_went_on_and_links(trained: dict[str, Path], tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "is no directory"), ({}, "holds no run"), ({"manifest.json": '{"name": "a web app"}'}, "can be read")],
+    [
+        (None, "is no directory"),
+        ({}, "holds no run"),
+        ({"failure.json": "{}", "logs": ""}, "holds no run"),  # what never began
+        ({"manifest.json": '{"name": "a web app"}'}, "can be read"),
+    ],
 )
 def test_bad_places(
     content: dict[str, str] | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

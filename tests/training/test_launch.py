@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from lmlab.training import launch
+
 from ..conftest import TINY, losses, metrics
-from ..processes import begin, finish, wait_for
+from ..processes import begin, finish, heeding, wait_for
 from .test_kill import content as all_of
 from .test_kill import same
 
@@ -54,6 +56,40 @@ def test_a_signal_stops_a_run_that_can_go_on(name: str, whole: Path, tmp_path: P
     assert "Traceback" not in shown
     assert finish(*command, out=out) == 0
     assert same(all_of(run), all_of(whole))
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup, or behind a shell's &, while libraries put handlers of their own over it."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    ignored = {"SIGHUP": ["ignored"], "SIGTERM": ["ignored"]}
+    process = begin("train", *LONG, f"hydra.run.dir={run}", out=out, faults=SLOW | ignored)
+    wait_for(reached(run, 3))
+    assert process.pid is not None
+    for name in ignored:
+        os.kill(process.pid, signal.Signals[name])
+    wait_for(reached(run, 6))
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGINT, out.read_text()
+
+
+def test_a_signal_that_was_ignored_is_not_passed_on() -> None:
+    class Rank:
+        got: ClassVar[list[int]] = []
+        send_signal = got.append
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGUSR1)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with launch.passed_on([Rank()]) as asked:  # type: ignore[list-item]
+            for number in before:
+                os.kill(os.getpid(), number)
+        assert asked == Rank.got == [signal.SIGUSR1]
+        assert [signal.getsignal(number) for number in before] == [signal.SIG_IGN, signal.SIG_DFL]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_signal_during_a_validation(whole: Path, tmp_path: Path) -> None:
@@ -99,6 +135,7 @@ def start(*words: object, torchrun: bool = False, options: Sequence[str] = ()) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
+        preexec_fn=heeding,
     )
 
 
