@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lmlab.config.trust import named_by_command
+from lmlab.config import trust
+from lmlab.config.check import SHARDED
 from tests.conftest import TINY, Refused, run_verb
 
 OURS = """
@@ -78,7 +79,7 @@ def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("model._target_", "torch.hub.load"),
         ("tokenizer._target_", "transformers.AutoTokenizer.from_pretrained"),
         ("objective._target_", "lmlab.objectives.mlm.uniform"),
-        ("trainer.strategy", {"_target_": "lightning.Trainer"}),
+        ("trainer.strategy", {"_target_": "lightning.pytorch.strategies.model_parallel.ModelParallelStrategy"}),
         ("trainer._target_", "subprocess.Popen"),
         ("logger.more", {"_target_": "lmlab.training.loggers.partial"}),
         ("preprocess._target_", "lmlab.data.sources.load_sample"),
@@ -141,7 +142,11 @@ def test_a_package_is_allowed_by_its_name(
     (tmp_path / "mine" / "data" / "ours.yaml").write_text("_target_: ours.load\ntext: answers.text\n")
     more = ["--config-dir", tmp_path / "mine", f"model={run}"]
     run_verb("evaluate", *more, f"hydra.run.dir={tmp_path}/second")
-    assert named_by_command(["a"], tmp_path / "mine") == ["ours.load"]
+    assert trust.named_by_command(["a"], tmp_path / "mine") == ["ours.load"]
+
+
+def test_what_older_versions_named_for_sharding_is_lmlabs_own() -> None:
+    trust.check_trusted(OmegaConf.create({"trainer": {"strategy": {"_target_": SHARDED}}}), ())
 
 
 def test_a_package_is_not_what_it_imports(received: Callable[..., Path], ours: Path, refused: Refused) -> None:

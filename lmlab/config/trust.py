@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lmlab.config.check import SHARDED
 from lmlab.config.resuming import parsed
 from lmlab.errors import UserError
 
@@ -24,7 +25,6 @@ OWN = {
     "objective": ("builtins.object", ["lmlab.objectives"]),
     "optim": ("builtins.object", ["lmlab.training.optim"]),
     "trainer": ("lightning.Trainer", ["lightning.pytorch.trainer"]),
-    "trainer.strategy": ("lightning.pytorch.strategies.ModelParallelStrategy", ["lightning.pytorch.strategies"]),
     "callbacks": ("lightning.Callback", ["lmlab.training", "lightning.pytorch.callbacks"]),
     "logger": ("lightning.pytorch.loggers.Logger", ["lmlab.training.loggers"]),
 }
@@ -70,8 +70,10 @@ def is_own(key: str, name: str) -> bool:
         from lmlab.training.optim import SCHEDULES
 
         return name in SCHEDULES
-    block = max((block for block in OWN if key.startswith(f"{block}.")), key=len, default=None)
-    if block is None or not name.startswith(("lmlab.", "lightning.")):  # else looking for it could run it
+    if key == "trainer.strategy._target_":
+        return name == SHARDED
+    block = key.partition(".")[0]
+    if block not in OWN or not name.startswith(("lmlab.", "lightning.")):  # else looking for it could run it
         return False
     kind, modules = OWN[block]
     try:
