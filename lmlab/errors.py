@@ -230,7 +230,7 @@ def check_place(what: str, key: str) -> None:
     Args:
         what, key: as of `from_hub`.
     """
-    name = what.split('"')[1]
+    name = what.partition('"')[2].rpartition('"')[0]
     if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise UserError(f"could not load {what}: no such directory. Give one that is there as {key}.")
 
@@ -249,7 +249,7 @@ def from_hub(what: str, key: str) -> Iterator[None]:
     from huggingface_hub.errors import HTTPError
     from safetensors import SafetensorError
 
-    name = what.split('"')[1]
+    name = what.partition('"')[2].rpartition('"')[0]
     was_offline = constants.HF_HUB_OFFLINE
     if not Path(name).exists():
         go_offline_if_cut_off()

@@ -246,7 +246,7 @@ def test_a_sweep_that_can_not_be_is_refused_before_it_begins(refused: Refused, t
         ),
         (["seed=1,2", "+optim.lrr=1"], 'the point seed=1 is refused: there is no key "optim.lrr". Did you mean "lr"?'),
         (["seed=1,2", "data=files"], "the point seed=1 is refused: data.train has to be given"),
-        (["seed=1,2", "trainer.devices=9", "trainer=gpu"], "this machine has 0"),
+        (["seed=1,2", "trainer.devices=9", "trainer=gpu"], "there is no GPU here"),
         (["hydra/sweeper=optuna", "batch_size=0,8"], "the point batch_size=0 is refused"),
         (["hydra/sweeper=optuna", "optim.lr=1,2", "hydra.sweeper.storage=nothing://"], "can't be opened"),
         (["optim.lr=interval(1,2)"], "has no end of values. To search it: hydra/sweeper=optuna"),
