@@ -185,7 +185,7 @@ def measure(cfg: DictConfig) -> None:
         )
     held_out = build.build_held_out(cfg, data, objective)
     build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
-    scorer = Scorer(model, len(data.validation.names), rows_at_once(model, None, check.uses_gpu(cfg.trainer)))
+    scorer = Scorer(model, len(data.validation.names), rows_at_once(model, cfg.loss_rows, check.uses_gpu(cfg.trainer)))
     trainer = build.build_evaluation_trainer(cfg)
     with stopped_with(UNKEPT):
         trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--fresh", action="store_true", help="run it again from the start, and compare")
     p.add_argument("--into", type=Path, metavar="DIR", help="directory of the run that --fresh begins")
+    p.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="folder with more options of the groups")
     return p
 
 
@@ -58,13 +59,13 @@ def main() -> None:
         if not run.begun():
             raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")
         kept = config_of(run)
-        trusted, overrides = trust.split(given.overrides)
+        trusted, overrides = trust.split(given.overrides, given.config_dir)
         if given.fresh:
-            again(run, kept, given.into, overrides, trusted)
+            again(run, kept, given, overrides, trusted)
         elif given.into:
             raise UserError("--into is for --fresh: a run goes on in its own directory.")
         else:
-            cfg = resuming.continued(kept, run.path, overrides)
+            cfg = resuming.continued(kept, run.path, overrides, given.config_dir)
             trust.check_trusted(cfg, trusted)
             compose.check_secrets(cfg)
             if run.finished():
@@ -74,12 +75,14 @@ def main() -> None:
             run_or_go_on(cfg, overrides)
 
 
-def again(run: RunDirectory, kept: DictConfig, into: Path | None, overrides: list[str], trusted: Sequence[str]) -> None:
+def again(
+    run: RunDirectory, kept: DictConfig, given: argparse.Namespace, overrides: list[str], trusted: Sequence[str]
+) -> None:
     """Run the experiment of a manifest in a new directory; say what differs, before and after."""
-    place = (into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
+    place = (given.into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
     if RunDirectory(place).begun():
         raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
-    cfg = resuming.continued(kept, place, overrides)
+    cfg = resuming.continued(kept, place, overrides, given.config_dir)
     trust.check_trusted(cfg, trusted)
     compose.check_secrets(cfg)
     check.check_run(cfg)

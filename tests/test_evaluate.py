@@ -367,6 +367,21 @@ def test_a_place_is_taken_as_typed(name: str, causal: Path, evaluate: Verb, tmp_
     same(evaluate(f"model={tmp_path / name}"), causal)
 
 
+def test_logits_are_held_for_as_many_positions_as_asked_for(
+    causal: Path, evaluate: Verb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held: list[int | None] = []
+
+    def seen(*args: Any) -> Scores:
+        held.append(args[-1])
+        return score(*args)
+
+    monkeypatch.setattr(scoring, "score", seen)
+    same(evaluate(f"model={causal}", "loss_rows=3"), causal)
+    assert set(held) == {3}
+    assert "loss_rows is a number of scored positions" in refused(capsys, lambda: evaluate(f"model={causal}", "loss_rows=0"))
+
+
 def test_text_is_hashed_by_what_it_says(causal: Path, evaluate: Verb, text: Path, tmp_path: Path) -> None:
     """Not by the file it comes in: the same documents are the same data."""
     other = tmp_path / "other.csv"

@@ -231,6 +231,20 @@ def test_longer(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert [rates[step] for step in (7, 8)] == [optim.lr * optim.factor(step - 1, 8) for step in (7, 8)]
 
 
+def test_options_of_a_folder(stopped: Path, tmp_path: Path, refused: Refused) -> None:
+    """As `lmlab.train` takes them: of --config-dir."""
+    (tmp_path / "mine" / "trainer").mkdir(parents=True)
+    (tmp_path / "mine" / "trainer" / "two.yaml").write_text(
+        "defaults: [ddp]\naccelerator: cpu\ndevices: 2\nenable_progress_bar: false\n"
+    )
+    assert "trainer=two: no such option" in refused("resume", stopped, "trainer=two")
+    folder = ["--config-dir", tmp_path / "mine"]
+    assert "trainer=three: no such option" in refused("resume", stopped, *folder, "trainer=three")
+    assert "directory" in refused("resume", stopped, "--config-dir", tmp_path / "none", "trainer=two")
+    resumed(stopped, *folder, "trainer=two", "trainer.max_steps=5")
+    assert OmegaConf.load(stopped / "config.yaml").trainer.devices == 2
+
+
 def test_a_finished_run_refuses_what_one_that_goes_on_does(refused: Refused, whole: Path, stopped: Path) -> None:
     for words, said in {
         ("optim.lr=0.5",): "optim.lr=0.5 (it was 0.001)",

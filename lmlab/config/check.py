@@ -145,8 +145,6 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     compiler = os.environ.get("CXX") or "g++"
     if cfg.compile and not (shutil.which(compiler) or shutil.which("clang++")):
         raise UserError(f"compile=true needs a C++ compiler, and there is no {compiler}: install one, or set CXX.")
-    if cfg.loss_rows is not None and (type(cfg.loss_rows) is not int or cfg.loss_rows < 1):
-        raise UserError(f"loss_rows is a number of scored positions, 1 or more, or null, not {cfg.loss_rows}.")
     clip = cfg.trainer.get("gradient_clip_val")
     if clip is not None and clip < 0:
         raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
@@ -217,6 +215,8 @@ def check_numbers(cfg: DictConfig) -> None:
             raise UserError(f"{key} is a whole number, {least} or more, not {cfg[key]}.")
     if cfg.attention is not None and not isinstance(cfg.attention, str):
         raise UserError(f"attention is a name, such as sdpa, or null for the model's own choice, not {cfg.attention}.")
+    if cfg.loss_rows is not None and (type(cfg.loss_rows) is not int or cfg.loss_rows < 1):
+        raise UserError(f"loss_rows is a number of scored positions, 1 or more, or null, not {cfg.loss_rows}.")
     if not isinstance(cfg.cache_dir, str):
         raise UserError(f"cache_dir is a directory, not {cfg.cache_dir}.")
 

@@ -9,12 +9,15 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -52,6 +55,25 @@ class RunFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.made.enter_context(empty_folders_removed(Path(config.hydra.run.dir)))
+
+
+@contextmanager
+def hydra_of(conf: str = str(CONF), folder: str | Path | None = None) -> Iterator[Hydra]:
+    """Hydra as a command of lmlab sets it up, with the `folder` of its --config-dir before `conf`.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    path = create_config_search_path(conf)
+    if folder is not None:
+        folder = Path(folder).absolute()
+        if not folder.is_dir():
+            raise UserError(f"Additional config directory '{folder}' not found")
+        path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    try:
+        yield Hydra.create_main_hydra2("train", path)
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:

@@ -6,11 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import MissingConfigException
@@ -18,8 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lmlab.config import resuming, sweeping
-from lmlab.config.compose import CONF, freeze
-from lmlab.errors import UserError
+from lmlab.config.compose import CONF, freeze, hydra_of
 from lmlab.runs.choices import flat, said
 
 
@@ -55,15 +50,8 @@ def planned(given: Namespace) -> Planned:
 
 def composed(given: Namespace, overrides: list[str]) -> Planned:
     """Compose as `lmlab.train` would."""
-    path = create_config_search_path(given.config_path or str(CONF))
-    if given.config_dir is not None:
-        folder = Path(given.config_dir).absolute()
-        if not folder.is_dir():
-            raise UserError(f"Additional config directory '{folder}' not found")
-        path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     name = given.config_name or "train"
-    hydra = Hydra.create_main_hydra2("train", path)
-    try:
+    with hydra_of(given.config_path or str(CONF), given.config_dir) as hydra:
         loader = hydra.config_loader
         swept = given.multirun or hydra.get_mode(name, overrides) is RunMode.MULTIRUN
         mode = RunMode.MULTIRUN if swept else RunMode.RUN
@@ -79,8 +67,6 @@ def composed(given: Namespace, overrides: list[str]) -> Planned:
         default = loader.load_configuration("train", [], RunMode.RUN)
         launcher: Any = OmegaConf.to_container(whole.hydra.launcher, resolve=True)
         return Planned(job(one), job(default), points, swept, swept_to, jobs, launcher)
-    finally:
-        GlobalHydra.instance().clear()
 
 
 def sweep(whole: DictConfig, loader: ConfigLoader) -> tuple[int, list[str], list[str], int | None]:

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lmlab.config.check import world
-from lmlab.config.compose import CONF, dotted, explain, name_precision, without_secrets
+from lmlab.config.compose import dotted, explain, hydra_of, name_precision, without_secrets
 from lmlab.config.overrides import readable
 from lmlab.errors import UserError, first_line, nearest
 from lmlab.runs.choices import MACHINERY, flat, said, under
@@ -29,8 +29,8 @@ NOT_THERE = "not there"
 PLACES = ("accelerator", "devices", "num_nodes", "strategy")
 
 
-def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
-    """The composed config of a run, for a directory, with the overrides of a command.
+def continued(kept: DictConfig, run_dir: Path, words: list[str], folder: Path | None = None) -> DictConfig:
+    """The composed config of a run, for a directory, with the overrides of a command and the options in a `folder`.
 
     Raises:
         UserError: an override that can't be read, or of what a run does not change.
@@ -48,7 +48,7 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str]) -> DictConfig:
             holder, _, leaf = key.rpartition(".")
             OmegaConf.select(cfg, holder).pop(leaf) if holder else cfg.pop(leaf)
         elif key in GROUPS and not isinstance(override.value(), dict):
-            block = composed(key, word, run_dir)
+            block = composed(key, word, run_dir, folder)
             cfg[key] = OmegaConf.merge(cfg[key], {k: block[k] for k in PLACES}) if key == "trainer" else block
         elif isinstance(cfg.get(key), DictConfig) and key not in GROUPS:
             raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
@@ -83,11 +83,12 @@ def parsed(word: str) -> Override:
     return override
 
 
-def composed(group: str, word: str, run_dir: Path) -> Any:
+def composed(group: str, word: str, run_dir: Path, folder: Path | None) -> Any:
     """A group's block, as a new run would have it."""
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("train", [word, f"run_dir={run_dir}"])
+        with hydra_of(folder=folder) as hydra:
+            words = [word, f"run_dir={run_dir}"]
+            cfg = hydra.config_loader.load_configuration("train", words, RunMode.RUN)
     except (HydraException, ValueError) as error:
         raise UserError(explain(error, "train")) from error
     OmegaConf.resolve(cfg[group])

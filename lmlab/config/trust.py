@@ -107,11 +107,11 @@ def named_by_command(words: Iterable[str], folder: Path | None = None) -> list[s
     return [name for text in texts for name in NAMED.findall(text)]
 
 
-def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command: what they trust, by `trust=…` or by naming it, and the others."""
+def split(words: Sequence[str], folder: Path | None) -> tuple[list[str], list[str]]:
+    """The words of a command: what they or its --config-dir trust, by `trust=…` or by naming it, and the others."""
     others = [word for word in words if not word.startswith("trust=")]
     given = [name for word in words if word not in others for name in packages(parsed(word).value())]
-    return [*given, *named_by_command(others)], others
+    return [*given, *named_by_command(others, folder)], others
 
 
 def packages(value: Any) -> list[str]:
