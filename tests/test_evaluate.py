@@ -379,7 +379,9 @@ def test_logits_are_held_for_as_many_positions_as_asked_for(
     monkeypatch.setattr(scoring, "score", seen)
     same(evaluate(f"model={causal}", "loss_rows=3"), causal)
     assert set(held) == {3}
-    assert "loss_rows is a number of scored positions" in refused(capsys, lambda: evaluate(f"model={causal}", "loss_rows=0"))
+    assert "loss_rows is a number of scored positions" in refused(
+        capsys, lambda: evaluate(f"model={causal}", "loss_rows=0")
+    )
 
 
 def test_text_is_hashed_by_what_it_says(causal: Path, evaluate: Verb, text: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lmlab.errors import UserError, first_line, from_hub, nearest, out_of_memory
 from lmlab.models.memory import check_weights
-from lmlab.models.probe import probe
+from lmlab.models.probe import find_out, probe
 from lmlab.models.scored import check_scoring
 
 
@@ -123,7 +123,7 @@ def from_scratch(
         settings = AutoConfig.for_model(architecture, **values)
         check_weights(auto, settings)
         model = auto.from_config(settings)
-        probe(model)  # some configs make a model that can't take any tokens
+        find_out(model)  # some configs make a model that can't take any tokens
     except UserError:
         raise
     except Exception as error:  # what transformers' code makes of values that it was not written for has no bounds

@@ -44,8 +44,7 @@ def probe(model: PreTrainedModel) -> Probe:
         UserError: no module of the model returns a `last_hidden_state`.
     """
     if model not in PROBES:
-        with torch.no_grad(), in_evaluation(model):
-            PROBES[model] = find_out(model)
+        PROBES[model] = find_out(model)
     return PROBES[model]
 
 
@@ -80,8 +79,9 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> 
     return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
 
 
+@torch.no_grad()
 def find_out(model: PreTrainedModel) -> Probe:
-    """Make the passes of `probe`."""
+    """What the model's forward pass does at present: who builds the model may not have finished it."""
     ids, head = example(model), model.get_output_embeddings()
     # A hook of somebody else's may do anything to what comes out of the last layer.
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
@@ -94,11 +94,14 @@ def find_out(model: PreTrainedModel) -> Probe:
         elif module is not model and isinstance(output, ModelOutput) and output.get("last_hidden_state") is not None:
             inner.append(module)
 
-    handle = register_module_forward_hook(watch)
-    try:
-        logits = forward(model, ids).logits
-    finally:
-        handle.remove()
+    with in_evaluation(model):
+        handle = register_module_forward_hook(watch)
+        try:
+            logits = forward(model, ids).logits
+        finally:
+            handle.remove()
+        others = forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits
+        padded = padding_matters(model, ids, logits)
     if not inner:
         raise UserError(
             f"lmlab can't score {model.config.model_type}: none of its modules returns a last_hidden_state.\n"
@@ -108,8 +111,8 @@ def find_out(model: PreTrainedModel) -> Probe:
     return Probe(
         names[id(inner[-1])],  # the outermost one ends last
         plain and len(projected) == 1 and torch.equal(projected[0], logits),
-        differ(logits[:, :-1], forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits[:, :-1]),
-        padding_matters(model, ids, logits),
+        differ(logits[:, :-1], others[:, :-1]),
+        padded,
     )
 
 

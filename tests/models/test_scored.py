@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from lmlab.errors import UserError
+from lmlab.data.tokenizers import bpe
+from lmlab.models.loading import from_scratch
 from lmlab.models.probe import probe
 from lmlab.models.scored import rows_at_once, score
 
@@ -175,3 +177,11 @@ def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
     assert probe(plain).projects
     assert [rows_at_once(plain, wanted, on_gpu) for wanted, on_gpu in ((8, True), (None, True))] == [8, None]
     assert rows_at_once(plain, None, on_gpu=False) == 128 * 2**20 // 400
+
+
+def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
+    """A builder of the user's may change a model after lmlab has made it."""
+    tokenizer = bpe(["a text of a few words"], vocab_size=280)
+    model = from_scratch(tokenizer, True, "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1})
+    model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.tanh())
+    assert rows_at_once(model, None, on_gpu=False) is None
