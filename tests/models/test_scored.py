@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from lmlab.errors import UserError
 from lmlab.data.tokenizers import bpe
+from lmlab.errors import UserError
 from lmlab.models.loading import from_scratch
 from lmlab.models.probe import probe
 from lmlab.models.scored import rows_at_once, score
