@@ -25,8 +25,9 @@ def test_wheel_holds_config_and_corpus_and_no_tests(wheel: Path) -> None:
     assert {f"lmlab/{verb}.txt" for verb in ("train", "evaluate")} <= {*names}
     assert "lmlab/data/sample/askscience.jsonl" in names
     assert not [name for name in names if name.startswith(("tests", "sweeps"))]
-    packed = {name.removeprefix("lmlab/") for name in names if name.startswith("lmlab/conf/")}
-    assert packed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
+    packed = {name.removeprefix("lmlab/") for name in names if name.startswith(("lmlab/conf/", "lmlab/sweeps/"))}
+    files = [path for folder in ("conf", "sweeps") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert packed == {path.relative_to(ROOT).as_posix() for path in files}
 
 
 @pytest.mark.long

@@ -12,12 +12,12 @@ import pytest
 from omegaconf import OmegaConf
 from submitit.slurm.slurm import _make_sbatch_string
 
-from lmlab.config.compose import CONF
+from lmlab.config.compose import CONF, SWEEPS
 from lmlab.errors import Stopped
 from lmlab.runs.stopping import SIGNALS
 from tests.conftest import TINY
 
-SBATCH = CONF.parent / "sweeps" / "train.sbatch"
+SBATCH = SWEEPS / "train.sbatch"
 
 
 def asked_for(*overrides: str) -> dict:

@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lmlab.config.compose import CONF, read_config
+from lmlab.config.compose import SWEEPS, read_config
 from lmlab.errors import Stopped
 from lmlab.runs import states, sweep
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import launch
 from tests.conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from tests.test_conf import first_values
-
-SWEEPS = CONF.parent / "sweeps"
 
 
 @pytest.fixture

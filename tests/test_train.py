@@ -135,8 +135,14 @@ def test_utilisation_where_the_peak_is_known(
     per_block = 32 * (6 * 12 * 32**2 + 12 * 32 * 32) + 31 * 6 * 300 * 32
     per_second = 8 * per_block / (last["perf/step_ms"] / 1000)
     assert last["perf/mfu"] == pytest.approx(per_second / 10**12, rel=1e-6)
-    assert json.loads((run / "summary.json").read_text())["mfu"] > 0
-    assert "of what the device could do" in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["mfu"] > 0
+    assert summary["flops"] == 4 * 8 * per_block
+    shown = capsys.readouterr().out
+    assert "of what the device could do" in shown
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert summary["parameters"] == summary["trainable_parameters"] == model.num_parameters()
+    assert f"{model.num_parameters():,} of them trainable" in shown
 
 
 def test_profile_writes_a_trace(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import signatures
-from lmlab.config.compose import CONF, LIMITS
+from lmlab.config.compose import CONF, LIMITS, SWEEPS
 from lmlab.errors import UserError, first_line, nearest
+from lmlab.runs.files import from_here
+from lmlab.shell import command
 from lmlab.training import launch
 
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
@@ -263,9 +265,10 @@ def check_devices(trainer: DictConfig) -> None:
     devices = trainer.devices
     nodes = world(trainer) // devices
     if nodes > 1 and launch.rank() is None:
+        submit = command("sbatch", from_here(SWEEPS / "train.sbatch"))
         raise UserError(
             f"trainer.num_nodes={nodes}: on several nodes the ranks are started by SLURM or torchrun.\n"
-            "Use -m hydra/launcher=slurm, or sbatch sweeps/train.sbatch, or torchrun on each node."
+            f"Use -m hydra/launcher=slurm, or {submit}, or torchrun on each node."
         )
     if uses_gpu(trainer):
         import torch

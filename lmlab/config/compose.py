@@ -36,6 +36,8 @@ from lmlab.runs.stopping import SIGNALS
 PACKAGE = Path(__file__).parent.parent
 # Beside the package in a checkout, inside it when installed.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+SWEEPS = CONF.parent / "sweeps"
+"""The sweeps and the batch file that come with lmlab."""
 LIMITS = (
     "a share of the batches would be a metric of no text that has a name.\n"
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."

@@ -21,7 +21,8 @@ from lmlab.runs.sweep import Point
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with libyaml
 SPLITS = {"validation": "val/loss", "training": "train/loss"}
-FIGURES = (*SPLITS.values(), "data/tokens_seen", "perf/tokens_per_s", "tokens_per_s")
+COUNTS = ("parameters", "trainable_parameters", "flops")
+FIGURES = (*SPLITS.values(), "data/tokens_seen", "perf/tokens_per_s", "tokens_per_s", *COUNTS)
 DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError)
 """What reading the files of a run can raise when somebody or something else has written in them."""
 MANIFEST: dict[str, Any] = {

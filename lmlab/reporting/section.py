@@ -12,9 +12,9 @@ from lmlab.reporting import figures
 from lmlab.reporting.figures import Figure, Key
 from lmlab.reporting.finals import BEST, Final, finals
 from lmlab.reporting.gather import Group
-from lmlab.reporting.reading import SPLITS, Run, number
+from lmlab.reporting.reading import COUNTS, SPLITS, Run, number
 from lmlab.reporting.verdict import verdict
-from lmlab.reporting.words import brief, duration, figure, file_name, letter, next_command, shortened
+from lmlab.reporting.words import brief, duration, figure, file_name, letter, next_command, parameters, shortened
 from lmlab.runs.choices import said
 
 FILE_POINTS = 4000
@@ -353,7 +353,9 @@ class Section:
             ("bits/byte", bits_per_byte(self.figure)),
             ("state", "state"),
             ("steps", "optimizer steps"),
+            ("parameters", "of the model, and how many of them are trainable where not all are"),
             ("tokens", "seen in training"),
+            ("FLOPs", "floating-point operations of training: forward and backward passes, over the whole run"),
             ("tokens/s", "over the whole run; the median so far, where it has not ended"),
             ("time", "wall clock, validation included, pauses left out"),
         ]
@@ -377,7 +379,9 @@ class Section:
             Cell("" if bits is None else f"{bound}{bits:.4f}{so_far}", bits),
             Cell(state.name + (f": {state.cause}" if state.cause else ""), state.name),
             Cell(f"{state.step:,}{of}" if run.begun else "", state.step),
+            Cell(parameters(run), run.result.get("parameters")),
             Cell(f"{run.tokens:,}" if run.begun else "", run.tokens),
+            Cell(f"{run.result['flops']:.3g}" if "flops" in run.result else "", run.result.get("flops")),
             Cell("" if run.speed is None else f"{run.speed:,.0f}", run.speed),
             Cell("" if seconds is None else duration(seconds), seconds),
         ]
@@ -420,6 +424,7 @@ class Section:
             "step": run.state.step,
             "of_steps": run.state.steps,
             "tokens": run.tokens,
+            **{name: run.result.get(name) for name in COUNTS},
             "tokens_per_s": run.speed,
             "seconds": run.seconds[-1] if run.seconds else None,
             "directory": str(run.place),

@@ -33,6 +33,14 @@ def figure(value: float) -> str:
     return f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
+def parameters(run: Run) -> str:
+    """How many parameters a run's model has, where its summary says it."""
+    count, trainable = (run.result.get(name) for name in ("parameters", "trainable_parameters"))
+    if count is None:
+        return ""
+    return f"{count:,}" if trainable == count else f"{count:,} ({trainable:,})"
+
+
 def duration(seconds: float) -> str:
     """A time for people."""
     if seconds < 60:

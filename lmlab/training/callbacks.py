@@ -38,7 +38,7 @@ class Measure(Callback):
         # None while it stands still: validation or a checkpoint is under way.
         self.clock: float | None = None
         # Over the whole run, for the table at its end.
-        self.total = dict.fromkeys(("seconds", "waited", "tokens", "flops"), 0.0)
+        self.total = dict.fromkeys(("seconds", "waited", "tokens", "flops", "flops_of_all"), 0.0)
         # At the last report; then seconds since it.
         self.step, self.tokens_then, self.interval = 0, 0, 0.0
 
@@ -48,8 +48,13 @@ class Measure(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.total.setdefault("flops_of_all", math.nan)  # a checkpoint of an older version counted one rank's alone
 
     def on_fit_start(self, trainer: L.Trainer, module: LMModule) -> None:
+        self.parameters = {
+            "parameters": sum(p.numel() for p in module.model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
+        }
         self.flops = Flops.of(module.model)
         self.peak_flops = peak_flops(trainer.strategy.root_device, trainer.precision) if self.flops else None
 
@@ -94,12 +99,16 @@ class Measure(Callback):
         worst = torch.tensor([waited - self.waited_then, peak_memory(module.device)], device=module.device)
         if dist.is_initialized():
             dist.all_reduce(worst, dist.ReduceOp.MAX)
+            scored = torch.tensor(targets, device=module.device)
+            dist.all_reduce(scored)
+            targets = int(scored)
         wait, memory = worst.tolist()
         done = tokens - self.tokens_then
-        # By one rank: each device has a peak of its own.
-        flops = self.flops.step(done // trainer.world_size, targets, module.block_size) if self.flops else 0
+        flops_of_all = self.flops.step(done, targets, module.block_size) if self.flops else 0
+        flops = flops_of_all / trainer.world_size  # of a device, which has a peak of its own
         steps = trainer.global_step - self.step
-        for name, value in (("seconds", self.interval), ("waited", wait), ("tokens", done), ("flops", flops)):
+        passed = {"seconds": self.interval, "waited": wait, "tokens": done}
+        for name, value in (passed | {"flops": flops, "flops_of_all": flops_of_all}).items():
             self.total[name] += value
         self.latest = {
             "train/loss": loss,
@@ -145,12 +154,15 @@ class Measure(Callback):
         """Of the whole run, for its summary."""
         seconds = self.total["seconds"]
         result = {
+            **self.parameters,
             "tokens": int(self.total["tokens"]),
             "seconds": round(seconds, 3),
             "tokens_per_s": round(self.total["tokens"] / seconds, 1),
             "data_wait": round(self.total["waited"] / seconds, 4),
             "peak_memory_gib": round(self.latest["perf/peak_memory_gib"], 3),
         }
+        if self.total["flops_of_all"] > 0:  # neither unknown nor NaN
+            result["flops"] = int(self.total["flops_of_all"])
         if self.peak_flops:
             result["mfu"] = round(self.total["flops"] / seconds / self.peak_flops, 4)
         return result

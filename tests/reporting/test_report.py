@@ -124,6 +124,11 @@ def test_tables(report: Path, study: Path) -> None:
     ranked = [row["run"] for row in causal if row["rank"]]
     assert ranked == ["0", "1", "2", "3", "5", "6", "7", "8", "9"]  # their losses rise with their numbers
     assert causal[0]["optim.lr"] == "0.0001"
+    summary = RunDirectory(study / "0").result()
+    for count in ("parameters", "trainable_parameters", "flops"):
+        assert causal[0][count] == str(summary[count])
+        assert causal[-1][count] == ""
+    assert f"{summary['parameters']:,}" in (report / "report.html").read_text()
     assert float(causal[0]["perplexity"]) == RunDirectory(study / "0").result()["val/perplexity"]
     assert {row["run"]: row["state"] for row in causal if not row["rank"]} == {
         "4": "failed",

@@ -42,7 +42,7 @@ def test_loss_and_perplexity_are_the_same_at_any_width(
         "accumulated": ["trainer=cpu", "trainer.accumulate_grad_batches=2"],
         "ranks": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
     }
-    figures = {}
+    figures, counts = {}, {}
     for name, overrides in widths.items():
         run = train(*common, *overrides, run_dir=tmp_path / name)
         lines = metrics(run)
@@ -52,7 +52,10 @@ def test_loss_and_perplexity_are_the_same_at_any_width(
             [line["val/loss"] for line in lines if "val/loss" in line],
             [line["data/tokens_seen"] for line in lines if "train/loss" in line],
         )
-        assert json.loads((run / "summary.json").read_text())["steps"] == 12
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["steps"] == 12
+        counts[name] = [summary[count] for count in ("tokens", "flops", "parameters", "trainable_parameters")]
+    assert counts["one"] == counts["accumulated"] == counts["ranks"]
     losses, norms, val_losses, tokens = figures["one"]
     assert len(losses) == 12
     assert len(val_losses) == 4  # before, at 5, at 10, at the end
