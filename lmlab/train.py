@@ -305,6 +305,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         **pruned,
     }
     write_json(run.summary, result)
+    count, trainable = result["parameters"], result["trainable_parameters"]
     place = from_here(run.path)
     try:
         text, said = speak(module.model, data.tokenizer, data.validation.tokens[: cfg.preprocess.block_size].tolist())
@@ -315,7 +316,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
             f"{title(module.figure)} before": f"{before[figure]:,.2f}{part}",
             f"{title(module.figure)} after": f"{after[figure]:,.2f}   ({which} weights, held-out text)",
             **{title(name): f"{value:.4f}" for name, value in after.items() if name.endswith("bits_per_byte")},
-            "parameters": f"{result['parameters']:,}, {result['trainable_parameters']:,} of them trainable",
+            "parameters": f"{count:,}" + (f", {trainable:,} of them trainable" if trainable < count else ""),
             "tokens": f"{result['tokens']:,} trained on in {result['seconds']:.1f} s",
             **({"FLOPs": f"{result['flops']:.3g} of forward and backward passes"} if "flops" in result else {}),
             "speed": f"{result['tokens_per_s']:,.0f} tokens/s, {result['data_wait']:.1%} of the time waiting for data",

@@ -142,7 +142,7 @@ def test_utilisation_where_the_peak_is_known(
     assert "of what the device could do" in shown
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert summary["parameters"] == summary["trainable_parameters"] == model.num_parameters()
-    assert f"{model.num_parameters():,} of them trainable" in shown
+    assert re.search(rf"parameters +│ {model.num_parameters():,} ", shown)
 
 
 def test_profile_writes_a_trace(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
