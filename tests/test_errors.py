@@ -583,6 +583,7 @@ COMMANDS = {
     "trainer.precision=64": ["32-true, bf16-mixed, 16-mixed, bf16-true", 'not "64"'],
     # What bash makes of braces that no quotes are around.
     "model.config=n_head:1": ["dict", "not str", "'model.config={KEY: VALUE}'"],
+    "objective._target_=nothing_there.Objective": ["can't be imported: ModuleNotFoundError: No module named"],
     "optim._target_=torch.optim.SGD": ["called with (model, steps)", "an optimizer and a schedule", "optim.py"],
     "compile=maybe": ["compile is true or false", "not maybe"],
     "activation_checkpointing=1": ["activation_checkpointing is true or false"],

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-import hydra
+from hydra._internal.utils import _locate  # hydra.utils.get_object also logs what it raises
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import signatures
@@ -50,7 +50,7 @@ SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"  # how configs of
 OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.training.optim.AdamW does"
 
 
-def target(block: DictConfig, key: str, get: Callable[[str], Any] = hydra.utils.get_object) -> Any:
+def target(block: DictConfig, key: str, get: Callable[[str], Any] = _locate) -> Any:
     """What a block's `_target_` names, or what another function says of that name."""
     name = block.get("_target_") if isinstance(block, DictConfig) else None
     if name is None:
@@ -58,7 +58,9 @@ def target(block: DictConfig, key: str, get: Callable[[str], Any] = hydra.utils.
     try:
         return get(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}._target_={name} can't be imported: {first_line(error)}") from error
+        cause = error.__cause__
+        why = f"{type(cause).__name__}: {first_line(cause)}" if cause else first_line(error)
+        raise UserError(f"{key}._target_={name} can't be imported: {why}.") from error
 
 
 def takes(block: DictConfig, key: str) -> Mapping[str, inspect.Parameter]:

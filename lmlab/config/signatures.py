@@ -9,7 +9,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import hydra
+from hydra._internal.utils import _locate
 
 # Others may put decorators or metaclasses between what is written there and what is taken.
 READ = ("lmlab.", "lightning.")
@@ -26,7 +26,7 @@ def parameters(target: str) -> Mapping[str, Parameter]:
         ImportError, AttributeError, ValueError: there is no such thing.
     """
     found = read(target) if target.startswith(READ) else None
-    return inspect.signature(hydra.utils.get_object(target)).parameters if found is None else found
+    return inspect.signature(_locate(target)).parameters if found is None else found
 
 
 def read(target: str) -> dict[str, Parameter] | None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
+from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lmlab.config.check import SHARDED
@@ -77,7 +77,7 @@ def is_own(key: str, name: str) -> bool:
         return False
     kind, modules = OWN[block]
     try:
-        found, wanted = hydra.utils.get_object(name), hydra.utils.get_object(kind)
+        found, wanted = _locate(name), _locate(kind)
     except (ImportError, AttributeError, ValueError):
         return True  # there is nothing to run, as what would need it says
     if not any(f"{getattr(found, '__module__', '')}.".startswith(f"{module}.") for module in modules):
@@ -94,7 +94,7 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
     if not any(name.startswith(f"{package}.") for package in trusted):
         return False
     try:
-        home = getattr(hydra.utils.get_object(name), "__module__", "")
+        home = getattr(_locate(name), "__module__", "")
     except (ImportError, AttributeError, ValueError):
         return True  # as above
     return any(f"{home}.".startswith(f"{package.partition('.')[0]}.") for package in trusted)
