@@ -44,6 +44,7 @@ def report(arguments: argparse.Namespace) -> None:
     groups, unread = gather(arguments.places)
 
     from lmlab.reporting import page
+    from lmlab.reporting.words import letter
 
     sections = page.sections_of(groups)
     place = arguments.out or Path("reports") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
@@ -52,7 +53,8 @@ def report(arguments: argparse.Namespace) -> None:
     rows = []
     for section in sections:
         states = ", ".join(f"{count} {state}" for state, count in section.states.most_common())
-        rows.append([section.title, states, "\n".join(section.verdict)])
+        apart = [f"{letter(i)} is not compared with A: {why}" for i, why in enumerate(section.group.apart, 1)]
+        rows.append([section.title, states, "\n".join([*section.verdict, *apart])])
     show_rows("Runs", ["objective", "states", "verdict"], rows, words=3)
     for line in unread:
         print(f"not read: {line}")

@@ -161,7 +161,7 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
     if steps < step:
         raise UserError(f"{run.path} is at step {step} already, and {steps} steps are fewer.")
     for line in differences(then, now):
-        LOG.warning("other than when the run began: %s", line)
+        LOG.warning("Changed since the run began: %s", line)
     attempt = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "host": now["machine"]["host"]}
     attempt |= {"packages": now["packages"], "git": now["git"], "devices": check.world(cfg.trainer)}
     if resuming.length(cfg) != resuming.length(kept):
@@ -306,6 +306,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     }
     write_json(run.summary, result)
     count, trainable = result["parameters"], result["trainable_parameters"]
+    text_of = f"all {len(data.validation):,} held-out documents" if part else "held-out text"
     place = from_here(run.path)
     try:
         text, said = speak(module.model, data.tokenizer, data.validation.tokens[: cfg.preprocess.block_size].tolist())
@@ -314,7 +315,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     show_result(
         {
             f"{title(module.figure)} before": f"{before[figure]:,.2f}{part}",
-            f"{title(module.figure)} after": f"{after[figure]:,.2f}   ({which} weights, held-out text)",
+            f"{title(module.figure)} after": f"{after[figure]:,.2f}   ({which} weights, {text_of})",
             **{title(name): f"{value:.4f}" for name, value in after.items() if name.endswith("bits_per_byte")},
             "parameters": f"{count:,}" + (f", {trainable:,} of them trainable" if trainable < count else ""),
             "tokens": f"{result['tokens']:,} trained on in {result['seconds']:.1f} s",

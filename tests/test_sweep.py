@@ -242,7 +242,10 @@ def test_a_sweep_that_can_not_be_is_refused_before_it_begins(refused: Refused, t
             ["optim.lr=1e-3,abc", "seed=1,2"],
             "the point optim.lr=abc seed=1 is refused: optim.lr=abc: it has to be float",
         ),
-        (["seed=1,2", "+optim.lrr=1"], 'the point seed=1 is refused: there is no key "optim.lrr". Did you mean "lr"?'),
+        (
+            ["seed=1,2", "+optim.lrr=1"],
+            'the point seed=1 is refused: there is no key "optim.lrr". Did you mean "optim.lr"?',
+        ),
         (["seed=1,2", "data=files"], "the point seed=1 is refused: data.train has to be given"),
         (["seed=1,2", "trainer.devices=9", "trainer=gpu"], "there is no GPU here"),
         (["hydra/sweeper=optuna", "batch_size=0,8"], "the point batch_size=0 is refused"),

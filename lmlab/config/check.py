@@ -79,7 +79,8 @@ def arguments(parameters: Mapping[str, inspect.Parameter], block: DictConfig, ke
     theirs = [name for name in parameters if name not in given]
     for name in values:
         if name in given or not (anything or name in parameters):
-            raise UserError(f'there is no key "{key}.{name}".{nearest(name, theirs)} Keys: {", ".join(theirs)}.')
+            close = nearest(f"{key}.{name}", [f"{key}.{known}" for known in theirs])
+            raise UserError(f'there is no key "{key}.{name}".{close} Keys: {", ".join(theirs)}.')
         if name in parameters and not fits(values[name], parameters[name].annotation):
             wanted = inspect.formatannotation(parameters[name].annotation).replace("collections.abc.", "")
             mapping = f"\nA mapping is, in a shell, '{key}.{name}={{KEY: VALUE}}'." if "dict" in wanted else ""
@@ -164,10 +165,11 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
 def check_validation(cfg: DictConfig) -> None:
     """Refuse what can be seen to be wrong in `validation`, which older configs do not have."""
     block = cfg.get("validation", {"max_documents": None})
-    known = ("max_documents",)
-    wrong = [key for key in block if key not in known] if isinstance(block, Mapping | DictConfig) else [""]
+    if not isinstance(block, Mapping | DictConfig):
+        raise UserError(f"validation={block}: it is a block of keys. Those of validations: validation.max_documents=N.")
+    wrong = [key for key in block if key != "max_documents"]
     if wrong:
-        raise UserError(f'there is no key "validation.{wrong[0]}". Keys: {", ".join(known)}.')
+        raise UserError(f'there is no key "validation.{wrong[0]}". Keys: max_documents.')
     most = block["max_documents"]
     if most is not None and (type(most) is not int or most < 1):
         raise UserError(f"validation.max_documents is a whole number, 1 or more, or null for all, not {most}.")

@@ -43,6 +43,7 @@ LIMITS = (
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
 )
 """What to say of the keys of Lightning's that leave batches out."""
+NO_FOLDER = "--config-dir {}: there is no such folder."
 SHORT_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 """Short names of precisions, as Lightning takes them."""
 
@@ -70,7 +71,7 @@ def hydra_of(conf: str = str(CONF), folder: str | Path | None = None) -> Iterato
     if folder is not None:
         folder = Path(folder).absolute()
         if not folder.is_dir():
-            raise UserError(f"Additional config directory '{folder}' not found")
+            raise UserError(NO_FOLDER.format(folder))
         path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     try:
         yield Hydra.create_main_hydra2("train", path)
@@ -182,6 +183,8 @@ def explain(error: Exception, name: str) -> str:
         return "submitting jobs to SLURM takes a plugin of Hydra's that is not installed:\npip install 'lmlab[slurm]'"
     if missing and "/" in str(missing):
         return no_option(str(missing), getattr(error, "options", None), name)
+    if lines and lines[0].startswith("Additional config directory"):
+        return NO_FOLDER.format(lines[0].split("'")[1])
     if lines and lines[0].startswith(("Could not override", "Key '")):
         # Of a mapping that was given as one, the key that is not in it.
         wrong, inner = lines[0].split("'")[1], str(getattr(error.__cause__, "full_key", ""))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from lmlab.data.choices import BUILDERS
 from lmlab.errors import UserError
 from lmlab.shell import command
 
@@ -23,7 +24,6 @@ SPECIAL = r"[,()\[\]{}\\]|\$\{"  # what has a meaning to Hydra's grammar, and
 STRANGE = r"[^A-Za-z0-9_/\\+.$%*@?|:, \t()\[\]{}-]"  # none, without quotes
 OPENING = {"(": ")", "[": "]", "{": "}"}
 # How the files and names that Hydra takes for an option of a group are given instead.
-ENDINGS = (".txt", ".text", ".jsonl", ".json", ".csv", ".parquet", ".gz")
 NAMED = {
     "data": ("a data set of the hub", "data=hub", "data.path"),
     "model": ("a model of the hub, or of a directory", "model=pretrained", "model.name"),
@@ -105,7 +105,7 @@ def no_override(words: Sequence[str], number: int) -> str:
 
 def is_file(text: str) -> bool:
     """Whether a text names a file, or several, of those that hold text."""
-    return text.endswith(ENDINGS) or Path(text).is_file()
+    return text.endswith((*BUILDERS, ".gz")) or Path(text).is_file()
 
 
 def meant(group: str, text: str, split: str = "data.train") -> str | None:

@@ -1,8 +1,19 @@
-"""The choices that turn records into blocks, apart from what does it: a config is checked without its libraries."""
+"""What can be chosen of data. A config is checked by it without importing torch or transformers."""
 
 from dataclasses import dataclass
 
 from lmlab.errors import UserError
+
+BUILDERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+"""By the ending of a file, who reads it in `datasets`; `.gz` may follow."""
 
 
 @dataclass(frozen=True)

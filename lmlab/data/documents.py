@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lmlab.data.texts import encoded
+
 ROWS_AT_ONCE = 1000  # of the file of documents
 START = 60  # characters of a document that are kept to know it by
 SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # the last stands for all above
@@ -220,10 +222,6 @@ def put_in_order(path: Path, wanted: np.ndarray) -> None:
     with pq.ParquetFile(path) as file:
         table = file.read()
     pq.write_table(table.take(wanted), path)
-
-
-def encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
 
 
 def start_of(text: str) -> str:

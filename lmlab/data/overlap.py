@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from lmlab.data.texts import encoded
+
 WINDOW = 32  # bytes
 CHOICE = 8  # windows of a held-out document that one is chosen from
 STRETCH = 2**20  # bytes of documents that are looked at together
@@ -141,10 +143,6 @@ class Known:
 def offsets(length: np.ndarray, number: np.ndarray) -> np.ndarray:
     """Where a document of a length has the window of a number: from its beginning, 0, to its end, `CHOICE` - 1."""
     return (length - WINDOW) * number // (CHOICE - 1)
-
-
-def encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[bytes]]:

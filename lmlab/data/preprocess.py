@@ -37,7 +37,7 @@ from lmlab.data.documents import (
 )
 from lmlab.data.overlap import documents_in
 from lmlab.data.sources import Corpus, fingerprint
-from lmlab.data.texts import flatten, in_file_order
+from lmlab.data.texts import encoded, flatten, in_file_order
 from lmlab.data.tokenizers import content_hash, encode
 from lmlab.errors import UserError
 from lmlab.runs.files import locked, replaced
@@ -424,7 +424,7 @@ def write_split(
             lengths.write(np.int64(len(document.ids)).tobytes())
             documents += 1
             kept_tokens += len(document.ids)
-            size += len(document.text.encode("utf-8", "surrogatepass"))
+            size += len(encoded(document.text))
             truncated += document.lost
             unknown_tokens += document.unknown[0]
             unknown_bytes += document.unknown[1]

@@ -18,6 +18,11 @@ KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number",
 VIEWS = {"replace_schema_metadata", "select", "slice"}  # What leaves a table in its file.
 
 
+def encoded(text: str) -> bytes:
+    """UTF-8, also of half of a surrogate pair, which JSON can hold."""
+    return text.encode("utf-8", "surrogatepass")
+
+
 def flatten(records: "Dataset", path: str) -> Iterator[list[str]]:
     """The texts of each record, by the dotted path of the text (guide, `flatten`).
 

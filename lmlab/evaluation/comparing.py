@@ -209,10 +209,14 @@ def difference(side: Side, other: Side) -> Difference:
     (Efron and Tibshirani 1993, chapter 13), widened for few documents. The test swaps the
     two sides document by document (Noreen 1989). Where sides have several runs, each replicate also gets a
     difference that their seeds could have made: a draw from t with the standard error of
-    `seed_error`.
+    `seed_error`. Seen from the other side, all of it is the same with the other sign.
     """
     sums = np.stack([side.sums, other.sums])  # [2, D, 2]
     value = float(np.subtract(*ratio(sums.sum(axis=1))))
+    if value < 0:
+        found = difference(other, side)
+        low, high = (None if end is None else -end for end in (found.high, found.low))
+        return Difference(value, low, high, found.p)
     scored = sums[0].any(axis=1) | sums[1].any(axis=1)
     sums = sums[:, scored]
     documents = sums.shape[1]

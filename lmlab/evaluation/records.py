@@ -61,7 +61,7 @@ WORDS = {
     "words": "A word is what stands between white space. The end of a line, as that of a document, counts as one, as "
     "its nll does: the count of the literature on PTB and WikiText.",
 }
-"""By `units`, what is counted as a word; see docs in README.md."""
+"""By `units`, what is counted as a word (README.md, "What a word is")."""
 # How far a sum may move, relative to itself, when the batch or the number of devices changes.
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
 # What everything that reads a certificate relies on.
@@ -292,7 +292,7 @@ def described(certificate: Mapping[str, Any]) -> dict[str, str]:
         error = figures.get(f"{name}_standard_error")
         if value is not None and not name.endswith("_standard_error"):
             of_text = bound if "byte" in name or "word" in name else ""
-            shown[name.replace("_", " ")] = f"{of_text}{value:,.4f}" + (
+            shown[name.replace("_", " ")] = f"{of_text}{value:{',.4f' if value < 1e6 else '.4g'}}" + (
                 "" if error is None else f" ± {error:.4f} (standard error)"
             )
     shown["scored"] = ", ".join(f"{totals[unit]:,} {unit}" for unit in ("tokens", "bytes", "words"))
@@ -300,7 +300,9 @@ def described(certificate: Mapping[str, Any]) -> dict[str, str]:
         shown["unknown tokens"] = (
             f"{unknown:,}, for {totals['unknown_bytes']:,} bytes, which are charged 8 bits each: ≤ is an upper bound"
         )
-    shown["documents"] = f"{totals['documents']:,}, of which {totals['documents_scored']:,} hold something to score"
+    documents, scored = totals["documents"], totals["documents_scored"]
+    of = f", of which {scored:,} hold something to score" if scored < documents else ""
+    shown["documents"] = f"{documents:,}{of}"
     stride = f", stride {policy['stride']}" if policy["stride"] else ""
     shown["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}"
     if "check" in certificate:

@@ -75,16 +75,16 @@ class Group:
             alike.setdefault(same, []).append(run)
         found: dict[str, str] = {}
         for runs in alike.values():
-            name = self.configuration(runs[0], self.keys)
+            name = self.configuration(runs[0], self.keys, len(runs) > 1)
             if name in found.values():  # what tells them apart was cut off
                 name = f"{name} ({shortened(runs[0].name, 20)})"
             found |= {run.name: name for run in runs}
         return found
 
-    def configuration(self, run: Run, keys: Sequence[str]) -> str:
-        """A run's choices, short enough for a chart."""
+    def configuration(self, run: Run, keys: Sequence[str], several: bool) -> str:
+        """A run's choices, short enough for a chart; `several` runs may have them, with other seeds."""
         if len(keys) > 4:
-            return f"{shortened(run.name, LABEL - 14)} and its seeds"
+            return f"{shortened(run.name, LABEL - 14)}{' and its seeds' if several else ''}"
         whole = ", ".join(f"{self.heads[key]}={brief(run.chosen.get(key))}" for key in keys)
         if len(whole) <= LABEL:
             return whole

@@ -296,7 +296,10 @@ class Section:
         there = [run.name for run in firsts if run]
         keys = [key for key, known in self.by_key.items() if len({known[name] for name in there}) > 1]
         pairs = zip(firsts, alike, strict=True)
-        labels = [self.group.configuration(run, keys) if run and keys else final.name for run, final in pairs]
+        labels = [
+            self.group.configuration(run, keys, len(final.places) > 1) if run and keys else final.name
+            for run, final in pairs
+        ]
         return labels if len(set(labels)) == len(labels) else [final.name for final in alike]
 
     def members(self, final: Final) -> list[int]:
@@ -469,7 +472,8 @@ class Section:
             return []
         kind = self.group.ranks[run.name][0]
         of = f" of {letter(kind)}" if len(self.finals) > 1 else ""
-        choices = [self.configured[run.name]] if self.group.keys else []
+        # Of many choices, a configuration goes by the name of a run.
+        choices = [self.configured[run.name]] if 0 < len(self.group.keys) <= 4 else []
         which = ", ".join([run.name, *choices, f"seed {run.chosen.get('seed')}"])
         value = figure(run.final["perplexity"] or math.nan)
         return [f"The best single run{of} is {which}, with {self.figures_measured[kind]} {value}."]

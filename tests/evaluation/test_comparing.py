@@ -226,6 +226,16 @@ def test_models_of_one_name_are_not_seeds_of_one_thing(write: Write) -> None:
     assert [len(side.runs) for side in comparing.sides_of(runs)] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("runs", [1, 3])
+def test_from_the_other_side_the_sign_is_all_that_changes(runs: int) -> None:
+    """So that `compare` and a report, which take the best first, decide alike."""
+    one, other = simulated(4, 0.02, 40, runs, 0.02)
+    there, back = difference(one, other), difference(other, one)
+    assert there.low is not None
+    assert there.high is not None
+    assert (there.value, there.low, there.high, there.p) == (-back.value, -back.high, -back.low, back.p)
+
+
 def test_a_third_side_moves_no_interval(write: Write) -> None:
     sides = simulated(5, 0.1, 40, 3, 0.05)
     wild = Side("wild", sides[0].runs)

@@ -185,10 +185,13 @@ def test_a_killed_run_was_down_for_no_time(trained: dict[str, Path], tmp_path: P
     assert run.seconds[-1] < lines[-1]["time"] - lines[0]["time"] - 4990
 
 
-def test_other_evaluations_are_ranked_apart(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_other_evaluations_are_ranked_apart(
+    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, block, factor in (("a", 32, 1.2), ("b", 32, 1.1), ("c", 64, 1.0)):
         made(trained["clm"], tmp_path / "runs" / name, {"preprocess.block_size": block}, factor)
     run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert "B is not compared with A: block_size is 32 in one and 64 in" in capsys.readouterr().out
     rows = {row["run"]: row for row in table(tmp_path / "out" / "runs.csv")}
     assert [(rows[name]["evaluation"], rows[name]["rank"]) for name in "abc"] == [("A", "2"), ("A", "1"), ("B", "1")]
     assert "block_size is 32 in one and 64 in the other" in (tmp_path / "out" / "report.html").read_text()
