@@ -42,7 +42,8 @@ class UserError(Exception):
 class Stopped(SystemExit):
     """Ends the process for a signal, with exit code 128 + its number.
 
-    No Exception: submitit would take one for the job's result, and a sweep go on with its next job.
+    It derives from SystemExit rather than Exception: submitit would take an Exception for the job's result, and a
+    sweep would go on with its next job.
     """
 
     def __init__(self, number: int):

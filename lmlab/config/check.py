@@ -51,7 +51,7 @@ OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as
 
 
 def target(block: DictConfig, key: str, get: Callable[[str], Any] = _locate) -> Any:
-    """What a block's `_target_` names, or what another function says of that name."""
+    """The object that a block's `_target_` names; `get` finds it by its dotted name, by default by importing it."""
     name = block.get("_target_") if isinstance(block, DictConfig) else None
     if name is None:
         raise UserError(f"{key} has no _target_: it is a new block, or its name is misspelt.")

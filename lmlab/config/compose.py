@@ -52,7 +52,10 @@ OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if acc
 
 
 class RunFolder(Callback):
-    """Sees to it that what Hydra makes for a run does not outlive it empty: no folder stays of a typo."""
+    """Removes the folders that Hydra makes for a run if they are still empty at the end, as those of a refused command are.
+
+    `made` belongs to the class, as Hydra makes the object and `run_verb` has to close it.
+    """
 
     made = ExitStack()
 
@@ -90,7 +93,9 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     def plain_job(cfg: DictConfig) -> Any:
         nonlocal begun
         begun = True
-        logging.getLogger().setLevel(logging.WARNING)  # Hydra shows its own news; those of libraries are for nobody
+        logging.getLogger().setLevel(
+            logging.WARNING
+        )  # Hydra has set the root logger to INFO, at which libraries say much
         try:
             return job(cfg)
         except Exception as error:

@@ -24,7 +24,7 @@ class Planned(NamedTuple):
     cfg: DictConfig
     """Of its first point, as a job would get it, every interpolation resolved."""
     default: DictConfig
-    """The same without any override."""
+    """The config of the command without any override."""
     points: int
     """Runs of the sweep; 1 without one."""
     swept: bool
@@ -93,7 +93,7 @@ def first(override: Override) -> str:
 
 
 def name_directory(cfg: DictConfig, swept: bool) -> None:
-    """What Hydra says to a job of where it is; interpolations of that are of this config from then on."""
+    """Set mode, number and output directory as Hydra does for a job, and let `${hydra:…}` resolve by this config."""
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.mode = RunMode.MULTIRUN if swept else RunMode.RUN
         cfg.hydra.job.id, cfg.hydra.job.num = "0", 0

@@ -19,10 +19,10 @@ from lmlab.runs.secrets import MARK
 from lmlab.training import launch
 
 CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
-"""Keys and blocks that a run that goes on may change: beside how it runs, its length, and what watches and keeps it."""
+"""Keys and blocks that a run that goes on may change: how it runs, its length, and its callbacks."""
 LOCATED = ("data", "tokenizer.name", "model.name")
 """Keys and blocks that say where things lie. They may move, as the hashes in the manifest tell what lies there."""
-# Those that a run that goes on may choose another of.
+# Groups of which a run that goes on may choose another option.
 GROUPS = ("trainer", "callbacks", "logger")
 NOT_THERE = "not there"
 # What another `trainer=` brings to a run that has one: where it runs.

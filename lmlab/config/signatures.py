@@ -11,7 +11,7 @@ from typing import Any, Optional, Union
 
 from hydra._internal.utils import _locate
 
-# Others may put decorators or metaclasses between what is written there and what is taken.
+# Packages whose functions take what their source says; elsewhere decorators or metaclasses may change that.
 READ = ("lmlab.", "lightning.")
 PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence)}
 PLAIN |= {"Any": Any, "Optional": Optional, "Union": Union}
@@ -30,7 +30,7 @@ def parameters(target: str) -> Mapping[str, Parameter]:
 
 
 def read(target: str) -> dict[str, Parameter] | None:
-    """The same from its source; None where that does not say."""
+    """The parameters as the source of the target says them; None where it does not define the target."""
     node = definition(target)
     if isinstance(node, ast.FunctionDef):
         return {parameter.name: parameter for parameter in declared(node.args)}
@@ -88,7 +88,7 @@ def declared(arguments: ast.arguments) -> Iterator[Parameter]:
 def parameter(
     name: str, annotation: ast.expr | None, default: ast.expr | None, kind: Any = Parameter.POSITIONAL_OR_KEYWORD
 ) -> Parameter:
-    """One of them. Of its default only that there is one is known."""
+    """A parameter from its nodes in the source; a default is not evaluated, and stands as `...`."""
     meaning: Any = Parameter.empty
     if annotation is not None and {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} <= {*PLAIN}:
         meaning = eval(ast.unparse(annotation), {"__builtins__": {}}, PLAIN)

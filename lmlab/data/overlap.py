@@ -31,7 +31,7 @@ STRETCH = 2**20  # bytes of documents that are looked at together
 BLOCK = 2**16  # bytes of them whose arrays fit in a core's cache
 BETWEEN = b"\xff"  # no UTF-8 text has this byte
 
-BASE = 6364136223846793005  # the multiplier of Knuth's MMIX: of full period, so its powers hardly repeat
+BASE = 6364136223846793005  # the multiplier of Knuth's MMIX: 5 modulo 8, so its powers repeat only after 2^62
 INVERSE = pow(BASE, -1, 2**64)
 VALUES = np.random.default_rng(0).integers(2**64, size=256, dtype=np.uint64)
 

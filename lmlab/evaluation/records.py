@@ -104,7 +104,7 @@ class Records:
         return bool(self.table["stretch"].to_numpy().any())
 
     def of_whole_documents(self) -> "Records":
-        """The same with a row per document."""
+        """These records with the stretches of each document summed into one row."""
         firsts = np.flatnonzero(self.table["stretch"].to_numpy() == 0)
         columns = {
             name: self.table[name].take(firsts)

@@ -36,9 +36,9 @@ class Final:
     name: str
     places: list[Path]
     bits_per_byte: tuple[float, float | None, float | None]
-    """And its 95 % interval; None where there are too few documents."""
+    """The mean over the runs, and the ends of its 95 % interval; these are None where there are too few documents."""
     bound: bool
-    """Whether they are an upper bound."""
+    """Whether bits per byte are an upper bound, as some tokens were unknown."""
     paired: str
     """What the intervals are over: documents, or their stretches."""
     perplexity: tuple[float, float | None, float | None]

@@ -264,7 +264,7 @@ def as_far_as_whole(file: Path, right: Callable[[dict], bool], faults: list[str]
 
 
 def chosen_by(overrides: Sequence[str]) -> dict[str, Any]:
-    """The same of a run that has not begun: what its sweep gives it."""
+    """The choices of a run that has not begun, from the overrides that its sweep gives it."""
     pairs = (override.lstrip("+~").partition("=") for override in overrides)
     return {key: yaml.load(value, LOADER) for key, _, value in pairs if not under(key, MACHINERY)}
 

@@ -314,7 +314,7 @@ class Section:
 
     @property
     def figures(self) -> list[Figure]:
-        """All of them."""
+        """Every figure of the section."""
         of_curves = [figure for variants in self.curves.values() for figure in variants.values()]
         return of_curves + self.effects + [chart for _, _, _, charts, _ in self.intervals for chart in charts]
 

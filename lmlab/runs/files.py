@@ -177,7 +177,7 @@ def held(place: Path) -> bool:
         except OSError as error:
             if error.errno not in UNLOCKABLE:
                 raise
-            return False  # nor could anybody lock it
+            return False  # a file system without locks: nobody holds one
     return struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK
 
 

@@ -100,7 +100,7 @@ def shown(text: str, of: str | None = None) -> str:
 
 
 def shown_value(typed: str, of: str | None) -> str:
-    """The same of a string that may have quotes around it."""
+    """Redact the text of a value in an override, and keep the quotes that may stand around it."""
     quote = typed[0] if len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\"" else ""
     return quote + shown(typed[1:-1] if quote else typed, of) + quote
 
@@ -115,12 +115,12 @@ def redacted_word(word: str) -> str:
 
 
 def redacted_values(typed: str, key: str, within: str | None = None) -> str:
-    """The same of values with commas between them, as they stand in an override."""
+    """Redact each of the values, with commas between them, of an override."""
     return ",".join(redacted_value(part, key, kind(key) or within) for part in parts(typed))
 
 
 def redacted_value(typed: str, key: str, of: str | None) -> str:
-    """The same of one of them."""
+    """Redact one value of an override: a mapping, a list, a call such as choice(…), or a plain one."""
     container, plain = CONTAINER.fullmatch(typed), typed.strip()
     if container and container["open"] == "{":
         divided = (part.partition(":") for part in parts(container["inside"]))

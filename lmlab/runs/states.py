@@ -21,8 +21,8 @@ class State:
     name: str
     """waiting, running, done, pruned, stopped (by a signal, its state kept) or failed."""
     cause: str | None = None
-    """Of a failure: out of memory, non-finite loss, killed, crashed, bad config, disk full, gone (its directory),
-    damaged or error; of a stop: timed out, or the signal."""
+    """Why it failed: out of memory, non-finite loss, killed, crashed, bad config, disk full, gone (its directory),
+    damaged or error; or why it stopped: timed out, or the signal."""
     message: str | None = None
     """What was said then."""
     step: int = 0
