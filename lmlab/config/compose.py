@@ -52,7 +52,7 @@ OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if acc
 
 
 class RunFolder(Callback):
-    """Removes the folders that Hydra makes for a run if they are still empty at the end, as those of a refused command are.
+    """Removes the folders that Hydra makes for a run if they are empty at the end, as those of a refused command are.
 
     `made` belongs to the class, as Hydra makes the object and `run_verb` has to close it.
     """

@@ -47,7 +47,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def __init__(self, background: bool = False):
-        """In the `background`, training waits only for the copy to main memory, and for older saves than the last one."""
+        """In the `background`, training waits for a copy to main memory, and for all saves but the last one."""
         self.plain = False  # whether what the callbacks keep was looked at
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending: list[Future] = []
