@@ -26,12 +26,12 @@ ROWS_AT_ONCE = 1000  # of the file of documents
 START = 60  # characters of a document that are kept to know it by
 SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # the last stands for all above
 # Columns of spans.
-BYTES, WORDS, LINES, FLAGS = range(4)
-# Flags of a token: it goes on with the word before it, is the end of a document, or an unknown token.
-CONTINUES, END, UNKNOWN = 1, 2, 4
+BYTES, WORDS, LINES, FLAGS, UNKNOWN = range(5)
+# Flags of a token: it goes on with the word before it, or is the end of a document.
+CONTINUES, END = 1, 2
 UNITS = ("tokens", "bytes", "words", "ends", "lines", "unknown_tokens", "unknown_bytes")
 """What is counted of scored tokens: the tokens, the UTF-8 bytes and words of their text, ends of documents and of
-lines, and of unknown tokens how many they are, and how many bytes they stand for without spelling them."""
+lines, the tokens that do not spell all of their text, and how many bytes they leave unspelled."""
 FEW = 20
 """Documents below which they are cut into stretches: statistics over a few numbers say little."""
 STRETCH = 500
@@ -50,7 +50,7 @@ class Documents:
     tokens: np.ndarray
     """[tokens] int32 ids."""
     spans: np.ndarray
-    """[tokens, 4] int32, see `spans`."""
+    """[tokens, 5] int32, see `spans`."""
     edges: np.ndarray
     """[documents + 1] int64: document i has the tokens edges[i] … edges[i + 1] - 1."""
     stretches: np.ndarray
@@ -93,10 +93,9 @@ class Documents:
     def units(self, tokens: np.ndarray) -> np.ndarray:
         """Count `UNITS` of tokens [N]: [N, 7] int64."""
         found = self.spans[tokens].astype(np.int64)
-        unknown = (found[:, FLAGS] & UNKNOWN) // UNKNOWN
         ends = (found[:, FLAGS] & END) // END
         columns = (np.ones(len(tokens), np.int64), found[:, BYTES], found[:, WORDS], ends, found[:, LINES])
-        return np.stack([*columns, unknown, unknown * found[:, BYTES]], axis=1)
+        return np.stack([*columns, found[:, UNKNOWN] > 0, found[:, UNKNOWN]], axis=1)
 
 
 def spans(
@@ -111,7 +110,8 @@ def spans(
 
     The text between two tokens' own spans (a space that the tokenizer drops) belongs to the
     later one, what follows the last to the last, and a character that several tokens
-    spell to the first of them: the bytes of all tokens are the bytes of the text.
+    spell to the first of them: the bytes of all tokens are the bytes of the text. What lies in no
+    token's own span and is no white space, as the tokenizer has nothing for it, is not spelled.
 
     Args:
         offsets: of each token its first character and the one past its last. None for a
@@ -122,16 +122,17 @@ def spans(
         left: whether it took them from the text's beginning.
 
     Returns:
-        [tokens, 4] int32: UTF-8 bytes, words (between white space) that begin in it, line feeds,
-        and flags: `CONTINUES` where it goes on with the pre-token of the token before.
+        [tokens, 5] int32: UTF-8 bytes, words (between white space) that begin in it, line feeds, flags
+        (`CONTINUES` where it goes on with the pre-token of the token before), and bytes that are not spelled.
     """
-    found = np.zeros((tokens, 4), np.int32)
+    found = np.zeros((tokens, 5), np.int32)
     if tokens == 0:
         return found
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     size = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
     space = SPACE[np.minimum(points, len(SPACE) - 1)]
     begins = ~space & np.concatenate([[True], space[:-1]])[: len(points)]
+    unspelled = np.zeros_like(size)
     start = 0
     if offsets is None or words is None:
         edges = len(points) * np.arange(tokens + lost + 1) // (tokens + lost)
@@ -147,7 +148,11 @@ def spans(
         if left or not lost:
             ends[own[-1] :] = len(points)
         found[1:, FLAGS] = CONTINUES * ((number[1:] == number[:-1]) & (number[1:] >= 0))
-    for column, counts in ((BYTES, size), (WORDS, begins), (LINES, points == ord("\n"))):
+        edges = np.zeros(len(points) + 1, np.int64)
+        np.add.at(edges, spanned[:, 0], 1)
+        np.add.at(edges, spanned[:, 1], -1)
+        unspelled = size * ((np.cumsum(edges)[:-1] == 0) & ~space)
+    for column, counts in ((BYTES, size), (WORDS, begins), (LINES, points == ord("\n")), (UNKNOWN, unspelled)):
         total = np.concatenate([[0], np.cumsum(counts)])
         found[:, column] = np.diff(total[ends], prepend=total[start])
     return found
@@ -235,7 +240,7 @@ def read_documents(folder: Path, name: str, lengths: np.ndarray) -> Documents:
         table = file.read()
     digests, starts, cuts, later = (table[column].to_pylist() for column in Names.SCHEMA.names)
     tokens = np.memmap(folder / f"{name}.tokens", np.int32, "r")
-    found = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 4)
+    found = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 5)
     edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     names, hashed = named(digests), hashlib.sha256(b"".join(digests)).hexdigest()[:32]
     if not any(cuts):

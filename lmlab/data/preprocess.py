@@ -45,7 +45,7 @@ from lmlab.runs.files import locked, replaced
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
-FORMAT = 3  # Goes into every cache key: raised when the steps below change their output.
+FORMAT = 4  # Goes into every cache key: raised when the steps below change their output.
 # What the tokenizer gets at once: enough for its threads to share (they are all the workers that
 # tokenizing needs), and no more of either, so that memory stays flat in the corpus.
 DOCUMENTS_PER_CALL = 1000
@@ -72,9 +72,9 @@ class Ledger:
     tokens_dropped: int
     tokens_truncated: int
     unknown_tokens: int
-    """Tokens that stand for text and do not spell it."""
+    """Tokens that do not spell all of the text that they stand for."""
     unknown_bytes: int
-    """UTF-8 bytes of that text."""
+    """UTF-8 bytes that they do not spell."""
 
     def doubts(self, split: str) -> Iterator[str]:
         """What its reader should know before a metric is trusted, a line each."""
@@ -177,11 +177,11 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     """[T] int32."""
     spans: np.ndarray | None
-    """[T, 4] int32, see documents.py; None where they were not asked for."""
+    """[T, 5] int32, see documents.py; None where they were not asked for."""
     lost: int
     """Tokens that truncation cost."""
     unknown: tuple[int, int]
-    """Unknown tokens, and the bytes that they stand for."""
+    """Tokens that do not spell all of their text, and the bytes that they leave unspelled."""
 
 
 def tokenize(
@@ -194,7 +194,7 @@ def tokenize(
     """
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
     ends = {token for token in (*end, tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None}
-    unknown = unknown_id(tokenizer)
+    unknown = unknown_ids(tokenizer)
     left = tokenizer.truncation_side == "left"
     for batch in batches(documents_of(records, choices.join)):
         for text, (ids, encoding) in zip(
@@ -204,21 +204,28 @@ def tokenize(
             if choices.truncation and full > tokenizer.model_max_length:
                 ((ids, encoding),) = encode([text], tokenizer, choices.special_tokens, held_out, truncation=True)
             lost = full - len(ids)
-            whole = np.array(ids + (end if ids else []), np.int32)
+            nothing = not ids and bool(text.strip())  # the tokenizer has no token for any of it
+            whole = np.array(ids + (end if ids or nothing else []), np.int32)
             found, without = None, (0, 0)
-            if held_out or unknown in ids:
+            if held_out or nothing or not unknown.keys().isdisjoint(ids):
                 if not held_out:  # what an unknown token stands for was not asked for
                     ((ids, encoding),) = encode([text], tokenizer, choices.special_tokens, True, truncation=lost > 0)
                 # Only a fast tokenizer knows where in the text its tokens lie.
                 offsets, words = (encoding.offsets, encoding.word_ids) if encoding is not None else (None, None)
                 found = spans(text, offsets, words, len(ids), lost, left)
-                found = np.concatenate([found, np.zeros((len(whole) - len(ids), 4), np.int32)])
-                if len(whole) and whole[-1] in ends and found[-1, BYTES] == 0:
+                for i in np.flatnonzero(np.isin(ids, [*unknown])):
+                    start, stop = (0, 0) if offsets is None else offsets[i]
+                    # A text may spell the token out.
+                    if offsets is None or (start < stop and text[start:stop] != unknown[ids[i]]):
+                        found[i, UNKNOWN] = found[i, BYTES]
+                found = np.concatenate([found, np.zeros((len(whole) - len(ids), 5), np.int32)])
+                if nothing and len(whole):
+                    found[-1] = spans(text, None, None, 1)
+                    found[-1, UNKNOWN] = found[-1, BYTES]
+                if len(whole) and whole[-1] in ends and (nothing or found[-1, BYTES] == 0):
                     found[-1, FLAGS] |= END
                     found[-1, LINES] += not text.endswith("\n")  # it stands for the end of the last line
-                stands = (whole == unknown) & (found[:, BYTES] > 0)
-                found[stands, FLAGS] |= UNKNOWN
-                without = int(stands.sum()), int(found[stands, BYTES].sum())
+                without = int((found[:, UNKNOWN] > 0).sum()), int(found[:, UNKNOWN].sum())
             yield Tokens(text, whole, found if held_out else None, lost, without)
 
 
@@ -236,10 +243,16 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of text that a tokenizer can't spell; -1 where there is none, or it is another special token too."""
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return -1 if tokenizer.unk_token_id in (None, *others) else tokenizer.unk_token_id
+def unknown_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens for text that a tokenizer can't spell, by their ids.
+
+    A fast tokenizer's model may have one that its wrapper in transformers does not name.
+    """
+    found = {tokenizer.unk_token_id}
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        found |= {model.get("unk_id"), tokenizer.backend_tokenizer.token_to_id(model.get("unk_token") or "")}
+    return {token: tokenizer.convert_ids_to_tokens(token) for token in found if token is not None}
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -459,7 +472,7 @@ def rearrange(place: Path, name: str, wanted: np.ndarray) -> None:
     put_in_order(place / f"{name}.documents.parquet", wanted)
     lengths = read_lengths(place, name)
     edges = np.concatenate([[0], np.cumsum(lengths)])
-    for kind, width in (("tokens", 1), ("spans", 4)):
+    for kind, width in (("tokens", 1), ("spans", 5)):
         written, new = place / f"{name}.{kind}", place / f"{name}.{kind}.ordered"
         rows = np.memmap(written, np.int32, "r").reshape(-1, width)
         with new.open("wb") as stream:

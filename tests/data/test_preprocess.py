@@ -584,7 +584,7 @@ def test_writer_that_fails(run: Callable[..., Prepared], tmp_path: Path, monkeyp
 
 
 def test_what_is_on_disk(run: Callable[..., Prepared], tmp_path: Path) -> None:
-    """Every byte: an id is 4, a length 8, a held-out token's span 16; no mask and no label, which are implied."""
+    """Every byte: an id is 4, a length 8, a held-out token's span 20; no mask and no label, which are implied."""
     draw = random.Random(0)
     prepared = run(corpus_of(random_texts(draw, 100), random_texts(draw, 50)))
     assert prepared.train.tokens.dtype == prepared.validation.tokens.dtype == np.int32
@@ -594,7 +594,7 @@ def test_what_is_on_disk(run: Callable[..., Prepared], tmp_path: Path) -> None:
         sizes = {kind: path.stat().st_size for kind, path in files.items()}
         wanted = {"tokens": 4 * len(tokens), "lengths": 8 * prepared.ledger[name].documents}
         if name == "validation":
-            wanted["spans"] = 16 * len(tokens)
+            wanted["spans"] = 20 * len(tokens)
             assert pq.read_schema(files.pop("documents.parquet")).names == ["digest", "start", "cuts", "starts"]
         assert json.loads(files["counts.json"].read_text()).keys() <= asdict(prepared.ledger[name]).keys()
         assert files.keys() == {*wanted, "counts.json"}

@@ -26,7 +26,8 @@ class Token:
     pretoken: int | None = None
     ends_text: bool = False
     lines: int = 0
-    unknown: bool = False
+    unspelled: int = 0
+    """Bytes."""
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Sums:
         self.words += token.words
         self.ends += token.ends_text
         self.lines += token.lines
-        self.unknown_tokens += token.unknown
-        self.unknown_bytes += token.unknown * token.bytes
+        self.unknown_tokens += token.unspelled > 0
+        self.unknown_bytes += token.unspelled
 
     @property
     def units(self) -> list[int]:
@@ -70,6 +71,20 @@ def tokenized(texts: Sequence[str], tokenizer: Any, end_of_text: bool = True) ->
         for index, (_, end) in enumerate(encoded["offset_mapping"]):
             owner += [index] * (end - len(owner))
         owner += [len(ids) - 1] * (len(text) - len(owner))
+        # A character that no token reaches, or that one reaches which is the unknown token, and not the text's own.
+        spelled = {
+            place
+            for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+            if token != tokenizer.unk_token_id or text[start:end] == tokenizer.unk_token
+            for place in range(start, end)
+        }
+        unknown = {
+            owner[place]
+            for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+            if token == tokenizer.unk_token_id
+            for place in range(start, end)
+            if place not in spelled
+        }
         # Where str.split() finds each word, left to right.
         begins, place = [], 0
         for word in text.split():
@@ -84,13 +99,20 @@ def tokenized(texts: Sequence[str], tokenizer: Any, end_of_text: bool = True) ->
                 sum(owner[c] == index for c in begins),
                 pretokens[index],
                 lines=sum(text[c] == "\n" and owner[c] == index for c in range(len(text))),
-                unknown=token == tokenizer.unk_token_id and index in owner,
+                unspelled=sum(
+                    len(character.encode())
+                    for place, character in enumerate(text)
+                    if owner[place] == index and (index in unknown or not (place in spelled or character.isspace()))
+                ),
             )
             for index, token in enumerate(ids)
         ]
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if tokens and end_of_text:
-            end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
             tokens.append(Token(end, number, ends_text=True, lines=int(not text.endswith("\n"))))
+        elif text.strip() and end_of_text:  # nothing of it has a token
+            size, lines = len(text.encode()), text.count("\n") + (not text.endswith("\n"))
+            tokens.append(Token(end, number, size, len(text.split()), None, True, lines, unspelled=size))
         documents.append(tokens)
     return documents
 

@@ -105,7 +105,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 def unknown_bytes(tokenizer: PreTrainedTokenizerBase, unscored: int = 0) -> int:
     """Bytes of `TEXTS` that a tokenizer does not spell, but for those of the first tokens."""
     tokens = [token for tokens in reference.tokenized(TEXTS, tokenizer) for token in tokens]
-    return sum(token.bytes for token in tokens[unscored:] if token.unknown)
+    return sum(token.unspelled for token in tokens[unscored:])
 
 
 def test_unknown_bytes_by_hand() -> None:

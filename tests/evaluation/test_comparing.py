@@ -32,7 +32,7 @@ def write(tmp_path: Path) -> Write:
         count = len(sizes)
         documents = Documents(
             np.zeros(0, np.int32),
-            np.zeros((0, 4), np.int32),
+            np.zeros((0, 5), np.int32),
             np.zeros(count + 1, np.int64),
             np.zeros(count + 1, np.int64),
             [f"document-{i}" for i in range(count)],

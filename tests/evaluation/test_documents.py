@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmlab.data.documents import CONTINUES, END, FEW, START, STRETCH, UNITS, Documents, spans, stretches
@@ -79,16 +79,16 @@ def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase, **choices: A
 def test_the_bytes_of_all_tokens_are_those_of_the_text(name: str, special_tokens: bool) -> None:
     for each in tokens_of(TEXTS, TOKENIZERS[name](), special_tokens=special_tokens):
         assert each.spans is not None
-        assert each.spans.shape == (len(each.ids), 4)
+        assert each.spans.shape == (len(each.ids), 5)
         assert (each.spans >= 0).all()
-        if len(each.ids) > (3 if special_tokens else 0):  # a text of no token of its own has no bytes to share out
+        if len(each.ids) > (3 if special_tokens else 1):  # a text of no token of its own has no bytes to share out
             assert each.spans[:, 0].sum() == len(each.text.encode())
             assert each.spans[:, 1].sum() == len(each.text.split())
             last_line = not each.text.endswith("\n")
             assert each.spans[:, 2].sum() == each.text.count("\n") + last_line
-            assert each.spans[-1].tolist() == [0, 0, last_line, END]  # the end-of-text token
+            assert each.spans[-1].tolist() == [0, 0, last_line, END, 0]  # the end-of-text token
             if special_tokens and name == "wordpiece":
-                assert each.spans[[0, -2]].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
+                assert not each.spans[[0, -2]].any()
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "no offsets"])
@@ -110,13 +110,14 @@ def test_spans_by_hand() -> None:
     text = "ab  é👍 \n"
     offsets = [(0, 2), (4, 5), (5, 6), (5, 6), (5, 6)]
     whole = spans(text, offsets, [0, 1, 2, 2, 2], 5)
-    assert whole.tolist() == [[2, 1, 0, 0], [4, 1, 0, 0], [4, 0, 0, 0], [0, 0, 0, 1], [2, 0, 1, 1]]
+    assert whole[:, :4].tolist() == [[2, 1, 0, 0], [4, 1, 0, 0], [4, 0, 0, 0], [0, 0, 0, 1], [2, 0, 1, 1]]
+    assert not whole[:, 4].any()
     cut = spans(text, offsets, [0, 1, 2, 2, 2], 5, lost=1)
     assert cut[:, 0].tolist() == [2, 4, 4, 0, 0]
-    assert spans("", None, None, 0).shape == (0, 4)
+    assert spans("", None, None, 0).shape == (0, 5)
     # Special tokens around a text have none of it, and the last token before them has the rest.
     framed = spans("a b ", [(0, 0), (0, 1), (2, 3), (0, 0)], [None, 0, 1, None], 4)
-    assert framed.tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [3, 1, 0, 0], [0, 0, 0, 0]]
+    assert framed.tolist() == [[0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [3, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 
 def test_offsets_that_go_back() -> None:
@@ -167,7 +168,7 @@ def test_a_cut_text_of_a_tokenizer_without_offsets() -> None:
 def test_a_tokenizer_without_offsets() -> None:
     """All tokens get even shares of the characters, in order, and none is lost."""
     found = spans("añb 👍 x", None, None, 3)
-    assert found.tolist() == [[3, 1, 0, 0], [2, 0, 0, 0], [6, 2, 0, 0]]
+    assert found.tolist() == [[3, 1, 0, 0, 0], [2, 0, 0, 0, 0], [6, 2, 0, 0, 0]]
     assert spans("ab", None, None, 5)[:, 0].sum() == 2
     assert spans("abcdef", None, None, 3)[:, 0].tolist() == [2, 2, 2]
 
@@ -257,6 +258,49 @@ def test_ends_lines_and_unknown_tokens_are_counted(tmp_path: Path) -> None:
     assert [(s["unknown_tokens"], s["unknown_bytes"]) for s in sums] == [(0, 0), (0, 0), (1, 3)]
 
 
+EOT = "<end>"
+WORDS_OF = {"[UNK]": 0, "the": 1, "cat": 2, "sat": 3, EOT: 4}
+
+
+def word_level(unknown: str = "[UNK]", at: Any = None, normalizer: Any = None, **named: str) -> PreTrainedTokenizerBase:
+    model = Tokenizer(models.WordLevel(WORDS_OF, unk_token=unknown))
+    model.pre_tokenizer = at or pre_tokenizers.Whitespace()
+    if normalizer:
+        model.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=EOT, **named)
+
+
+def vanishing() -> PreTrainedTokenizerBase:
+    """A tokenizer of characters that leaves out those it does not know."""
+    model = Tokenizer(models.BPE({EOT: 0} | {character: i for i, character in enumerate("thecas", 1)}, []))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=EOT)
+
+
+@pytest.mark.parametrize(
+    ("make", "replaced"),
+    [
+        (lambda: word_level(unk_token="[UNK]"), 7),
+        (lambda: word_level(), 7),  # its wrapper in transformers was not told
+        (lambda: word_level(EOT, unk_token=EOT), 7),  # it also ends texts
+        (vanishing, 6),
+        (lambda: word_level(normalizer=normalizers.Replace(Regex(r"[^\x00-\x7F]"), "")), 6),
+    ],
+)
+def test_text_that_no_token_spells_is_unknown(make: Callable[[], PreTrainedTokenizerBase], replaced: int) -> None:
+    """Whatever the tokenizer calls it, and whether it is replaced (with the space before it) or left out."""
+    texts = ["the cat 你好 sat", "你好", "the cat", " \n"]
+    found = tokens_of(texts, make())
+    assert [each.unknown for each in found] == [(1, replaced), (1, 6), (0, 0), (0, 0)]
+    assert found[1].spans is not None
+    assert found[1].spans[:, 0].sum() == 6  # of bytes that count, also where nothing but the end is left
+
+
+def test_a_text_may_spell_the_unknown_token_out() -> None:
+    tokenizer = word_level(at=pre_tokenizers.WhitespaceSplit(), unk_token="[UNK]")
+    assert [each.unknown for each in tokens_of(["the [UNK] sat", "the dog sat"], tokenizer)] == [(0, 0), (1, 4)]
+
+
 def test_edges_and_lengths(tmp_path: Path) -> None:
     """Documents are found where they were put, the empty ones between them too."""
     documents = documents_of(HARD, "bpe", tmp_path)
@@ -292,7 +336,7 @@ FACTS = {
 def documents_for(nll: np.ndarray) -> Documents:
     names = [f"{i:016x}" for i in range(len(nll))]
     none, edges = np.zeros(0, np.int32), np.zeros(len(nll) + 1, np.int64)
-    return Documents(none, none.reshape(0, 4), edges, edges, names, [0] * len(nll), names, "")
+    return Documents(none, none.reshape(0, 5), edges, edges, names, [0] * len(nll), names, "")
 
 
 def some_sums(count: int = 500) -> tuple[np.ndarray, np.ndarray]:
