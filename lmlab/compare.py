@@ -90,6 +90,12 @@ def compare(arguments: argparse.Namespace) -> None:
                 f"{BOUND}Row {number} is an upper bound: its tokenizer has no token for {row['unknown_bytes']:,} of "
                 f"{row['bytes']:,.0f} bytes, which are charged 8 bits each."
             )
+    bytes_of = [row["bytes"] for row in rows]
+    if min(bytes_of) < 0.9 * max(bytes_of):
+        print(
+            f"Row {bytes_of.index(min(bytes_of)) + 1} was scored on {min(bytes_of):,.0f} bytes of the text, and row "
+            f"{bytes_of.index(max(bytes_of)) + 1} on {max(bytes_of):,.0f}: their difference is also one of text."
+        )
     uncounted = [str(run.place) for run in runs if run.certificate["format"] == 1]
     if uncounted and len({run.certificate["tokenizer_hash"] for run in runs}) > 1:
         print(f"Unknown tokens were not counted yet in {', '.join(uncounted)}: evaluate again to have them charged.")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmlab import compare
-from lmlab.evaluation import records
+from lmlab.evaluation import comparing, records
 
 from .conftest import TINY, Refused
 from .evaluation.test_documents import of_version_1
@@ -47,6 +48,20 @@ def test_two_runs(train: Callable[..., Path], said: Callable[..., str], tmp_path
     tex = (tmp_path / "out" / "comparison.tex").read_text()
     assert tex.startswith("\\begin{tabular}{lrrrrrr}")
     assert "95 \\% interval" in tex
+
+
+def test_sides_scored_on_unlike_parts_of_the_text_are_named(
+    train: Callable[..., Path], said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [train(*TINY, f"seed={seed}", run_dir=tmp_path / str(seed)) for seed in (1, 2)]
+    assert "of text." not in said(*runs, "--out", tmp_path / "out")
+    rows = comparing.table
+    monkeypatch.setattr(
+        comparing, "table", lambda *args: [row | {"bytes": row["bytes"] / n} for n, row in enumerate(rows(*args), 1)]
+    )
+    assert re.search(
+        "Row 2 was scored on [0-9,]+ bytes of the text, and row 1 on", said(*runs, "--out", tmp_path / "o")
+    )
 
 
 def test_a_tokenizer_that_can_not_spell_the_text_does_not_win(

@@ -819,6 +819,11 @@ MODELS = {
     "model=scratch model.architecture=distilbert": ["distilbert", "objective=mlm"],
     "model=scratch model.architecture=t5": ["no causal t5", "encoder-decoder"],
     "objective=mlm model=gpt_small": ["gpt2", "objective=clm"],
+    "objective=mlm model=scratch model.architecture=big_bird model.config.hidden_size=16 model.config.block_size=4 "
+    "model.config.num_hidden_layers=1 model.config.num_attention_heads=2 model.config.intermediate_size=16": [
+        "block-sparse attention",
+        "model.config.attention_type=original_full",
+    ],
     f"objective=mlm model=scratch {SMALL_FNET}": ["padding changes what fnet makes", "batch_size=1"],
     "objective._target_=tests.broken_objective.SecondNext": [
         "SecondNext asks for token",

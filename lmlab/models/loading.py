@@ -159,6 +159,11 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size
             f"preprocess.block_size={block_size} is more than the {longest} positions of the model.\n"
             f"Set preprocess.block_size={longest} or less, or make a model from scratch with more positions."
         )
+    if getattr(model.config, "attention_type", None) == "block_sparse":  # BigBird's
+        raise UserError(
+            f"{model.config.model_type} gives up its block-sparse attention for good at the first short row, so that its "
+            "metrics would depend on what it has read before.\nSet model.config.attention_type=original_full."
+        )
     if causal and probe(model).sees_ahead:
         raise UserError(
             f"{model.config.model_type} sees the tokens it should predict, so its causal perplexity means nothing.\n"
