@@ -161,8 +161,8 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size
         )
     if getattr(model.config, "attention_type", None) == "block_sparse":  # BigBird's
         raise UserError(
-            f"{model.config.model_type} gives up its block-sparse attention for good at the first short row, so that its "
-            "metrics would depend on what it has read before.\nSet model.config.attention_type=original_full."
+            f"{model.config.model_type} gives up its block-sparse attention for good at the first short row, so that "
+            "its metrics would depend on what it has read before.\nSet model.config.attention_type=original_full."
         )
     if causal and probe(model).sees_ahead:
         raise UserError(
