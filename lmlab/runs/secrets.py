@@ -31,7 +31,7 @@ WHOLLY = re.compile(r"hydra\.(job\.env_set|launcher\.setup)(\.|$)")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a key, also in camelCase
 INTERPOLATION = re.compile(r"\$\{[\w.:]+\}")  # without a default, which might be a secret
 
-VALUE = r"(?P<secret>'[^']*'|\"[^\"]*\"|(?!…)[^\s&#;,'\"\])}]+)"
+VALUE = r"(?P<secret>'[^']*'|\"[^\"]*\"|(?!…|\*\*\*secret)[^\s&#;,'\"\])}]+)"
 IN_TEXT = (
     # user:PASSWORD@ of a URL, and TOKEN@ of one of the web. A port is no password; a text that is a URL may have
     # spaces.
@@ -48,7 +48,7 @@ IN_TEXT = (
     ),
     # A header of HTTP, or its value.
     re.compile(
-        r"(?P<before>\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?|\bbearer\s+(?=\S{8}))"
+        r"(?P<before>\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?+|\bbearer\s+(?=\S{8}))"
         rf"{VALUE}",
         re.IGNORECASE,
     ),

@@ -190,6 +190,7 @@ def test_messages() -> None:
     secrets.redacted({"api_key": "of-this-very-test"})
     assert secrets.redacted_text("what is of-this-very-test?") == f"what is {MARK}?"
     assert secrets.redacted_text("a.api_key=pw is none") == f"a.api_key={MARK} is none"
+    assert secrets.redacted_text(f"a.api_key={MARK}: is none") == f"a.api_key={MARK}: is none"
     others = "mask token: <mask>, KEY=VALUE, add a.api_key=… to it, http://a.b:80 and me@x, loss_rows='1'"
     assert secrets.redacted_text(others) == others
 
