@@ -204,7 +204,7 @@ class Search(Grid):
                     self.storage = self.storage or f"sqlite:///{self.folder}/study.db"
                     self.study = study.opened(self.storage, self.name, self.direction)
                     self.check_study()
-                    sweep.begin(self.folder, **facts)
+                    sweep.begin(self.folder, **facts, trials=self.n_trials)
             except UserError:
                 take_back(self.folder, before)
                 raise

@@ -17,6 +17,7 @@ from textwrap import shorten
 from typing import NoReturn
 
 from lmlab.early import NOTHING
+from lmlab.runs.secrets import redacted_command, redacted_text
 
 # What the file system says when the fault lies with the place written to.
 UNWRITABLE = {
@@ -198,10 +199,11 @@ def stopped_with(kept: str | None) -> Iterator[None]:
 
 @contextmanager
 def shown_plainly(debug: bool = False) -> Iterator[None]:
-    """Print an error a person can mend without a traceback, and exit 1.
+    """Print an error a person can mend without a traceback or a secret, and exit 1.
 
     Anything else is a defect of lmlab and keeps its traceback; `debug` keeps all.
     """
+    redacted_command(sys.argv[1:])  # to know its secrets
     try:
         try:
             yield
@@ -221,7 +223,7 @@ def shown_plainly(debug: bool = False) -> Iterator[None]:
         message = None if debug else plainly(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {redacted_text(message)}", file=sys.stderr)
         sys.exit(1)
 
 

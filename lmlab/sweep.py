@@ -2,16 +2,18 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs import states, sweep
 from lmlab.runs.files import from_here
-from lmlab.runs.secrets import bare
+from lmlab.runs.secrets import bare, lost_of_command
 from lmlab.runs.states import State
 from lmlab.runs.stopping import SIGNALS
 from lmlab.shell import command
@@ -54,21 +56,42 @@ def main() -> None:
 
 def resume(folder: Path, overrides: list[str]) -> None:
     """Give the command of a sweep again, where it was given, with overrides added."""
-    from lmlab import train
-
-    facts = sweep.facts(folder)
+    facts, points = sweep.facts(folder), sweep.points(folder)
     names = {bare(word) for word in overrides} | {"hydra.sweep.dir"}
     # Another launcher has keys of its own.
     gone = ("hydra.launcher.",) if "hydra/launcher" in names else ()
     words = [word for word in facts["arguments"] if not word.startswith(gone)]
     kept = [word for word in words if bare(word) not in names]
+    lost = lost_of_command(kept)
+    if lost and not overrides and complete(facts, points):
+        show(points)
+        given = " ".join(f"{key}=…" for key in lost)
+        print(f"All have come to their end. To go on nevertheless, give the secrets again, which are not kept: {given}")
+        return
     # Another value of a key that was added is added too.
     before = {bare(word): word[: word.index(bare(word))] for word in words}
     overrides = [before.get(word.partition("=")[0], "") + word for word in overrides]
     if Path(facts.get("directory", "")).is_dir():
         os.chdir(facts["directory"])  # relative paths in it are of there
+    from lmlab import train
+
     sys.argv[1:] = [*kept, *overrides, f"hydra.sweep.dir={json.dumps(str(folder))}"]
     train.main()
+
+
+def complete(facts: Mapping[str, Any], points: Sequence[sweep.Point]) -> bool:
+    """Whether all points of a sweep have come to their end, as far as can be told without its secrets."""
+    from lmlab.config.compose import read_config
+
+    if facts.get("kind") != "grid" and len(points) < facts.get("trials", math.inf):
+        return False
+    if not points or any(states.state_of(point.run).name not in states.ENDED for point in points):
+        return False
+    # A command that makes them longer may have been interrupted before it came to all.
+    last = dict(word.lstrip("+").split("=", 1) for word in facts["shared"])
+    configs = [read_config(point.run.path).trainer for point in points]
+    names = ("max_steps", "max_epochs")
+    return all(str(cfg[name]) == last.get(f"trainer.{name}", str(cfg[name])) for cfg in configs for name in names)
 
 
 def conclude(folder: Path) -> None:

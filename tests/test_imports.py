@@ -20,12 +20,12 @@ FLOORS = {
     "previewing": 3,
     "reporting": 3,
 }
-FLOORS |= {"training": 2, "evaluation": 2, "data": 2, "runs": 2, "machine": 2}
+FLOORS |= {"runs.secrets": 0, "training": 2, "evaluation": 2, "data": 2, "runs": 2, "machine": 2}
 VERB = 4
 
 
 def floor(module: str) -> int:
-    return FLOORS.get(module.split(".")[0], VERB)
+    return FLOORS.get(module, FLOORS.get(module.split(".")[0], VERB))
 
 
 def imported(path: Path) -> list[str]:

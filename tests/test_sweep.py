@@ -130,6 +130,19 @@ def test_a_secret_is_given_again(tmp_path: Path, refused: Refused, capsys: pytes
     """By no more of its key than the name, or by the whole command."""
     swept(tmp_path, "+hydra.job.env_set.OF_TEST=planted", "seed=1,2")
     assert "planted" not in (tmp_path / "sweep.json").read_text()
+    capsys.readouterr()
+    run_verb("sweep", "resume", tmp_path)
+    *_, counts, said = capsys.readouterr().out.splitlines()
+    assert counts == "2 done"
+    assert said.startswith("All have come to their end.")
+    assert said.endswith("hydra.job.env_set.OF_TEST=…")
+    with sweep.written(tmp_path) as content:
+        before = content["shared"]
+        content["shared"] = [*before, "trainer.max_steps=6"]
+    assert "held a secret" in refused("sweep", "resume", tmp_path)  # a command for longer had not come to all
+    with sweep.written(tmp_path) as content:
+        content["shared"] = before
+    (tmp_path / "1" / "summary.json").unlink()
     said = refused("sweep", "resume", tmp_path)
     assert "hydra.job.env_set.OF_TEST held a secret, which was not kept" in said
     assert "add hydra.job.env_set.OF_TEST=… to the command" in said

@@ -105,6 +105,7 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
                 if submitted:
                     traceback.print_exc()
                 raise
+            message = secrets.redacted_text(message)
             print(f"error: {message}", file=sys.stderr)
             if submitted:
                 raise UserError(message) from error

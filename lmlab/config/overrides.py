@@ -8,6 +8,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from lmlab.data.choices import BUILDERS
 from lmlab.errors import UserError
+from lmlab.runs.secrets import MARK, redacted_word
 from lmlab.shell import command
 
 # Mappings whose keys are for others to say: a model's architecture, the columns of a data set, a class of Optuna's,
@@ -77,7 +78,7 @@ def typed(key: str, text: str) -> str:
 
 
 def no_override(words: Sequence[str], number: int) -> str:
-    """What is wrong with a word without a "=", and what was meant by it and those around it."""
+    """What is wrong with a word without a "=", and what was meant by it and those around it; without their secrets."""
     word = words[number]
     before = words[number - 1] if number else ""
     after = words[number + 1] if number + 1 < len(words) else ""
@@ -85,21 +86,24 @@ def no_override(words: Sequence[str], number: int) -> str:
         key, value = (before, word) if before.endswith("=") else (word, after)
         if value == "=":
             value += "".join(words[number + 2 : number + 3])
-        return f"{word}: there is a space beside the =, and an override is one word: {key}{value}"
+        meant_by_it = redacted_word(f"{key}{value}")
+        shown = word if word in meant_by_it else MARK
+        return f"{shown}: there is a space beside the =, and an override is one word: {meant_by_it}"
     for first in range(number - 1, -1, -1):  # the shell made several words of a mapping or a list
         key, equals, value = words[first].partition("=")
         if equals and "is not closed" in (fault(value) or ""):
             ends = (n for n in range(number, len(words)) if not fault(" ".join([value, *words[first + 1 : n + 1]])))
-            together = " ".join(words[first : next(ends, number) + 1])
-            return f"{word}: to the shell a space ends a word. Put quotes around the whole: {command(together)}"
-    said = f"{word}: an override is KEY=VALUE."
+            together = redacted_word(" ".join(words[first : next(ends, number) + 1]))
+            shown = word if word in together else MARK
+            return f"{shown}: to the shell a space ends a word. Put quotes around the whole: {command(together)}"
+    key, equals, value = redacted_word(f"{before} {word}").partition("=")
+    said = f"{MARK if MARK in value else word}: an override is KEY=VALUE."
     if is_file(word):
         return f"{said}\n{meant('data', word)}"
     if after and "=" not in after and KEY.fullmatch(word):
-        return f"{said} Did you mean {word}={after}?"
-    key, equals, value = before.partition("=")
+        return f"{said} Did you mean {redacted_word(f'{word}={after}')}?"
     if equals and not KEY.fullmatch(word):
-        return f"{said}\nIf it belongs to the word before it, put quotes around both: {typed(key, f'{value} {word}')}"
+        return f"{said}\nIf it belongs to the word before it, put quotes around both: {typed(key, value)}"
     return said
 
 
@@ -120,21 +124,25 @@ def meant(group: str, text: str, split: str = "data.train") -> str | None:
 
 
 def unreadable(word: str, error: Exception) -> str:
-    """What to say of an override that Hydra's grammar does not take."""
+    """What to say of an override that Hydra's grammar does not take, without its secrets."""
     word = word.removeprefix("++")  # which `readable` may have put there
     key, _, value = word.partition("=")
-    said = f"can't read the override {word}: "
+    shown = redacted_word(word)
+    said = f"can't read the override {shown}: "
     if not KEY.fullmatch(key):
-        return f'{said}"{key}" is no key, which is words with dots between them.'
+        return f'{said}"{shown.partition("=")[0]}" is no key, which is words with dots between them.'
     strange = re.search(STRANGE, bare(value))
     if strange:
         why = f"{strange[0]} can't stand there without quotes."
     elif found := fault(value):
         return f"{said}{found}."
+    elif shown != word:  # which what the grammar says may quote in part
+        why = "the grammar does not take its value"
     else:
         lines = [line.strip() for line in str(error).splitlines()]
         why = next((line for line in lines if line and not line.startswith(("Error parsing", "See http"))), lines[0])
-    return f"{said}{why}\nText that is to be taken to the letter has quotes of its own: {typed(key, value)}"
+    quoted = typed(key, shown.partition("=")[2])
+    return f"{said}{why}\nText that is to be taken to the letter has quotes of its own: {quoted}"
 
 
 def fault(value: str) -> str | None:

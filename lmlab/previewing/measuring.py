@@ -20,6 +20,7 @@ from lmlab.errors import UserError, out_of_memory, plainly
 from lmlab.machine.processes import calling, last_line
 from lmlab.models.steps import Flops, layers
 from lmlab.runs.files import read_json, write_json
+from lmlab.runs.secrets import redacted_text
 from lmlab.training import launch
 from lmlab.training.callbacks import Measure, peak_memory
 
@@ -71,7 +72,7 @@ def measure(cfg: DictConfig, steps: int, interval: int) -> dict[str, Any]:
     if code == -9:
         report["out_of_memory"] = plainly(MemoryError("the system killed the process (SIGKILL)"))
     elif code:
-        print(words, file=sys.stderr)
+        print(redacted_text(words), file=sys.stderr)
         raise UserError(f"the measured steps failed: {last_line(words)}")
     return report
 

@@ -35,12 +35,15 @@ ROUTES = [
 ]
 SECRETS = (
     "key api_key apiKey APIKey token HF_TOKEN x.hub-token access_token password dbPassword db.passwd secret "
-    "client_secret aws_secret_access_key credentials credential apikey accesstoken auth API_KEY_2 x.secret_key"
+    "client_secret aws_secret_access_key credentials credential apikey accesstoken auth API_KEY_2 x.secret_key "
+    "hf_tokens secret_value keys aws_access_key_id key_value bearer credentials_json token_list db.pwd pwds apiKeys "
+    "image_api_key cache_key_secret passphrases"
 )
 OTHERS = (
     "bos_token eos_token pad_token mask_token unk_token cls_token sep_token special_tokens num_key_value_heads "
     "max_new_tokens data/tokens_seen tokenizer tokens_per_s keyboard monkey sort_key secretary passwords.count "
-    "model.config.pad_token"
+    "model.config.pad_token pad_token_id eos_token_id additional_special_tokens num_tokens past_key_values token_type "
+    "token_type_ids text_keys tokenize_function secretary_name"
 )
 KEEPER = """
 import json, os
@@ -134,6 +137,27 @@ def test_nothing_that_ships_looks_like_a_secret() -> None:
         ("~a.api_key=pw", f"~a.api_key={MARK}"),
         ("--api-key=pw", f"--api-key={MARK}"),
         ("a='key=4 is text, and HF_TOKEN=pw is not'", f"a='key=4 is text, and HF_TOKEN={MARK} is not'"),
+        ("a={_target_: b.C, api_key: pw", f"a={{_target_: b.C,api_key: {MARK}"),
+        ("a={b: {c: 1, api_key: pw}", f"a={{b: {{c: 1,api_key: {MARK}}}"),
+        ("a={api_key: pw}}", f"a={{api_key: {MARK}}}"),
+        ("a.api_key={pw", f"a.api_key={MARK}"),
+        ("a.api_key={pw}", f"a.api_key={{{MARK}}}"),
+        ("a.api_key=p(w", f"a.api_key={MARK}"),
+        ("a.keys=[pw,pw", f"a.keys={MARK}"),
+        ("a.tokens=[pw,4]", f"a.tokens=[{MARK},4]"),
+        ("a='Authorization: Bearer pw'", f"a='Authorization: Bearer {MARK}'"),
+        ('a=\'{"Authorization": "Basic pw"}\'', f'a=\'{{"Authorization": "{MARK}"}}\''),
+        ("a='curl -H \"X-Api-Key: pw\" x'", f"a='curl -H \"X-Api-Key: {MARK}\" x'"),
+        ("a='run --password pw --max-new-tokens some'", f"a='run --password {MARK} --max-new-tokens some'"),
+        ("a='Server=x;Pwd=pw;'", f"a='Server=x;Pwd={MARK};'"),
+        ("a='Account=x;AccountKey=pw;'", f"a='Account=x;AccountKey={MARK};'"),
+        ("a='password: pw'", f"a='password: {MARK}'"),
+        ("a=u:pw@h", f"a=u:{MARK}@h"),
+        ("/there/https:/u:pw@h/x", f"/there/https:/u:{MARK}@h/x"),
+        ("a=mailto:me@x.org", None),
+        ("a=image:1.2@sha256:12ab", None),
+        ("a='sorted(rows, key=len), tokens=512, bearer of news'", None),
+        ("a='eos_token: </s>, token_type_ids=token_type_ids'", None),
         ("a.token={_target_: b.C,every: pw}", None),
         ("a={}", None),
         ("optim.lr=tag(log, interval(1e-4,1e-2))", None),
@@ -143,6 +167,12 @@ def test_nothing_that_ships_looks_like_a_secret() -> None:
 def test_words_of_a_command(word: str, shown: str | None) -> None:
     assert secrets.redacted_command([word]) == [shown or word]
     assert secrets.redacted_command([shown or word]) == [shown or word]
+
+
+def test_a_word_behind_an_option() -> None:
+    words = ["--password", "pw", "--api-key", "pw", "--max-new-tokens", "4", "--token", "--json", "x"]
+    shown = ["--password", MARK, "--api-key", MARK, "--max-new-tokens", "4", "--token", "--json", "x"]
+    assert secrets.redacted_command(words) == shown
 
 
 def test_a_word_and_the_config_it_makes_are_redacted_alike() -> None:
@@ -160,8 +190,42 @@ def test_messages() -> None:
     secrets.redacted({"api_key": "of-this-very-test"})
     assert secrets.redacted_text("what is of-this-very-test?") == f"what is {MARK}?"
     assert secrets.redacted_text("a.api_key=pw is none") == f"a.api_key={MARK} is none"
+    assert secrets.redacted_text(f"a.api_key={MARK}: is none") == f"a.api_key={MARK}: is none"
     others = "mask token: <mask>, KEY=VALUE, add a.api_key=… to it, http://a.b:80 and me@x, loss_rows='1'"
     assert secrets.redacted_text(others) == others
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("train", ["+callbacks.x={_target_: mycb.CB, api_key: SEKRET0040"]),
+        ("train", ['+callbacks.x.api_key=SEKRET004"1']),
+        ("train", ["+callbacks.x.api_key=SEK'RET"]),
+        ("train", ["+callbacks.x={_target_:", "mycb.CB,", "api_key:", "SEKRET}"]),
+        ("train", ["+callbacks.x={api_key:", "SEKRET}"]),
+        ("train", ["+callbacks.x.api_key=", "SEKRET"]),
+        ("train", ["+callbacks.x.api_key", "=", "SEKRET"]),
+        ("train", ["+callbacks.x.api_key", "SEKRET"]),
+        ("train", ["+callbacks.x.api_key=first", "SEKRET!"]),
+        ("train", ["+hydra.job.env_set.FOO=SEK,RET0045"]),
+        ("train", ["+hydra.job.env_set.FOO=[SEKRET0047]"]),
+        ("train", ["trainer.api_key=SEKRET"]),
+        ("train", ["+trainer.max_steps.api_key=SEKRET"]),
+        ("train", ["trainer.max_steps=https://a:SEKRET@x/"]),
+        ("train", ["trainer.devices=https://a:SEKRET@x/"]),
+        ("train", ["data.train=https://a:SEKRET@x/"]),
+        ("train", ["data=https://a:SEKRET@x/"]),
+        ("preview", ['+callbacks.x.api_key=SEKRET004"1']),
+        ("evaluate", ["https://a:SEKRET@host/x"]),
+        ("predict", ["https://a:SEKRET@host/x", "a text"]),
+        ("resume", ["https://a:SEKRET@host/x"]),
+        ("report", ["https://a:SEKRET@host/x"]),
+        ("sweep", ["resume", "https://a:SEKRET@host/x"]),
+    ],
+)
+def test_no_error_shows_one(refused: Refused, verb: str, words: list[str]) -> None:
+    said = refused(verb, *words)
+    assert not re.search("SEK|RET", said), said
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
