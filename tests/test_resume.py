@@ -404,6 +404,46 @@ def test_data_and_tokenizer_that_moved(
     assert certificates[0]["totals"] == certificates[1]["totals"]
 
 
+def test_where_two_files_lie_now(
+    train: Callable[..., Path],
+    refused: Refused,
+    evaluate: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The advice names what the run has and does not know yet, keeps what was given, and works."""
+    monkeypatch.chdir(tmp_path)
+    for name, numbers in {"train": range(150), "val": range(150, 200)}.items():
+        Path(f"{name}.txt").write_text("".join(f"The story of number {n} is told here.\n" for n in numbers))
+    words = ["data=files", "data.train=train.txt", "data.validation=val.txt", "data.document=line"]
+    whole = train(*SIX, *words, run_dir=Path("whole"))
+    stop_after(whole, 4, Path("run"))
+    for name in ("train", "val"):
+        Path(f"{name}.txt").rename(f"my {name}.txt")
+    again = "python -m lmlab.resume run"
+    given = ["data.train=my train.txt", "data.validation=my val.txt"]
+    assert f"{again} data.train=PATH data.validation=PATH\n" in refused("resume", "run")
+    assert f"{again} 'data.train=my train.txt' data.validation=PATH\n" in refused("resume", "run", given[0])
+    assert f"{again} --fresh data.train=PATH data.validation=PATH\n" in refused("resume", "run", "--fresh")
+    shown = refused("resume", "run", "tokenizer.name=x")
+    assert 'no key "tokenizer.name"' in shown
+    assert "+tokenizer.name" not in shown
+    assert "A new one is +trainer.profiler=simple" in refused("resume", "run", "trainer.profiler=simple")
+    place = f"hydra.run.dir={tmp_path}/evaluation"
+    for more in ([], given[:1]):
+        shown = refused("evaluate", "whole", *more, place)
+        assert "python -m lmlab.evaluate whole data.validation=PATH\n" in shown
+    assert "PATH" not in refused("evaluate", "whole", "data.validation=none.txt", place)
+    resumed(Path("run"), *given)
+    assert equal(Path("run"), whole)
+    # What is scored is enough.
+    certificates = [
+        json.loads((place / "certificate.json").read_text()) for place in (whole, evaluate("whole", given[1]))
+    ]
+    assert certificates[0]["data_hash"] == certificates[1]["data_hash"]
+    assert certificates[0]["totals"] == certificates[1]["totals"]
+
+
 def test_before_the_first_checkpoint_nothing_may_move(whole: Path) -> None:
     """The manifest may not say yet what lay there."""
     kept = config_of(RunDirectory(whole))

@@ -339,6 +339,10 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
                 raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
         cfg.data = OmegaConf.merge(trained.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
         cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
+        named = {word.lstrip("+").partition("=")[0] for word in overrides}
+        files = cfg.data._target_ == "lmlab.data.sources.load_files"
+        if files and "data.validation" in named and "data.train" not in named:
+            cfg.data.train = None  # it tells nothing of what is scored, and need not be there
         taken += ["data", "preprocess"]
     if cfg.preprocess.block_size is None and trained is not None:
         cfg.preprocess.block_size = trained.preprocess.block_size
