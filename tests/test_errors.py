@@ -1066,10 +1066,11 @@ EVALUATIONS = {
     "model=causal data=flies": ['Did you mean "files"?'],
     "model=causal data=my.txt": ["data=files data.validation=my.txt"],
     "model=causal data.validation=my.txt": ["data has to be given", "data=files data.validation=FILE"],
-    "model=empty data=sample": ["empty", "Give another as model.name"],
+    "model=empty data=sample": ["empty", "Give another as model."],
     "model=encoder data=sample": ["BertModel", "no causal or masked language model"],
     "model=outputs/2000/run data=sample": ["outputs/2000/run", "no such directory"],
-    "model=my/model data=sample": ["my/model", "local directory", "HF_HUB_OFFLINE"],
+    "model=my/model data=sample": ["my/model", "local directory as model,", "or unset HF_HUB_OFFLINE"],
+    "model=nosuch": ['there is no directory "nosuch"', "data has to be given"],
     "model=unfinished": ["holds no model", "Name a run"],
     # Misspelt.
     "modle=causal": ['no key "modle"', 'Did you mean "model"?'],
@@ -1280,7 +1281,9 @@ def test_predict_without_arguments(mute: Refused) -> None:
 
 def test_predict_a_model_that_is_nowhere(mute: Refused) -> None:
     assert "no such directory" in mute("outputs/2000/run", "a")
-    assert "could not load" in mute("my/model", "a")
+    shown = mute("my/model", "a")
+    assert "could not load" in shown
+    assert "directory as the first argument, or unset HF_HUB_OFFLINE" in shown
 
 
 def test_predict_a_directory_of_something_else(mute: Refused) -> None:

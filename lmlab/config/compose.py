@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.config.overrides import meant, readable, unreadable
-from lmlab.errors import UserError, cause_of, check_place, first_line, nearest, plainly, shown_plainly
+from lmlab.errors import UserError, cause_of, check_place, first_line, from_hub, nearest, plainly, shown_plainly
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import empty_folders_removed, write_text
@@ -330,8 +330,10 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     taken = list[str]()  # from the run
     if "_target_" not in (cfg.get("data") or {}):
         if trained is None:
+            name = cfg.model.name
             raise UserError(
-                "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
+                ("" if Path(name).exists() else f'there is no directory "{name}", which may be a hub id.\n')
+                + "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
                 "data=hub data.path=ID, or data=files data.validation=FILE to the command."
             )
         for word in overrides:
@@ -363,7 +365,8 @@ def objective_of(cfg: DictConfig) -> DictConfig:
     """The objective that a model, by its own config, was trained with."""
     from lmlab.models.loading import is_causal
 
-    name = "clm" if is_causal(cfg.model.name, cfg.model.revision) else "mlm"
+    with from_hub(f'model "{cfg.model.name}"', "model"):
+        name = "clm" if is_causal(cfg.model.name, cfg.model.revision) else "mlm"
     block = OmegaConf.load(CONF / "objective" / f"{name}.yaml")
     assert isinstance(block, DictConfig)
     block.pop("defaults", None)

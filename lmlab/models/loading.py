@@ -66,8 +66,7 @@ def is_causal(name: str, revision: str | None = None) -> bool:
     Raises:
         UserError: it does neither.
     """
-    with from_hub(f'model "{name}"', "model.name"):
-        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     trained_as = (settings.architectures or [""])[0]
     if trained_as.endswith("ForMaskedLM"):
         return False
