@@ -1078,7 +1078,7 @@ EVALUATIONS = {
     "model=causal data=sample context=documents": ["context is one of blocks, document, sliding", '"document"?'],
     "model=causal data=sample score=psuedo": ["score is one of labels, pseudo", 'Did you mean "pseudo"?'],
     "model=causal data=sample block_size=32": ['Did you mean "preprocess.block_size"?'],
-    "model=causal data=sample optim.lr=1": ['no key "optim.lr"'],
+    "model=causal data=sample optim.lr=1": ['no key "optim.lr". For those there are: python -m lmlab.evaluate --help'],
     "model=causal data=sample model.config.n_heads=1": ['Did you mean "n_head"?'],
     "model=causal data=sample objective.mask_probability=0.5": ["objective.mask_probability"],
     "model=causal,masked data=sample": ["Ambiguous value", "for each value add -m"],

@@ -196,7 +196,7 @@ def explain(error: Exception, name: str) -> str:
         wrong = inner if inner.startswith(f"{wrong}.") else wrong
         if wrong.startswith("trainer.limit_"):
             return f"{wrong}: {LIMITS}"
-        return f'there is no key "{wrong}".{chosen_otherwise(wrong) or nearest_key(wrong, name)}'
+        return f'there is no key "{wrong}".{chosen_otherwise(wrong, name) or nearest_key(wrong, name)}'
     if lines and lines[0].startswith("Error merging override") and error.__cause__:
         return f"{lines[0]}: {first_line(error.__cause__)}"
     return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
@@ -222,12 +222,12 @@ def files_of(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-def chosen_otherwise(key: str) -> str | None:
-    """Where a key is one of other options of its group: which, and how it is chosen."""
+def chosen_otherwise(key: str, verb: str) -> str | None:
+    """Where a key is one of other options of a group that the command has: which, and how it is chosen."""
     group, *path = key.split(".")
     leaf = path.pop() if path else ""
     there = []
-    for option in files_of(group):
+    for option in files_of(group) if group in groups_of(verb) else ():
         block: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
         for name in path:
             block = block.get(name) if isinstance(block, dict) else None
@@ -245,10 +245,15 @@ def nearest_key(wrong: str, name: str) -> str:
     return nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
 
 
+def groups_of(name: str) -> set[str]:
+    """The groups of which a command chooses options."""
+    listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
+    return {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
+
+
 def known_keys(name: str) -> set[str]:
     """Groups, and dotted keys of the config that the command line's group choices compose."""
-    listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
-    groups = {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
+    groups = groups_of(name)
     chosen = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(name, chosen)
