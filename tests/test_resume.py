@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -339,6 +340,16 @@ def test_a_damaged_file_is_named(name: str, content: str, refused: Refused, stop
     (stopped / name).write_text(content)
     for words in (["resume", stopped], ["train", *SIX, f"hydra.run.dir={stopped}"]):
         assert f"{stopped / name}" in refused(*words)
+
+
+@pytest.mark.parametrize("block", ["data: null", "model: 3", "tokenizer: []", "trainer: x"])
+def test_a_block_that_is_no_mapping_is_named(block: str, refused: Refused, whole: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(whole, place)
+    cfg = yaml.safe_load((place / "config.yaml").read_text()) | yaml.safe_load(block)
+    (place / "config.yaml").write_text(yaml.safe_dump(cfg))
+    for words in (["resume", place], ["evaluate", place, f"hydra.run.dir={tmp_path}/evaluation"]):
+        assert f"{place / 'config.yaml'} is damaged: {block.partition(':')[0]} is no mapping" in refused(*words)
 
 
 def test_a_line_that_a_kill_left_unfinished(stopped: Path, whole: Path, tmp_path: Path) -> None:

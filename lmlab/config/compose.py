@@ -38,6 +38,8 @@ PACKAGE = Path(__file__).parent.parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 SWEEPS = CONF.parent / "sweeps"
 """The sweeps and the batch file that come with lmlab."""
+BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
+"""What the config of a run and that of an evaluation both have, each a mapping."""
 LIMITS = (
     "a share of the batches would be a metric of no text that has a name.\n"
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
@@ -392,7 +394,7 @@ def config_of(run: RunDirectory) -> DictConfig:
         UserError: the directory holds an evaluation, or the file is damaged.
     """
     cfg = read_config(run.path)
-    if not {"data", "model", "objective", "trainer", "run_dir"} <= set(cfg):
+    if not {*BLOCKS, "run_dir"} <= set(cfg):
         raise UserError(f"{run.config} is damaged: it is not the config of a run.")
     if "optim" not in cfg:
         raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
@@ -423,4 +425,7 @@ def read_config(run_dir: Path) -> DictConfig:
         raise UserError(f"{place} can't be read: {first_line(error)}") from error
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{place} is damaged: it is not the config of a run or an evaluation.")
+    for key in BLOCKS:
+        if key in cfg and not isinstance(cfg[key], DictConfig):
+            raise UserError(f"{place} is damaged: {key} is no mapping in it. Bring back what it was.")
     return OmegaConf.create(secrets.taken_over(OmegaConf.to_container(cfg)))
