@@ -266,7 +266,8 @@ def test_a_finished_run_refuses_what_one_that_goes_on_does(refused: Refused, who
 def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:
     assert "is no run" in refused("resume", tmp_path)
     assert "is no run" in refused("resume", tmp_path / "nowhere")
-    assert "required: RUN_DIR" in refused("resume")
+    assert "required: RUN_DIR." in refused("resume")
+    assert "required: what, DIR." in refused("sweep")
     assert 'Did you mean "trainer.max_steps"?' in refused("resume", whole, "trainer.max_step=9")
     assert "--into is for --fresh" in refused("resume", whole, "--into", tmp_path / "x")
     assert "holds a run" in refused("resume", whole, "--fresh", "--into", whole)
