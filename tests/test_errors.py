@@ -406,14 +406,21 @@ def test_data_paths(unread: Refused, tmp_path: Path, value: str, said: list[str]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [("", "data.validation="), (STRUCT_OF_LISTS, "differ in their columns"), (None, "data.validation=")],
+    ("content", "train", "said"),
+    [
+        ("", RECORDS, "data.validation="),
+        (STRUCT_OF_LISTS, RECORDS, "differ in their columns"),
+        (None, RECORDS, "data.validation="),
+        (RECORDS, '{"text": null}\n' * 30, 'in the column "text": null in {0}/train.jsonl, string in {0}/other.jsonl.'),
+        (RECORDS, '{"text": ["a"]}\n' * 30, "list<item: string> in {0}/train.jsonl, string in {0}/other.jsonl."),
+    ],
 )
-def test_validation_file(unread: Refused, tmp_path: Path, content: str | None, said: str) -> None:
-    (tmp_path / "train.jsonl").write_text(RECORDS)
+def test_validation_file(unread: Refused, tmp_path: Path, content: str | None, train: str, said: str) -> None:
+    (tmp_path / "train.jsonl").write_text(train)
     if content is not None:
         (tmp_path / "other.jsonl").write_text(content)
-    assert said in unread(f"data.train={tmp_path}/train.jsonl", f"data.validation={tmp_path}/other.jsonl")
+    shown = unread(f"data.train={tmp_path}/train.jsonl", f"data.validation={tmp_path}/other.jsonl")
+    assert said.format(tmp_path) in shown
 
 
 @pytest.mark.parametrize("other", ["a.jsonl", "{}/a.jsonl", "link.jsonl", "copy.jsonl", "./[al]*.jsonl"])
