@@ -833,6 +833,8 @@ MODELS = {
         "the token after it is another",
     ],
     "objective=mlm objective._target_=tests.broken_objective.Parity": ["Parity asks", "the token there is another"],
+    # XLNet says that it has -1 positions.
+    "model=scratch model.architecture=xlnet model.config={d_model:32,n_layer:1,n_head:2,d_inner:32}": ["xlnet sees"],
     f"model=scratch {SMALL_BERT} model.config.is_decoder=false": ["bert sees the tokens", "objective=mlm"],
     "model.config.n_head=5": ["gpt2", "divisible"],
     "model.config.n_head=x": ["model.config", "n_head"],
@@ -944,6 +946,16 @@ def test_architecture(causal: bool, architecture: str, config: dict[str, int], s
     for words in said:
         assert words in str(error.value)
     assert ("objective=" in str(error.value)) == ("objective=clm" in said)
+
+
+def test_a_whole_number_where_a_config_has_floats() -> None:
+    """Not an error, and it used to be one."""
+    small = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 16)
+    small |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = loading.from_scratch(
+        bpe(["a few words"] * 9, 300), True, "mixtral", {**small, "router_aux_loss_coef": 1, "attention_dropout": 0}
+    )
+    assert (model.config.router_aux_loss_coef, model.config.num_local_experts) == (1.0, 2)
 
 
 @pytest.mark.parametrize(
