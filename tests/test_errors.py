@@ -540,7 +540,10 @@ COMMANDS = {
     "optim=sgd": ["Options: adamw", "optim._target_", "lmlab/training/optim.py"],
     "logger=[nope]": ["logger=nope: no such option", "Options: default, file"],
     "model.config={n_embdd:1}": ["gpt2", 'Did you mean "n_embd"?'],
-    "callbacks.checkpoints={every_stps:1}": ["callbacks.checkpoints.every_stps", 'Did you mean "every_steps"?'],
+    "callbacks.checkpoints={every_stps:1}": [
+        "callbacks.checkpoints.every_stps",
+        'Did you mean "callbacks.checkpoints.every_steps"?',
+    ],
     "callbacks.mine={every:1}": ["callbacks.mine has no _target_"],
     "validation={nothing:1}": ['no key "validation.nothing"'],
     "hydra.sweeper.sampler.nothing=1": ['no key "hydra.sweeper.sampler.nothing"'],

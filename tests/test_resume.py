@@ -241,7 +241,7 @@ def test_options_of_a_folder(stopped: Path, tmp_path: Path, refused: Refused) ->
     assert "trainer=two: no such option" in refused("resume", stopped, "trainer=two")
     folder = ["--config-dir", tmp_path / "mine"]
     assert "trainer=three: no such option" in refused("resume", stopped, *folder, "trainer=three")
-    assert "directory" in refused("resume", stopped, "--config-dir", tmp_path / "none", "trainer=two")
+    assert "no such folder" in refused("resume", stopped, "--config-dir", tmp_path / "none", "trainer=two")
     resumed(stopped, *folder, "trainer=two", "trainer.max_steps=5")
     assert OmegaConf.load(stopped / "config.yaml").trainer.devices == 2
 
