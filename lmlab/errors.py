@@ -273,6 +273,11 @@ def from_hub(what: str, key: str) -> Iterator[None]:
             hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
             why = shorten(str(error), 300, placeholder=" …")
             raise UserError(f"could not load {what} from that place: {why}\n{hint}") from error
+        if was_offline:
+            raise UserError(
+                f"could not load {what} (as a local directory, or from the cache of the hub): {first_line(error)}\n"
+                f"Give a local directory as {key}, or unset HF_HUB_OFFLINE to load it from the hub."
+            ) from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise UserError(
             f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"

@@ -21,6 +21,7 @@ from lmlab.errors import UserError, cause_of, stopped_with
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import from_here, take_back, write_json, write_text
+from lmlab.shell import command
 from lmlab.training import launch
 
 UNKEPT = "Nothing of the evaluation is kept."
@@ -170,13 +171,16 @@ def measure(cfg: DictConfig) -> None:
     objective, model = build.build_model(cfg, tokenizer)
     check_belongs(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
-    data = build.prepare_held_out(cfg, tokenizer)
+    # Another model may lie beside a run's own.
+    trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
+    words = resuming.places(cfg, OmegaConf.create(trained["config"]), scored=True) if trained else []
+    place = "RUN_DIRECTORY" if trained and "snapshot" in evaluated.identity() else from_here(evaluated.path)
+    with resuming.where_they_lie(command("python", "-m", "lmlab.evaluate", place), words):
+        data = build.prepare_held_out(cfg, tokenizer)
     hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
     launch.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
     if not launch.rank():
         warn_of(data.ledger)
-    # Another model may lie beside a run's own.
-    trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
     same = trained and compose.without_secrets(cfg.data) == trained["config"]["data"]
     if same and evaluated.fingerprint() != data.data_fingerprint:
         raise UserError(

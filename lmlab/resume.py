@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "overrides",
         nargs="*",
+        default=[],  # else argparse says that they are required
         metavar="KEY=VALUE",
         help="changes to how, or how far, it goes; trust=PACKAGE lets code run that is not lmlab's",
     )
@@ -87,7 +88,9 @@ def again(
     compose.check_secrets(cfg)
     check.check_run(cfg)
     then = run.identity()
-    data = build.prepare_data(cfg)
+    words = command("python", "-m", "lmlab.resume", from_here(run.path), "--fresh")
+    with resuming.where_they_lie(words, resuming.places(cfg, kept)):
+        data = build.prepare_data(cfg)
     prepared = data.identity
     differ = differences(then, surroundings())
     differ += [f"{name.replace('_', ' ')}: not what it was" for name in prepared if then.get(name) != prepared[name]]

@@ -138,19 +138,17 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
     state = last_state(run)
     step = run.step_of(state) if state else 0
     then, now = run.identity(), surroundings()
-    again = command("python", "-m", "lmlab.resume", from_here(run.path), "data.train=PATH")
-    where = f"If they lie elsewhere now: {again}"
-    try:
+    again = command("python", "-m", "lmlab.resume", from_here(run.path))
+    with resuming.where_they_lie(again, resuming.places(cfg, kept)):
         data = build.prepare_data(cfg)
-    except UserError as error:
-        raise UserError(f"{error}\n{where} tokenizer.name=PATH" if "\n" not in str(error) else str(error)) from error
     for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
         if then.get(key, getattr(data, key)) != getattr(data, key):
             words = [w for k, w in resuming.differing(cfg, kept).items() if under(k, resuming.LOCATED)]
+            named = " ".join(resuming.places(kept, kept))
             raise UserError(
                 f"the {name} of {run.path} is not what the run was begun with: "
                 f"{', '.join(words) if words else 'its files have changed'}.\n"
-                "Bring it back, name where it is now (data.train=PATH, tokenizer.name=PATH), or begin another run."
+                f"Bring it back,{f' name where it is now ({named}),' if named else ''} or begin another run."
             )
     steps, _ = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     if state and sharded(cfg) and not sharded(kept) and numbered(state):

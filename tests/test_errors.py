@@ -406,14 +406,21 @@ def test_data_paths(unread: Refused, tmp_path: Path, value: str, said: list[str]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [("", "data.validation="), (STRUCT_OF_LISTS, "differ in their columns"), (None, "data.validation=")],
+    ("content", "train", "said"),
+    [
+        ("", RECORDS, "data.validation="),
+        (STRUCT_OF_LISTS, RECORDS, "differ in their columns"),
+        (None, RECORDS, "data.validation="),
+        (RECORDS, '{"text": null}\n' * 30, 'in the column "text": null in {0}/train.jsonl, string in {0}/other.jsonl.'),
+        (RECORDS, '{"text": ["a"]}\n' * 30, "list<item: string> in {0}/train.jsonl, string in {0}/other.jsonl."),
+    ],
 )
-def test_validation_file(unread: Refused, tmp_path: Path, content: str | None, said: str) -> None:
-    (tmp_path / "train.jsonl").write_text(RECORDS)
+def test_validation_file(unread: Refused, tmp_path: Path, content: str | None, train: str, said: str) -> None:
+    (tmp_path / "train.jsonl").write_text(train)
     if content is not None:
         (tmp_path / "other.jsonl").write_text(content)
-    assert said in unread(f"data.train={tmp_path}/train.jsonl", f"data.validation={tmp_path}/other.jsonl")
+    shown = unread(f"data.train={tmp_path}/train.jsonl", f"data.validation={tmp_path}/other.jsonl")
+    assert said.format(tmp_path) in shown
 
 
 @pytest.mark.parametrize("other", ["a.jsonl", "{}/a.jsonl", "link.jsonl", "copy.jsonl", "./[al]*.jsonl"])
@@ -533,7 +540,10 @@ COMMANDS = {
     "optim=sgd": ["Options: adamw", "optim._target_", "lmlab/training/optim.py"],
     "logger=[nope]": ["logger=nope: no such option", "Options: default, file"],
     "model.config={n_embdd:1}": ["gpt2", 'Did you mean "n_embd"?'],
-    "callbacks.checkpoints={every_stps:1}": ["callbacks.checkpoints.every_stps", 'Did you mean "every_steps"?'],
+    "callbacks.checkpoints={every_stps:1}": [
+        "callbacks.checkpoints.every_stps",
+        'Did you mean "callbacks.checkpoints.every_steps"?',
+    ],
     "callbacks.mine={every:1}": ["callbacks.mine has no _target_"],
     "validation={nothing:1}": ['no key "validation.nothing"'],
     "hydra.sweeper.sampler.nothing=1": ['no key "hydra.sweeper.sampler.nothing"'],
@@ -711,11 +721,12 @@ def test_free_mappings_take_any_key(tmp_path: Path) -> None:
             "callbacks.early_stopping={new: 1}": "callbacks.early_stopping",
             "callbacks={early_stopping: {new: 1}}": "callbacks.early_stopping",
             "logger.wandb={new: 1}": "logger.wandb",
+            "hydra.job.env_set.new=1": "hydra.job.env_set",
         }.items():
             cfg = hydra.compose("train", overrides.readable([*groups, word]), return_hydra_config=True)
             block = OmegaConf.select(cfg, mapping)
-            assert block.new == 1
-            assert mapping == "data.filter" or len(block) > 1  # what was there stays
+            assert str(block.new) == "1"
+            assert mapping in ("data.filter", "hydra.job.env_set") or len(block) > 1  # what was there stays
         kept = hydra.compose("train", [f"run_dir={tmp_path}"])
     words = ["callbacks.checkpoints={every_steps: 5}", "callbacks.mine={_target_: x}", "model.config={n_head: 2}"]
     cfg = resuming.continued(kept, tmp_path, words)
@@ -830,6 +841,8 @@ MODELS = {
         "the token after it is another",
     ],
     "objective=mlm objective._target_=tests.broken_objective.Parity": ["Parity asks", "the token there is another"],
+    # XLNet says that it has -1 positions.
+    "model=scratch model.architecture=xlnet model.config={d_model:32,n_layer:1,n_head:2,d_inner:32}": ["xlnet sees"],
     f"model=scratch {SMALL_BERT} model.config.is_decoder=false": ["bert sees the tokens", "objective=mlm"],
     "model.config.n_head=5": ["gpt2", "divisible"],
     "model.config.n_head=x": ["model.config", "n_head"],
@@ -941,6 +954,16 @@ def test_architecture(causal: bool, architecture: str, config: dict[str, int], s
     for words in said:
         assert words in str(error.value)
     assert ("objective=" in str(error.value)) == ("objective=clm" in said)
+
+
+def test_a_whole_number_where_a_config_has_floats() -> None:
+    """Not an error, and it used to be one."""
+    small = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 16)
+    small |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = loading.from_scratch(
+        bpe(["a few words"] * 9, 300), True, "mixtral", {**small, "router_aux_loss_coef": 1, "attention_dropout": 0}
+    )
+    assert (model.config.router_aux_loss_coef, model.config.num_local_experts) == (1.0, 2)
 
 
 @pytest.mark.parametrize(
@@ -1071,10 +1094,11 @@ EVALUATIONS = {
     "model=causal data=flies": ['Did you mean "files"?'],
     "model=causal data=my.txt": ["data=files data.validation=my.txt"],
     "model=causal data.validation=my.txt": ["data has to be given", "data=files data.validation=FILE"],
-    "model=empty data=sample": ["empty", "Give another as model.name"],
+    "model=empty data=sample": ["empty", "Give another as model."],
     "model=encoder data=sample": ["BertModel", "no causal or masked language model"],
     "model=outputs/2000/run data=sample": ["outputs/2000/run", "no such directory"],
-    "model=my/model data=sample": ["my/model", "local directory", "HF_HUB_OFFLINE"],
+    "model=my/model data=sample": ["my/model", "local directory as model,", "or unset HF_HUB_OFFLINE"],
+    "model=nosuch": ['there is no directory "nosuch"', "data has to be given"],
     "model=unfinished": ["holds no model", "Name a run"],
     # Misspelt.
     "modle=causal": ['no key "modle"', 'Did you mean "model"?'],
@@ -1082,7 +1106,7 @@ EVALUATIONS = {
     "model=causal data=sample context=documents": ["context is one of blocks, document, sliding", '"document"?'],
     "model=causal data=sample score=psuedo": ["score is one of labels, pseudo", 'Did you mean "pseudo"?'],
     "model=causal data=sample block_size=32": ['Did you mean "preprocess.block_size"?'],
-    "model=causal data=sample optim.lr=1": ['no key "optim.lr"'],
+    "model=causal data=sample optim.lr=1": ['no key "optim.lr". For those there are: python -m lmlab.evaluate --help'],
     "model=causal data=sample model.config.n_heads=1": ['Did you mean "n_head"?'],
     "model=causal data=sample objective.mask_probability=0.5": ["objective.mask_probability"],
     "model=causal,masked data=sample": ["Ambiguous value", "for each value add -m"],
@@ -1285,7 +1309,9 @@ def test_predict_without_arguments(mute: Refused) -> None:
 
 def test_predict_a_model_that_is_nowhere(mute: Refused) -> None:
     assert "no such directory" in mute("outputs/2000/run", "a")
-    assert "could not load" in mute("my/model", "a")
+    shown = mute("my/model", "a")
+    assert "could not load" in shown
+    assert "directory as the first argument, or unset HF_HUB_OFFLINE" in shown
 
 
 def test_predict_a_directory_of_something_else(mute: Refused) -> None:

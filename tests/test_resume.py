@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -266,7 +267,8 @@ def test_a_finished_run_refuses_what_one_that_goes_on_does(refused: Refused, who
 def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:
     assert "is no run" in refused("resume", tmp_path)
     assert "is no run" in refused("resume", tmp_path / "nowhere")
-    assert "required: RUN_DIR" in refused("resume")
+    assert "required: RUN_DIR." in refused("resume")
+    assert "required: what, DIR." in refused("sweep")
     assert 'Did you mean "trainer.max_steps"?' in refused("resume", whole, "trainer.max_step=9")
     assert "--into is for --fresh" in refused("resume", whole, "--into", tmp_path / "x")
     assert "holds a run" in refused("resume", whole, "--fresh", "--into", whole)
@@ -342,6 +344,16 @@ def test_a_damaged_file_is_named(name: str, content: str, refused: Refused, stop
         assert f"{stopped / name}" in refused(*words)
 
 
+@pytest.mark.parametrize("block", ["data: null", "model: 3", "tokenizer: []", "trainer: x"])
+def test_a_block_that_is_no_mapping_is_named(block: str, refused: Refused, whole: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(whole, place)
+    cfg = yaml.safe_load((place / "config.yaml").read_text()) | yaml.safe_load(block)
+    (place / "config.yaml").write_text(yaml.safe_dump(cfg))
+    for words in (["resume", place], ["evaluate", place, f"hydra.run.dir={tmp_path}/evaluation"]):
+        assert f"{place / 'config.yaml'} is damaged: {block.partition(':')[0]} is no mapping" in refused(*words)
+
+
 def test_a_line_that_a_kill_left_unfinished(stopped: Path, whole: Path, tmp_path: Path) -> None:
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "tra')
@@ -401,6 +413,46 @@ def test_data_and_tokenizer_that_moved(
     assert "data.train=" in refused("evaluate", f"model={whole}", f"hydra.run.dir={tmp_path}/evaluation")
     again = evaluate(f"model={whole}", moved[0])
     certificates = [json.loads((place / "certificate.json").read_text()) for place in (whole, again)]
+    assert certificates[0]["data_hash"] == certificates[1]["data_hash"]
+    assert certificates[0]["totals"] == certificates[1]["totals"]
+
+
+def test_where_two_files_lie_now(
+    train: Callable[..., Path],
+    refused: Refused,
+    evaluate: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The advice names what the run has and does not know yet, keeps what was given, and works."""
+    monkeypatch.chdir(tmp_path)
+    for name, numbers in {"train": range(150), "val": range(150, 200)}.items():
+        Path(f"{name}.txt").write_text("".join(f"The story of number {n} is told here.\n" for n in numbers))
+    words = ["data=files", "data.train=train.txt", "data.validation=val.txt", "data.document=line"]
+    whole = train(*SIX, *words, run_dir=Path("whole"))
+    stop_after(whole, 4, Path("run"))
+    for name in ("train", "val"):
+        Path(f"{name}.txt").rename(f"my {name}.txt")
+    again = "python -m lmlab.resume run"
+    given = ["data.train=my train.txt", "data.validation=my val.txt"]
+    assert f"{again} data.train=PATH data.validation=PATH\n" in refused("resume", "run")
+    assert f"{again} 'data.train=my train.txt' data.validation=PATH\n" in refused("resume", "run", given[0])
+    assert f"{again} --fresh data.train=PATH data.validation=PATH\n" in refused("resume", "run", "--fresh")
+    shown = refused("resume", "run", "tokenizer.name=x")
+    assert 'no key "tokenizer.name"' in shown
+    assert "+tokenizer.name" not in shown
+    assert "A new one is +trainer.profiler=simple" in refused("resume", "run", "trainer.profiler=simple")
+    place = f"hydra.run.dir={tmp_path}/evaluation"
+    for more in ([], given[:1]):
+        shown = refused("evaluate", "whole", *more, place)
+        assert "python -m lmlab.evaluate whole data.validation=PATH\n" in shown
+    assert "PATH" not in refused("evaluate", "whole", "data.validation=none.txt", place)
+    resumed(Path("run"), *given)
+    assert equal(Path("run"), whole)
+    # What is scored is enough.
+    certificates = [
+        json.loads((place / "certificate.json").read_text()) for place in (whole, evaluate("whole", given[1]))
+    ]
     assert certificates[0]["data_hash"] == certificates[1]["data_hash"]
     assert certificates[0]["totals"] == certificates[1]["totals"]
 

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab.config.overrides import meant, readable, unreadable
-from lmlab.errors import UserError, cause_of, check_place, first_line, nearest, plainly, shown_plainly
+from lmlab.errors import UserError, cause_of, check_place, first_line, from_hub, nearest, plainly, shown_plainly
 from lmlab.runs import secrets
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.files import empty_folders_removed, write_text
@@ -38,6 +38,8 @@ PACKAGE = Path(__file__).parent.parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 SWEEPS = CONF.parent / "sweeps"
 """The sweeps and the batch file that come with lmlab."""
+BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
+"""What the config of a run and that of an evaluation both have, each a mapping."""
 LIMITS = (
     "a share of the batches would be a metric of no text that has a name.\n"
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
@@ -197,7 +199,7 @@ def explain(error: Exception, name: str) -> str:
         wrong = inner if inner.startswith(f"{wrong}.") else wrong
         if wrong.startswith("trainer.limit_"):
             return f"{wrong}: {LIMITS}"
-        return f'there is no key "{wrong}".{chosen_otherwise(wrong) or nearest_key(wrong, name)}'
+        return f'there is no key "{wrong}".{chosen_otherwise(wrong, name) or nearest_key(wrong, name)}'
     if lines and lines[0].startswith("Error merging override") and error.__cause__:
         return f"{lines[0]}: {first_line(error.__cause__)}"
     return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
@@ -223,12 +225,12 @@ def files_of(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-def chosen_otherwise(key: str) -> str | None:
-    """Where a key is one of other options of its group: which, and how it is chosen."""
+def chosen_otherwise(key: str, verb: str) -> str | None:
+    """Where a key is one of other options of a group that the command has: which, and how it is chosen."""
     group, *path = key.split(".")
     leaf = path.pop() if path else ""
     there = []
-    for option in files_of(group):
+    for option in files_of(group) if group in groups_of(verb) else ():
         block: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
         for name in path:
             block = block.get(name) if isinstance(block, dict) else None
@@ -246,10 +248,15 @@ def nearest_key(wrong: str, name: str) -> str:
     return nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
 
 
+def groups_of(name: str) -> set[str]:
+    """The groups of which a command chooses options."""
+    listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
+    return {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
+
+
 def known_keys(name: str) -> set[str]:
     """Groups, and dotted keys of the config that the command line's group choices compose."""
-    listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
-    groups = {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
+    groups = groups_of(name)
     chosen = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(name, chosen)
@@ -331,8 +338,10 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     taken = list[str]()  # from the run
     if "_target_" not in (cfg.get("data") or {}):
         if trained is None:
+            name = cfg.model.name
             raise UserError(
-                "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
+                ("" if Path(name).exists() else f'there is no directory "{name}", which may be a hub id.\n')
+                + "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
                 "data=hub data.path=ID, or data=files data.validation=FILE to the command."
             )
         for word in overrides:
@@ -340,6 +349,15 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
                 raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
         cfg.data = OmegaConf.merge(trained.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
         cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
+        named = {word.lstrip("+").partition("=")[0] for word in overrides}
+        files = cfg.data._target_ == "lmlab.data.sources.load_files"
+        if files and cfg.data.train is not None and "data.validation" in named and "data.train" not in named:
+            from lmlab.data.sources import find
+
+            try:
+                find(cfg.data.train, "train")
+            except UserError:  # of what is scored it could only tell what was trained on
+                cfg.data.train = None
         taken += ["data", "preprocess"]
     if cfg.preprocess.block_size is None and trained is not None:
         cfg.preprocess.block_size = trained.preprocess.block_size
@@ -360,7 +378,8 @@ def objective_of(cfg: DictConfig) -> DictConfig:
     """The objective that a model, by its own config, was trained with."""
     from lmlab.models.loading import is_causal
 
-    name = "clm" if is_causal(cfg.model.name, cfg.model.revision) else "mlm"
+    with from_hub(f'model "{cfg.model.name}"', "model"):
+        name = "clm" if is_causal(cfg.model.name, cfg.model.revision) else "mlm"
     block = OmegaConf.load(CONF / "objective" / f"{name}.yaml")
     assert isinstance(block, DictConfig)
     block.pop("defaults", None)
@@ -381,7 +400,7 @@ def config_of(run: RunDirectory) -> DictConfig:
         UserError: the directory holds an evaluation, or the file is damaged.
     """
     cfg = read_config(run.path)
-    if not {"data", "model", "objective", "trainer", "run_dir"} <= set(cfg):
+    if not {*BLOCKS, "run_dir"} <= set(cfg):
         raise UserError(f"{run.config} is damaged: it is not the config of a run.")
     if "optim" not in cfg:
         raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
@@ -412,4 +431,7 @@ def read_config(run_dir: Path) -> DictConfig:
         raise UserError(f"{place} can't be read: {first_line(error)}") from error
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{place} is damaged: it is not the config of a run or an evaluation.")
+    for key in BLOCKS:
+        if key in cfg and not isinstance(cfg[key], DictConfig):
+            raise UserError(f"{place} is damaged: {key} is no mapping in it. Bring back what it was.")
     return OmegaConf.create(secrets.taken_over(OmegaConf.to_container(cfg)))

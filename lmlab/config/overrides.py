@@ -12,8 +12,8 @@ from lmlab.runs.secrets import MARK, redacted_word
 from lmlab.shell import command
 
 # Mappings whose keys are for others to say: a model's architecture, the columns of a data set, a class of Optuna's,
-# a callback or a logger. Hydra knows the keys of the YAML files alone.
-FREE = re.compile(r"(model\.config|data\.filter)[.=]|(callbacks|logger)(\.\w+)?=\{")
+# a callback or a logger, the environment. Hydra knows the keys of the YAML files alone.
+FREE = re.compile(r"(model\.config|data\.filter|hydra\.job\.env_set)[.=]|(callbacks|logger)(\.\w+)?=\{")
 FREE_OF_A_SEARCH = re.compile(r"hydra\.sweeper\.(sampler|pruner)[.=]")
 KEY = re.compile(r"(\+{1,2}|~)?[A-Za-z_$][\w./@:$-]*")
 # Where a value, or an element of one, begins with a home directory; what is in quotes is left alone.

@@ -1,5 +1,7 @@
 """A run that goes on: what of its config may change, and what its batches are at another width."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lmlab.config import signatures
 from lmlab.config.check import world
-from lmlab.config.compose import dotted, explain, hydra_of, name_precision, without_secrets
-from lmlab.config.overrides import readable
+from lmlab.config.compose import CONF, dotted, explain, hydra_of, name_precision, without_secrets
+from lmlab.config.overrides import literal, readable
 from lmlab.errors import UserError, first_line, nearest
 from lmlab.runs.choices import MACHINERY, flat, said, under
 from lmlab.runs.secrets import MARK
+from lmlab.shell import command
 from lmlab.training import launch
 
 CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
@@ -53,7 +57,7 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str], folder: Path | 
         elif isinstance(cfg.get(key), DictConfig) and key not in GROUPS:
             raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
         elif key not in known and not (override.is_add() or override.is_force_add()):
-            raise UserError(f'there is no key "{key}".{nearest(key, known)} A new one is +{word}.')
+            raise UserError(f'there is no key "{key}".{nearest(key, known)}{of_its_block(cfg, key, word)}')
         else:
             OmegaConf.update(cfg, key, override.value(), force_add=True)
             OmegaConf.update(cfg, key, resolved(cfg, key))
@@ -61,6 +65,21 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str], folder: Path | 
     if kept.model.get("name") and kept.model.name == kept.tokenizer.get("name") == cfg.tokenizer.get("name"):
         cfg.tokenizer.name = cfg.model.name
     return name_precision(cfg)
+
+
+def of_its_block(cfg: DictConfig, key: str, word: str) -> str:
+    """What to say of a key that is not in a config: how it is added where its block takes it, else the block's keys."""
+    holder, _, name = key.rpartition(".")
+    block = OmegaConf.select(cfg, holder) if holder else OmegaConf.load(CONF / "train.yaml")
+    target = block.get("_target_") if isinstance(block, DictConfig) else None
+    if target and target.startswith(signatures.READ):  # another's would have to be imported, before it is trusted
+        takes = signatures.parameters(target)
+        new = name in takes or any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    else:
+        new = holder.split(".")[0] in ("callbacks", "logger") or (not holder and name in block)
+    if new:
+        return f" A new one is +{word}."
+    return f" Keys of {holder}: {', '.join(sorted({*map(str, block)} - {'_target_'}))}." if target else ""
 
 
 def resolved(cfg: DictConfig, key: str) -> Any:
@@ -109,6 +128,44 @@ def moved(cfg: DictConfig, run_dir: Path) -> DictConfig:
         return node
 
     return OmegaConf.create(replace(OmegaConf.to_container(cfg)))
+
+
+def places(cfg: DictConfig, kept: DictConfig, scored: bool = False) -> list[str]:
+    """The overrides that say where what a run names lies now: as the config has it where that is new, else `PATH`.
+
+    Args:
+        scored: only of the text that an evaluation scores.
+    """
+    names = ("path",) if kept.data.get("path") else ("train", "validation")
+    keys = [f"data.{name}" for name in names if kept.data.get(name)]
+    if scored:
+        keys = keys[-1:]
+    else:
+        same = kept.model.get("name") == kept.tokenizer.get("name")  # a pretrained model brings its tokenizer
+        keys += ["model.name"] if same else ["model.name", "tokenizer.name"]
+    words = []
+    for key in keys:
+        now, then = OmegaConf.select(cfg, key), OmegaConf.select(kept, key)
+        if None not in (now, then):
+            value = f"[{','.join(map(literal, now))}]" if isinstance(now, ListConfig) else literal(str(now))
+            words.append(command(f"{key}={'PATH' if now == then else value}"))
+    return words
+
+
+@contextmanager
+def where_they_lie(again: str, words: list[str]) -> Iterator[None]:
+    """Add to what is wrong with data or a tokenizer the command that says where they lie, if that has a `PATH` to fill.
+
+    Args:
+        again: the command, without
+        words: the overrides that name places.
+    """
+    try:
+        yield
+    except UserError as error:
+        if "\n" in str(error) or not any(word.endswith("=PATH") for word in words):
+            raise
+        raise UserError(f"{error}\nIf they lie elsewhere now: {again} {' '.join(words)}", error.cause) from error
 
 
 def check_same(cfg: DictConfig, kept: DictConfig, located: bool = True) -> None:

@@ -157,13 +157,14 @@ def single_object(file: Path) -> dict[str, Any] | None:
 
 
 def fault(read: Mapping[Path, Path], builder: str, text: str, options: dict[str, Any]) -> str | None:
-    """The first fault in files, in words: where one is no UTF-8, malformed or damaged.
+    """The first fault in files, in words: where one is no UTF-8, malformed or damaged, or unlike another.
 
     Args:
         read: of each file what was read, itself or what was made of it.
     """
     import datasets
 
+    schemas = {}
     for file in read:
         number = 1
         try:
@@ -181,7 +182,8 @@ def fault(read: Mapping[Path, Path], builder: str, text: str, options: dict[str,
             if mixture:
                 return mixture
             # What is still wrong shows when the file is read alone.
-            datasets.load_dataset(builder, data_files=glob.escape(str(read[file])), **options)
+            alone = datasets.load_dataset(builder, data_files=glob.escape(str(read[file])), **options)
+            schemas[file] = alone["train"].features.arrow_schema
         except UnicodeDecodeError as error:
             return (
                 f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
@@ -196,6 +198,21 @@ def fault(read: Mapping[Path, Path], builder: str, text: str, options: dict[str,
             return f"{file}: not a whole gzip file ({error}). Get it again, or leave it out."
         except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
             return f"{file}: {reason([*causes(error)][-1])} Mend it, or leave it out."
+    return unlike(schemas, text)
+
+
+def unlike(schemas: Mapping[Path, Any], text: str) -> str | None:
+    """Between which files a column differs in its type, in words; that of the text before any other."""
+    (first, wanted), *others = schemas.items()
+    for file, found in others:
+        columns = [name for name in wanted.names if name in found.names]
+        for name in sorted(columns, key=lambda name: name not in (text, text.split(".")[0])):
+            here, there = (shorten(str(schema.field(name).type), 60) for schema in (found, wanted))
+            if here != there:
+                return (
+                    f'the data files differ in the column "{name}": {there} in {first}, {here} in {file}.\n'
+                    "Write all of them alike, or leave one of the files out."
+                )
     return None
 
 

@@ -35,9 +35,9 @@ def pretrained(
 ) -> PreTrainedModel:
     """A trained model by hub id or directory, in float32; `config` changes single values of its config."""
     with from_hub(f'model "{name}"', "model.name"):
-        refuse_unknown(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), config or {})
+        config = fitted(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
         try:
-            settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **(config or {}))
+            settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **config)
             auto = auto_for(settings, causal)
             check_weights(auto, settings)
             # Checkpoints of today carry a dtype of their own; how to compute is the trainer's to say.
@@ -66,8 +66,7 @@ def is_causal(name: str, revision: str | None = None) -> bool:
     Raises:
         UserError: it does neither.
     """
-    with from_hub(f'model "{name}"', "model.name"):
-        settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     trained_as = (settings.architectures or [""])[0]
     if trained_as.endswith("ForMaskedLM"):
         return False
@@ -112,14 +111,14 @@ def from_scratch(
     try:
         defaults = AutoConfig.for_model(architecture)
         auto = auto_for(defaults, causal)
-        refuse_unknown(defaults, config or {})
+        config = fitted(config, defaults)
         values = {"vocab_size": len(tokenizer)} | {
             f"{token}_token_id": getattr(tokenizer, f"{token}_token_id")
             for token in ("bos", "eos", "pad", "cls", "sep")
         }
         # An encoder built for causal modelling has to be told to hide the future.
         values["is_decoder"] = causal
-        values = {key: value for key, value in values.items() if hasattr(defaults, key)} | (config or {})
+        values = {key: value for key, value in values.items() if hasattr(defaults, key)} | config
         settings = AutoConfig.for_model(architecture, **values)
         check_weights(auto, settings)
         model = auto.from_config(settings)
@@ -137,12 +136,18 @@ def from_scratch(
     return model
 
 
-def refuse_unknown(settings: PreTrainedConfig, values: dict[str, Any]) -> None:
-    """Refuse a key that a model config does not have; transformers would take it in silence."""
+def fitted(values: dict[str, Any] | None, settings: PreTrainedConfig) -> dict[str, Any]:
+    """Values for a model config, a whole number as a float where its own value is one.
+
+    Raises:
+        UserError: a key that the config does not have; transformers would take it in silence.
+    """
+    values = values or {}
     for key in values:
         if not hasattr(settings, key):
             known = [*settings.to_dict(), *settings.attribute_map]
             raise UserError(f'model.config: {settings.model_type} has no "{key}".{nearest(key, known)}')
+    return {k: float(v) if type(v) is int and type(getattr(settings, k)) is float else v for k, v in values.items()}
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, causal: bool) -> None:
@@ -199,4 +204,4 @@ def positions(model: PreTrainedModel) -> int | None:
             # RoBERTa and its kin count from behind the padding index.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             longest = module.num_embeddings - first
-    return longest
+    return longest if longest and longest > 0 else None  # XLNet says -1
