@@ -1364,6 +1364,7 @@ def test_a_reader_that_has_had_enough(verb: str, monkeypatch: pytest.MonkeyPatch
     assert stopped.value.code == 1
 
 
+@pytest.mark.long
 def test_the_message_is_all_there_is(models: Path, tmp_path: Path) -> None:
     """No progress bar and no library's warning around it: the whole of stderr, of processes of their own."""
     (tmp_path / "a.jsonl").write_text(RECORDS + '{"text": "x"\n')

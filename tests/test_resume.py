@@ -233,6 +233,7 @@ def test_longer(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert [rates[step] for step in (7, 8)] == [optim.lr * optim.factor(step - 1, 8) for step in (7, 8)]
 
 
+@pytest.mark.long
 def test_options_of_a_folder(stopped: Path, tmp_path: Path, refused: Refused) -> None:
     """As `lmlab.train` takes them: of --config-dir."""
     (tmp_path / "mine" / "trainer").mkdir(parents=True)
@@ -306,6 +307,7 @@ def test_what_is_refused_changes_nothing(refused: Refused, stopped: Path, whole:
     assert losses(stopped) == losses(whole)
 
 
+@pytest.mark.long
 def test_an_extension_that_is_killed_before_it_trains(whole: Path, tmp_path: Path) -> None:
     place, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(whole, place)

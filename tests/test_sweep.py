@@ -79,6 +79,7 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "trainer.accumulate_grad_batches=2" in said
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_only_what_is_missing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Done points are left alone, one that was stopped goes on, one that never began begins; a sweep may grow."""
@@ -101,6 +102,7 @@ def test_only_what_is_missing_is_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "0" / "summary.json").stat().st_mtime_ns == untouched
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_what_a_resume_is_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All points that were ever asked for, each once, however they were written; a damaged one holds up none."""
@@ -166,6 +168,7 @@ def test_params_of_a_file(tmp_path: Path) -> None:
     assert (cfg.model.config.n_layer, cfg.trainer.gradient_clip_val) == (1, None)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_sweep_goes_on_for_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swept(tmp_path, "seed=1,2")
@@ -343,6 +346,7 @@ class TestSearch:
     WORDS = ("hydra/sweeper=optuna", "optim.lr=tag(log,interval(1e-4,1e-1))", "trainer.max_steps=6")
     WORDS += ("trainer.val_check_interval=2",)
 
+    @pytest.mark.long
     @pytest.mark.usefixtures("here")
     def test_draws_do_not_hang_on_stops(self, tmp_path: Path) -> None:
         """A search that is stopped after each trial tries what one in one go does."""
@@ -355,6 +359,7 @@ class TestSearch:
         assert all(1e-4 <= value <= 1e-1 for value in values)
         assert [read_config(tmp_path / "one" / name).optim.lr for name in "012"] == values
 
+    @pytest.mark.long
     @pytest.mark.usefixtures("here")
     def test_hopeless_runs_are_pruned(self, tmp_path: Path) -> None:
         early = ["hydra.sweeper.pruner.n_startup_trials=2", "hydra.sweeper.sampler={name:RandomSampler,seed:5}"]
@@ -423,6 +428,7 @@ class TestSearch:
         assert RunDirectory(tmp_path / "0").result()["steps"] == 8
         assert len(study_of(tmp_path).trials[0].intermediate_values) == 3
 
+    @pytest.mark.long
     @pytest.mark.usefixtures("here")
     def test_a_trial_whose_process_was_killed_goes_on(self, tmp_path: Path) -> None:
         swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=2", "hydra.sweeper.pruner=null")

@@ -41,7 +41,7 @@ SWEEPS = CONF.parent / "sweeps"
 BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
 """What the config of a run and that of an evaluation both have, each a mapping."""
 LIMITS = (
-    "a share of the batches would be a metric of no text that has a name.\n"
+    "a share of the batches would give a metric over an arbitrary part of the text.\n"
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
 )
 """What to say of the keys of Lightning's that leave batches out."""

@@ -225,6 +225,7 @@ class Ended:
         del self.server.answer
 
 
+@pytest.mark.long
 def test_a_bad_key_leaves_the_run_offline(home: dict[str, str], tmp_path: Path) -> None:
     with serving() as server:
         out = verb(
