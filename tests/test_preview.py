@@ -68,6 +68,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return show
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tiny", [TINY, TINY_MLM], ids=["clm", "mlm"])
 def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
     text = shown(*tiny, f"trainer.max_steps={STEPS}")

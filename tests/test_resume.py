@@ -363,6 +363,7 @@ def test_a_line_that_a_kill_left_unfinished(stopped: Path, whole: Path, tmp_path
     assert losses(stopped) == losses(whole)
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_elsewhere_is_locked(refused: Refused, stopped: Path, tmp_path: Path) -> None:
     running = begin("resume", stopped, out=tmp_path / "out", faults={"lmlab.evaluation.scoring.score": ["slow", 0.5]})
     try:
@@ -635,6 +636,7 @@ def test_the_older_state_stays_on_a_full_disk(
     assert losses(place) == losses(whole)
 
 
+@pytest.mark.long
 def test_the_best_weights_stay_on_a_full_disk(train: Callable[..., Path], tmp_path: Path) -> None:
     """However many states in a row can't be written: those that are there still speak of them."""
     best_first = [*SIX, "trainer.max_steps=14", "callbacks.checkpoints.mode=max"]

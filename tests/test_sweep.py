@@ -304,6 +304,7 @@ def test_of_no_sweep(refused: Refused, tmp_path: Path) -> None:
             assert "is damaged" in refused("sweep", what, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_sweep_starts(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,12 +231,13 @@ def test_no_error_shows_one(refused: Refused, verb: str, words: list[str]) -> No
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "devices"),
     [
         ([], 1),
-        pytest.param([], 2, marks=pytest.mark.long, id="ranks"),
-        pytest.param(TORCHRUN, 2, marks=pytest.mark.long, id="torchrun"),
+        pytest.param([], 2, id="ranks"),
+        pytest.param(TORCHRUN, 2, id="torchrun"),
     ],
 )
 def test_ranks_have_what_no_file_holds(
@@ -273,6 +274,7 @@ def test_ranks_have_what_no_file_holds(
     assert "report.html" in holding(tmp_path / "study", "callbacks.keeper.dbPassword=***secret***")
 
 
+@pytest.mark.long
 def test_going_on_takes_a_secret_again(
     train: Callable[..., Path],
     kept: Callable[[], list[dict]],
@@ -301,6 +303,7 @@ def test_going_on_takes_a_secret_again(
     assert "callbacks.keeper" in refused("train", *TINY, *secrets.redacted_command(keeper)), shown
 
 
+@pytest.mark.long
 def test_a_secret_that_makes_the_experiment_may_be_another(
     train: Callable[..., Path], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@
 #   SLURM_LOCAL_ACCOUNTING     dbd | none                (dbd: sacct works)
 #   SLURM_LOCAL_REQUEUE_DELAY  seconds a requeued job stays pending  (5)
 #   SLURM_LOCAL_KILL_WAIT      seconds between SIGTERM and SIGKILL   (10)
-#   SLURM_LOCAL_PORT           first of the ports used   (16810)
+#   SLURM_LOCAL_PORT           first of the ports used   (11810)
 #   SLURM_LOCAL_TIMEOUT        bound on "up", after installation     (60)
 #   SLURM_LOCAL_INSTALL        1: apt-get install missing packages   (1)
 #   SLURM_LOCAL_TASK_PLUGIN    none | affinity           (none)
@@ -34,7 +34,7 @@ GPUS=${SLURM_LOCAL_GPUS:-4}
 ACCT=${SLURM_LOCAL_ACCOUNTING:-dbd}
 DELAY=${SLURM_LOCAL_REQUEUE_DELAY:-5}
 KILLWAIT=${SLURM_LOCAL_KILL_WAIT:-10}
-PORT=${SLURM_LOCAL_PORT:-16810}
+PORT=${SLURM_LOCAL_PORT:-11810}
 BOUND=${SLURM_LOCAL_TIMEOUT:-60}
 INSTALL=${SLURM_LOCAL_INSTALL:-1}
 TASKPLUGIN=${SLURM_LOCAL_TASK_PLUGIN:-none}

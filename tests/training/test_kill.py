@@ -89,6 +89,7 @@ INSTANTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("instant", INSTANTS)
 def test_killed_at_an_instant(instant: str, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"

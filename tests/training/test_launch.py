@@ -37,6 +37,7 @@ def reached(run: Path, step: int) -> Callable[[], bool]:
     return lambda: (run / "metrics.jsonl").is_file() and any(line["step"] >= step for line in metrics(run))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_stops_a_run_that_can_go_on(name: str, whole: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"

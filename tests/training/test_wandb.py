@@ -171,6 +171,7 @@ def test_code_and_machine_are_kept(online: Path, backend: Backend) -> None:
     assert bool(changed) == (f"{run_id(online)}/diff.patch" in backend.files)
 
 
+@pytest.mark.long
 def test_a_resumed_run_goes_on_with_its_curve(online: Path, backend: Backend, home: dict[str, str]) -> None:
     out = verb("resume", "run", "trainer.max_steps=8", env=home | backend.environment, cwd=online.parent)
     assert "Traceback" not in out
@@ -287,6 +288,7 @@ def test_two_processes_are_one_run(home: dict[str, str], tmp_path: Path) -> None
         assert {sample["step"] for sample in samples(tmp_path / "run")} == {0, 2, 4, 6}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["lr.yaml", pytest.param("lr_mlm.yaml", marks=pytest.mark.long)])
 def test_what_the_agent_of_a_sweep_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """W&B's agent makes the command of the sweep file's template; its run has the id that the agent knows it by."""
