@@ -78,9 +78,8 @@ def check_reachable() -> None:
 
 def saved(view: Any) -> str:
     """Make a workspace or report on the server; returns its address."""
-    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
-
     import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
     wandb.setup(wandb.Settings(silent=True))
     try:
