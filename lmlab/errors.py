@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lmlab.early import NOTHING
 from lmlab.runs.secrets import redacted_command, redacted_text
@@ -182,6 +182,11 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 class Arguments(argparse.ArgumentParser):
     """Shows what is wrong with ordinary arguments as any other error."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        if options.get("nargs") == "*":  # without a default argparse says that it is required
+            options.setdefault("default", [])
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}.\nFor all arguments: {self.prog} --help")

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", help="run directory, exported directory, or hub id")
     p.add_argument("--revision", help="of a hub id: branch, tag or commit")
-    p.add_argument("texts", nargs="*", default=[], help="texts; - or none reads them from standard input, one per line")
+    p.add_argument("texts", nargs="*", help="texts; - or none reads them from standard input, one per line")
     p.add_argument("--file", help="a file of texts, one per line")
     p.add_argument("--top-k", type=int, help="masks: how many candidates (5); causal: sample from so many (50)")
     p.add_argument("--max-new-tokens", type=int, help="how far to go on (100)")

@@ -38,7 +38,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "overrides",
         nargs="*",
-        default=[],  # else argparse says that they are required
         metavar="KEY=VALUE",
         help="changes to how, or how far, it goes; trust=PACKAGE lets code run that is not lmlab's",
     )

@@ -35,13 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("what", choices=("status", "resume"))
     p.add_argument("folder", type=Path, metavar="DIR", help="directory of a sweep")
-    p.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],  # else argparse says that they are required
-        metavar="KEY=VALUE",
-        help="of resume: changes to how, or how far, runs go",
-    )
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of resume: changes to how, or how far, runs go")
     return p
 
 

@@ -95,9 +95,8 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
     def plain_job(cfg: DictConfig) -> Any:
         nonlocal begun
         begun = True
-        logging.getLogger().setLevel(
-            logging.WARNING
-        )  # Hydra has set the root logger to INFO, at which libraries say much
+        # Hydra has set the root logger to INFO, at which libraries say much.
+        logging.getLogger().setLevel(logging.WARNING)
         try:
             return job(cfg)
         except Exception as error:
