@@ -193,7 +193,7 @@ def lmlab_blocks(settings: Settings, place: Path, turns: Turns) -> None:
     from omegaconf import OmegaConf
     from transformers import AutoTokenizer
 
-    from lmlab.config.compose import CONF
+    from lmlab.config.files import CONF
     from lmlab.data.preprocess import Preprocessing, prepare
     from lmlab.data.sources import load_files
 

@@ -169,6 +169,6 @@ def in_turns(turns: Turns, once: Callable[[], float], model: Any = None) -> None
 
 
 if __name__ == "__main__":
-    from lmlab.config.compose import known_keys
+    from lmlab.config.explain import known_keys
 
     verb("evaluate", __doc__, Settings, compare, lmlab_keys=lambda: known_keys("evaluate"))

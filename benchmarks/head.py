@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.arguments import Arguments
 from benchmarks.pairs import spread
 from benchmarks.results import verb
-from lmlab.runs.summary import show_rows
+from lmlab.console import show_rows
 
 CHUNKS = (64, 128, 256, 512)
 
@@ -40,7 +40,7 @@ def compare(settings: Settings) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from lmlab.models.scored import LOGITS, ChunkedNLL
+    from lmlab.models.loss import LOGITS, ChunkedNLL
 
     torch.manual_seed(0)
     hidden = torch.randn(settings.rows, settings.width, requires_grad=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import lmlab
 from benchmarks.arguments import Arguments
+from lmlab.console import show_rows
 from lmlab.errors import shown_plainly
+from lmlab.io import write_json
 from lmlab.runs.directory import PACKAGES, git_state
-from lmlab.runs.files import write_json
-from lmlab.runs.summary import show_rows
 
 RESULTS = Path(__file__).parent / "results"
 EFFORT = ("pairs", "turn", "agree", "warmup", "runs", "rounds")  # how well is measured, not what

@@ -344,6 +344,6 @@ def loop_side(settings: Settings, folder: Path, turns: Turns) -> None:
 
 
 if __name__ == "__main__":
-    from lmlab.config.compose import known_keys
+    from lmlab.config.explain import known_keys
 
     verb("train", __doc__, Settings, compare, lmlab_keys=lambda: known_keys("train"))

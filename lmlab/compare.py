@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly
-from lmlab.runs.stopping import SIGNALS
 
 DIFFERENCE = ["difference", "95 % interval", "p"]  # columns
 
@@ -44,23 +44,23 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print the comparison, and write it as CSV and LaTeX."""
-    from lmlab.evaluation import comparing
+    from lmlab.console import show_rows
+    from lmlab.evaluation import comparison
     from lmlab.evaluation.records import BOUND
+    from lmlab.io import from_here, write_out
     from lmlab.runs.choices import said
-    from lmlab.runs.files import from_here, write_out
-    from lmlab.runs.summary import show_rows
     from lmlab.runs.tables import as_csv, as_latex
 
-    runs = comparing.evaluations(arguments.places)
-    comparing.check_comparable(runs)
-    runs = comparing.aligned(runs)
-    paired = comparing.paired(runs)
-    sides = comparing.sides_of(runs)
-    against = comparing.row_of(sides, arguments.against)
+    runs = comparison.evaluations(arguments.places)
+    comparison.check_comparable(runs)
+    runs = comparison.aligned(runs)
+    paired = comparison.paired(runs)
+    sides = comparison.sides_of(runs)
+    against = comparison.row_of(sides, arguments.against)
     reference = "the first row" if against == 0 else f"row {against + 1}"
-    rows = comparing.table(sides, against)
-    pairs = comparing.pairs(sides) if arguments.pairs else []
-    furthest = comparing.furthest(sides, arguments.documents, against)
+    rows = comparison.table(sides, against)
+    pairs = comparison.pairs(sides) if arguments.pairs else []
+    furthest = comparison.furthest(sides, arguments.documents, against)
     columns = ["", "runs", "bytes", rows[0]["figure"], *DIFFERENCE]
     of_pairs = ["", "from", *DIFFERENCE, "p (Holm)"]
     files = {
@@ -106,7 +106,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if pairs:
         show_rows("All pairs", of_pairs, [shown_pair(row, paired) for row in pairs], words=2)
         print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
-    keys = comparing.differing(sides)
+    keys = comparison.differing(sides)
     if keys:
         sided = ["key", *(f"row {number}" for number in range(1, len(sides) + 1))]
         show_rows("Configs differ in", sided, ([key, *map(said, found)] for key, found in keys.items()))
@@ -132,14 +132,14 @@ def shown(row: dict[str, Any], paired: str) -> list[str]:
 
 def shown_pair(row: dict[str, Any], paired: str) -> list[str]:
     """A row of the table of pairs for people."""
-    from lmlab.evaluation.comparing import shown_p
+    from lmlab.evaluation.comparison import shown_p
 
     return [row["side"], row["from_side"], *shown_difference(row, paired), shown_p(row["p_holm"])]
 
 
 def shown_difference(row: dict[str, Any], paired: str) -> list[str]:
     """The part of a row that says how two sides differ, for people."""
-    from lmlab.evaluation.comparing import shown_p
+    from lmlab.evaluation.comparison import shown_p
 
     if row["difference"] is None:
         return ["", "", ""]

@@ -8,8 +8,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, first_line, shown_plainly, stopped_with
-from lmlab.runs.stopping import SIGNALS
 
 TOKENS = "data/tokens_seen"
 COLUMNS = ("optim.lr", "optim.weight_decay", "batch_size", "preprocess.block_size", "seed")
@@ -68,11 +68,11 @@ def main() -> None:
 
 def check_reachable() -> None:
     """Refuse to begin without a service that takes the key."""
-    from lmlab.machine import reachable
+    from lmlab.doctor import services
 
     try:
-        reachable.wandb()
-    except (UserError, reachable.NotThere) as error:
+        services.wandb()
+    except (UserError, services.NotThere) as error:
         raise UserError(f"W&B: {first_line(error)}\nTo see what would be made without it: --dry-run") from error
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import logging
 import os
 import pwd
 import re
@@ -13,11 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NoReturn
 
 from lmlab.early import NOTHING
-from lmlab.runs.secrets import redacted_command, redacted_text
+from lmlab.secrets import redacted_command, redacted_text
 
 # What the file system says when the fault lies with the place written to.
 UNWRITABLE = {
@@ -57,12 +55,19 @@ class Stopped(SystemExit):
         return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()
 
 
+RENAMED = {"loss_rows": "logits_chunk_size"}
+"""Keys of lmlab 0.1 that have another name since."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`' Did you mean "x"?'` for the closest of `names`, or the empty string.
 
+    A key that was renamed is answered with its new name.
     A dotted name is also compared by its last part: `data.block_size` finds
     `preprocess.block_size`.
     """
+    if name in RENAMED:
+        return f' It is called "{RENAMED[name]}" now.'
     names = sorted(names)
     by_leaf: dict[str, list[str]] = {}
     for known in names:
@@ -89,7 +94,7 @@ def plainly(error: BaseException) -> str | None:
         return (
             f"out of memory: {first_line(error)}\n"
             "Use less of it: smaller batches (trainer.accumulate_grad_batches=2 leaves the training the same), "
-            "activation_checkpointing=true, loss_rows=256, or trainer.precision=bf16-mixed."
+            "activation_checkpointing=true, logits_chunk_size=256, or trainer.precision=bf16-mixed."
         )
     number = error.errno if isinstance(error, OSError) else os_error(error) if disk_full(error) else None
     if number not in UNWRITABLE:
@@ -230,78 +235,3 @@ def shown_plainly(debug: bool = False) -> Iterator[None]:
             raise
         print(f"error: {redacted_text(message)}", file=sys.stderr)
         sys.exit(1)
-
-
-def check_place(what: str, key: str) -> None:
-    """Refuse a directory that is not there, as far as a name can be no other thing.
-
-    Args:
-        what, key: as of `from_hub`.
-    """
-    name = what.partition('"')[2].rpartition('"')[0]
-    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise UserError(f"could not load {what}: no such directory. Give one that is there as {key}.")
-
-
-@contextmanager
-def from_hub(what: str, key: str) -> Iterator[None]:
-    """Turn a failed load into a `UserError`: what was asked for, and how to go on without the network.
-
-    Args:
-        what: the thing asked for, its name in quotes, such as `model "gpt2"`.
-        key: the config key that can name a local copy instead.
-    """
-    check_place(what, key)
-    # Here, so that `--help` need not wait for them. The HTTP library's errors are no OSError.
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError
-    from safetensors import SafetensorError
-
-    name = what.partition('"')[2].rpartition('"')[0]
-    was_offline = constants.HF_HUB_OFFLINE
-    if not Path(name).exists():
-        go_offline_if_cut_off()
-    # Narrow on purpose: a defect raises something else and keeps its traceback.
-    # huggingface_hub errors are OSError or ValueError, as are those of transformers and datasets.
-    try:
-        yield
-    except (OSError, ValueError, HTTPError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            raise
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{what} would have to run code that comes with it, which lmlab does not do.\n"
-                "Choose one of an architecture that transformers itself has."
-            ) from error
-        if Path(name).exists():
-            exported = Path(name) / "model"
-            hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
-            why = shorten(str(error), 300, placeholder=" …")
-            raise UserError(f"could not load {what} from that place: {why}\n{hint}") from error
-        if was_offline:
-            raise UserError(
-                f"could not load {what} (as a local directory, or from the cache of the hub): {first_line(error)}\n"
-                f"Give a local directory as {key}, or unset HF_HUB_OFFLINE to load it from the hub."
-            ) from error
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise UserError(
-            f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"
-            f"Without a network, give a local directory as {key}, "
-            "or set HF_HUB_OFFLINE=1 to use what is cached already."
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
-
-
-def go_offline_if_cut_off() -> None:
-    """Use only the cache where the hub does not answer: its clients would ask again for minutes, file by file."""
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.errors import HTTPError
-
-    for library in ("httpx", "httpx2"):  # They report each request, at the level of a run's own news.
-        logging.getLogger(library).setLevel(logging.WARNING)
-    if not constants.is_offline_mode():
-        try:
-            get_session().head(constants.ENDPOINT, timeout=10)
-        except HTTPError:
-            constants.HF_HUB_OFFLINE = True

@@ -16,13 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, check, compose, resuming, trust
+from lmlab import secrets
+from lmlab.config import build, changes, compose, evaluated, schema, trust
+from lmlab.console import command
+from lmlab.distributed import launch, ranks
 from lmlab.errors import UserError, cause_of, stopped_with
-from lmlab.runs import secrets
+from lmlab.io import from_here, take_back, write_json, write_text
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import from_here, take_back, write_json, write_text
-from lmlab.shell import command
-from lmlab.training import launch
 
 UNKEPT = "Nothing of the evaluation is kept."
 
@@ -35,10 +35,10 @@ def main() -> None:
     if "COMP_LINE" in os.environ:  # a shell asks how to complete a line: all of it but the last word is as typed
         line, space, last = os.environ["COMP_LINE"].rpartition(" ")
         os.environ["COMP_LINE"] = " ".join(["lmlab", *with_model(line.split()[1:])]) + space + last
-    if launch.rank():
-        from lmlab.worker import follow
+    if ranks.rank():
+        from lmlab.config.rank import follow
 
-        follow("evaluate")
+        follow(measure)
     else:
         compose.run_verb(start, "evaluate")
 
@@ -67,12 +67,12 @@ def with_model(words: list[str]) -> list[str]:
 
 def start(cfg: DictConfig) -> float | None:
     """Evaluate here, on all the devices asked for; returns the perplexity, by whatever name."""
-    if launch.rank():
-        from lmlab.worker import follow
+    if ranks.rank():
+        from lmlab.config.rank import follow
 
-        follow("evaluate")
+        follow(measure)
         return None  # rank 0's counts
-    with launch.leading():
+    with ranks.leading():
         hydra = HydraConfig.get()
         folders = (source.path for source in hydra.runtime.config_sources if source.provider == "command-line")
         return evaluate(cfg, list(hydra.overrides.task), next(map(Path, folders), None))
@@ -80,22 +80,22 @@ def start(cfg: DictConfig) -> float | None:
 
 def evaluate(cfg: DictConfig, overrides: list[str], folder: Path | None = None) -> float:
     """An evaluation of this config, composed with `folder` as --config-dir, in its directory."""
-    if cfg.check and launch.rank() is not None:
+    if cfg.check and ranks.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
     chosen = compose.freeze(cfg.copy(), whole=False)
     OmegaConf.set_struct(chosen, False)
     if "_target_" not in (chosen.get("data") or {}):
         chosen.pop("data", None)  # keys of the run's own data
-    check.check_choices(chosen)  # before the model is looked at, which takes longer
+    schema.check_choices(chosen)  # before the model is looked at, which takes longer
     # What the command names to be imported, it trusts.
     trusted = [*trust.packages(cfg.trust), *trust.named_by_command(overrides, folder)]
     run = RunDirectory(cfg.run_dir)
     with run.lock() as before:
         try:
             with of_finished_run(cfg, trusted):
-                cfg = compose.freeze(compose.completed(cfg, overrides, trusted))
-                resuming.settle_width(cfg)
-                check.check_evaluation(cfg)
+                cfg = compose.freeze(evaluated.completed(cfg, overrides, trusted))
+                changes.settle_width(cfg)
+                schema.check_evaluation(cfg)
                 return evaluate_here(cfg, run, overrides)
         except BaseException as error:
             if cause_of(error) not in ("crashed", "killed"):  # then its ranks have left logs
@@ -144,13 +144,13 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
 def measure_on_all(cfg: DictConfig) -> None:
     """Measure, on as many processes as the config has devices."""
     run = RunDirectory(cfg.run_dir)
-    if check.world(cfg.trainer) == 1:
+    if schema.world(cfg.trainer) == 1:
         measure(cfg)
-    elif launch.rank() is None:
+    elif ranks.rank() is None:
         with stopped_with(UNKEPT):
-            launch.launch("evaluate", run, cfg.trainer.devices, [str(run.path)], compose.handed_over(cfg))
+            launch.launch(["evaluate", str(run.path)], cfg.trainer.devices, run.rank_log, compose.handed_over(cfg))
     else:
-        launch.tell([str(run.path)], compose.handed_over(cfg))
+        ranks.tell([str(run.path)], compose.handed_over(cfg))
         measure(cfg)
 
 
@@ -163,23 +163,23 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.evaluation import records
     from lmlab.evaluation.scoring import Scorer
     from lmlab.models.loading import check_belongs
-    from lmlab.models.scored import rows_at_once
-    from lmlab.runs.summary import warn_of
+    from lmlab.models.loss import rows_at_once
+    from lmlab.runs.ledger import warn_of
 
     run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).resolve().parent)
-    tokenizer = check.build(cfg.tokenizer, "tokenizer")
+    tokenizer = schema.build(cfg.tokenizer, "tokenizer")
     objective, model = build.build_model(cfg, tokenizer)
     check_belongs(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
     # Another model may lie beside a run's own.
     trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
-    words = resuming.places(cfg, OmegaConf.create(trained["config"]), scored=True) if trained else []
-    place = "RUN_DIRECTORY" if trained and "snapshot" in evaluated.identity() else from_here(evaluated.path)
-    with resuming.where_they_lie(command("python", "-m", "lmlab.evaluate", place), words):
+    words = changes.places(cfg, OmegaConf.create(trained["config"]), scored=True) if trained else []
+    place = "RUN_DIRECTORY" if trained and "snapshot" in evaluated.read_manifest() else from_here(evaluated.path)
+    with changes.where_they_lie(command("python", "-m", "lmlab.evaluate", place), words):
         data = build.prepare_held_out(cfg, tokenizer)
     hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
-    launch.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
-    if not launch.rank():
+    ranks.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
+    if not ranks.rank():
         warn_of(data.ledger)
     same = trained and compose.without_secrets(cfg.data) == trained["config"]["data"]
     if same and evaluated.fingerprint() != data.data_fingerprint:
@@ -189,7 +189,9 @@ def measure(cfg: DictConfig) -> None:
         )
     held_out = build.build_held_out(cfg, data, objective)
     build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
-    scorer = Scorer(model, len(data.validation.names), rows_at_once(model, cfg.loss_rows, check.uses_gpu(cfg.trainer)))
+    scorer = Scorer(
+        model, len(data.validation.names), rows_at_once(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer))
+    )
     trainer = build.build_evaluation_trainer(cfg)
     with stopped_with(UNKEPT):
         trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
@@ -202,7 +204,7 @@ def measure(cfg: DictConfig) -> None:
         facts = held_out.facts | {
             "precision": trainer.precision,
             "weights_hash": weights,
-            "model": evaluated.identity().get("snapshot", cfg.model.name) if trained else cfg.model.name,
+            "model": evaluated.read_manifest().get("snapshot", cfg.model.name) if trained else cfg.model.name,
             "run": trained,
             **run.provenance(),
         }
@@ -213,7 +215,7 @@ def prove(cfg: DictConfig) -> None:
     """Measure again at another batch size and number of devices; refuse totals that moved."""
     from lmlab.evaluation import records
 
-    again = compose.elsewhere(cfg, check.other_width(cfg))
+    again = evaluated.elsewhere(cfg, schema.other_width(cfg))
     run, other = RunDirectory(cfg.run_dir), RunDirectory(again.run_dir)
     try:
         other.start({"masks": cfg.seed})
@@ -229,8 +231,8 @@ def prove(cfg: DictConfig) -> None:
 
 def show(run: RunDirectory, seconds: float) -> float:
     """Say what came out, and return the perplexity."""
+    from lmlab.console import show_result
     from lmlab.evaluation import records
-    from lmlab.runs.summary import show_result
 
     certificate = records.read(run.path).certificate
     speed = f"{certificate['totals']['tokens'] / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"

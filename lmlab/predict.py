@@ -11,9 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lmlab.errors import Arguments, UserError, check_place, shown_plainly, stopped_with
+from lmlab.distributed.signals import SIGNALS
+from lmlab.errors import Arguments, UserError, shown_plainly, stopped_with
+from lmlab.hub import check_directory
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.stopping import SIGNALS
 
 
 def seed(text: str) -> int:
@@ -69,39 +70,39 @@ def predict(arguments: argparse.Namespace) -> None:
     candidates = 5 if arguments.top_k is None else arguments.top_k
     run = RunDirectory(arguments.model)
     name = str(run.model) if run.model.is_dir() else arguments.model
-    check_place(f'model "{name}"', "the first argument")
+    check_directory("model", name, "the first argument")
     if not run.unfinished() and Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
 
     from transformers.utils import logging
 
-    from lmlab.models import inference
+    from lmlab.models import generation
 
     logging.disable_progress_bar()
     model, tokenizer = loaded(run, name, arguments)
     with stopped_with(""):
         for text in texts:
-            if inference.fills_masks(model):
-                filled = inference.fill_mask(model, tokenizer, text, candidates)
+            if generation.fills_masks(model):
+                filled = generation.fill_mask(model, tokenizer, text, candidates)
                 show_filled(text, filled, arguments.json)
             else:
-                for said in inference.generate(model, tokenizer, text, arguments.seed, **options):
+                for said in generation.generate(model, tokenizer, text, arguments.seed, **options):
                     row = {"text": text, "generated_text": said}
                     print(json.dumps(row, ensure_ascii=False) if arguments.json else said)
 
 
 def loaded(run: RunDirectory, name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """A model of that name and its tokenizer; of a run that has not ended, its best weights so far."""
-    from lmlab.models import inference
+    from lmlab.models import generation
 
     if not run.unfinished():
-        return inference.load(name, arguments.revision)
+        return generation.load(name, arguments.revision)
     from lmlab.config.snapshot import snapshot
 
     with TemporaryDirectory() as folder:
         path = Path(folder, "snapshot")
         print(f"From {snapshot(run, path, arguments.trust)}.", file=sys.stderr)
-        return inference.load(str(RunDirectory(path).model))
+        return generation.load(str(RunDirectory(path).model))
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:

@@ -7,8 +7,8 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
+from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly, stopped_with
-from lmlab.runs.stopping import SIGNALS
 
 EXAMPLES = """\
   python -m lmlab.report multirun/2026-01-31/12-00-00       a sweep, also one that is going on
@@ -37,9 +37,9 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the report, and print what it decides and where it is."""
+    from lmlab.console import show_rows
+    from lmlab.io import from_here, write_out
     from lmlab.reporting.gather import gather
-    from lmlab.runs.files import from_here, write_out
-    from lmlab.runs.summary import show_rows
 
     groups, unread = gather(arguments.places)
 

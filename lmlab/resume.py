@@ -8,16 +8,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lmlab.config import build, check, compose, resuming, trust
+from lmlab.config import build, changes, compose, schema, trust
 from lmlab.config.compose import config_of
+from lmlab.console import command
+from lmlab.distributed import ranks
+from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.io import from_here, rows
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.files import from_here, rows
-from lmlab.runs.secrets import redacted_command
-from lmlab.runs.stopping import SIGNALS
-from lmlab.shell import command
-from lmlab.train import check_all, finished, longer, run_or_go_on
-from lmlab.training import launch
+from lmlab.secrets import redacted_command
+from lmlab.train import check_all, finished, longer, run_or_go_on, train_rank
 
 EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00                           where it stopped
@@ -48,12 +48,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    if launch.rank():
-        from lmlab.worker import follow
+    if ranks.rank():
+        from lmlab.config.rank import follow
 
-        follow("train")
+        follow(train_rank)
         return
-    with shown_plainly(), SIGNALS.heeded(), launch.leading():
+    with shown_plainly(), SIGNALS.heeded(), ranks.leading():
         given = parser().parse_intermixed_args()
         run = RunDirectory(given.run.resolve())
         if not run.begun():
@@ -65,7 +65,7 @@ def main() -> None:
         elif given.into:
             raise UserError("--into is for --fresh: a run goes on in its own directory.")
         else:
-            cfg = resuming.continued(kept, run.path, overrides, given.config_dir)
+            cfg = changes.continued(kept, run.path, overrides, given.config_dir)
             trust.check_trusted(cfg, trusted)
             compose.check_secrets(cfg)
             if run.finished():
@@ -82,13 +82,13 @@ def again(
     place = (given.into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
     if RunDirectory(place).begun():
         raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
-    cfg = resuming.continued(kept, place, overrides, given.config_dir)
+    cfg = changes.continued(kept, place, overrides, given.config_dir)
     trust.check_trusted(cfg, trusted)
     compose.check_secrets(cfg)
-    check.check_run(cfg)
-    then = run.identity()
+    schema.check_run(cfg)
+    then = run.read_manifest()
     words = command("python", "-m", "lmlab.resume", from_here(run.path), "--fresh")
-    with resuming.where_they_lie(words, resuming.places(cfg, kept)):
+    with changes.where_they_lie(words, changes.places(cfg, kept)):
         data = build.prepare_data(cfg)
     prepared = data.identity
     differ = differences(then, surroundings())

@@ -5,18 +5,16 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
-from lmlab.runs import states, sweep
-from lmlab.runs.files import from_here
-from lmlab.runs.secrets import bare, lost_of_command
-from lmlab.runs.states import State
-from lmlab.runs.stopping import SIGNALS
-from lmlab.shell import command
+from lmlab.runs import status
+from lmlab.secrets import bare, lost_of_command
+from lmlab.sweeps.outcome import show
+from lmlab.sweeps.points import SWEEP_FILE, Point, read_points, read_sweep
 
 EXAMPLES = """\
   python -m lmlab.sweep status multirun/2026-01-31/12-00-00
@@ -43,9 +41,9 @@ def main() -> None:
     with shown_plainly(), SIGNALS.heeded():
         given = parser().parse_intermixed_args()
         folder = given.folder.resolve()
-        points = sweep.points(folder)
-        if not sweep.facts(folder):
-            raise UserError(f"{given.folder} holds no sweep (no {sweep.FILE}). Name the directory of one: multirun/…")
+        points = read_points(folder)
+        if not read_sweep(folder):
+            raise UserError(f"{given.folder} holds no sweep (no {SWEEP_FILE}). Name the directory of one: multirun/…")
         if given.what == "status":
             if given.overrides:
                 raise UserError(f"{given.overrides[0]}: status takes a directory alone.")
@@ -56,7 +54,7 @@ def main() -> None:
 
 def resume(folder: Path, overrides: list[str]) -> None:
     """Give the command of a sweep again, where it was given, with overrides added."""
-    facts, points = sweep.facts(folder), sweep.points(folder)
+    facts, points = read_sweep(folder), read_points(folder)
     names = {bare(word) for word in overrides} | {"hydra.sweep.dir"}
     # Another launcher has keys of its own.
     gone = ("hydra.launcher.",) if "hydra/launcher" in names else ()
@@ -79,56 +77,19 @@ def resume(folder: Path, overrides: list[str]) -> None:
     train.main()
 
 
-def complete(facts: Mapping[str, Any], points: Sequence[sweep.Point]) -> bool:
+def complete(facts: Mapping[str, Any], points: Sequence[Point]) -> bool:
     """Whether all points of a sweep have come to their end, as far as can be told without its secrets."""
     from lmlab.config.compose import read_config
 
     if facts.get("kind") != "grid" and len(points) < facts.get("trials", math.inf):
         return False
-    if not points or any(states.state_of(point.run).name not in states.ENDED for point in points):
+    if not points or any(status.read_status(point.run).name not in status.ENDED for point in points):
         return False
     # A command that makes them longer may have been interrupted before it came to all.
     last = dict(word.lstrip("+").split("=", 1) for word in facts["shared"])
     configs = [read_config(point.run.path).trainer for point in points]
     names = ("max_steps", "max_epochs")
     return all(str(cfg[name]) == last.get(f"trainer.{name}", str(cfg[name])) for cfg in configs for name in names)
-
-
-def conclude(folder: Path) -> None:
-    """Say what became of a sweep's points.
-
-    Raises:
-        UserError: some failed.
-    """
-    if not sweep.facts(folder):
-        raise UserError(f"{from_here(folder)} was moved or deleted while the sweep went on.")
-    found = show(sweep.points(folder))
-    failed = sum(state.name == "failed" for state in found)
-    if failed:
-        raise UserError(
-            f"{failed} of {len(found)} runs failed. To run again what has not come to its end: "
-            f"{command('python', '-m', 'lmlab.sweep', 'resume', from_here(folder))}"
-        )
-
-
-def show(points: Sequence[sweep.Point]) -> list[State]:
-    """Print a sweep's points and their states, which are returned."""
-    from lmlab.runs.summary import show_rows
-
-    found = [states.state_of(point.run) for point in points]
-    rows = []
-    for point, state in zip(points, found, strict=True):
-        result = point.run.result() if state.name in states.ENDED else {}
-        loss = f"{result['val/loss']:.4f}" if result else ""
-        steps = f"{state.step}/{state.steps}" if state.steps else ""
-        rows.append([f"{point.number}  {' '.join(point.overrides)}", state.name, steps, loss, state.cause or ""])
-    show_rows("Runs", ["run", "state", "step", "val/loss", "cause"], rows)
-    for point, state in zip(points, found, strict=True):
-        if state.name == "failed":
-            print(f"{point.number}: {state.message}")
-    counts = Counter(state.name for state in found)
-    print(", ".join(f"{count} {name}" for name, count in counts.items()))
-    return found
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Takes Hydra overrides; `--help` lists them.
 """
 
 import logging
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -15,43 +16,46 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, check, compose, resuming, sweeping
+from lmlab import secrets
+from lmlab.config import build, changes, compose, schema
+from lmlab.console import command
+from lmlab.distributed import launch, ranks
+from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Stopped, UserError, cause_of, first_line
-from lmlab.runs import secrets, states, sweep
+from lmlab.io import from_here, replaced, take_back, write_beside, write_json, write_text
+from lmlab.runs import status
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.files import from_here, replaced, take_back, write_beside, write_json, write_text
 from lmlab.runs.log import kept_log
-from lmlab.runs.stopping import SIGNALS
-from lmlab.shell import command
-from lmlab.training import launch
+from lmlab.sweeps import parameters
+from lmlab.sweeps.points import read_points
 
 LOG = logging.getLogger("lmlab.train")
 
 
 def main() -> None:
-    if launch.rank():
-        from lmlab.worker import follow
+    if ranks.rank():
+        from lmlab.config.rank import follow
 
-        follow("train")
+        follow(train_rank)
     else:
         compose.run_verb(start, "train")
 
 
 def start(cfg: DictConfig) -> float | None:
     """Begin a run here, or go on with the one that is; returns its best val/loss."""
-    if launch.rank():  # a SLURM launcher of Hydra's composes in every rank
-        from lmlab.worker import follow
+    if ranks.rank():  # a SLURM launcher of Hydra's composes in every rank
+        from lmlab.config.rank import follow
 
-        follow("train")
+        follow(train_rank)
         return None  # rank 0's counts
     hydra = HydraConfig.get()
-    with launch.leading():
+    with ranks.leading():
         swept = hydra.mode is RunMode.MULTIRUN
-        here = swept and not hydra.launcher._target_.startswith(sweeping.SUBMITIT)
+        here = swept and not hydra.launcher._target_.startswith(parameters.SUBMITIT)
         if swept:
             name_in_sweep(cfg, RunDirectory(cfg.run_dir))
-        made, cfg.run_dir = Path(cfg.run_dir), launch.same_directory(cfg.run_dir)
+        made, cfg.run_dir = Path(cfg.run_dir), ranks.same_directory(cfg.run_dir)
         if made != Path(cfg.run_dir):
             made.rmdir()  # Hydra's, for this attempt
         return run_or_go_on(compose.freeze(cfg), list(hydra.overrides.task), swept, apart=here)
@@ -62,7 +66,7 @@ def name_in_sweep(cfg: DictConfig, run: RunDirectory) -> None:
     block = (cfg.get("logger") or {}).get("wandb")
     if block and block.get("group") is None:
         block.group = str(from_here(run.path.parent))
-    point = next((point for point in sweep.points(run.path.parent) if point.run.path == run.path), None)
+    point = next((point for point in read_points(run.path.parent) if point.run.path == run.path), None)
     if block and point and block.get("name") is None:
         block.name = " ".join(point.overrides)
 
@@ -82,8 +86,8 @@ def run_or_go_on(
             check_all(cfg, kept, run)
             if kept is not None and run.finished() and not longer(cfg, kept, run):
                 print(finished(run))
-                launch.tell([])
-                return run.result()["val/loss"]
+                ranks.tell([])
+                return run.read_summary()["val/loss"]
             with kept_log(run.log):
                 try:
                     if kept is None:
@@ -102,18 +106,18 @@ def run_or_go_on(
             if not (swept or crashed or run.begun()):
                 take_back(run.path, before)
             elif not (kept is not None and refused):  # then the run is what it was
-                states.keep_failure(run, error)
+                status.write_failure(run, error)
             raise
-    return run.result()["val/loss"]
+    return run.read_summary()["val/loss"]
 
 
 def check_all(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
     """Refuse what can be seen to be wrong in the config of a run; `kept` is that of the one that goes on."""
-    resuming.settle_width(cfg, kept)
-    check.check_run(cfg)
+    changes.settle_width(cfg, kept)
+    schema.check_run(cfg)
     if kept is not None:
         # Of a run without a checkpoint, nothing could tell what was in the place that a path names.
-        resuming.check_same(cfg, kept, located=bool(run.states()))
+        changes.check_same(cfg, kept, located=bool(run.checkpoint_files()))
 
 
 def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[str, Any], apart: bool) -> None:
@@ -133,24 +137,24 @@ def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[
 
 def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> None:
     """Go on from the last state, or from the start where none was kept. What has changed is noted."""
-    from lmlab.training.checkpoint import last_state, numbered
+    from lmlab.training.checkpoint import last_checkpoint, numbered
 
-    state = last_state(run)
+    state = last_checkpoint(run)
     step = run.step_of(state) if state else 0
-    then, now = run.identity(), surroundings()
+    then, now = run.read_manifest(), surroundings()
     again = command("python", "-m", "lmlab.resume", from_here(run.path))
-    with resuming.where_they_lie(again, resuming.places(cfg, kept)):
+    with changes.where_they_lie(again, changes.places(cfg, kept)):
         data = build.prepare_data(cfg)
     for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
         if then.get(key, getattr(data, key)) != getattr(data, key):
-            words = [w for k, w in resuming.differing(cfg, kept).items() if under(k, resuming.LOCATED)]
-            named = " ".join(resuming.places(kept, kept))
+            words = [w for k, w in changes.differing(cfg, kept).items() if under(k, changes.LOCATED)]
+            named = " ".join(changes.places(kept, kept))
             raise UserError(
                 f"the {name} of {run.path} is not what the run was begun with: "
                 f"{', '.join(words) if words else 'its files have changed'}.\n"
                 f"Bring it back,{f' name where it is now ({named}),' if named else ''} or begin another run."
             )
-    steps, _ = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    steps, _ = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     if state and sharded(cfg) and not sharded(kept) and numbered(state):
         raise UserError(
             f"{state} was written by an older lmlab, and can't be sharded as it is.\n"
@@ -161,9 +165,9 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
     for line in differences(then, now):
         LOG.warning("Changed since the run began: %s", line)
     attempt = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "host": now["machine"]["host"]}
-    attempt |= {"packages": now["packages"], "git": now["git"], "devices": check.world(cfg.trainer)}
-    if resuming.length(cfg) != resuming.length(kept):
-        attempt["length_before"] = resuming.length(kept)
+    attempt |= {"packages": now["packages"], "git": now["git"], "devices": schema.world(cfg.trainer)}
+    if changes.length(cfg) != changes.length(kept):
+        attempt["length_before"] = changes.length(kept)
     LOG.info("Going on with run %s from step %d.", then["run_id"], step)
     # The summary goes first: without it the run is not finished, whatever becomes of this process.
     changed = (run.summary, run.failure, run.manifest, run.config)
@@ -171,11 +175,11 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
     try:
         run.summary.unlink(missing_ok=True)
         run.failure.unlink(missing_ok=True)
-        run.note(went_on=[*then.get("went_on", ()), attempt])
+        run.update_manifest(went_on=[*then.get("went_on", ()), attempt])
         compose.write_config(cfg, run.path)
         on_all_ranks(cfg, run, state, apart)
     except UserError:
-        newest = run.states()[-1] if run.states() else None
+        newest = run.checkpoint_files()[-1] if run.checkpoint_files() else None
         if state == newest and run.path.is_dir():  # refused before it went on: as if never asked
             for place, content in before.items():
                 write_beside(place, lambda beside, content=content: beside.write_bytes(content))  # type: ignore[misc]
@@ -184,28 +188,30 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
 
 def sharded(cfg: DictConfig) -> bool:
     """Whether a run's model is sharded over several ranks."""
-    return check.strategy(cfg.trainer) == "fsdp" and check.world(cfg.trainer) > 1
+    return schema.strategy(cfg.trainer) == "fsdp" and schema.world(cfg.trainer) > 1
 
 
 def longer(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
     """Whether a config asks for more steps than a finished run has made."""
-    if resuming.length(cfg) == resuming.length(kept):
+    if changes.length(cfg) == changes.length(kept):
         return False
-    return not 0 < (cfg.trainer.max_steps or 0) <= run.result()["steps"]
+    return not 0 < (cfg.trainer.max_steps or 0) <= run.read_summary()["steps"]
 
 
 def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None, apart: bool) -> None:
     """Train, on as many processes as the config has devices; `apart` from this one also on one."""
     word = [str(run.path), *([str(state)] if state else [])]
     with run.staying():
-        if check.world(cfg.trainer) == 1 and not apart:
+        if schema.world(cfg.trainer) == 1 and not apart:
             train(cfg, state)
             return
         build.prepare_data(cfg)  # once: the ranks find the cache
-        if launch.rank() is None:
-            launch.launch("train", run, cfg.trainer.devices, word, compose.handed_over(cfg))
+        if ranks.rank() is None:
+            again = command("python", "-m", "lmlab.resume", run.path)
+            advice = f"\nThe run can go on from its last checkpoint: {again}"
+            launch.launch(["train", *word], cfg.trainer.devices, run.rank_log, compose.handed_over(cfg), advice)
         else:
-            launch.tell(word, compose.handed_over(cfg))
+            ranks.tell(word, compose.handed_over(cfg))
             train(cfg, state)
 
 
@@ -213,7 +219,7 @@ def finished(run: RunDirectory) -> str:
     """What to say of a run that has come to its end."""
     place = from_here(run.path)
     return (
-        f"{place} is finished: {run.result()['steps']} steps, val/loss {run.result()['val/loss']:.4f}.\n"
+        f"{place} is finished: {run.read_summary()['steps']} steps, val/loss {run.read_summary()['val/loss']:.4f}.\n"
         f"To train it longer: {command('python', '-m', 'lmlab.resume', place, 'trainer.max_steps=…')}"
     )
 
@@ -222,34 +228,41 @@ def what_is_kept(run: RunDirectory) -> str:
     """What to say of a run that was stopped."""
     if run.finished():
         return finished(run)
-    states = run.states()
+    states = run.checkpoint_files()
     kept = f"Kept: the state of step {run.step_of(states[-1])}." if states else "It had kept no state yet."
     return f"{kept} To go on: {command('python', '-m', 'lmlab.resume', from_here(run.path))}"
+
+
+def train_rank(cfg: DictConfig, state: str | None = None) -> None:
+    """One rank of a run, in a process of its own; what it logs also goes to a file."""
+    run, rank = RunDirectory(cfg.run_dir), int(os.environ["RANK"])
+    with kept_log(run.rank_log(rank) if rank else run.log):
+        train(cfg, Path(state) if state else None)
 
 
 def train(cfg: DictConfig, state: Path | None = None) -> None:
     """One rank's share of a run, from a kept state on; each rank calls this with the same composed config."""
     from lmlab.data.sources import fingerprint
-    from lmlab.runs.summary import show_ledger
+    from lmlab.runs.ledger import show_ledger
     from lmlab.training import checkpoint, loggers
 
     run = RunDirectory(cfg.run_dir)
-    leads = not launch.rank()
+    leads = not ranks.rank()
     data = build.prepare_data(cfg)
-    launch.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash)
+    ranks.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash)
     objective, model = build.build_model(cfg, data.tokenizer)
-    steps, interval = check.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
-    kept = checkpoint.read_state(state) if state else {"global_step": 0, "metrics": 0}
+    kept = checkpoint.load_checkpoint(state) if state else {"global_step": 0, "metrics": 0}
     if state:
         checkpoint.check_fits(kept, module, state)
     if leads:
         loggers.rewind(run.metrics, kept["metrics"])
     del kept
-    trainer = build.build_trainer(cfg, interval, run.identity()["run_id"])
+    trainer = build.build_trainer(cfg, interval, run.read_manifest()["run_id"])
     try:
         if leads:
-            run.note(**data.identity, steps=steps)
+            run.update_manifest(**data.identity, steps=steps)
             if not run.tokenizer.is_dir():  # so that the model can be used before the run has ended
                 replaced(run.tokenizer, data.tokenizer.save_pretrained)
             write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
@@ -273,7 +286,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     except BaseException as error:
         loggers.close(trainer.loggers, exit_code=1, will_go_on=isinstance(error, Stopped))
         raise
-    loggers.close(trainer.loggers, result=run.result() if leads else None)
+    loggers.close(trainer.loggers, result=run.read_summary() if leads else None)
 
 
 def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: Any, best: int | None) -> None:
@@ -281,8 +294,8 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
 
     They are those of step `best`, or the last ones if that is None.
     """
-    from lmlab.models.inference import speak
-    from lmlab.runs.summary import show_result
+    from lmlab.console import show_result
+    from lmlab.models.generation import speak
     from lmlab.training.callbacks import Measure
     from lmlab.training.checkpoint import export
 

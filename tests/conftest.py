@@ -58,9 +58,15 @@ TINY_MLM = [
 """The same for a masked one."""
 
 
+def command_module(name: str) -> Any:
+    """The module of a command, which is a file or the `__main__` of a package."""
+    module = importlib.import_module(f"lmlab.{name}")
+    return importlib.import_module(f"lmlab.{name}.__main__") if hasattr(module, "__path__") else module
+
+
 def run_verb(name: str, *arguments: object) -> None:
     """Run `python -m lmlab.<name>` with arguments in this process."""
-    verb = importlib.import_module(f"lmlab.{name}")
+    verb = command_module(name)
     # Hydra sets logging up for the process; the next test should not write to this run's log.
     argv, handlers = sys.argv, logging.root.handlers[:]
     sys.argv = [f"lmlab.{name}", *map(str, arguments)]

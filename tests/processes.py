@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from lmlab.runs.stopping import HEEDED
+from lmlab.distributed.signals import HEEDED
 
 from .conftest import run_verb
 

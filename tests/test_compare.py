@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmlab import compare
-from lmlab.evaluation import comparing, records
+from lmlab.evaluation import comparison, records
 
 from .conftest import TINY, Refused
 from .evaluation.test_documents import of_version_1
@@ -55,9 +55,9 @@ def test_sides_scored_on_unlike_parts_of_the_text_are_named(
 ) -> None:
     runs = [train(*TINY, f"seed={seed}", run_dir=tmp_path / str(seed)) for seed in (1, 2)]
     assert "of text." not in said(*runs, "--out", tmp_path / "out")
-    rows = comparing.table
+    rows = comparison.table
     monkeypatch.setattr(
-        comparing, "table", lambda *args: [row | {"bytes": row["bytes"] / n} for n, row in enumerate(rows(*args), 1)]
+        comparison, "table", lambda *args: [row | {"bytes": row["bytes"] / n} for n, row in enumerate(rows(*args), 1)]
     )
     assert re.search(
         "Row 2 was scored on [0-9,]+ bytes of the text, and row 1 on", said(*runs, "--out", tmp_path / "o")

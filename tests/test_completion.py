@@ -138,7 +138,7 @@ def test_tab_key(tmp_path: Path, command: list[str], install: str) -> None:
         typed.send("echo rea''dy\n", "ready")
         typed.send(f"{install}; echo instal''led\n", "installed")
         typed.send("A=1 python -m lmlab.train optim=ad\t", "adamw", "adamw")
-        typed.send(" optim.eps=1 --cfg job\n", "_target_: lmlab.training.optim.AdamW")
+        typed.send(" optim.eps=1 --cfg job\n", "_target_: lmlab.optim.AdamW")
         typed.send("lmlab trai\t optim=ad\t", "train", "adamw")
     finally:
         typed.end()

@@ -9,9 +9,9 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import check, signatures, trust
 from lmlab.config import compose as composing
-from lmlab.config.compose import CONF
+from lmlab.config import evaluated, schema, signatures, trust
+from lmlab.config.files import CONF
 from lmlab.train import main
 
 SWEEPS = CONF.parent / "sweeps"
@@ -43,14 +43,14 @@ def compose(*overrides: str, verb: str = "train") -> DictConfig:
 def compose_evaluation(*overrides: str) -> DictConfig:
     """As `lmlab.evaluate` composes it for a model that is no run."""
     words = ["model=pretrained", "model.name=me/model", *overrides]
-    return composing.completed(compose(*words, verb="evaluate"), words)
+    return evaluated.completed(compose(*words, verb="evaluate"), words)
 
 
 def fits(cfg: DictConfig, verb: str = "train") -> None:
     """Every block's keys are arguments of what it names, which is lmlab's own, and all that is needed is there."""
     cfg = composing.freeze(cfg)
-    check.check_keys(cfg, verb)
-    check.preprocessing(cfg)
+    schema.check_keys(cfg, verb)
+    schema.preprocessing(cfg)
     trust.check_trusted(cfg, ())
 
 
@@ -63,7 +63,7 @@ def test_what_a_target_takes_is_read_without_importing_it(name: str) -> None:
         assert (one.name, one.kind) == (other.name, other.kind)
         assert (one.default is one.empty) == (other.default is other.empty)
         for value in (1, 1.0, True, "x", None, [1], {}):
-            assert check.fits(value, one.annotation) == check.fits(value, other.annotation)
+            assert schema.fits(value, one.annotation) == schema.fits(value, other.annotation)
 
 
 def test_there_are_options() -> None:
@@ -86,7 +86,7 @@ def test_option_composes_for_an_evaluation(option: str) -> None:
     assert cfg.model.name == "me/model"
     assert composing.freeze(cfg).tokenizer.name == ("me/tokenizer" if group == "tokenizer" else "me/model")
     if option != "trainer=gpu":  # there is none here
-        check.check_evaluation(cfg)
+        schema.check_evaluation(cfg)
 
 
 def test_keys_of_a_run_are_none_of_an_evaluation() -> None:
@@ -113,7 +113,7 @@ def first_values(file: Path) -> list[str]:
     """A value of each swept key."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from hydra_plugins.lmlab_sweepers import distribution, first, text
+    from lmlab.sweeps.search import distribution, first, text
 
     params = OmegaConf.load(file).hydra.sweeper.params
     parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()])
@@ -163,4 +163,4 @@ def test_experiments_hold_the_guides_choices() -> None:
 )
 def test_training_steps(epochs: float, max_steps: int, interval: float, expected: tuple[int, int]) -> None:
     trainer = OmegaConf.create({"max_epochs": epochs, "max_steps": max_steps, "val_check_interval": interval})
-    assert check.training_steps(trainer, blocks=800, batch_size=8) == expected
+    assert schema.training_steps(trainer, blocks=800, batch_size=8) == expected

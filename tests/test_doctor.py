@@ -21,15 +21,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmlab.machine import here, reachable, trials
+from lmlab.doctor import environment, services, trials
 from lmlab.runs.directory import RunDirectory
 
 from .conftest import run_verb
 from .processes import heeding
 
 CHECKS = {
-    **dict.fromkeys(("writing", "compiling", "devices", "bf16"), here),
-    **dict.fromkeys(("slurm", "hub", "wandb"), reachable),
+    **dict.fromkeys(("writing", "compiling", "devices", "bf16"), environment),
+    **dict.fromkeys(("slurm", "hub", "wandb"), services),
     **dict.fromkeys(("collectives", "resuming"), trials),
 }
 NAMES = (
@@ -156,7 +156,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, doctor: Doctor) -> None:
 
 
 def test_too_little_disk(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here, "FREE", 1e9)
+    monkeypatch.setattr(environment, "FREE", 1e9)
     failed, said = doctor("writing")
     assert failed
     assert "GiB free, and the guide's runs take 1000000000" in said
@@ -269,7 +269,7 @@ def test_gpus_that_torch_does_not_see(
 
 
 def test_bf16_that_computes_wrong(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = here.error_of_bf16("cpu")
+    right = environment.error_of_bf16("cpu")
     assert 0 < right < 2**-7
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(
@@ -351,7 +351,7 @@ def test_resuming_that_is_broken(
 ) -> None:
     play(behaviour)
     if behaviour == "slow":
-        monkeypatch.setattr("lmlab.doctor.LIMIT", 2)
+        monkeypatch.setattr("lmlab.doctor.__main__.LIMIT", 2)
     failed, said = doctor("resuming")
     assert failed
     assert found in said
@@ -362,7 +362,7 @@ def test_a_check_that_breaks_does_not_stop_the_others(doctor: Doctor, monkeypatc
     def breaks(_: str) -> float:
         raise ImportError("libcudart.so: cannot open\nmore")
 
-    monkeypatch.setattr(here, "error_of_bf16", breaks)
+    monkeypatch.setattr(environment, "error_of_bf16", breaks)
     failed, said = doctor("bf16")
     assert failed
     assert "fail  bf16         ImportError: libcudart.so: cannot open\n" in said
@@ -377,11 +377,11 @@ def test_stopped_it_leaves_nothing(number: signal.Signals, tmp_path: Path, play:
     temporary.mkdir()
     command = trials.verb("train", "DIR")[:-2]
     code = (
-        "import sys, lmlab.doctor; from lmlab.machine import here, reachable, trials\n"
+        "import sys, lmlab.doctor.__main__ as doctor; from lmlab.doctor import environment, services, trials\n"
         f"for name in {[*CHECKS][:-1]}:\n"
-        "    for room in (here, reachable, trials): setattr(room, name, lambda *_: 'not tried')\n"
+        "    for room in (environment, services, trials): setattr(room, name, lambda *_: 'not tried')\n"
         f"trials.verb = lambda name, *arguments: [*{command}, name, arguments[-1]]\n"
-        "sys.argv = ['doctor']; lmlab.doctor.main()"
+        "sys.argv = ['doctor']; doctor.main()"
     )
     env = os.environ | {"TMPDIR": str(temporary)}
     process = subprocess.Popen([sys.executable, "-c", code], env=env, preexec_fn=heeding)

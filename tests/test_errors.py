@@ -41,14 +41,18 @@ from transformers import (
 )
 
 from lmlab import predict
-from lmlab.config import check, overrides, resuming, sweeping
+from lmlab.config import changes, overrides, schema
 from lmlab.config.build import prepare_data
-from lmlab.config.compose import CONF, explain, read_command
+from lmlab.config.compose import read_command
+from lmlab.config.explain import explain
+from lmlab.config.files import CONF
 from lmlab.data.tokenizers import bpe
-from lmlab.errors import UserError, from_hub, plainly, shown_plainly
+from lmlab.errors import UserError, plainly, shown_plainly
+from lmlab.hub import from_hub
+from lmlab.io import kept_locked, locked
 from lmlab.models import loading, memory
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import kept_locked, locked
+from lmlab.sweeps import parameters
 
 from .conftest import HOME, TINY, run_verb
 
@@ -537,7 +541,7 @@ COMMANDS = {
     "+callbacks.early_stoping.patience=1": ["callbacks.early_stoping", "misspelt"],
     "modle=gpt2": ['no key "modle"', 'Did you mean "model"?'],
     "model=gtp2": ["model=gtp2", 'Did you mean "gpt2"?', "roberta_small"],
-    "optim=sgd": ["Options: adamw", "optim._target_", "lmlab/training/optim.py"],
+    "optim=sgd": ["Options: adamw", "optim._target_", "lmlab/optim.py"],
     "logger=[nope]": ["logger=nope: no such option", "Options: default, file"],
     "model.config={n_embdd:1}": ["gpt2", 'Did you mean "n_embd"?'],
     "callbacks.checkpoints={every_stps:1}": [
@@ -598,14 +602,14 @@ COMMANDS = {
     "compile=maybe": ["compile is true or false", "not maybe"],
     "activation_checkpointing=1": ["activation_checkpointing is true or false"],
     "profile=x": ["profile is true or false"],
-    "loss_rows=0": ["loss_rows is a number of scored positions, 1 or more"],
-    "loss_rows=all": ["loss_rows is a number"],
+    "logits_chunk_size=0": ["logits_chunk_size is a number of scored positions, 1 or more"],
+    "logits_chunk_size=all": ["logits_chunk_size is a number"],
     "attention=1": ["attention is a name"],
     "attention=spda": ["attention=spda", "Use eager, sdpa"],
     "attention=someone/kernel": ["attention=someone/kernel", "does not run"],
     "trainer.strategy=ddp2": ["trainer.strategy is one of auto, ddp, fsdp", 'Did you mean "ddp"?'],
     "trainer.strategy=deepspeed_stage_2": ["trainer.strategy is one of auto, ddp, fsdp"],
-    f"trainer.strategy={{_target_:{check.SHARDED},tensor_parallel_size:2}}": [
+    f"trainer.strategy={{_target_:{schema.SHARDED},tensor_parallel_size:2}}": [
         "no tensor parallelism",
         "trainer=fsdp",
     ],
@@ -729,14 +733,14 @@ def test_free_mappings_take_any_key(tmp_path: Path) -> None:
             assert mapping in ("data.filter", "hydra.job.env_set") or len(block) > 1  # what was there stays
         kept = hydra.compose("train", [f"run_dir={tmp_path}"])
     words = ["callbacks.checkpoints={every_steps: 5}", "callbacks.mine={_target_: x}", "model.config={n_head: 2}"]
-    cfg = resuming.continued(kept, tmp_path, words)
+    cfg = changes.continued(kept, tmp_path, words)
     assert (cfg.callbacks.checkpoints.every_steps, cfg.callbacks.checkpoints.keep_best) == (5, 1)
     assert cfg.callbacks.mine == {"_target_": "x"}
     with pytest.raises(UserError, match=r"model.config.n_head=2 \(it was 4\)"):
-        resuming.check_same(cfg, kept)
+        changes.check_same(cfg, kept)
     params = {"model.config": "{new: 1},{new: 2}"}
-    swept, _ = sweeping.overrides(params, [], None)  # type: ignore[arg-type]
-    assert {key: sweeping.values(override) for key, override in swept.items()} == {
+    swept, _ = parameters.overrides(params, [], None)  # type: ignore[arg-type]
+    assert {key: parameters.values(override) for key, override in swept.items()} == {
         "++model.config": ["{new:1}", "{new:2}"]
     }
 
@@ -746,7 +750,7 @@ def test_more_devices_than_gpus(gpus: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     trainer = OmegaConf.create({"accelerator": "gpu", "devices": gpus + 1, "precision": "32-true", "strategy": "ddp"})
     with pytest.raises(UserError) as error:
-        check.check_devices(trainer)
+        schema.check_devices(trainer)
     assert f"trainer.devices={gpus + 1}: this machine has {gpus} GPU" in str(error.value)
     assert f"Use trainer.devices={gpus}" in str(error.value)
 
@@ -1345,7 +1349,7 @@ def test_debug_shows_the_traceback(train: Callable[..., Path], override: str) ->
 def test_a_defect_is_not_made_plain() -> None:
     assert plainly(ValueError("a defect")) is None
     assert plainly(FileNotFoundError(errno.ENOENT, "a defect")) is None
-    with pytest.raises(ZeroDivisionError), from_hub('model "x"', "model.name"):
+    with pytest.raises(ZeroDivisionError), from_hub("model", "x", "model.name"):
         _ = 1 / 0
 
 

@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import lmlab
-from lmlab.config.compose import CONF
+from lmlab.config.files import CONF
 from lmlab.data.sources import SAMPLE
 from lmlab.data.tokenizers import bpe
 from lmlab.models.loading import from_scratch

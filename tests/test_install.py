@@ -25,9 +25,9 @@ def test_wheel_holds_config_and_corpus_and_no_tests(wheel: Path) -> None:
     assert {f"lmlab/{verb}.txt" for verb in ("train", "evaluate")} <= {*names}
     assert "lmlab/data/sample/askscience.jsonl" in names
     assert not [name for name in names if name.startswith(("tests", "sweeps"))]
-    packed = {name.removeprefix("lmlab/") for name in names if name.startswith(("lmlab/conf/", "lmlab/sweeps/"))}
+    packed = {name.removeprefix("lmlab/") for name in names if name.startswith(("lmlab/conf/", "lmlab/sweep_files/"))}
     files = [path for folder in ("conf", "sweeps") for path in (ROOT / folder).rglob("*") if path.is_file()]
-    assert packed == {path.relative_to(ROOT).as_posix() for path in files}
+    assert packed == {path.relative_to(ROOT).as_posix().replace("sweeps/", "sweep_files/", 1) for path in files}
 
 
 @pytest.mark.long
@@ -46,6 +46,6 @@ def test_installed_wheel_trains_from_another_directory(wheel: Path, tmp_path: Pa
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model" / "config.json").is_file()
-    where = [python, "-c", "from lmlab.config.compose import CONF; print(CONF)"]
+    where = [python, "-c", "from lmlab.config.files import CONF; print(CONF)"]
     conf = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert conf.strip() == str(site / "lmlab" / "conf")

@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from submitit.slurm.slurm import _make_sbatch_string
 
-from lmlab.config.compose import CONF, SWEEPS
+from lmlab.config.files import CONF, SWEEPS
+from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Stopped
-from lmlab.runs.stopping import SIGNALS
 from tests.conftest import TINY
 
 SBATCH = SWEEPS / "train.sbatch"

@@ -13,10 +13,12 @@ from lmlab import __main__ as entry
 from lmlab.evaluate import with_model
 
 ROOT = Path(lmlab.__file__).parent
-COMMANDS = {path.stem for path in ROOT.glob("*.py") if "\ndef main() -> None:" in path.read_text()} - {
-    "__main__",
-    "worker",
-}
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("*/__main__.py")]
+COMMANDS = {
+    path.parent.name if path.stem == "__main__" else path.stem
+    for path in FILES
+    if "\ndef main() -> None:" in path.read_text()
+} - {"lmlab", "worker"}
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -21,19 +21,19 @@ import torch
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from lmlab.config import build, check, compose, planning
+from lmlab.config import build, files, schema
 from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import Draw
 from lmlab.errors import UserError
 from lmlab.models import loading
-from lmlab.previewing import batch as batches
-from lmlab.previewing import job
-from lmlab.previewing.cost import lasting
-from lmlab.previewing.measuring import parts
+from lmlab.preview import batch as batches
+from lmlab.preview import job, planning
+from lmlab.preview.cost import lasting
+from lmlab.preview.measuring import parts
 from lmlab.training.module import LMModule
 from tests.conftest import TINY, TINY_MLM, run_verb
 
-SWEEPS = compose.CONF.parent / "sweeps"
+SWEEPS = files.CONF.parent / "sweeps"
 STEPS = 250  # of the run that an estimate is held against: its steps take as long as its start
 
 
@@ -120,7 +120,7 @@ def test_batch_is_the_one_that_training_begins_with(
     train(*words)
     cfg = planning.planned(command(*words)).cfg
     data = build.prepare_data(cfg)
-    objective = check.build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    objective = schema.build(cfg.objective, "objective", tokenizer=data.tokenizer)
     first = batches.first_batch(cfg, data, objective, 1, data.tokenizer.pad_token_id)
     assert first.number == seen[0].number == 0
     for name in ("input_ids", "positions", "targets"):
@@ -430,7 +430,7 @@ def test_what_does_not_fit(
 def test_help_is_quick() -> None:
     code = (
         "import sys; sys.argv = ['preview', *{words}]\n"
-        "from lmlab.preview import main\n"
+        "from lmlab.preview.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {{'torch', 'transformers', 'datasets', 'lightning', 'wandb', 'pyarrow', 'numpy', 'pandas'}}\n"

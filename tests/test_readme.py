@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab import compare as compare_verb
 from lmlab import dashboard, evaluate, predict, report, resume, sweep, train
-from lmlab.config import check, compose, planning, resuming
+from lmlab.config import changes, compose, evaluated, files, schema
+from lmlab.preview import planning
 
 VERBS = ("train", "preview", "resume", "evaluate", "compare", "predict", "doctor", "sweep", "report", "dashboard")
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,7 @@ def test_train_command(
     monkeypatch.setattr("sys.argv", ["lmlab.train", *words, "run_dir=/nowhere", "--cfg", "job"])
     train.main()
     cfg = compose.freeze(OmegaConf.create(capsys.readouterr().out))
-    check.check_keys(cfg, "train")
+    schema.check_keys(cfg, "train")
 
 
 @pytest.mark.parametrize("arguments", verb("evaluate"), ids=" ".join)
@@ -86,9 +87,9 @@ def test_evaluate_command(
     cfg = OmegaConf.merge({"data": {"_target_": "lmlab.data.sources.load_sample"}, "objective": {}}, cfg)
     if not cfg.objective:
         cfg.objective = {"_target_": f"lmlab.objectives.{'mlm.MaskedLM' if cfg.score == 'pseudo' else 'clm.CausalLM'}"}
-    monkeypatch.setattr(compose, "check_place", lambda what, key: None)
-    cfg = compose.completed(cfg, arguments)
-    check.check_evaluation(compose.freeze(cfg))
+    monkeypatch.setattr(evaluated, "check_directory", lambda *_: None)
+    cfg = evaluated.completed(cfg, arguments)
+    schema.check_evaluation(compose.freeze(cfg))
 
 
 @pytest.mark.parametrize("arguments", verb("predict"), ids=" ".join)
@@ -101,7 +102,7 @@ def test_predict_command(arguments: list[str]) -> None:
 def test_preview_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["lmlab.preview", *arguments])
     plan = planning.planned(compose.read_command())
-    check.check_keys(plan.cfg, "train")
+    schema.check_keys(plan.cfg, "train")
     assert plan.points == (6 if "seed=1,2,3" in arguments else 2 if "seed=1,2" in arguments else 1)
 
 
@@ -120,20 +121,20 @@ def test_compare_command(arguments: list[str]) -> None:
 def test_resume_command(arguments: list[str]) -> None:
     given = resume.parser().parse_intermixed_args(arguments)
     cfg = compose.freeze(composed())
-    changed = resuming.continued(cfg, Path("/elsewhere"), given.overrides)
-    resuming.check_same(changed, cfg)
-    check.check_keys(changed, "train")
+    changed = changes.continued(cfg, Path("/elsewhere"), given.overrides)
+    changes.check_same(changed, cfg)
+    schema.check_keys(changed, "train")
 
 
 def composed(*overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(files.CONF), version_base="1.3"):
         return hydra.compose("train", [*overrides, "run_dir=/nowhere"])
 
 
 @pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] in ("torchrun", "sbatch")], ids=" ".join)
 def test_command_of_another_launcher(words: list[str]) -> None:
     overrides = [word for word in words[1:] if re.match(r"[a-z]", word) and "=" in word]
-    check.check_keys(compose.freeze(composed(*overrides)), "train")
+    schema.check_keys(compose.freeze(composed(*overrides)), "train")
     assert {"lmlab.train", "sweeps/train.sbatch"} & set(words)
 
 

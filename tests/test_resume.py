@@ -21,14 +21,14 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lmlab.config import resuming
+from lmlab.config import changes
 from lmlab.config.compose import config_of
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
 from lmlab.evaluation import records
+from lmlab.optim import AdamW
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import checkpoint
-from lmlab.training.optim import AdamW
 
 from .conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from .processes import begin, finish, wait_for
@@ -464,9 +464,9 @@ def test_before_the_first_checkpoint_nothing_may_move(whole: Path) -> None:
     """The manifest may not say yet what lay there."""
     kept = config_of(RunDirectory(whole))
     cfg = OmegaConf.merge(kept, {"data": {"train": "elsewhere.txt"}})
-    resuming.check_same(cfg, kept)
+    changes.check_same(cfg, kept)
     with pytest.raises(UserError, match=r"data\.train=elsewhere\.txt \(it was not there\)"):
-        resuming.check_same(cfg, kept, located=False)
+        changes.check_same(cfg, kept, located=False)
 
 
 def test_other_versions_are_named(stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -543,7 +543,7 @@ def test_any_bit_that_turned_is_damage_or_harms_nothing(tmp_path: Path) -> None:
         if checkpoint.damage(place) is not None:
             found += 1
             continue
-        state = checkpoint.read_state(place)
+        state = checkpoint.load_checkpoint(place)
         assert state["step"] == 3
         assert state["weight"].tolist() == [0, 1, 2, 3]
     assert found > 100  # what is left lies in no part's content: padding, dates, names of systems

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from lmlab.shell import command
+from lmlab.console import command
 
 WORDS = {
     "outputs/2026-01-31/12-00-00": "outputs/2026-01-31/12-00-00",

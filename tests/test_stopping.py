@@ -25,21 +25,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 STOPS = [
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.compose.read_command"),
-    ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.check.check_run"),
+    ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.schema.check_run"),
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.data.preprocess.prepare"),
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.build.build_model"),
-    ("train", ["-m", *TINY, "seed=1,2", "hydra.sweep.dir=OUT"], "lmlab.config.check.check_run"),
-    ("preview", TINY, "lmlab.config.planning.planned"),
+    ("train", ["-m", *TINY, "seed=1,2", "hydra.sweep.dir=OUT"], "lmlab.config.schema.check_run"),
+    ("preview", TINY, "lmlab.preview.planning.planned"),
     ("preview", TINY, "lmlab.data.preprocess.prepare"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.prepare_data"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.build_model"),
-    ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.check.check_choices"),
+    ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.schema.check_choices"),
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.build.build_model"),
-    ("predict", ["RUNS/1", "a"], "lmlab.models.inference.load"),
-    ("compare", ["RUNS", "--out", "OUT"], "lmlab.evaluation.comparing.evaluations"),
+    ("predict", ["RUNS/1", "a"], "lmlab.models.generation.load"),
+    ("compare", ["RUNS", "--out", "OUT"], "lmlab.evaluation.comparison.evaluations"),
     ("report", ["RUNS", "--out", "OUT"], "lmlab.reporting.gather.gather"),
     ("dashboard", ["me/lmlab"], "lmlab.dashboard.check_reachable"),
-    ("sweep", ["status", "RUNS"], "lmlab.runs.sweep.points"),
+    ("sweep", ["status", "RUNS"], "lmlab.sweeps.points.read_points"),
 ]
 """A command, and the function in which Ctrl-C is pressed."""
 
@@ -90,7 +90,7 @@ def test_what_a_finalizer_drops_is_sent_again() -> None:
     code = (
         "import os, signal, time\n"
         "from lmlab.errors import shown_plainly\n"
-        "from lmlab.runs.stopping import SIGNALS\n"
+        "from lmlab.distributed.signals import SIGNALS\n"
         "class Dropped:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"

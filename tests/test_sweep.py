@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lmlab.config.compose import SWEEPS, read_config
+from lmlab.config.compose import read_config
+from lmlab.config.files import SWEEPS
+from lmlab.distributed import launch
 from lmlab.errors import Stopped
-from lmlab.runs import states, sweep
+from lmlab.runs import status
 from lmlab.runs.directory import RunDirectory
-from lmlab.training import launch
+from lmlab.sweeps.points import add_points, begin_sweep, read_points, read_sweep, updated_sweep
 from tests.conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from tests.test_conf import first_values
 
@@ -27,11 +29,12 @@ from tests.test_conf import first_values
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Points of a sweep run in this process: what they need of their own, tests of launch look at."""
 
-    def run(verb: str, run: RunDirectory, devices: int, word: list[str], variables: dict[str, str]) -> None:
+    def run(arguments: list[str], ranks: int, log_of: Any, variables: dict[str, str], advice: str) -> None:
         from lmlab.train import train
 
         os.environ.update(variables)
-        train(read_config(run.path), Path(word[1]) if word[1:] else None)
+        _, run_dir, *checkpoint = arguments
+        train(read_config(Path(run_dir)), Path(checkpoint[0]) if checkpoint else None)
 
     monkeypatch.setattr(launch, "launch", run)
 
@@ -42,7 +45,7 @@ def swept(folder: Path, *words: str) -> None:
 
 def found(folder: Path) -> list[tuple[list[str], str, str | None]]:
     """The points of a sweep, their states and causes."""
-    of = [(point.overrides, states.state_of(point.run)) for point in sweep.points(folder)]
+    of = [(point.overrides, status.read_status(point.run)) for point in read_points(folder)]
     return [(overrides, state.name, state.cause) for overrides, state in of]
 
 
@@ -74,7 +77,7 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SystemExit, match="1"):
         swept(tmp_path, "seed=1,2")
     assert [row[1:] for row in found(tmp_path)] == [("failed", "out of memory")] * 2
-    said = states.state_of(RunDirectory(tmp_path / "0")).message
+    said = status.read_status(RunDirectory(tmp_path / "0")).message
     assert said is not None
     assert "trainer.accumulate_grad_batches=2" in said
 
@@ -138,11 +141,11 @@ def test_a_secret_is_given_again(tmp_path: Path, refused: Refused, capsys: pytes
     assert counts == "2 done"
     assert said.startswith("All have come to their end.")
     assert said.endswith("hydra.job.env_set.OF_TEST=…")
-    with sweep.written(tmp_path) as content:
+    with updated_sweep(tmp_path) as content:
         before = content["shared"]
         content["shared"] = [*before, "trainer.max_steps=6"]
     assert "held a secret" in refused("sweep", "resume", tmp_path)  # a command for longer had not come to all
-    with sweep.written(tmp_path) as content:
+    with updated_sweep(tmp_path) as content:
         content["shared"] = before
     (tmp_path / "1" / "summary.json").unlink()
     said = refused("sweep", "resume", tmp_path)
@@ -173,24 +176,24 @@ def test_params_of_a_file(tmp_path: Path) -> None:
 def test_a_sweep_goes_on_for_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     swept(tmp_path, "seed=1,2")
     run_verb("sweep", "resume", tmp_path, "trainer.max_steps=6")
-    assert [RunDirectory(tmp_path / name).result()["steps"] for name in "01"] == [6, 6]
+    assert [RunDirectory(tmp_path / name).read_summary()["steps"] for name in "01"] == [6, 6]
     # As the command now says; also where it was interrupted before it came to all of them.
     capsys.readouterr()
     run_verb("resume", tmp_path / "0", "trainer.max_steps=8")
-    with sweep.written(tmp_path) as content:
+    with updated_sweep(tmp_path) as content:
         content["arguments"].append("trainer.max_steps=8")
         content["shared"] = [word for word in content["shared"] if "max_steps" not in word] + ["trainer.max_steps=8"]
     run_verb("sweep", "resume", tmp_path)
     assert "2 done" in capsys.readouterr().out
-    assert [RunDirectory(tmp_path / name).result()["steps"] for name in "01"] == [8, 8]
+    assert [RunDirectory(tmp_path / name).read_summary()["steps"] for name in "01"] == [8, 8]
 
 
 def test_runs_of_a_sweep_share_a_group_in_wandb(tmp_path: Path) -> None:
     from lmlab.train import name_in_sweep
 
     folder = tmp_path / "sweep"
-    sweep.begin(folder)
-    sweep.add(folder, [["optim.lr=0.1", "seed=1"], ["optim.lr=0.1", "seed=2"]])
+    begin_sweep(folder)
+    add_points(folder, [["optim.lr=0.1", "seed=1"], ["optim.lr=0.1", "seed=2"]])
     cfg = OmegaConf.create({"logger": {"wandb": {"group": None, "name": None}}})
     name_in_sweep(cfg, RunDirectory(folder / "1"))
     assert cfg.logger.wandb == {"group": str(folder), "name": "optim.lr=0.1 seed=2"}
@@ -209,31 +212,31 @@ def test_states(tmp_path: Path, whole: Path) -> None:
             (tmp_path / name / file).unlink()
         return RunDirectory(tmp_path / name)
 
-    assert states.state_of(RunDirectory(tmp_path / "nowhere")) == states.State("waiting")
-    assert states.state_of(RunDirectory(whole)) == states.State("done", step=4, steps=4)
+    assert status.read_status(RunDirectory(tmp_path / "nowhere")) == status.Status("waiting")
+    assert status.read_status(RunDirectory(whole)) == status.Status("done", step=4, steps=4)
     killed = place("killed", "summary.json")
-    assert states.state_of(killed).cause == "killed"
-    assert (states.state_of(killed).step, states.state_of(killed).steps) == (4, 4)
+    assert status.read_status(killed).cause == "killed"
+    assert (status.read_status(killed).step, status.read_status(killed).steps) == (4, 4)
     with killed.metrics.open("a") as file:
         file.write('{"step": 5, "ti')  # half of a row
-    assert states.state_of(killed).step == 4
-    states.keep_failure(killed, Stopped(signal.SIGINT))
-    assert states.state_of(killed).name == "stopped"
-    assert states.state_of(killed).cause == "SIGINT"
-    states.keep_failure(killed, Stopped(signal.SIGUSR2))
-    assert states.state_of(killed).cause == "timed out"
-    states.keep_failure(killed, OSError(28, "No space left on device"))
-    assert states.state_of(killed).cause == "disk full"
-    states.keep_failure(killed, ZeroDivisionError("no"))
-    assert states.state_of(killed).message == "ZeroDivisionError: no"
+    assert status.read_status(killed).step == 4
+    status.write_failure(killed, Stopped(signal.SIGINT))
+    assert status.read_status(killed).name == "stopped"
+    assert status.read_status(killed).cause == "SIGINT"
+    status.write_failure(killed, Stopped(signal.SIGUSR2))
+    assert status.read_status(killed).cause == "timed out"
+    status.write_failure(killed, OSError(28, "No space left on device"))
+    assert status.read_status(killed).cause == "disk full"
+    status.write_failure(killed, ZeroDivisionError("no"))
+    assert status.read_status(killed).message == "ZeroDivisionError: no"
     pruned = place("pruned")
-    pruned.summary.write_text(json.dumps(pruned.result() | {"pruned": 4}))
-    assert states.state_of(pruned).name == "pruned"
+    pruned.summary.write_text(json.dumps(pruned.read_summary() | {"pruned": 4}))
+    assert status.read_status(pruned).name == "pruned"
     # POSIX locks are a process's own, so it takes another one to see it.
     script = f"""
-from lmlab.runs import states
+from lmlab.runs import status
 from lmlab.runs.directory import RunDirectory
-print(states.state_of(RunDirectory({str(killed.path)!r})).name)
+print(status.read_status(RunDirectory({str(killed.path)!r})).name)
 """
     with killed.lock():
         assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "running"
@@ -337,7 +340,7 @@ def test_shapes_of_the_shipped_sweep_have_equal_compute() -> None:
 
 
 def test_a_study_that_is_gone_ends_no_run(train: Callable[..., Path], tmp_path: Path) -> None:
-    block = "{_target_:lmlab.training.pruning.Prune,storage:'sqlite:////nowhere/study.db',study:a,trial:0}"
+    block = "{_target_:lmlab.sweeps.pruning.Prune,storage:'sqlite:////nowhere/study.db',study:a,trial:0}"
     run = train(*TINY, f"+callbacks.pruning={block}")
     assert RunDirectory(run).finished()
     assert "the study sqlite:////nowhere/study.db could not be told" in (run / "train.log").read_text()
@@ -373,7 +376,7 @@ class TestSearch:
         assert 0 < len(pruned) < 6
         for number in pruned:
             run = RunDirectory(tmp_path / str(number))
-            assert run.result()["steps"] == run.result()["pruned"] < 6
+            assert run.read_summary()["steps"] == run.read_summary()["pruned"] < 6
             assert run.certificate.is_file()
             # As the median of those before it, at the same validation, says.
             at = len(study.trials[number].intermediate_values)
@@ -382,7 +385,7 @@ class TestSearch:
             assert min(study.trials[number].intermediate_values.values()) > median[(len(median) - 1) // 2]
         for number, trial in enumerate(study.trials):
             if number not in pruned:
-                assert trial.value == RunDirectory(tmp_path / str(number)).result()["val/loss"]
+                assert trial.value == RunDirectory(tmp_path / str(number)).read_summary()["val/loss"]
 
     @pytest.mark.usefixtures("here")
     def test_a_failed_trial_stays_open(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,7 +407,7 @@ class TestSearch:
         assert [row[1:] for row in found(tmp_path)] == [("failed", "bad config")]
         run_verb("sweep", "resume", tmp_path, "hydra.sweeper.metric=val/bits_per_byte")
         assert [row[1] for row in found(tmp_path)] == ["done", "done"]
-        figures = [RunDirectory(tmp_path / name).result()["val/bits_per_byte"] for name in "01"]
+        figures = [RunDirectory(tmp_path / name).read_summary()["val/bits_per_byte"] for name in "01"]
         assert [trial.value for trial in study_of(tmp_path).trials] == figures
 
     @pytest.mark.usefixtures("here")
@@ -426,7 +429,7 @@ class TestSearch:
     def test_a_trial_can_be_trained_longer(self, tmp_path: Path) -> None:
         swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=1")
         run_verb("resume", tmp_path / "0", "trainer.max_steps=8")
-        assert RunDirectory(tmp_path / "0").result()["steps"] == 8
+        assert RunDirectory(tmp_path / "0").read_summary()["steps"] == 8
         assert len(study_of(tmp_path).trials[0].intermediate_values) == 3
 
     @pytest.mark.long
@@ -444,7 +447,7 @@ class TestSearch:
         script = f"""
 import sys, time
 from pathlib import Path
-from lmlab.runs.files import kept_locked
+from lmlab.io import kept_locked
 with kept_locked(Path({str(tmp_path)!r}) / ".search" / "other"):
     print("held", flush=True)
     sys.stdin.read()
@@ -453,7 +456,7 @@ with kept_locked(Path({str(tmp_path)!r}) / ".search" / "other"):
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "held\n"
-            with sweep.written(tmp_path) as content:
+            with updated_sweep(tmp_path) as content:
                 content["owners"][str(other.number)] = "other"
             swept(tmp_path, *self.WORDS, "hydra.sweeper.n_trials=3", "hydra.sweeper.pruner=null")
             assert process.stdin is not None
@@ -470,7 +473,7 @@ def study_of(folder: Path) -> Any:
     """The study of a search."""
     import optuna
 
-    name = sweep.facts(folder)["study"]
+    name = read_sweep(folder)["study"]
     return optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/study.db")
 
 
@@ -514,7 +517,7 @@ def test_twelve_points_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert shown.splitlines()[-1] == "12 done"
     assert before == {number: (folder / str(number) / "summary.json").stat().st_mtime_ns for number in range(4)}
     for number in range(12):
-        went_on = RunDirectory(folder / str(number)).identity().get("went_on", [])
+        went_on = RunDirectory(folder / str(number)).read_manifest().get("went_on", [])
         assert [attempt["step"] >= 2 for attempt in went_on] == ([True] if number == 4 else [])
         steps = [row["step"] for row in metrics(folder / str(number)) if "train/loss" in row]
         assert steps == list(range(1, 7))
@@ -593,4 +596,4 @@ def test_submitit_on_this_machine(tmp_path: Path) -> None:
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "hydra/launcher=basic", "~callbacks.fatal"]
     subprocess.run([sys.executable, "-m", "lmlab.sweep", "resume", folder, *two], env=env, check=True)
     assert [row[1] for row in found(folder)] == ["done"] * 2
-    assert RunDirectory(folder / "0").identity().get("went_on", [{"devices": 2}])[0]["devices"] == 2
+    assert RunDirectory(folder / "0").read_manifest().get("went_on", [{"devices": 2}])[0]["devices"] == 2

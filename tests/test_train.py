@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
+from lmlab.console import show_result
 from lmlab.data.datamodule import Batches
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.summary import show_result
 from lmlab.training.callbacks import ShowProgress
 from lmlab.training.module import LMModule
 

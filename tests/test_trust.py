@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lmlab.config import trust
-from lmlab.config.check import SHARDED
+from lmlab.config.schema import SHARDED
 from tests.conftest import TINY, Refused, run_verb
 
 OURS = """
@@ -71,11 +71,11 @@ def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("callbacks.more", {"_target_": "os.system", "command": "touch SEEN"}),
         ("data", {"_target_": "os.system", "command": "touch SEEN"}),
-        ("data._target_", "lmlab.machine.processes.ended"),
+        ("data._target_", "lmlab.processes.ended"),
         ("callbacks.samples.inner", {"_target_": "os.system", "command": "touch SEEN"}),
         ("callbacks.samples.list", [1, {"_target_": "os.system", "command": "touch SEEN"}]),
         ("callbacks.more", {"_target_": "lmlab.data.sources.load_sample"}),
-        ("callbacks.more", {"_target_": "lmlab.training.launch.os.system", "command": "touch SEEN"}),
+        ("callbacks.more", {"_target_": "lmlab.distributed.launch.os.system", "command": "touch SEEN"}),
         ("model._target_", "torch.hub.load"),
         ("tokenizer._target_", "transformers.AutoTokenizer.from_pretrained"),
         ("objective._target_", "lmlab.objectives.mlm.uniform"),
@@ -84,7 +84,7 @@ def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("logger.more", {"_target_": "lmlab.training.loggers.partial"}),
         ("preprocess._target_", "lmlab.data.sources.load_sample"),
         ("optim.schedule", "os.system"),
-        ("optim.schedule", "lmlab.machine.processes.ended"),
+        ("optim.schedule", "lmlab.processes.ended"),
         ("data._target_", "${oc.env:HOME}"),
         ("callbacks.more", "${oc.decode:'{_target_: os.system, command: touch SEEN}'}"),
         ("data.text", "${oc.env:HOME}"),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config.check import arguments, blocks, build, preprocessing, strategy, takes, uses_gpu, world
 from lmlab.config.compose import without_secrets
+from lmlab.config.schema import arguments, blocks, build, preprocessing, strategy, takes, uses_gpu, world
 from lmlab.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from lmlab.models import steps
+    from lmlab.models import efficiency
     from lmlab.models.loading import check, positions
 
     # What a run has to say, it says itself.
@@ -59,13 +59,13 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
     if cfg.preprocess.block_size is None:
         cfg.preprocess.block_size = min(positions(model) or LONGEST, LONGEST)
     check(model, tokenizer, cfg.preprocess.block_size, objective.causal)
-    steps.fuse_activations(model)
+    efficiency.fuse_activations(model)
     if cfg.attention is not None:
-        steps.choose_attention(model, cfg.attention)
+        efficiency.choose_attention(model, cfg.attention)
     if cfg.get("activation_checkpointing"):
-        steps.checkpoint_activations(model)
+        efficiency.checkpoint_activations(model)
     if cfg.get("compile"):
-        steps.compile_layers(model)
+        efficiency.compile_layers(model)
     return objective, model
 
 
@@ -185,10 +185,10 @@ def build_training(
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.sampler import share_of
+    from lmlab.models.loss import rows_at_once
     from lmlab.models.memory import check_training
-    from lmlab.models.scored import rows_at_once
+    from lmlab.optim import AdamW
     from lmlab.training.module import LMModule
-    from lmlab.training.optim import AdamW
 
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
@@ -207,7 +207,7 @@ def build_training(
         cfg.seed,
         len(held_out.documents.names),
         objective.figure,
-        rows_at_once(model, cfg.loss_rows, uses_gpu(cfg.trainer)),
+        rows_at_once(model, cfg.logits_chunk_size, uses_gpu(cfg.trainer)),
         interval,
     )
     rows = share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)

@@ -3,12 +3,13 @@
 Nothing heavy is imported here at the top: `--help` and `--cfg job` come through.
 """
 
+import copy
 import logging
 import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,30 +23,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.config.overrides import meant, readable, unreadable
-from lmlab.errors import UserError, cause_of, check_place, first_line, from_hub, nearest, plainly, shown_plainly
-from lmlab.runs import secrets
+from lmlab import secrets
+from lmlab.config import completion
+from lmlab.config.explain import NO_FOLDER, explain
+from lmlab.config.files import CONF, PACKAGE, files_of
+from lmlab.config.overrides import readable
+from lmlab.distributed.signals import SIGNALS
+from lmlab.errors import UserError, cause_of, first_line, plainly, shown_plainly
+from lmlab.io import empty_folders_removed, write_text
+from lmlab.runs.choices import current
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import empty_folders_removed, write_text
-from lmlab.runs.stopping import SIGNALS
 
-PACKAGE = Path(__file__).parent.parent
-# Beside the package in a checkout, inside it when installed.
-CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
-SWEEPS = CONF.parent / "sweeps"
-"""The sweeps and the batch file that come with lmlab."""
 BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
 """What the config of a run and that of an evaluation both have, each a mapping."""
-LIMITS = (
-    "a share of the batches would give a metric over an arbitrary part of the text.\n"
-    "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
-)
-"""What to say of the keys of Lightning's that leave batches out."""
-NO_FOLDER = "--config-dir {}: there is no such folder."
 SHORT_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 """Short names of precisions, as Lightning takes them."""
 
@@ -120,11 +114,8 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
         if "--help" in sys.argv or "-h" in sys.argv:
             print(help_text(name))
             return
-        if sys.argv[1:2] in (["-sc"], ["--shell-completion"]):
-            from lmlab.config import completing
-
-            if completing.answer(name):
-                return
+        if sys.argv[1:2] in (["-sc"], ["--shell-completion"]) and completion.answer(name):
+            return
         read_command()
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
@@ -177,100 +168,6 @@ def help_text(name: str) -> str:
     return (PACKAGE / f"{name}.txt").read_text().replace("{groups}", "\n".join(listed))
 
 
-def explain(error: Exception, name: str) -> str:
-    """What Hydra found wrong, with the nearest right name."""
-    override = getattr(error, "override", None)
-    if override:
-        return unreadable(override, error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Ambiguous value"):
-        return f"{lines[0]}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
-    missing = getattr(error, "missing_cfg_file", None)
-    if "hydra/launcher/submitit" in str(missing):
-        return "submitting jobs to SLURM takes a plugin of Hydra's that is not installed:\npip install 'lmlab[slurm]'"
-    if missing and "/" in str(missing):
-        return no_option(str(missing), getattr(error, "options", None), name)
-    if lines and lines[0].startswith("Additional config directory"):
-        return NO_FOLDER.format(lines[0].split("'")[1])
-    if lines and lines[0].startswith(("Could not override", "Key '")):
-        # Of a mapping that was given as one, the key that is not in it.
-        wrong, inner = lines[0].split("'")[1], str(getattr(error.__cause__, "full_key", ""))
-        wrong = inner if inner.startswith(f"{wrong}.") else wrong
-        if wrong.startswith("trainer.limit_"):
-            return f"{wrong}: {LIMITS}"
-        return f'there is no key "{wrong}".{chosen_otherwise(wrong, name) or nearest_key(wrong, name)}'
-    if lines and lines[0].startswith("Error merging override") and error.__cause__:
-        return f"{lines[0]}: {first_line(error.__cause__)}"
-    return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
-
-
-def no_option(missing: str, options: list[str] | None, name: str) -> str:
-    """What to say of an option that a group does not have, both in one path."""
-    given = (word.lstrip("+").partition("=") for word in sys.argv[1:])
-    group, option = next(
-        ((key, value) for key, _, value in given if f"{key}/{value}" == missing),
-        (missing.rpartition("/")[0], missing.rpartition("/")[2]),
-    )
-    options = options or files_of(group)
-    said = f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
-    if group == "optim":
-        return f"{said}\nAnother optimizer is a class of yours, optim._target_=…: see lmlab/training/optim.py."
-    hint = meant(group, option, "data.validation" if name == "evaluate" else "data.train")
-    return f"{said}\n{hint}" if hint else said
-
-
-def files_of(group: str) -> list[str]:
-    """The options of a group, lmlab's own."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-
-
-def chosen_otherwise(key: str, verb: str) -> str | None:
-    """Where a key is one of other options of a group that the command has: which, and how it is chosen."""
-    group, *path = key.split(".")
-    leaf = path.pop() if path else ""
-    there = []
-    for option in files_of(group) if group in groups_of(verb) else ():
-        block: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-        for name in path:
-            block = block.get(name) if isinstance(block, dict) else None
-        if isinstance(block, dict) and {"_target_", leaf} <= block.keys():
-            there.append(f"{group}={option}")
-    if not there:
-        return None
-    value = next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith(f"{key}=")), "")
-    hint = meant(group, value, key) or "Choose that in the command."
-    return f" It is one of {' and of '.join(there)}.\n{hint}"
-
-
-def nearest_key(wrong: str, name: str) -> str:
-    """The key of a config that is nearest to a wrong one, or how to see all."""
-    return nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
-
-
-def groups_of(name: str) -> set[str]:
-    """The groups of which a command chooses options."""
-    listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
-    return {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
-
-
-def known_keys(name: str) -> set[str]:
-    """Groups, and dotted keys of the config that the command line's group choices compose."""
-    groups = groups_of(name)
-    chosen = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose(name, chosen)
-    return groups | set(dotted(cfg))
-
-
-def dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys in a config."""
-    for key in map(str, node):
-        yield f"{prefix}{key}"
-        value = node._get_node(key)
-        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
-            yield from dotted(value, f"{prefix}{key}.")
-
-
 def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
     """The config with every interpolation resolved: what the run directory keeps and ranks read.
 
@@ -285,6 +182,24 @@ def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
         raise UserError(f"{error.full_key} does not resolve: {first_line(error)}.") from error
     check_secrets(cfg)
     return name_precision(cfg)
+
+
+def name_directory(cfg: DictConfig, swept: bool) -> None:
+    """Set mode, number and output directory as Hydra does for a job, and let `${hydra:…}` resolve by this config."""
+    with read_write(cfg), open_dict(cfg):
+        cfg.hydra.mode = RunMode.MULTIRUN if swept else RunMode.RUN
+        cfg.hydra.job.id, cfg.hydra.job.num = "0", 0
+        place = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) if swept else Path(cfg.hydra.run.dir)
+        cfg.hydra.runtime.output_dir = str(place.absolute())
+    HydraConfig.instance().set_config(cfg)
+
+
+def job(cfg: DictConfig) -> DictConfig:
+    """What a job gets of a composed config."""
+    cfg = copy.deepcopy(cfg)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    return freeze(cfg)
 
 
 def name_precision(cfg: DictConfig) -> DictConfig:
@@ -309,87 +224,6 @@ def refuse_lost(keys: list[str], prefix: str = "") -> None:
             f"{', '.join(keys)} held a secret, which was not kept.\n"
             f"Give it again: add {' '.join(f'{prefix}{key}=…' for key in keys)} to the command."
         )
-
-
-def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = ()) -> DictConfig:
-    """The config of an evaluation, with what the run that it evaluates says where the command does not.
-
-    Args:
-        overrides: of the command line, to tell a choice from a default.
-        trusted: packages, modules or what is in them, that the config of the run may name.
-    """
-    from lmlab.config import trust
-
-    if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
-        raise UserError("model has to be given: add model=RUN_DIRECTORY, or an exported directory, or a hub id.")
-    run = RunDirectory(cfg.model.name)
-    trained = read_config(run.path) if run.manifest.is_file() and run.config.is_file() else None
-    cfg = cfg.copy()
-    OmegaConf.set_struct(cfg, False)
-    if trained is not None:
-        if not run.model.is_dir():
-            raise UserError(f"{run.path} holds no model: it is an evaluation. Name a run: model=RUN_DIRECTORY")
-        cfg.model.name = str(run.model)
-    elif cfg.model.name.endswith(".ckpt"):
-        raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
-    else:
-        check_place(f'model "{cfg.model.name}"', "model")
-    taken = list[str]()  # from the run
-    if "_target_" not in (cfg.get("data") or {}):
-        if trained is None:
-            name = cfg.model.name
-            raise UserError(
-                ("" if Path(name).exists() else f'there is no directory "{name}", which may be a hub id.\n')
-                + "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
-                "data=hub data.path=ID, or data=files data.validation=FILE to the command."
-            )
-        for word in overrides:
-            if word.lstrip("+~").startswith("preprocess") and not word.startswith("preprocess.block_size="):
-                raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
-        cfg.data = OmegaConf.merge(trained.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
-        cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
-        named = {word.lstrip("+").partition("=")[0] for word in overrides}
-        files = cfg.data._target_ == "lmlab.data.sources.load_files"
-        if files and cfg.data.train is not None and "data.validation" in named and "data.train" not in named:
-            from lmlab.data.sources import find
-
-            try:
-                find(cfg.data.train, "train")
-            except UserError:  # of what is scored it could only tell what was trained on
-                cfg.data.train = None
-        taken += ["data", "preprocess"]
-    if cfg.preprocess.block_size is None and trained is not None:
-        cfg.preprocess.block_size = trained.preprocess.block_size
-    if OmegaConf.is_missing(cfg.data, "train"):
-        cfg.data.train = None
-    if "objective" not in cfg:
-        cfg.objective = trained.objective if trained is not None else objective_of(cfg)
-        taken += ["objective"] if trained is not None else []
-    cfg.pop("trust")
-    trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
-    refuse_lost(secrets.lost(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
-    if cfg.context is None:
-        cfg.context = "document" if cfg.score == "pseudo" else "blocks"
-    return cfg
-
-
-def objective_of(cfg: DictConfig) -> DictConfig:
-    """The objective that a model, by its own config, was trained with."""
-    from lmlab.models.loading import is_causal
-
-    with from_hub(f'model "{cfg.model.name}"', "model"):
-        name = "clm" if is_causal(cfg.model.name, cfg.model.revision) else "mlm"
-    block = OmegaConf.load(CONF / "objective" / f"{name}.yaml")
-    assert isinstance(block, DictConfig)
-    block.pop("defaults", None)
-    return block
-
-
-def elsewhere(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
-    """The same config with some values changed, for a directory in its own."""
-    other = OmegaConf.merge(cfg, changes, {"run_dir": f"{cfg.run_dir}/check"})
-    assert isinstance(other, DictConfig)
-    return other
 
 
 def config_of(run: RunDirectory) -> DictConfig:
@@ -433,4 +267,4 @@ def read_config(run_dir: Path) -> DictConfig:
     for key in BLOCKS:
         if key in cfg and not isinstance(cfg[key], DictConfig):
             raise UserError(f"{place} is damaged: {key} is no mapping in it. Bring back what it was.")
-    return OmegaConf.create(secrets.taken_over(OmegaConf.to_container(cfg)))
+    return OmegaConf.create(secrets.taken_over(current(OmegaConf.to_container(cfg))))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from lmlab.data.choices import BUILDERS
+from lmlab.console import command
+from lmlab.data.options import BUILDERS
 from lmlab.errors import UserError
-from lmlab.runs.secrets import MARK, redacted_word
-from lmlab.shell import command
+from lmlab.secrets import MARK, redacted_word
 
 # Mappings whose keys are for others to say: a model's architecture, the columns of a data set, a class of Optuna's,
 # a callback or a logger, the environment. Hydra knows the keys of the YAML files alone.

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from lmlab.config import build, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import UserError
+from lmlab.io import from_here
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import from_here
 from lmlab.training import checkpoint
 
 
@@ -38,13 +38,13 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     weights, which, step = found
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     _, model = build.build_model(cfg, tokenizer)
-    state = checkpoint.read_state(weights)["state_dict"]
+    state = checkpoint.load_checkpoint(weights)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
     copy = RunDirectory(path)
     path.mkdir(parents=True)
     for file in (run.manifest, run.config):
         shutil.copy(file, path)
     said = f"{from_here(run.path)} at step {step}, its {which} weights so far"
-    copy.note(snapshot=said)
+    copy.update_manifest(snapshot=said)
     checkpoint.export(model, tokenizer, copy.model)
     return said

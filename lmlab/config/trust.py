@@ -13,8 +13,8 @@ from typing import Any
 from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lmlab.config.check import SHARDED
-from lmlab.config.resuming import parsed
+from lmlab.config.changes import parsed
+from lmlab.config.schema import SHARDED
 from lmlab.errors import UserError
 
 # What a block may name: a class that is one of a kind, or a function that says it returns one, out of these modules.
@@ -23,9 +23,9 @@ OWN = {
     "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
     "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),
     "objective": ("builtins.object", ["lmlab.objectives"]),
-    "optim": ("builtins.object", ["lmlab.training.optim"]),
+    "optim": ("builtins.object", ["lmlab.optim"]),
     "trainer": ("lightning.Trainer", ["lightning.pytorch.trainer"]),
-    "callbacks": ("lightning.Callback", ["lmlab.training", "lightning.pytorch.callbacks"]),
+    "callbacks": ("lightning.Callback", ["lmlab.training", "lmlab.sweeps.pruning", "lightning.pytorch.callbacks"]),
     "logger": ("lightning.pytorch.loggers.Logger", ["lmlab.training.loggers"]),
 }
 SCHEDULE = "optim.schedule"  # a name of lmlab's, or an import path
@@ -67,7 +67,7 @@ def strings(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def is_own(key: str, name: str) -> bool:
     """Whether lmlab itself uses what a key names for that block."""
     if key == SCHEDULE:
-        from lmlab.training.optim import SCHEDULES
+        from lmlab.optim import SCHEDULES
 
         return name in SCHEDULES
     if key == "trainer.strategy._target_":

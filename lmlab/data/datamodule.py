@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.preprocess import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, share_of
-from lmlab.runs.stopping import signals_blocked
+from lmlab.distributed.signals import signals_blocked
 
 # An objective: ids [T] and key (seed, epoch, sample) to (inputs [T], scored positions [n], targets [n]).
 # One that is not causal also takes the position of ids[0] in the sample, for samples that are cut.

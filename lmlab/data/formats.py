@@ -17,10 +17,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from lmlab.data.choices import BUILDERS
+from lmlab.data.options import BUILDERS
 from lmlab.data.texts import forms
 from lmlab.errors import UserError, causes, first_line, reading
-from lmlab.runs.files import write_beside
+from lmlab.io import write_beside
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 # What reading a file that is damaged, or of another kind than its name says, may raise.

@@ -22,7 +22,6 @@ import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lmlab.data.choices import Preprocessing
 from lmlab.data.documents import (
     BYTES,
     END,
@@ -35,12 +34,13 @@ from lmlab.data.documents import (
     read_documents,
     spans,
 )
+from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import documents_in
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import encoded, flatten, in_file_order
 from lmlab.data.tokenizers import content_hash, encode
 from lmlab.errors import UserError
-from lmlab.runs.files import locked, replaced
+from lmlab.io import locked, replaced
 
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py

@@ -21,8 +21,9 @@ import pyarrow as pa
 
 from lmlab.data import formats
 from lmlab.data.texts import text_paths
-from lmlab.errors import UNWRITABLE, UserError, causes, from_hub, nearest, reading
-from lmlab.runs.files import write_text
+from lmlab.errors import UNWRITABLE, UserError, causes, nearest, reading
+from lmlab.hub import from_hub
+from lmlab.io import write_text
 
 if TYPE_CHECKING:
     # Imported where it is needed: a run that finds its data prepared need not wait a second for it.
@@ -104,7 +105,7 @@ def load_hub(
 
     datasets.disable_progress_bars()  # what a run has to say, it says itself
     splits = [train] if validation is None else [train, validation]
-    with from_hub(f'data set "{path}"', "data.path"):
+    with from_hub("data set", path, "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
     # Offline, `datasets` takes whichever commit it cached last; its cache names the commit in its folders.
     pinned = revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else ""

@@ -14,7 +14,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmlab.errors import UserError, from_hub
+from lmlab.errors import UserError
+from lmlab.hub import from_hub
 
 END, PAD, MASK, UNKNOWN = "<|endoftext|>", "<pad>", "<mask>", "<unk>"
 
@@ -23,7 +24,7 @@ def pretrained(name: str | None, revision: str | None = None) -> PreTrainedToken
     """A tokenizer by hub id or directory."""
     if name is None:
         raise UserError("tokenizer=pretrained needs a name here: add tokenizer.name=ID_OR_DIRECTORY to the command.")
-    with from_hub(f'tokenizer "{name}"', "model.name or tokenizer.name"):
+    with from_hub("tokenizer", name, "model.name or tokenizer.name"):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lmlab import secrets
 from lmlab.data.documents import UNITS, Documents
 from lmlab.errors import UserError, first_line
-from lmlab.runs import secrets
+from lmlab.io import write_beside, write_json
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import write_beside, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor  # a comparison and a report need not wait for it

@@ -22,8 +22,8 @@ from lmlab.data.documents import CONTINUES, FLAGS, UNITS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
 from lmlab.evaluation.windows import Windows
-from lmlab.models.scored import Scores, score
-from lmlab.models.steps import shard
+from lmlab.models.efficiency import shard
+from lmlab.models.loss import Scores, score
 from lmlab.objectives.mlm import lots, uniform
 
 

@@ -21,10 +21,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 
-from lmlab.errors import UserError, first_line, from_hub, nearest, out_of_memory
+from lmlab.errors import UserError, first_line, nearest, out_of_memory
+from lmlab.hub import from_hub
+from lmlab.models.loss import check_scoring
 from lmlab.models.memory import check_weights
 from lmlab.models.probe import find_out, probe
-from lmlab.models.scored import check_scoring
 
 
 def pretrained(
@@ -34,7 +35,7 @@ def pretrained(
     config: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A trained model by hub id or directory, in float32; `config` changes single values of its config."""
-    with from_hub(f'model "{name}"', "model.name"):
+    with from_hub("model", name, "model.name"):
         config = fitted(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
         try:
             settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **config)

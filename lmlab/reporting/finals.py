@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmlab.evaluation.comparing import (
+from lmlab.evaluation.comparison import (
     CELLS,
     FEWEST,
     REPLICATES,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.comparing import check_comparable, choices_of
+from lmlab.evaluation.comparison import check_comparable, choices_of
 from lmlab.evaluation.records import Records
 from lmlab.reporting.reading import DAMAGED, Run, holds_evaluation, objective_of, read_evaluation, read_run, what_ails
 from lmlab.reporting.words import brief, shortened
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.sweep import Point, points
+from lmlab.sweeps.points import Point, read_points
 
 LABEL = 64
 """Characters of a configuration's name: no chart has room for more."""
@@ -145,7 +145,7 @@ def run_places(folder: Path, unread: list[str]) -> Iterator[tuple[Path, tuple[Pa
 
     def points_in(sweep: Path) -> list[Point]:
         try:
-            return points(sweep)
+            return read_points(sweep)
         except UserError as error:
             if sweep.resolve() not in damaged:
                 damaged.add(sweep.resolve())

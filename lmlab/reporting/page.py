@@ -19,7 +19,10 @@ import vl_convert
 from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
+from lmlab.console import command
+from lmlab.distributed.signals import signals_blocked
 from lmlab.errors import UserError
+from lmlab.io import PARTIAL, read_json
 from lmlab.reporting.drawing import svg_and_png
 from lmlab.reporting.finals import BEST
 from lmlab.reporting.gather import Group
@@ -27,11 +30,8 @@ from lmlab.reporting.reading import Run
 from lmlab.reporting.section import Section
 from lmlab.reporting.words import letter
 from lmlab.runs.directory import surroundings
-from lmlab.runs.files import PARTIAL, read_json
-from lmlab.runs.secrets import redacted_command
-from lmlab.runs.stopping import signals_blocked
 from lmlab.runs.tables import as_csv, as_latex
-from lmlab.shell import command
+from lmlab.secrets import redacted_command
 
 POINTS = 40_000
 """Of curves, in the page: more than that no screen shows, and no phone draws."""

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.comparing import choices_of
+from lmlab.evaluation.comparison import choices_of
 from lmlab.evaluation.records import Records, read
+from lmlab.io import rows
 from lmlab.runs.choices import MACHINERY, chosen, under
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import rows
-from lmlab.runs.states import ENDED, State, state_of
-from lmlab.runs.sweep import Point
+from lmlab.runs.status import ENDED, Status, read_status
+from lmlab.sweeps.points import Point
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with libyaml
 SPLITS = {"validation": "val/loss", "training": "train/loss"}
@@ -44,7 +44,7 @@ class Run:
     """Class of its objective, by its dotted name; what the sweep calls it where no run of that kind has begun."""
     chosen: dict[str, Any]
     """By dotted keys, machinery left out; of a run that has not begun what its sweep says of it."""
-    state: State
+    state: Status
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
     """Of its metrics, whole ones."""
@@ -155,7 +155,7 @@ def read_run(path: Path, name: str, sweep: Path | None, point: Point | None) -> 
     """
     run = RunDirectory(path)
     faults: list[str] = []
-    manifest = run.identity() if run.begun() else {}
+    manifest = run.read_manifest() if run.begun() else {}
     if manifest and "run_id" not in manifest:
         raise UserError(f"{run.manifest} is no manifest of lmlab.")
     if manifest:
@@ -163,11 +163,11 @@ def read_run(path: Path, name: str, sweep: Path | None, point: Point | None) -> 
     config = config_of(run)
     if config and not isinstance(config.get("objective"), dict):
         raise UserError(f"{run.config} is damaged: it names no objective.")
-    state = state_of(run)
+    state = read_status(run)
     if not isinstance(state.message, str | None):
         raise UserError(f"{run.failure} is damaged: its message is no text.")
     ended = state.name in ENDED
-    result = run.result() if ended else {}
+    result = run.read_summary() if ended else {}
     if not measured(result):
         raise UserError(f"{run.summary} is damaged: a figure is no number.")
     records = None

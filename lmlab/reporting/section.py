@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lmlab.evaluation.comparing import paired, shown_p
+from lmlab.evaluation.comparison import paired, shown_p
 from lmlab.evaluation.records import BOUND, is_bound
 from lmlab.reporting import figures
 from lmlab.reporting.figures import Figure, Key

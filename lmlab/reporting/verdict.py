@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from lmlab.evaluation.comparing import FEWEST
+from lmlab.evaluation.comparison import FEWEST
 from lmlab.evaluation.records import BOUND
 from lmlab.reporting.finals import Final
 from lmlab.reporting.words import letter
-from lmlab.runs.states import ENDED
+from lmlab.runs.status import ENDED
 
 NAMED = 2
 """Configurations that a sentence names before it counts them."""

@@ -3,10 +3,10 @@
 import re
 from typing import Any
 
+from lmlab.console import command
+from lmlab.io import from_here
 from lmlab.reporting.reading import Run
 from lmlab.runs.choices import said
-from lmlab.runs.files import from_here
-from lmlab.shell import command
 
 
 def next_command(run: Run) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from lmlab import errors
+
 MACHINERY = (
     "run_dir",
     "cache_dir",
@@ -11,7 +13,7 @@ MACHINERY = (
     "num_workers",
     "compile",
     "activation_checkpointing",
-    "loss_rows",
+    "logits_chunk_size",
     "attention",
     "logger",
     "callbacks.progress",
@@ -35,6 +37,25 @@ runs of one thing, and a run that goes on may change them. The precision is none
 """
 
 
+RENAMED = errors.RENAMED | {
+    "lmlab.training.optim.": "lmlab.optim.",
+    "lmlab.training.pruning.": "lmlab.sweeps.pruning.",
+}
+"""Keys and targets of configs that lmlab 0.1 wrote, and their names since."""
+
+
+def current(config: Any) -> Any:
+    """A composed config with keys and targets under their present names, whichever version wrote it."""
+    if isinstance(config, dict):
+        return {RENAMED.get(key, key): current(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [current(value) for value in config]
+    if isinstance(config, str):
+        before = next((name for name in RENAMED if name.endswith(".") and config.startswith(name)), "")
+        return RENAMED.get(before, "") + config.removeprefix(before)
+    return config
+
+
 def under(key: str, names: Iterable[str]) -> bool:
     """Whether a dotted key is one of some, or lies in a block that is."""
     return any(f"{key}.".startswith(f"{name}.") for name in names)
@@ -53,7 +74,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def chosen(config: dict[str, Any]) -> dict[str, Any]:
     """What was chosen for a run, by dotted keys; a path inside its directory by what follows that."""
-    directory = config["run_dir"]
+    directory, config = config["run_dir"], current(config)
     return {
         key: value.removeprefix(directory) if f"{value}/".startswith(f"{directory}/") else value
         for key, value in flat(config).items()

@@ -17,9 +17,9 @@ from typing import Any, TextIO
 import yaml
 
 import lmlab
+from lmlab import secrets
 from lmlab.errors import UserError
-from lmlab.runs import secrets
-from lmlab.runs.files import content, empty_folders_removed, held, lock, read_json, write_json
+from lmlab.io import content, empty_folders_removed, held, lock, read_json, write_json
 
 PACKAGES = (
     "lightning",
@@ -58,7 +58,7 @@ class RunDirectory:
         self.failure = self.path / "failure.json"
         self.locked = self.path / ".lock"
 
-    def state_at(self, step: int) -> Path:
+    def checkpoint_at(self, step: int) -> Path:
         """The whole state of the run after `step` optimizer steps."""
         return self.checkpoints / f"step-{step}.ckpt"
 
@@ -70,7 +70,7 @@ class RunDirectory:
         """What a rank other than 0 printed."""
         return self.logs / f"rank{rank}.log"
 
-    def states(self) -> list[Path]:
+    def checkpoint_files(self) -> list[Path]:
         """The states that are kept, the newest last."""
         return self.numbered("step")
 
@@ -179,10 +179,10 @@ class RunDirectory:
         return self.begun() and self.config.is_file() and self.ledger.is_file() and not self.model.is_dir()
 
     def failed(self) -> dict[str, Any] | None:
-        """What ended the last attempt at a run that has not come to its end: see states.py."""
+        """What ended the last attempt at a run that has not come to its end: see status.py."""
         return read_json(self.failure) if self.failure.is_file() else None
 
-    def identity(self) -> dict[str, Any]:
+    def read_manifest(self) -> dict[str, Any]:
         """The manifest."""
         return read_json(self.manifest)
 
@@ -190,24 +190,24 @@ class RunDirectory:
         """The run's id and composed config, as a certificate names them; None if this is no run."""
         if not (self.manifest.is_file() and self.config.is_file()):
             return None
-        return {"run_id": self.identity()["run_id"], "config": yaml.safe_load(self.config.read_text())}
+        return {"run_id": self.read_manifest()["run_id"], "config": yaml.safe_load(self.config.read_text())}
 
     def fingerprint(self) -> str:
         """Of the data that it was trained with."""
-        return self.identity()["data_fingerprint"]
+        return self.read_manifest()["data_fingerprint"]
 
     def provenance(self) -> dict[str, Any]:
         """By what, and where, the directory was made."""
-        manifest = self.identity()
+        manifest = self.read_manifest()
         return {key: manifest[key] for key in ("command", "lmlab", "git", "python", "packages", "machine")}
 
-    def result(self) -> dict[str, Any]:
+    def read_summary(self) -> dict[str, Any]:
         """What the run ended with."""
         return read_json(self.summary)
 
-    def note(self, **facts: Any) -> None:
+    def update_manifest(self, **facts: Any) -> None:
         """Add facts to the manifest."""
-        write_json(self.manifest, self.identity() | facts)
+        write_json(self.manifest, self.read_manifest() | facts)
 
 
 def opened(place: Path) -> TextIO:

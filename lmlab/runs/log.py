@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from lmlab.runs import secrets
+from lmlab import secrets
 
 
 class Lines(logging.Formatter):

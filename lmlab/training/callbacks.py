@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmlab.evaluation import records
 from lmlab.evaluation.scoring import Targets
-from lmlab.models.steps import Flops
+from lmlab.io import write_beside
+from lmlab.models.efficiency import Flops
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import write_beside
 from lmlab.training.checkpoint import best_weights, outdated
 from lmlab.training.module import LMModule
 

@@ -27,14 +27,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmlab.console import command
 from lmlab.data.datamodule import HeldOutData
 from lmlab.data.documents import UNITS
+from lmlab.distributed.signals import SIGNALS, requeue
 from lmlab.errors import UserError, disk_full, first_line
 from lmlab.evaluation.scoring import DocumentSums
+from lmlab.io import replaced, write_beside
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.files import replaced, write_beside
-from lmlab.runs.stopping import SIGNALS, requeue
-from lmlab.shell import command
 from lmlab.training.loggers import close
 from lmlab.training.module import LMModule
 
@@ -191,7 +191,7 @@ class Checkpoints(Checkpoint):
         step = checkpoint["global_step"]
         if trainer.is_global_zero:
             # Of steps that are still to come, since it is an earlier state that the run goes on from.
-            for place in [*self.run.states(), *self.run.best()]:
+            for place in [*self.run.checkpoint_files(), *self.run.best()]:
                 if self.run.step_of(place) > step:
                     place.unlink()
         if checkpoint["callbacks"][self.state_key]["early"] == module.steps:
@@ -265,8 +265,8 @@ class Checkpoints(Checkpoint):
         module.stop_on_nonfinite()
         self.kept[step] = self.best
         last = sorted(self.kept)[-3:]
-        self.kept = {at: self.kept[at] for at in self.kept if at in last or self.run.state_at(at).is_file()}
-        trainer.save_checkpoint(self.run.state_at(step), weights_only=False)
+        self.kept = {at: self.kept[at] for at in self.kept if at in last or self.run.checkpoint_at(at).is_file()}
+        trainer.save_checkpoint(self.run.checkpoint_at(step), weights_only=False)
         if trainer.is_global_zero:
             self.io.then(partial(self.clear, {**self.kept, NOW: self.best}))
 
@@ -275,9 +275,9 @@ class Checkpoints(Checkpoint):
 
         They are those on the disk: there may have been no room for the newest.
         """
-        for place in self.run.states()[:-2]:
+        for place in self.run.checkpoint_files()[:-2]:
             place.unlink()
-        there = {NOW, *map(self.run.step_of, self.run.states())}
+        there = {NOW, *map(self.run.step_of, self.run.checkpoint_files())}
         needed = {at for step in there for at in kept.get(step, {})}
         for place in self.run.best():
             if self.run.step_of(place) not in needed:
@@ -310,13 +310,13 @@ class Checkpoints(Checkpoint):
         SIGNALS.patient = False
 
 
-def last_state(run: RunDirectory) -> Path | None:
+def last_checkpoint(run: RunDirectory) -> Path | None:
     """The newest state of a run that is whole; None if it has kept none yet.
 
     Raises:
         UserError: there are states, and all are damaged.
     """
-    places = run.states()[::-1]
+    places = run.checkpoint_files()[::-1]
     for place in places:
         why = damage(place)
         if why is None:
@@ -342,9 +342,9 @@ def best_so_far(run: RunDirectory, mode: str) -> tuple[Path, str, int] | None:
     Returns:
         its path, whether it has the `best` or the `last` weights, and their step; None if there is none.
     """
-    for path in run.states()[::-1]:
+    for path in run.checkpoint_files()[::-1]:
         try:
-            kept = read_state(path)
+            kept = load_checkpoint(path)
         except UserError:  # it is damaged, or the run has just removed it
             continue
         states = [state for state in kept["callbacks"].values() if isinstance(state, dict) and "kept" in state]
@@ -380,7 +380,7 @@ def damage(place: Path) -> str | None:
     return f"the checksum of {bad} is another" if bad else None
 
 
-def read_state(place: Path) -> dict[str, Any]:
+def load_checkpoint(place: Path) -> dict[str, Any]:
     """A kept state, mapped and not read. Nothing in the file is run (promise 10).
 
     Raises:
@@ -396,8 +396,9 @@ def read_state(place: Path) -> dict[str, Any]:
 
 
 def numbered(place: Path) -> bool:
-    """Whether a kept state, of an older lmlab, has an optimizer's parameters by number rather than by name."""
-    return any(type(key) is int for optimizer in read_state(place)["optimizer_states"] for key in optimizer["state"])
+    """Whether a checkpoint, of an older lmlab, has an optimizer's parameters by number rather than by name."""
+    optimizers = load_checkpoint(place)["optimizer_states"]
+    return any(type(key) is int for optimizer in optimizers for key in optimizer["state"])
 
 
 def check_fits(state: dict[str, Any], module: LMModule, place: Path) -> None:
@@ -440,7 +441,7 @@ def outdated(trainer: L.Trainer) -> bool:
     callback, step = best_step(trainer)
     if callback is None or step is None:
         return False
-    sums = read_state(callback.run.best_at(step)).get("validation")
+    sums = load_checkpoint(callback.run.best_at(step)).get("validation")
     return sums is not None and sums["units"].shape[1] != len(UNITS)
 
 

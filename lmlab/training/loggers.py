@@ -17,11 +17,11 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import lmlab
+from lmlab.console import command
 from lmlab.errors import UserError, disk_full, first_line, nearest
+from lmlab.io import read_json, rows
 from lmlab.runs.directory import RunDirectory, git_state
-from lmlab.runs.files import read_json, rows
-from lmlab.runs.secrets import redacted_command
-from lmlab.shell import command
+from lmlab.secrets import redacted_command
 
 LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
@@ -196,7 +196,7 @@ class WandB(WandbLogger):
         """The certificate and the model, and what data they are of."""
         import wandb
 
-        manifest = self.run.identity()
+        manifest = self.run.read_manifest()
         of = {name: manifest[name] for name in ("data_fingerprint", "tokenizer_hash")}
         facts = {"run_id": manifest["run_id"], **of}
         of["ledger"] = read_json(self.run.ledger)

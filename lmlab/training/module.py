@@ -22,7 +22,7 @@ from lmlab.errors import UserError, nearest
 from lmlab.evaluation.perplexity import MeanNLL
 from lmlab.evaluation.records import figures_of, totals_of
 from lmlab.evaluation.scoring import Scorer
-from lmlab.models.steps import share_tied_gradient
+from lmlab.models.efficiency import share_tied_gradient
 
 NEVER = torch.iinfo(torch.int64).max
 

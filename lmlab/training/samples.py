@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.errors import UserError, first_line
-from lmlab.models.inference import speak
+from lmlab.models.generation import speak
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.loggers import Lines, WandB, rewind
 from lmlab.training.module import LMModule

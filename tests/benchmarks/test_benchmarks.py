@@ -206,12 +206,12 @@ def test_help_is_timed() -> None:
         ("pairs=0", "pairs is more than 0, not 0."),
         ("turn=nan", "turn is more than 0, not nan."),
         ("pairs=some", "pairs is a number, not some."),
-        ("loss_rows=4", 'there is no key "loss_rows". Did you mean "lmlab.loss_rows"?'),
+        ("logits_chunk_size=4", 'there is no key "logits_chunk_size". Did you mean "lmlab.logits_chunk_size"?'),
     ],
 )
 def test_words_refused(word: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
-        train.Settings.parse([word], lambda: {"loss_rows", "compile"})
+        train.Settings.parse([word], lambda: {"logits_chunk_size", "compile"})
     assert str(refused.value).startswith(message)
 
 

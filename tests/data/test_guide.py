@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.data import guide_preprocessing
-from lmlab.config.compose import CONF
+from lmlab.config.files import CONF
 from lmlab.data.preprocess import Preprocessing, prepare, split
 from lmlab.data.sources import Corpus, load_sample
 from lmlab.data.tokenizers import bpe

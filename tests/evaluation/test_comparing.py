@@ -10,8 +10,8 @@ import pytest
 
 from lmlab.data.documents import Documents
 from lmlab.errors import UserError
-from lmlab.evaluation import comparing, records
-from lmlab.evaluation.comparing import Side, difference
+from lmlab.evaluation import comparison, records
+from lmlab.evaluation.comparison import Side, difference
 
 POLICY = {"context": "blocks", "block_size": 32, "stride": None, "objective": {}, "pseudo": None, "masks_seed": None}
 BYTES = np.random.default_rng(1).integers(50, 400, 40)
@@ -73,7 +73,7 @@ def simulated(seed: int, gap: float, documents: int, runs: int, of_seeds: float)
             tables.append(np.stack([own * sizes, sizes], axis=1))
         side = Side(name, [None] * runs)  # type: ignore[list-item]
         side.__dict__["sums"] = np.mean(tables, axis=0)
-        side.__dict__["figures"] = np.array([comparing.ratio(table.sum(axis=0)) for table in tables])
+        side.__dict__["figures"] = np.array([comparison.ratio(table.sum(axis=0)) for table in tables])
         sides.append(side)
     return sides
 
@@ -81,7 +81,7 @@ def simulated(seed: int, gap: float, documents: int, runs: int, of_seeds: float)
 @pytest.mark.parametrize(("runs", "of_seeds"), [(1, 0.0), (3, 0.05), (2, 0.05)])
 def test_the_interval_covers_the_true_difference(runs: int, of_seeds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """About 95 times in 100; of 200 simulations fewer than 180 or none outside would be a chance below 1 in 500."""
-    monkeypatch.setattr(comparing, "REPLICATES", 400)
+    monkeypatch.setattr(comparison, "REPLICATES", 400)
     gap, covered, rejected = 0.02, 0, 0
     for seed in range(200):
         sides = simulated(seed, gap, 40, runs, of_seeds)
@@ -126,9 +126,9 @@ def test_against_the_textbook() -> None:
 
 
 def test_few_documents_have_no_interval(write: Write) -> None:
-    few = comparing.FEWEST - 1
+    few = comparison.FEWEST - 1
     runs = [write(name, np.full(few, level), np.full(few, 100)) for name, level in (("a", 1.0), ("b", 1.25))]
-    row = comparing.table(comparing.sides_of(runs))[1]
+    row = comparison.table(comparison.sides_of(runs))[1]
     assert row["difference"] == pytest.approx(0.25)
     assert (row["low"], row["high"], row["p"]) == (None, None, None)
 
@@ -140,7 +140,7 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
                 "seed": seed,
                 "optim": {"lr": lr},
                 # How they ran is no choice of what they are.
-                **{"profile": seed == 1, "compile": seed == 2, "loss_rows": 64 * seed, "num_workers": seed},
+                **{"profile": seed == 1, "compile": seed == 2, "logits_chunk_size": 64 * seed, "num_workers": seed},
                 "trainer": {"precision": "32-true", "devices": seed, "accumulate_grad_batches": seed},
                 "callbacks": {
                     "best": {"dirpath": f"{tmp_path}/{lr}/{seed}/x"},
@@ -149,16 +149,16 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
                 },
             }
             write(f"{lr}/{seed}", np.full(40, lr + seed / 10), config=config)
-    sides = comparing.sides_of(comparing.evaluations([tmp_path]))
+    sides = comparison.sides_of(comparison.evaluations([tmp_path]))
     assert [(side.name, len(side.runs)) for side in sides] == [("optim.lr=1", 3), ("optim.lr=2", 3)]
-    assert comparing.differing(sides) == {"optim.lr": [1, 2]}
-    first, second = comparing.table(sides)
+    assert comparison.differing(sides) == {"optim.lr": [1, 2]}
+    first, second = comparison.table(sides)
     assert (first["value"], second["value"]) == (pytest.approx(1.2), pytest.approx(2.2))
     assert first["deviation_of_seeds"] == pytest.approx(0.1)
     assert first["difference"] is None
     assert second["difference"] == pytest.approx(1.0)
     # Two seeds of one thing are compared as they are.
-    two = comparing.sides_of(comparing.evaluations([tmp_path / "1/1", tmp_path / "1/2"]))
+    two = comparison.sides_of(comparison.evaluations([tmp_path / "1/1", tmp_path / "1/2"]))
     assert [side.name for side in two] == ["seed=1", "seed=2"]
 
 
@@ -173,7 +173,7 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
 )
 def test_correction_for_the_number_of_pairs(values: list[float | None], corrected: list[float | None]) -> None:
     """Holm 1979, worked by hand."""
-    assert comparing.holm(values) == [p if p is None else pytest.approx(p) for p in corrected]
+    assert comparison.holm(values) == [p if p is None else pytest.approx(p) for p in corrected]
 
 
 def test_the_documents_that_differ_most(write: Write) -> None:
@@ -182,7 +182,7 @@ def test_the_documents_that_differ_most(write: Write) -> None:
     other[7] += 0.5
     other[20] -= 0.4
     runs = [write("a", level, np.full(40, 100)), write("b", other, np.full(40, 100))]
-    rows = comparing.furthest(comparing.sides_of(runs), 2)
+    rows = comparison.furthest(comparison.sides_of(runs), 2)
     assert [row["document"] for row in rows] == ["document-7", "document-20"]
     assert [row["bits_more"] for row in rows] == [pytest.approx(50), pytest.approx(-40)]
     assert rows[0]["of_the_other"] == pytest.approx(1)
@@ -201,29 +201,29 @@ def test_the_documents_that_differ_most(write: Write) -> None:
 def test_what_is_not_comparable_is_refused(write: Write, facts: dict, said: str) -> None:
     runs = [write("a", np.ones(40)), write("b", np.ones(40), **facts)]
     with pytest.raises(UserError, match=said):
-        comparing.check_comparable(runs)
+        comparison.check_comparable(runs)
 
 
 def test_masks_on_other_tokens_are_not_comparable(write: Write) -> None:
     masked = {"figure": "masked_perplexity", "policy": POLICY | {"masks_seed": 0}}
     runs = [write("a", np.ones(40), **masked), write("b", np.ones(40), **masked, tokenizer_hash="other")]
     with pytest.raises(UserError, match="their tokenizers differ"):
-        comparing.check_comparable(runs)
+        comparison.check_comparable(runs)
     # A causal figure per byte is made for that.
     runs = [write("c", np.ones(40)), write("d", np.ones(40), tokenizer_hash="other")]
-    comparing.check_comparable(runs)
+    comparison.check_comparable(runs)
 
 
 def test_a_sample_of_other_tokens_is_not_comparable(write: Write) -> None:
     facts = {"figure": "pseudo_perplexity", "policy": POLICY | {"pseudo": {"sample": 0.5}}}
     runs = [write("a", np.ones(40), **facts), write("b", np.ones(40), **facts, tokenizer_hash="other")]
     with pytest.raises(UserError, match="without a sample"):
-        comparing.check_comparable(runs)
+        comparison.check_comparable(runs)
 
 
 def test_models_of_one_name_are_not_seeds_of_one_thing(write: Write) -> None:
     runs = [write(place, np.ones(40), model="m") for place in ("a", "b")] + [write("c", np.ones(40))]
-    assert [len(side.runs) for side in comparing.sides_of(runs)] == [1, 1, 1]
+    assert [len(side.runs) for side in comparison.sides_of(runs)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("runs", [1, 3])
@@ -240,7 +240,7 @@ def test_a_third_side_moves_no_interval(write: Write) -> None:
     sides = simulated(5, 0.1, 40, 3, 0.05)
     wild = Side("wild", sides[0].runs)
     wild.__dict__.update(sums=sides[0].sums * [2, 1], figures=sides[0].figures * np.array([1, 3, 9]))
-    assert comparing.seed_error(sides[1], sides[0])[1] <= 4
+    assert comparison.seed_error(sides[1], sides[0])[1] <= 4
     one, other = difference(sides[1], sides[0]), difference(wild, sides[0])
     assert difference(sides[1], sides[0]) == one != other
 
@@ -250,7 +250,7 @@ def test_other_documents(write: Write) -> None:
     names = [f"else-{i}" for i in range(40)]
     table = other.table.set_column(0, other.table.schema.field(0), [names])
     with pytest.raises(UserError, match="no of 40 documents are in both"):
-        comparing.check_comparable([one, records.Records(other.place, other.certificate, table)])
+        comparison.check_comparable([one, records.Records(other.place, other.certificate, table)])
 
 
 @pytest.mark.parametrize("same", ["weights", "seed"])
@@ -262,25 +262,25 @@ def test_one_draw_twice_is_no_two_seeds(write: Write, same: str) -> None:
         write("c", np.ones(40), config={"seed": 1, "lr": 2, "compile": False}),
     ]
     with pytest.raises(UserError, match=f"the same {same}: .* they would count twice"):
-        comparing.sides_of(runs)
+        comparison.sides_of(runs)
 
 
 def test_precision_is_a_difference(write: Write) -> None:
     runs = [write(kind, np.ones(40), config={"seed": 1, "trainer": {"precision": kind}}) for kind in ("32", "bf16")]
-    assert [side.name for side in comparing.sides_of(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
+    assert [side.name for side in comparison.sides_of(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
 
 
 def test_runs_that_differ_in_machinery_alone_go_by_their_directories(write: Write) -> None:
     runs = [write(name, np.ones(40), config={"seed": 1, "compile": name == "a"}) for name in "ab"]
-    assert [Path(side.name).name for side in comparing.sides_of(runs)] == ["a", "b"]
+    assert [Path(side.name).name for side in comparison.sides_of(runs)] == ["a", "b"]
 
 
 def test_directories(write: Write, tmp_path: Path) -> None:
     write("a", np.ones(40))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no evaluation"):
-        comparing.evaluations([tmp_path / "a", tmp_path / "empty"])
+        comparison.evaluations([tmp_path / "a", tmp_path / "empty"])
     with pytest.raises(UserError, match="is named twice"):
-        comparing.evaluations([tmp_path / "a", tmp_path / "a"])
+        comparison.evaluations([tmp_path / "a", tmp_path / "a"])
     with pytest.raises(UserError, match="only evaluation"):
-        comparing.evaluations([tmp_path / "a"])
+        comparison.evaluations([tmp_path / "a"])

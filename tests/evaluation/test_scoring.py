@@ -37,7 +37,7 @@ from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.evaluation.records import figures_of, totals_of
 from lmlab.evaluation.scoring import DocumentSums, HeldOut, Scorer
-from lmlab.models.scored import score
+from lmlab.models.loss import score
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 

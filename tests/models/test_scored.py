@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
 from lmlab.models.loading import from_scratch
+from lmlab.models.loss import rows_at_once, score
 from lmlab.models.probe import probe
-from lmlab.models.scored import rows_at_once, score
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmlab.errors import UserError
-from lmlab.models.scored import score
-from lmlab.models.steps import (
+from lmlab.models.efficiency import (
     Flops,
     attention_of,
     checkpoint_activations,
@@ -23,6 +22,7 @@ from lmlab.models.steps import (
     layers,
     share_tied_gradient,
 )
+from lmlab.models.loss import score
 from lmlab.training.callbacks import peak_flops
 
 from ..conftest import TINY, TINY_MLM, metrics

@@ -45,7 +45,7 @@ def made(
     run.config.write_text(yaml.safe_dump(config, sort_keys=False))
     shutil.copy(like.overrides, run.overrides)
     shutil.copy(like.ledger, run.ledger)
-    manifest = like.identity() | {"run_id": identity, "seeds": {"run": config["seed"], "split": 0}}
+    manifest = like.read_manifest() | {"run_id": identity, "seeds": {"run": config["seed"], "split": 0}}
     run.manifest.write_text(json.dumps(manifest | ({"steps": steps} if steps else {})))
     lines = [scaled(json.loads(line), factor) for line in like.metrics.read_text().splitlines()]
     if rows:
@@ -55,7 +55,9 @@ def made(
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in half) + '{"step": 99, "time": 17')
         return place
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = like.result() | scaled({key: v for key, v in like.result().items() if key.startswith("val/")}, factor)
+    summary = like.read_summary() | scaled(
+        {key: v for key, v in like.read_summary().items() if key.startswith("val/")}, factor
+    )
     run.summary.write_text(json.dumps(summary))
     certified(like, run, {"run_id": identity, "config": config}, factor)
     return place

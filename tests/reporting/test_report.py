@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 import pytest
 
-from lmlab.evaluation import comparing, records
+from lmlab.evaluation import comparison, records
 from lmlab.reporting import page as pages
 from lmlab.reporting.finals import finals
 from lmlab.reporting.gather import gather
@@ -124,12 +124,12 @@ def test_tables(report: Path, study: Path) -> None:
     ranked = [row["run"] for row in causal if row["rank"]]
     assert ranked == ["0", "1", "2", "3", "5", "6", "7", "8", "9"]  # their losses rise with their numbers
     assert causal[0]["optim.lr"] == "0.0001"
-    summary = RunDirectory(study / "0").result()
+    summary = RunDirectory(study / "0").read_summary()
     for count in ("parameters", "trainable_parameters", "flops"):
         assert causal[0][count] == str(summary[count])
         assert causal[-1][count] == ""
     assert f"{summary['parameters']:,}" in (report / "report.html").read_text()
-    assert float(causal[0]["perplexity"]) == RunDirectory(study / "0").result()["val/perplexity"]
+    assert float(causal[0]["perplexity"]) == RunDirectory(study / "0").read_summary()["val/perplexity"]
     assert {row["run"]: row["state"] for row in causal if not row["rank"]} == {
         "4": "failed",
         "10": "waiting",
@@ -157,8 +157,8 @@ def test_intervals_are_those_of_compare(study: Path) -> None:
     read = [records.read(study / name) for name in ("0", "1", "2", "3")]
     best, other = finals(read, {run.place: str(int(run.place.name) // 2) for run in read})
     assert [place.name for place in best.places] == ["0", "1"]
-    sides = comparing.sides_of(read)
-    expected = comparing.difference(sides[1], sides[0])
+    sides = comparison.sides_of(read)
+    expected = comparison.difference(sides[1], sides[0])
     assert other.difference == expected
     for side, found in zip(sides, (best, other), strict=True):
         value, low, high = found.bits_per_byte

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lmlab.evaluation.comparing import Difference
+from lmlab.evaluation.comparison import Difference
 from lmlab.reporting.finals import Final
 from lmlab.reporting.verdict import verdict
 

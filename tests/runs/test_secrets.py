@@ -14,10 +14,12 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lmlab.config.compose import CONF
-from lmlab.runs import secrets, states, sweep
+from lmlab import secrets
+from lmlab.config.files import CONF
+from lmlab.runs import status
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.secrets import MARK
+from lmlab.secrets import MARK
+from lmlab.sweeps.points import read_sweep
 from tests.conftest import TINY, Refused, run_verb
 
 SHORT = [word for word in TINY if word != "logger=file"]
@@ -191,7 +193,7 @@ def test_messages() -> None:
     assert secrets.redacted_text("what is of-this-very-test?") == f"what is {MARK}?"
     assert secrets.redacted_text("a.api_key=pw is none") == f"a.api_key={MARK} is none"
     assert secrets.redacted_text(f"a.api_key={MARK}: is none") == f"a.api_key={MARK}: is none"
-    others = "mask token: <mask>, KEY=VALUE, add a.api_key=… to it, http://a.b:80 and me@x, loss_rows='1'"
+    others = "mask token: <mask>, KEY=VALUE, add a.api_key=… to it, http://a.b:80 and me@x, logits_chunk_size='1'"
     assert secrets.redacted_text(others) == others
 
 
@@ -330,7 +332,7 @@ def test_what_ends_a_run_is_kept_without_it(
     with pytest.raises(RuntimeError, match=PLANTED[0]):
         train(*TINY, keeper)
     run = RunDirectory(tmp_path / "run")
-    assert states.state_of(run).message == f"RuntimeError: the service does not know {MARK}"
+    assert status.read_status(run).message == f"RuntimeError: the service does not know {MARK}"
     assert not holding(run.path, PLANTED[0])
 
 
@@ -368,4 +370,4 @@ def test_a_secret_is_not_swept_over(refused: Refused, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     said = refused("train", "-m", *TINY, "+callbacks.keeper.api_key=a,b", f"hydra.sweep.dir={folder}")
     assert "callbacks.keeper.api_key is a secret" in said
-    assert not sweep.facts(folder)
+    assert not read_sweep(folder)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lmlab.runs.states import state_of
-from lmlab.runs.sweep import points
+from lmlab.runs.status import read_status
+from lmlab.sweeps.points import read_points
 from tests.conftest import TINY, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -269,8 +269,8 @@ def test_killed_job_does_not_hide_the_others(
     folder = place / "killed"
     said = killed.communicate(timeout=180)[0]
     assert killed.returncode == 1, said
-    assert [state_of(point.run).name for point in points(folder)] == ["failed", "done"]
-    assert state_of(points(folder)[0].run).cause == "killed"
+    assert [read_status(point.run).name for point in read_points(folder)] == ["failed", "done"]
+    assert read_status(read_points(folder)[0].run).cause == "killed"
     there = (folder / "1" / "summary.json").stat().st_mtime_ns
     resume = start("python", "-m", "lmlab.sweep", "resume", "killed", "hydra/launcher=basic")
     said = resume.communicate(timeout=120)[0]

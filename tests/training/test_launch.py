@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lmlab.training import launch
+from lmlab.distributed import launch
 
 from ..conftest import TINY, losses, metrics
 from ..processes import begin, finish, heeding, wait_for

@@ -18,9 +18,9 @@ from lmlab.data.sampler import draws
 from lmlab.models.loading import from_scratch
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
+from lmlab.optim import AdamW
 from lmlab.training.callbacks import Measure
 from lmlab.training.module import LMModule
-from lmlab.training.optim import AdamW
 
 STEPS, BATCH, BLOCK, SEED = 20, 8, 32, 3
 VOCABULARY = {f"w{i}": i for i in range(90)} | {"<s>": 90, "</s>": 91, "<pad>": 92, "<mask>": 93}

@@ -12,8 +12,8 @@ from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.preprocess import Blocks
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
+from lmlab.optim import AdamW
 from lmlab.training.module import LMModule
-from lmlab.training.optim import AdamW
 
 from ..models.test_scored import small
 from .test_reference import BATCH, BLOCK, SEED, blocks, fitted, tokenizer

@@ -1,0 +1,67 @@
+"""What commands print: tables, and commands to be copied into a shell.
+
+rich is imported where a table is printed, as most of this is needed before anything is shown.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLAIN = re.compile(r"[\w@%+=:,./…-]+", re.ASCII)
+# What means something between double quotes; ! does where a person types.
+SPECIAL = re.compile(r'["$`\\!\n]')
+
+
+def command(*words: object) -> str:
+    """A command as a POSIX shell reads it, quoted no more than it needs.
+
+    >>> print(command("python", "-m", "lmlab.predict", "outputs/run", "What's it?"))
+    python -m lmlab.predict outputs/run "What's it?"
+    """
+    return " ".join(map(quoted, map(str, words)))
+
+
+def quoted(word: str) -> str:
+    if PLAIN.fullmatch(word):
+        return word
+    if "'" in word and not SPECIAL.search(word):
+        return f'"{word}"'
+    return "'" + word.replace("'", r"'\''") + "'"
+
+
+def show_result(rows: Mapping[str, str], title: str = "Result") -> None:
+    """Print a table of names and values."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, title=title, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))  # generated text may look like rich's markup
+    console().print(table)
+
+
+def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
+    """Print a table: the first columns, so many, of words, the others of figures."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place >= words else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console().print(table)
+
+
+def console() -> "Console":
+    """The terminal, or a file as wide as tables need."""
+    from rich.console import Console
+
+    # Off a terminal rich would fold at 80 columns, in the middle of paths.
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=120)

@@ -1,0 +1,1 @@
+"""Ranks: launching them, agreeing between them, and the signals that stop them."""

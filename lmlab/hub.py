@@ -1,0 +1,87 @@
+"""The Hugging Face hub: failed loads explained, and no waiting for a hub that does not answer."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+
+from lmlab.errors import UNWRITABLE, UserError, first_line
+
+
+def check_directory(kind: str, name: str, key: str) -> None:
+    """Refuse the path of a directory that does not exist.
+
+    A name that can be that of a hub repository, such as `gpt2` or `org/model`, is accepted.
+
+    Args:
+        kind, name, key: as of `from_hub`.
+    """
+    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise UserError(f'could not load {kind} "{name}": no such directory. Give one that is there as {key}.')
+
+
+@contextmanager
+def from_hub(kind: str, name: str, key: str) -> Iterator[None]:
+    """Turn a failed load into a `UserError` that says what was asked for, and how to go on without the network.
+
+    Args:
+        kind: what is loaded: model, tokenizer or data set.
+        name: its hub id or directory.
+        key: the config key that can name a local copy instead.
+    """
+    check_directory(kind, name, key)
+    what = f'{kind} "{name}"'
+    # Here, so that `--help` need not wait for them. The HTTP library's errors are no OSError.
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from safetensors import SafetensorError
+
+    was_offline = constants.HF_HUB_OFFLINE
+    if not Path(name).exists():
+        go_offline_if_cut_off()
+    # Narrow on purpose: a defect raises something else and keeps its traceback.
+    # huggingface_hub errors are OSError or ValueError, as are those of transformers and datasets.
+    try:
+        yield
+    except (OSError, ValueError, HTTPError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} would have to run code that comes with it, which lmlab does not do.\n"
+                "Choose one of an architecture that transformers itself has."
+            ) from error
+        if Path(name).exists():
+            exported = Path(name) / "model"
+            hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
+            why = shorten(str(error), 300, placeholder=" …")
+            raise UserError(f"could not load {what} from there: {why}\n{hint}") from error
+        if was_offline:
+            raise UserError(
+                f"could not load {what} (as a local directory, or from the cache of the hub): {first_line(error)}\n"
+                f"Give a local directory as {key}, or unset HF_HUB_OFFLINE to load it from the hub."
+            ) from error
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        raise UserError(
+            f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"
+            f"Without a network, give a local directory as {key}, "
+            "or set HF_HUB_OFFLINE=1 to use what is cached already."
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def go_offline_if_cut_off() -> None:
+    """Use only the cache where the hub does not answer: its clients would ask again for minutes, file by file."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
+
+    for library in ("httpx", "httpx2"):  # They report each request, at the level of a run's own news.
+        logging.getLogger(library).setLevel(logging.WARNING)
+    if not constants.is_offline_mode():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except HTTPError:
+            constants.HF_HUB_OFFLINE = True

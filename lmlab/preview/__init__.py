@@ -1,0 +1,1 @@
+"""What a training command would do, and what it would take."""
