@@ -18,29 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab import secrets
 from lmlab.config import build, changes, compose, evaluated, schema, trust
+from lmlab.config.rank import on_all_ranks, on_rank_zero
 from lmlab.console import command
-from lmlab.distributed import launch, ranks
+from lmlab.distributed import ranks
 from lmlab.errors import UserError, cause_of, stopped_with
 from lmlab.io import from_here, take_back, write_json, write_text
 from lmlab.runs.directory import RunDirectory
 
 UNKEPT = "Nothing of the evaluation is kept."
-
-
-def main() -> None:
-    if not any(word.lstrip("+").startswith("data=") for word in sys.argv):
-        # Of the run's own data then, which the composed config does not have.
-        sys.argv[1:] = [f"++{word}" if word.startswith("data.") else word for word in sys.argv[1:]]
-    sys.argv[1:] = with_model(sys.argv[1:])
-    if "COMP_LINE" in os.environ:  # a shell asks how to complete a line: all of it but the last word is as typed
-        line, space, last = os.environ["COMP_LINE"].rpartition(" ")
-        os.environ["COMP_LINE"] = " ".join(["lmlab", *with_model(line.split()[1:])]) + space + last
-    if ranks.rank():
-        from lmlab.config.rank import follow
-
-        follow(measure)
-    else:
-        compose.run_verb(start, "evaluate")
 
 
 def with_model(words: list[str]) -> list[str]:
@@ -63,19 +48,6 @@ def with_model(words: list[str]) -> list[str]:
         else:
             found.append(word)
     return found
-
-
-def start(cfg: DictConfig) -> float | None:
-    """Evaluate here, on all the devices asked for; returns the perplexity, by whatever name."""
-    if ranks.rank():
-        from lmlab.config.rank import follow
-
-        follow(measure)
-        return None  # rank 0's counts
-    with ranks.leading():
-        hydra = HydraConfig.get()
-        folders = (source.path for source in hydra.runtime.config_sources if source.provider == "command-line")
-        return evaluate(cfg, list(hydra.overrides.task), next(map(Path, folders), None))
 
 
 def evaluate(cfg: DictConfig, overrides: list[str], folder: Path | None = None) -> float:
@@ -128,8 +100,8 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
         compose.write_config(cfg, run.path)
         write_text(run.overrides, OmegaConf.to_yaml(secrets.redacted_command(overrides)))
         began = time.perf_counter()
-        with run.staying():
-            measure_on_all(cfg)
+        with stopped_with(UNKEPT):
+            on_all_ranks("evaluate", measure, cfg)
             seconds = time.perf_counter() - began
             if cfg.check:
                 prove(cfg)
@@ -139,19 +111,6 @@ def evaluate_here(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> f
         run.give_up()
         raise
     return show(run, seconds)
-
-
-def measure_on_all(cfg: DictConfig) -> None:
-    """Measure, on as many processes as the config has devices."""
-    run = RunDirectory(cfg.run_dir)
-    if schema.world(cfg.trainer) == 1:
-        measure(cfg)
-    elif ranks.rank() is None:
-        with stopped_with(UNKEPT):
-            launch.launch(["evaluate", str(run.path)], cfg.trainer.devices, run.rank_log, compose.handed_over(cfg))
-    else:
-        ranks.tell([str(run.path)], compose.handed_over(cfg))
-        measure(cfg)
 
 
 def measure(cfg: DictConfig) -> None:
@@ -220,7 +179,7 @@ def prove(cfg: DictConfig) -> None:
     try:
         other.start({"masks": cfg.seed})
         compose.write_config(again, other.path)
-        measure_on_all(again)
+        on_all_ranks("evaluate", measure, again)
         first = records.read(run.path)
         found = records.difference(first, records.read(other.path))
     finally:
@@ -238,6 +197,26 @@ def show(run: RunDirectory, seconds: float) -> float:
     speed = f"{certificate['totals']['tokens'] / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"
     show_result(records.described(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
     return certificate["figures"][certificate["figure"]]
+
+
+@on_rank_zero(others=measure)
+def evaluate_job(cfg: DictConfig) -> float:
+    """Evaluate as Hydra composed it; returns the perplexity, or the metric that stands for it."""
+    hydra = HydraConfig.get()
+    folders = (source.path for source in hydra.runtime.config_sources if source.provider == "command-line")
+    return evaluate(cfg, list(hydra.overrides.task), next(map(Path, folders), None))
+
+
+@on_rank_zero(others=measure)
+def main() -> None:
+    if not any(word.lstrip("+").startswith("data=") for word in sys.argv):
+        # Of the run's own data then, which the composed config does not have.
+        sys.argv[1:] = [f"++{word}" if word.startswith("data.") else word for word in sys.argv[1:]]
+    sys.argv[1:] = with_model(sys.argv[1:])
+    if "COMP_LINE" in os.environ:  # a shell asks how to complete a line: all of it but the last word is as typed
+        line, space, last = os.environ["COMP_LINE"].rpartition(" ")
+        os.environ["COMP_LINE"] = " ".join(["lmlab", *with_model(line.split()[1:])]) + space + last
+    compose.run_verb(evaluate_job, "evaluate")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lmlab.config import build, changes, compose, schema, trust
+from lmlab.config.attempt import attempt
 from lmlab.config.compose import config_of
+from lmlab.config.rank import on_rank_zero
 from lmlab.console import command
-from lmlab.distributed import ranks
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.io import from_here, rows
+from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.secrets import redacted_command
-from lmlab.train import check_all, finished, longer, run_or_go_on, train_rank
+from lmlab.train import train, train_rank
 
 EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00                           where it stopped
@@ -47,13 +49,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@on_rank_zero(others=train_rank)
 def main() -> None:
-    if ranks.rank():
-        from lmlab.config.rank import follow
-
-        follow(train_rank)
-        return
-    with shown_plainly(), SIGNALS.heeded(), ranks.leading():
+    with shown_plainly(), SIGNALS.heeded():
         given = parser().parse_intermixed_args()
         run = RunDirectory(given.run.resolve())
         if not run.begun():
@@ -69,10 +67,10 @@ def main() -> None:
             trust.check_trusted(cfg, trusted)
             compose.check_secrets(cfg)
             if run.finished():
-                check_all(cfg, kept, run)
-                if not longer(cfg, kept, run):
-                    raise UserError(finished(run))
-            run_or_go_on(cfg, overrides)
+                changes.check(cfg, kept, run)
+                if not changes.lengthens(cfg, kept, run):
+                    raise UserError(lifecycle.finished(run))
+            attempt(train, cfg, overrides)
 
 
 def again(
@@ -102,7 +100,8 @@ def again(
         print(f"differs from {from_here(run.path)}: {line}")
     if not differ:
         print(f"Code, versions, data and tokenizer are those of {from_here(run.path)}.")
-    run_or_go_on(cfg, overrides, repeats={"run_id": then["run_id"], "path": str(run.path), "differs": differ})
+    repeats = {"run_id": then["run_id"], "path": str(run.path), "differs": differ}
+    attempt(train, cfg, overrides, repeats=repeats)
     print(compared(curve(run), curve(RunDirectory(place))))
 
 

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lmlab.config import signatures
+from lmlab.config import build, schema, signatures
 from lmlab.config.compose import hydra_of, name_precision, without_secrets
 from lmlab.config.explain import dotted, explain
 from lmlab.config.files import CONF
@@ -21,7 +21,9 @@ from lmlab.config.schema import world
 from lmlab.console import command
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line, nearest
+from lmlab.io import from_here
 from lmlab.runs.choices import MACHINERY, flat, said, under
+from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import MARK
 
 CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
@@ -237,6 +239,61 @@ def settle_width(cfg: DictConfig, kept: DictConfig | None = None) -> None:
         f"batch_size={cfg.batch_size} does not divide over {world(trainer)} ranks.\n"
         f"This run can go on with {', '.join(divisors[:-1])} or {divisors[-1]} of them."
     )
+
+
+def check(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
+    """Refuse a config that can be seen to be wrong, or to be another experiment than the run that was begun.
+
+    Args:
+        kept: the config that the run was begun with; None for a new run.
+    """
+    settle_width(cfg, kept)
+    schema.check_run(cfg)
+    if kept is not None:
+        # Without a checkpoint, nothing could tell what was at the path that a key names.
+        check_same(cfg, kept, located=bool(run.checkpoint_files()))
+
+
+def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint: Path | None) -> None:
+    """Refuse to go on with a run whose data or tokenizer has changed, or whose checkpoint does not fit the config."""
+    from lmlab.training.checkpoint import numbered
+
+    manifest = run.read_manifest()
+    again = command("python", "-m", "lmlab.resume", from_here(run.path))
+    with where_they_lie(again, places(cfg, kept)):
+        data = build.prepare_data(cfg)
+    for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
+        if manifest.get(key, getattr(data, key)) != getattr(data, key):
+            words = [words for key, words in differing(cfg, kept).items() if under(key, LOCATED)]
+            named = " ".join(places(kept, kept))
+            raise UserError(
+                f"the {name} of {run.path} is not what the run was begun with: "
+                f"{', '.join(words) if words else 'its files have changed'}.\n"
+                f"Bring it back,{f' name where it is now ({named}),' if named else ''} or begin another run."
+            )
+    if checkpoint is None:
+        return
+    steps, _ = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    if steps < run.step_of(checkpoint):
+        raise UserError(f"{run.path} is at step {run.step_of(checkpoint)} already, and {steps} steps are fewer.")
+    if schema.strategy(cfg.trainer) == "fsdp" and schema.world(cfg.trainer) > 1 and numbered(checkpoint):
+        raise UserError(
+            f"{checkpoint} was written by an older lmlab, and can't be sharded as it is.\n"
+            "Go on without trainer=fsdp until the next checkpoint is there."
+        )
+
+
+def lengthens(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
+    """Whether a config asks for more steps than a finished run has made."""
+    if length(cfg) == length(kept):
+        return False
+    return not 0 < (cfg.trainer.max_steps or 0) <= run.read_summary()["steps"]
+
+
+def about(cfg: DictConfig, kept: DictConfig) -> dict[str, Any]:
+    """What the manifest keeps of an attempt to go on: its devices, and the length of the run before if that changes."""
+    devices = {"devices": schema.world(cfg.trainer)}
+    return devices if length(cfg) == length(kept) else devices | {"length_before": length(kept)}
 
 
 def length(cfg: DictConfig) -> tuple[Any, Any]:
