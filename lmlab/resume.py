@@ -17,7 +17,8 @@ from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.io import from_here, rows
 from lmlab.runs import lifecycle
-from lmlab.runs.directory import RunDirectory, differences, surroundings
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.manifest import environment, version_changes
 from lmlab.secrets import redacted_command
 from lmlab.train import train, train_rank
 
@@ -63,7 +64,7 @@ def main() -> None:
         elif given.into:
             raise UserError("--into is for --fresh: a run goes on in its own directory.")
         else:
-            cfg = changes.continued(kept, run.path, overrides, given.config_dir)
+            cfg = changes.apply_overrides(kept, run.path, overrides, given.config_dir)
             trust.check_trusted(cfg, trusted)
             compose.check_secrets(cfg)
             if run.finished():
@@ -80,16 +81,16 @@ def again(
     place = (given.into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
     if RunDirectory(place).begun():
         raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
-    cfg = changes.continued(kept, place, overrides, given.config_dir)
+    cfg = changes.apply_overrides(kept, place, overrides, given.config_dir)
     trust.check_trusted(cfg, trusted)
     compose.check_secrets(cfg)
     schema.check_run(cfg)
     then = run.read_manifest()
     words = command("python", "-m", "lmlab.resume", from_here(run.path), "--fresh")
-    with changes.where_they_lie(words, changes.places(cfg, kept)):
+    with changes.hint_at_locations(words, changes.location_overrides(cfg, kept)):
         data = build.prepare_data(cfg)
     prepared = data.identity
-    differ = differences(then, surroundings())
+    differ = version_changes(then, environment())
     differ += [f"{name.replace('_', ' ')}: not what it was" for name in prepared if then.get(name) != prepared[name]]
     differ += [
         f"length: it was made another at step {a['step']}" for a in then.get("went_on", ()) if "length_before" in a

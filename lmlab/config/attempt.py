@@ -55,7 +55,10 @@ def attempt(
 
                 checkpoint = last_checkpoint(run)
                 changes.check_data(cfg, kept, run, checkpoint)
-                this = lifecycle.resumed(run, config, checkpoint, **changes.about(cfg, kept))
+                about: dict[str, Any] = {"devices": world(cfg.trainer)}
+                if changes.length(cfg) != changes.length(kept):
+                    about["length_before"] = changes.length(kept)
+                this = lifecycle.resumed(run, config, checkpoint, **about)
             with this:
                 if world(cfg.trainer) > 1 or apart:
                     build.prepare_data(cfg)  # once: the ranks find it in the cache

@@ -19,8 +19,9 @@ from lmlab.console import command
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Stopped, UserError, cause_of
 from lmlab.io import from_here, replaced, take_back, write_beside, write_json, write_text
-from lmlab.runs.directory import RunDirectory, differences, surroundings
+from lmlab.runs.directory import RunDirectory
 from lmlab.runs.ledger import show_ledger
+from lmlab.runs.manifest import environment, version_changes
 from lmlab.runs.status import write_failure
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def resumed(run: RunDirectory, config: str, checkpoint: Path | None, **attempt: 
         checkpoint: what the run goes on from; None where it has none yet, and starts again.
         attempt: what the manifest keeps of this attempt, beside time, step, host and versions.
     """
-    manifest, now = run.read_manifest(), surroundings()
-    for line in differences(manifest, now):
+    manifest, now = run.read_manifest(), environment()
+    for line in version_changes(manifest, now):
         LOG.warning("Changed since the run began: %s", line)
     step = run.step_of(checkpoint) if checkpoint else 0
     LOG.info("Going on with run %s from step %d.", manifest["run_id"], step)

@@ -191,7 +191,7 @@ class Checkpoints(Checkpoint):
         step = checkpoint["global_step"]
         if trainer.is_global_zero:
             # Of steps that are still to come, since it is an earlier state that the run goes on from.
-            for place in [*self.run.checkpoint_files(), *self.run.best()]:
+            for place in [*self.run.checkpoint_files(), *self.run.best_files()]:
                 if self.run.step_of(place) > step:
                     place.unlink()
         if checkpoint["callbacks"][self.state_key]["early"] == module.steps:
@@ -279,7 +279,7 @@ class Checkpoints(Checkpoint):
             place.unlink()
         there = {NOW, *map(self.run.step_of, self.run.checkpoint_files())}
         needed = {at for step in there for at in kept.get(step, {})}
-        for place in self.run.best():
+        for place in self.run.best_files():
             if self.run.step_of(place) not in needed:
                 place.unlink()
 

@@ -20,7 +20,8 @@ import lmlab
 from lmlab.console import command
 from lmlab.errors import Stopped, UserError, disk_full, first_line, nearest
 from lmlab.io import read_json, rows
-from lmlab.runs.directory import RunDirectory, git_state
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.manifest import git_state
 from lmlab.secrets import redacted_command
 
 LOG = logging.getLogger(__name__)
