@@ -139,7 +139,7 @@ def test_a_secret_is_given_again(tmp_path: Path, refused: Refused, capsys: pytes
     run_verb("sweep", "resume", tmp_path)
     *_, counts, said = capsys.readouterr().out.splitlines()
     assert counts == "2 done"
-    assert said.startswith("All have come to their end.")
+    assert said.startswith("All runs have ended.")
     assert said.endswith("hydra.job.env_set.OF_TEST=…")
     with updated_sweep(tmp_path) as content:
         before = content["shared"]
