@@ -162,14 +162,14 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
     from lmlab.evaluation.scoring import Scorer
-    from lmlab.models.loading import check_belongs
-    from lmlab.models.loss import rows_at_once
+    from lmlab.models.loading import check_tokenizer
+    from lmlab.models.loss import logits_chunk_size
     from lmlab.runs.ledger import warn_of
 
     run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).resolve().parent)
     tokenizer = schema.build(cfg.tokenizer, "tokenizer")
     objective, model = build.build_model(cfg, tokenizer)
-    check_belongs(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
     # Another model may lie beside a run's own.
     trained = evaluated.trained_as() if evaluated.model == Path(cfg.model.name).resolve() else None
@@ -190,7 +190,7 @@ def measure(cfg: DictConfig) -> None:
     held_out = build.build_held_out(cfg, data, objective)
     build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
     scorer = Scorer(
-        model, len(data.validation.names), rows_at_once(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer))
+        model, len(data.validation.names), logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer))
     )
     trainer = build.build_evaluation_trainer(cfg)
     with stopped_with(UNKEPT):
@@ -222,7 +222,7 @@ def prove(cfg: DictConfig) -> None:
         compose.write_config(again, other.path)
         measure_on_all(again)
         first = records.read(run.path)
-        found = records.difference(first, records.read(other.path))
+        found = records.check_agreement(first, records.read(other.path))
     finally:
         shutil.rmtree(other.path, ignore_errors=True)
     widths = {"batch_size": [cfg.batch_size, again.batch_size], "devices": [cfg.trainer.devices, again.trainer.devices]}
@@ -236,7 +236,7 @@ def show(run: RunDirectory, seconds: float) -> float:
 
     certificate = records.read(run.path).certificate
     speed = f"{certificate['totals']['tokens'] / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"
-    show_result(records.described(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
+    show_result(records.describe(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
     return certificate["figures"][certificate["figure"]]
 
 

@@ -1,1 +1,65 @@
-"""What a label is, and which positions are scored."""
+"""The interface of an objective: which tokens a model has to predict, and what follows from that.
+
+Shapes: T positions of one text, N scored positions in it.
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+OBJECTIVE_OF = {"AutoModelForCausalLM": "clm", "AutoModelForMaskedLM": "mlm"}
+"""The objective (a file of conf/objective/) that suits a trained model of each `AutoModel` class, where a command
+does not name one."""
+
+
+class Example(NamedTuple):
+    """What a model is given for one text, and what it has to predict."""
+
+    inputs: np.ndarray
+    """[T] ids that the model reads."""
+    positions: np.ndarray
+    """[N] positions whose output is scored, ascending."""
+    targets: np.ndarray
+    """[N] id that has to be predicted at each of them."""
+
+
+class Objective(Protocol):
+    """Turns the tokens of a text into an `Example`, and says what the model and the metric have to be.
+
+    The two that come with lmlab, on the text "The cat sat on":
+
+    ```
+                 CausalLM                     MaskedLM
+    tokens       The   cat   sat   on         The    cat     sat    on
+    inputs       The   cat   sat   on         The   <mask>   sat    on
+    positions     0     1     2                       1
+    targets      cat   sat   on                      cat
+    ```
+
+    Any class with these members is one; it need not derive from this. Its constructor takes the keys of its YAML, and
+    the tokenizer where it has a parameter of that name.
+    """
+
+    metric: str
+    """Name of exp(mean nll per target). Only a model that never sees its targets may call it "perplexity"."""
+    auto_class: str
+    """The class of transformers that makes its models, such as "AutoModelForCausalLM"."""
+    bidirectional: bool
+    """Whether the model may see the tokens after a position. If not, held-out text can be scored in windows that
+    overlap; if so, each document is framed by the tokenizer's special tokens and cut into pieces."""
+    target_shift: int
+    """How many positions after its scored position a target stands in the text: 1 for the next token, 0 for the token
+    itself."""
+
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
+        """Returns the example of a text; a pure function of its arguments (promise 1).
+
+        Padding is added after this, so it is never a target.
+
+        Args:
+            ids: [T] token ids.
+            key: (seed, epoch, sample) of whatever is drawn at random. In evaluation the sample is the number of the
+                document, or of the window where windows run across documents.
+            first: position of `ids[0]` in the sample, which may be cut into several texts.
+        """
+        ...
