@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHOLE = "a whole number, 1 or more"
-SAMPLING = {
+SAMPLING: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_k": (f"{WHOLE}; that of all tokens is no limit", lambda value: type(value) is int and value >= 1),
     "max_new_tokens": (WHOLE, lambda value: type(value) is int and value >= 1),
     "temperature": ("more than 0; --greedy takes the most likely token", lambda value: 0 < value < math.inf),

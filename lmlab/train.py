@@ -295,7 +295,6 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     They are those of step `best`, or the last ones if that is None.
     """
     from lmlab.console import show_result
-    from lmlab.models.generation import sample_from_block
     from lmlab.training.callbacks import Measure
     from lmlab.training.checkpoint import export
 
@@ -321,7 +320,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     place = from_here(run.path)
     try:
         block = data.validation.tokens[: cfg.preprocess.block_size].tolist()
-        text, said = sample_from_block(module.model, data.tokenizer, block)
+        text, said = trainer.datamodule.batches.objective.sample(module.model.eval(), data.tokenizer, block)
     except (UserError, RuntimeError) as error:  # the run is done and kept; this is only its last word
         text, said = "…", f"(nothing: {first_line(error)})"
     show_result(

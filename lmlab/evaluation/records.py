@@ -77,7 +77,7 @@ class Records:
 
     @property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `DocumentSums` computed: nll [S, 2] float64, units [S, 7] int64."""
+        """The result of `DocumentSums`: nll [S, 2] float64, units [S, 7] int64."""
         nll, units = (
             np.stack([self.table[name].to_numpy() for name in names], axis=1)
             for names in (("nll", "nll_squared"), UNITS)
@@ -256,7 +256,7 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
 
 def is_bound(certificate: Mapping[str, Any]) -> bool:
     """Returns whether a certificate's metrics per byte and per word are upper bounds, as some tokens were unknown."""
-    return certificate["totals"].get("unknown_tokens", 0) > 0
+    return bool(certificate["totals"].get("unknown_tokens", 0))
 
 
 def rows_hash(table: pa.Table) -> str:

@@ -8,7 +8,7 @@ them, or whole ones).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -30,7 +30,7 @@ from lmlab.objectives.mlm import random_words, uniform
 
 
 class ScoringBatch(NamedTuple):
-    """What one rank scores at once."""
+    """The rows that one rank scores at once."""
 
     input_ids: Tensor
     """[B, T] int64."""
@@ -59,21 +59,6 @@ class Row(NamedTuple):
     """[n] which of the documents' tokens each target is."""
 
 
-class Rows(Protocol):
-    """The rows of an evaluation, made one at a time."""
-
-    documents: Documents
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[rows] tokens of each, special ones around it not counted."""
-
-    def row(self, index: int) -> Row:
-        """Returns a row."""
-
-    def __len__(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class WindowRows:
     """One row for each window, with the targets that the objective chooses in it."""
@@ -88,7 +73,7 @@ class WindowRows:
     @property
     def lengths(self) -> np.ndarray:
         """[rows] tokens of each, special ones around it not counted."""
-        return self.windows.ends - self.windows.starts
+        return self.windows.lengths
 
     def row(self, index: int) -> Row:
         """Returns the row of a window.
@@ -202,11 +187,7 @@ class PseudoRows:
         parts = [np.flatnonzero(candidates[a:b]) + a for a, b in zip(windows.starts, windows.ends, strict=True)]
         self.tokens = np.concatenate([np.zeros(0, np.int64), *parts])
         self.window_of = np.repeat(np.arange(len(parts)), np.array([len(part) for part in parts], np.int64))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[rows] tokens of each, special ones around it not counted."""
-        return (self.windows.ends - self.windows.starts)[self.window_of]
+        self.lengths: np.ndarray = windows.lengths[self.window_of]
 
     def row(self, index: int) -> Row:
         """Returns the row of a token."""
@@ -232,7 +213,7 @@ class HeldOut(Dataset[ScoringBatch]):
     Long rows come first, so that little is padding and a lack of memory shows at once.
     """
 
-    def __init__(self, rows: Rows, pad_id: int, facts: dict[str, Any]):
+    def __init__(self, rows: WindowRows | PseudoRows, pad_id: int, facts: dict[str, Any]):
         """Orders the rows.
 
         Args:

@@ -23,7 +23,7 @@ CONTEXTS = ("blocks", "document", "sliding")
 
 @dataclass(frozen=True)
 class Context:
-    """How much a model sees of the text before a token (or around it)."""
+    """The rule that says how much text before a token (or around it) a model sees."""
 
     name: str = "blocks"
     """blocks: as in training, across documents; a causal model is not scored on a block's first token.
@@ -73,6 +73,12 @@ class Windows:
     """The id put before a framed window; empty if there is none."""
     tail: list[int]
     """The id put after it."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[W] tokens of each, special ones around it not counted."""
+        lengths: np.ndarray = self.ends - self.starts
+        return lengths
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -39,7 +39,7 @@ def fills_masks(model: PreTrainedModel) -> bool:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Returns the ids [1, T] of a text."""
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids.long()
+    return torch.tensor([tokenizer(text, verbose=False).input_ids], dtype=torch.long)
 
 
 @torch.no_grad()
@@ -130,20 +130,17 @@ def fill_mask(
     ]
 
 
-def sample_from_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
-    """Makes a short prompt of a block's tokens, and lets the model continue it or fill the mask in it.
+def continue_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
+    """Returns the first half of a block's beginning as text, and that text as the model continues it."""
+    tokens = beginning(model, tokenizer, ids)
+    text = " ".join(tokenizer.decode(tokens[: len(tokens) // 2]).split())
+    return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]
 
-    Returns:
-        the prompt, and the text that the model makes of it.
-    """
-    model.eval()
-    # At most half of what the model has positions for.
-    limit = min(24, (max_positions(model) or 48) // 2)
-    tokens = [token for token in ids if token not in tokenizer.all_special_ids][:limit]
+
+def fill_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
+    """Returns a block's beginning as text with a mask in its middle, and the three best tokens for it, on lines."""
+    tokens = beginning(model, tokenizer, ids)
     half = len(tokens) // 2
-    if not fills_masks(model):
-        text = " ".join(tokenizer.decode(tokens[:half]).split())
-        return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]
     before, hidden, after = (
         tokenizer.decode(part) for part in (tokens[:half], tokens[half : half + 1], tokens[half + 1 :])
     )
@@ -151,3 +148,9 @@ def sample_from_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     text = " ".join(f"{before}{space}{tokenizer.mask_token}{after}".split())
     candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
     return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
+
+
+def beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Returns the first 24 tokens of a block, special ones left out; fewer if a model has under 48 positions."""
+    limit = min(24, (max_positions(model) or 48) // 2)
+    return [token for token in ids if token not in tokenizer.all_special_ids][:limit]

@@ -101,7 +101,8 @@ def auxiliary_loss(model: PreTrainedModel, output: Any) -> Tensor | None:
         return None
     owners = (model, model.config.get_text_config())
     names = ("router_aux_loss_coef", "aux_loss_coef")
-    return loss * next(getattr(owner, name) for owner in owners for name in names if hasattr(owner, name))
+    coefficient = next(getattr(owner, name) for owner in owners for name in names if hasattr(owner, name))
+    return loss.mul(coefficient)
 
 
 @torch.no_grad()

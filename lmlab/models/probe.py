@@ -22,7 +22,7 @@ PORTABLE = ("eager", "sdpa")
 
 
 class Probe(NamedTuple):
-    """What a model's forward pass was found to do."""
+    """The properties of a model's forward pass."""
 
     backbone: str
     """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model."""
@@ -38,7 +38,7 @@ PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
 
 
 def probe(model: PreTrainedModel) -> Probe:
-    """Returns what the model's forward pass does; the passes are made once for each model.
+    """Returns the properties of the model's forward pass; the passes are made once for each model.
 
     Raises:
         UserError: no module of the model returns a `last_hidden_state`.
@@ -50,7 +50,8 @@ def probe(model: PreTrainedModel) -> Probe:
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """Returns the module whose `last_hidden_state` the head reads: all of the model but its head."""
-    return model.get_submodule(probe(model).backbone)
+    module: nn.Module = model.get_submodule(probe(model).backbone)
+    return module
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 Shapes: T positions of one text, N scored positions in it.
 """
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OBJECTIVE_OF = {"AutoModelForCausalLM": "clm", "AutoModelForMaskedLM": "mlm"}
 """The objective (a file of conf/objective/) that suits a trained model of each `AutoModel` class, where a command
@@ -13,7 +16,7 @@ does not name one."""
 
 
 class Example(NamedTuple):
-    """What a model is given for one text, and what it has to predict."""
+    """The inputs that a model is given for one text, and the targets that it has to predict."""
 
     inputs: np.ndarray
     """[T] ids that the model reads."""
@@ -48,8 +51,8 @@ class Objective(Protocol):
     """Whether the model may see the tokens after a position. If not, held-out text can be scored in windows that
     overlap; if so, each document is framed by the tokenizer's special tokens and cut into pieces."""
     target_shift: int
-    """How many positions after its scored position a target stands in the text: 1 for the next token, 0 for the token
-    itself."""
+    """The number of positions that a target stands after its scored position in the text: 1 for the next token, 0 for
+    the token itself."""
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
         """Returns the example of a text; a pure function of its arguments (promise 1).
@@ -61,5 +64,13 @@ class Objective(Protocol):
             key: (seed, epoch, sample) of whatever is drawn at random. In evaluation the sample is the number of the
                 document, or of the window where windows run across documents.
             first: position of `ids[0]` in the sample, which may be cut into several texts.
+        """
+        ...
+
+    def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
+        """Returns a prompt made of a block's ids, and what the model writes when it is given that.
+
+        Args:
+            model: in evaluation mode.
         """
         ...

@@ -3,9 +3,14 @@
 Shapes: T positions of one text, N = T - 1 scored positions.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from lmlab.objectives import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class CausalLM:
@@ -23,3 +28,9 @@ class CausalLM:
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
         """Returns the example of a text: see `Objective`. Nothing is drawn at random."""
         return Example(ids, np.arange(len(ids) - 1), ids[1:])
+
+    def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
+        """Returns the first half of a text, and the text as the model continues it."""
+        from lmlab.models.generation import continue_block
+
+        return continue_block(model, tokenizer, ids)

@@ -4,7 +4,7 @@ Shapes: T positions of one text, N scored positions in it.
 """
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
 from lmlab.objectives import Example
@@ -77,6 +77,12 @@ class MaskedLM:
             np.where(share < self.replace_mask + self.replace_random, tokens, ids[positions]),
         )
         return Example(inputs, positions, ids[positions])
+
+    def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
+        """Returns a text with a mask in its middle, and the tokens that the model fills it with."""
+        from lmlab.models.generation import fill_block
+
+        return fill_block(model, tokenizer, ids)
 
 
 def random_words(key: tuple[int, int, int], first: int, count: int) -> np.ndarray:
