@@ -150,7 +150,8 @@ def make(folder: Path, size: str, causal: bool, positions: int, vocabulary: int 
         config |= {"intermediate_size": 4 * width, "max_position_embeddings": max(positions, 512) + 2}
         config |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
     torch.manual_seed(SEED)
-    from_scratch(tokenizer, causal, "gpt2" if causal else "roberta", config).save_pretrained(folder / "model")
+    auto_class, architecture = ("AutoModelForCausalLM", "gpt2") if causal else ("AutoModelForMaskedLM", "roberta")
+    from_scratch(tokenizer, auto_class, architecture, config).save_pretrained(folder / "model")
     # Skewed, so that there is something to learn.
     drawn = (len(words) * np.random.default_rng(SEED).random((blocks, positions)) ** 3).astype(int)
     lines = [" ".join(words[i] for i in row) for row in drawn]

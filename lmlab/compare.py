@@ -96,7 +96,7 @@ def compare(arguments: argparse.Namespace) -> None:
             f"Row {bytes_of.index(min(bytes_of)) + 1} was scored on {min(bytes_of):,.0f} bytes of the text, and row "
             f"{bytes_of.index(max(bytes_of)) + 1} on {max(bytes_of):,.0f}: their difference is also one of text."
         )
-    uncounted = [str(run.place) for run in runs if run.certificate["format"] == 1]
+    uncounted = [str(run.path) for run in runs if run.certificate["format"] == 1]
     if uncounted and len({run.certificate["tokenizer_hash"] for run in runs}) > 1:
         print(f"Unknown tokens were not counted yet in {', '.join(uncounted)}: evaluate again to have them charged.")
     print(f"A difference is from {reference}, and below 0 better. The interval holds what other {paired}", end=" ")

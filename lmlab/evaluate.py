@@ -39,14 +39,14 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
     from lmlab.evaluation.scoring import Scorer
-    from lmlab.models.loading import check_belongs
-    from lmlab.models.loss import rows_at_once
+    from lmlab.models.loading import check_tokenizer
+    from lmlab.models.loss import logits_chunk_size
     from lmlab.runs.ledger import log_doubts
 
     run, trained = RunDirectory(cfg.run_dir), trained_run(cfg)
     tokenizer = schema.build(cfg.tokenizer, "tokenizer")
     objective, model = build.build_model(cfg, tokenizer)
-    check_belongs(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
     data = held_out_data(cfg, tokenizer, trained)
     hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
@@ -55,7 +55,7 @@ def measure(cfg: DictConfig) -> None:
         log_doubts(data.ledger)
     held_out = build.build_held_out(cfg, data, objective)
     build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
-    chunk = rows_at_once(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer))
+    chunk = logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer))
     scorer = Scorer(model, len(data.validation.names), chunk)
     trainer = build.build_evaluation_trainer(cfg)
     trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
@@ -114,7 +114,7 @@ def check_invariance(cfg: DictConfig) -> None:
         compose.write_config(again, other.path)
         on_all_ranks("evaluate", measure, again)
         first = records.read(run.path)
-        difference = records.difference(first, records.read(other.path))
+        difference = records.check_agreement(first, records.read(other.path))
     finally:
         shutil.rmtree(other.path, ignore_errors=True)
     widths = {"batch_size": [cfg.batch_size, again.batch_size], "devices": [cfg.trainer.devices, again.trainer.devices]}
@@ -191,7 +191,7 @@ def certify(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
             raise
     certificate = records.read(run.path).certificate
     speed = f"{certificate['totals']['tokens'] / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"
-    show_result(records.described(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
+    show_result(records.describe(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
     return certificate["figures"][certificate["figure"]]
 
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from lmlab.models import loading
 
 
-def from_scratch_and_fails_once(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+def from_scratch_and_fails_once(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
     """Its third training forward gives no number, on rank 1."""
     return hooked(
-        loading.from_scratch(tokenizer, causal, architecture, config),
+        loading.from_scratch(tokenizer, auto_class, architecture, config),
         lambda step, logits: logits * float("nan") if step == 3 and on_rank_1() else logits,
     )
 
 
-def from_scratch_and_raises(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+def from_scratch_and_raises(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
     """Its third training forward is a defect, on rank 1."""
 
     def fail(step: int, logits: Tensor) -> Tensor:
@@ -27,10 +27,10 @@ def from_scratch_and_raises(tokenizer: Any, causal: bool, architecture: str, con
             raise ZeroDivisionError("only rank 1")
         return logits
 
-    return hooked(loading.from_scratch(tokenizer, causal, architecture, config), fail)
+    return hooked(loading.from_scratch(tokenizer, auto_class, architecture, config), fail)
 
 
-def from_scratch_and_fails_at_first(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+def from_scratch_and_fails_at_first(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
     """Its fourth training forward is a defect, on rank 1, until torchrun has started all ranks again."""
 
     def fail(step: int, logits: Tensor) -> Tensor:
@@ -38,12 +38,12 @@ def from_scratch_and_fails_at_first(tokenizer: Any, causal: bool, architecture: 
             raise ZeroDivisionError("only the first time")
         return logits
 
-    return hooked(loading.from_scratch(tokenizer, causal, architecture, config), fail)
+    return hooked(loading.from_scratch(tokenizer, auto_class, architecture, config), fail)
 
 
-def from_scratch_and_explodes(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+def from_scratch_and_explodes(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
     """A model whose third training step has a loss, and no gradient that is a number."""
-    model = loading.from_scratch(tokenizer, causal, architecture, config)
+    model = loading.from_scratch(tokenizer, auto_class, architecture, config)
     now = 0
 
     def count(step: int, logits: Tensor) -> Tensor:
@@ -55,14 +55,14 @@ def from_scratch_and_explodes(tokenizer: Any, causal: bool, architecture: str, c
     return hooked(model, count)
 
 
-def from_scratch_and_slow(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+def from_scratch_and_slow(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
     """Each training forward takes its time."""
 
     def wait(step: int, logits: Tensor) -> Tensor:
         time.sleep(0.1 if step else 0.0)
         return logits
 
-    return hooked(loading.from_scratch(tokenizer, causal, architecture, config), wait)
+    return hooked(loading.from_scratch(tokenizer, auto_class, architecture, config), wait)
 
 
 def on_rank_1() -> bool:

@@ -31,6 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -58,6 +59,8 @@ from .conftest import HOME, TINY, run_verb
 
 # Overrides of TINY that suit any model; the tokenizer's vocabulary is of tokenizer=bpe only.
 ANY = [override for override in TINY if not override.startswith(("model.", "tokenizer."))]
+AUTO_CLASSES = {True: "AutoModelForCausalLM", False: "AutoModelForMaskedLM"}
+"""By whether the model is a causal one."""
 SMALL_BERT = (
     "model.architecture=bert model.config.hidden_size=16 model.config.num_hidden_layers=1 "
     "model.config.num_attention_heads=2 model.config.intermediate_size=16"
@@ -919,7 +922,7 @@ def test_masks_need_a_mask_token(refused: Refused, models: Path) -> None:
 def test_a_model_larger_than_memory(
     free: int, said: list[str], refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda: free)
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
     shown = refused(*TINY)
     for words in said:
         assert words in shown
@@ -954,7 +957,7 @@ def test_a_model_larger_than_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_architecture(causal: bool, architecture: str, config: dict[str, int], said: list[str]) -> None:
     tokenizer = bpe(["a few words to learn"] * 9, 300)
     with pytest.raises(UserError) as error:
-        loading.from_scratch(tokenizer, causal, architecture, config)
+        loading.from_scratch(tokenizer, AUTO_CLASSES[causal], architecture, config)
     for words in said:
         assert words in str(error.value)
     assert ("objective=" in str(error.value)) == ("objective=clm" in said)
@@ -965,7 +968,10 @@ def test_a_whole_number_where_a_config_has_floats() -> None:
     small = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 16)
     small |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 2}
     model = loading.from_scratch(
-        bpe(["a few words"] * 9, 300), True, "mixtral", {**small, "router_aux_loss_coef": 1, "attention_dropout": 0}
+        bpe(["a few words"] * 9, 300),
+        AUTO_CLASSES[True],
+        "mixtral",
+        {**small, "router_aux_loss_coef": 1, "attention_dropout": 0},
     )
     assert (model.config.router_aux_loss_coef, model.config.num_local_experts) == (1.0, 2)
 
@@ -980,7 +986,7 @@ def test_a_whole_number_where_a_config_has_floats() -> None:
     ],
 )
 def test_no_objective_is_advised_that_an_architecture_does_not_have(architecture: str, causal: bool, said: str) -> None:
-    advice = loading.instead(AutoConfig.for_model(architecture), causal)
+    advice = loading.alternative(AutoConfig.for_model(architecture), AUTO_CLASSES[causal])
     assert said in advice
     assert ("objective=" in advice) == said.startswith("objective=")
 
@@ -989,9 +995,9 @@ def test_a_model_larger_than_memory_is_no_fault_of_its_config(monkeypatch: pytes
     def full(*arguments: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_config", full)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", full)
     with pytest.raises(RuntimeError) as error:
-        loading.from_scratch(bpe(["a few words"] * 9, 300), True, "gpt2")
+        loading.from_scratch(bpe(["a few words"] * 9, 300), AUTO_CLASSES[True], "gpt2")
     assert (plainly(error.value) or "").startswith("out of memory")
 
 

@@ -457,7 +457,7 @@ def test_check_fails_when_other_tokens_are_scored(
 ) -> None:
     real = scoring.HeldOut.__getitem__
 
-    def short(held_out: scoring.HeldOut, indices: list[int]) -> scoring.Targets:
+    def short(held_out: scoring.HeldOut, indices: list[int]) -> scoring.ScoringBatch:
         return real(held_out, indices[:3])
 
     monkeypatch.setattr(scoring.HeldOut, "__getitem__", short)

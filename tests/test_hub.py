@@ -53,8 +53,10 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
     # Less than an answer has, and no multiple of the block size: the guide's truncation and drops show.
     tokenizer.model_max_length = 60
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 66}
-    from_scratch(tokenizer, True, "gpt2", sizes).save_pretrained(gpt2)
-    from_scratch(tokenizer, False, "roberta", sizes | {"intermediate_size": 32}).save_pretrained(roberta)
+    from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", sizes).save_pretrained(gpt2)
+    from_scratch(tokenizer, "AutoModelForMaskedLM", "roberta", sizes | {"intermediate_size": 32}).save_pretrained(
+        roberta
+    )
     tokenizer.save_pretrained(gpt2)
     tokenizer.save_pretrained(roberta)
     return {

@@ -95,7 +95,7 @@ def test_evaluate_command(
 @pytest.mark.parametrize("arguments", verb("predict"), ids=" ".join)
 def test_predict_command(arguments: list[str]) -> None:
     words = arguments[: arguments.index("<")] if "<" in arguments else arguments
-    predict.options_of(predict.parser().parse_args(words))
+    predict.generate_options(predict.parser().parse_args(words))
 
 
 @pytest.mark.parametrize("arguments", verb("preview"), ids=" ".join)

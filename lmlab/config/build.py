@@ -48,17 +48,17 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from lmlab.models import efficiency
-    from lmlab.models.loading import check, positions
+    from lmlab.models.loading import check_model, max_positions
 
     # What a run has to say, it says itself.
     disable_progress_bar()
     set_verbosity_error()
     objective = build(cfg.objective, "objective", tokenizer=tokenizer)
     torch.manual_seed(cfg.seed)
-    model = build(cfg.model, "model", tokenizer=tokenizer, causal=objective.causal)
+    model = build(cfg.model, "model", tokenizer=tokenizer, auto_class=objective.auto_class)
     if cfg.preprocess.block_size is None:
-        cfg.preprocess.block_size = min(positions(model) or LONGEST, LONGEST)
-    check(model, tokenizer, cfg.preprocess.block_size, objective.causal)
+        cfg.preprocess.block_size = min(max_positions(model) or LONGEST, LONGEST)
+    check_model(model, tokenizer, cfg.preprocess.block_size, objective)
     efficiency.fuse_activations(model)
     if cfg.attention is not None:
         efficiency.choose_attention(model, cfg.attention)
@@ -72,7 +72,7 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
 def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     """What is evaluated: by `context`, `score` and their like of evaluate.yaml; in training, blocks."""
     from lmlab.data.documents import CONTINUES, FLAGS
-    from lmlab.evaluation.scoring import HeldOut, Labelled, Pseudo, check_targets
+    from lmlab.evaluation.scoring import HeldOut, PseudoRows, WindowRows, check_targets
     from lmlab.evaluation.windows import Context, windows
 
     scoring = held_out_objective(cfg)
@@ -82,10 +82,8 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
     # Masks do not follow a run's seed: runs of several seeds are scored on the same positions.
     seed = cfg.seed if "score" in cfg else 0
     tokenizer, documents = data.tokenizer, data.validation
-    check_targets(objective, objective.causal, documents.tokens[: context.block_size])
-    names = ("bos", "eos") if objective.causal else ("cls", "bos", "eos")
-    opening, closing = special_ids(tokenizer, *names), special_ids(tokenizer, "sep", "eos")
-    shown = windows(context, documents, data.bounds, objective.causal, opening, closing)
+    check_targets(objective, documents.tokens[: context.block_size])
+    shown = windows(context, documents, data.bounds, objective, tokenizer)
     pseudo = None
     if cfg.get("score") == "pseudo":
         pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
@@ -96,24 +94,24 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
             )
         # An unknown word is a word.
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        rows: Any = Pseudo(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
+        rows: Any = PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
     else:
-        rows = Labelled(documents, shown, objective, objective.causal, seed)
+        rows = WindowRows(documents, shown, objective, seed)
     if not any(len(rows.row(i).tokens) for i in range(len(rows))):
         raise UserError("there is nothing to score: the text has no token that this context lets the model predict.")
     return HeldOut(
         rows,
         next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
         {
-            "figure": "pseudo_perplexity" if pseudo else objective.figure,
+            "figure": "pseudo_perplexity" if pseudo else objective.metric,
             "policy": {
                 "context": context.name,
                 "block_size": context.block_size,
-                "stride": context.step if objective.causal and context.name != "blocks" else None,
+                "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
                 "drop_remainder_every": cfg.preprocess.drop_remainder_every if context.name == "blocks" else None,
                 **{key: cfg.preprocess[key] for key in ("end_of_text", "special_tokens", "truncation")},
                 "objective": None if pseudo else OmegaConf.to_container(scoring),
-                "masks_seed": None if pseudo or objective.causal else seed,
+                "masks_seed": seed if objective.bidirectional and not pseudo else None,
                 "pseudo": pseudo,
             },
             "units": cfg.get("units", "text"),
@@ -170,12 +168,6 @@ def held_out_objective(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({key: value for key, value in block.items() if key not in named} | meant)
 
 
-def special_ids(tokenizer: Any, *names: str) -> list[int]:
-    """The ids of special tokens, of those that the tokenizer has."""
-    ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
-    return [token for token in ids if token is not None]
-
-
 def build_training(
     cfg: DictConfig, data: Any, objective: Any, model: Any, steps: int, interval: int
 ) -> tuple[Any, Any]:
@@ -185,7 +177,7 @@ def build_training(
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.sampler import share_of
-    from lmlab.models.loss import rows_at_once
+    from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
     from lmlab.optim import AdamW
     from lmlab.training.module import LMModule
@@ -206,8 +198,8 @@ def build_training(
         cfg.preprocess.block_size,
         cfg.seed,
         len(held_out.documents.names),
-        objective.figure,
-        rows_at_once(model, cfg.logits_chunk_size, uses_gpu(cfg.trainer)),
+        objective.metric,
+        logits_chunk_size(model, cfg.logits_chunk_size, uses_gpu(cfg.trainer)),
         interval,
     )
     rows = share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)

@@ -77,10 +77,11 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
 
 def objective_of(cfg: DictConfig) -> DictConfig:
     """The objective that a model, by its own config, was trained with."""
-    from lmlab.models.loading import is_causal
+    from lmlab.models.loading import auto_class_of
+    from lmlab.objectives import OBJECTIVE_OF
 
     with from_hub("model", cfg.model.name, "model"):
-        name = "clm" if is_causal(cfg.model.name, cfg.model.revision) else "mlm"
+        name = OBJECTIVE_OF[auto_class_of(cfg.model.name, cfg.model.revision)]
     block = OmegaConf.load(CONF / "objective" / f"{name}.yaml")
     assert isinstance(block, DictConfig)
     block.pop("defaults", None)

@@ -22,7 +22,7 @@ from lmlab.io import from_here
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
 SUPPLIED = {
     "tokenizer": ("texts",),
-    "model": ("tokenizer", "causal"),
+    "model": ("tokenizer", "auto_class"),
     "objective": ("tokenizer",),
     "logger": ("run_dir", "run_id", "config"),
     "trainer": (
@@ -210,7 +210,7 @@ def check_evaluation(cfg: DictConfig) -> None:
     """Refuse what can be seen to be wrong in the whole config of an evaluation."""
     check_choices(cfg)
     check_devices(cfg.trainer)
-    if cfg.score == "pseudo" and target(cfg.objective, "objective").causal:
+    if cfg.score == "pseudo" and not target(cfg.objective, "objective").bidirectional:
         raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
 
 

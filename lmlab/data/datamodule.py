@@ -4,7 +4,7 @@ Shapes: B samples, T positions, N scored positions of the whole batch.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import lightning as L
@@ -17,10 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.preprocess import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, share_of
 from lmlab.distributed.signals import signals_blocked
-
-# An objective: ids [T] and key (seed, epoch, sample) to (inputs [T], scored positions [n], targets [n]).
-# One that is not causal also takes the position of ids[0] in the sample, for samples that are cut.
-Objective = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+from lmlab.objectives import Objective
 
 
 class Batch(NamedTuple):

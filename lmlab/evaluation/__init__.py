@@ -1,1 +1,1 @@
-"""Figures: exact sums over every target token."""
+"""Evaluation: windows over held-out documents, their nll, the metrics made of it, records, and comparisons."""

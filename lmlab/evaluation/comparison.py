@@ -65,12 +65,12 @@ class Difference:
 
 def aligned(runs: Sequence[Records]) -> list[Records]:
     """Evaluations of one text with rows of the same kind: whole documents, unless all of them have stretches."""
-    return [*runs] if len({len(run.table) for run in runs}) == 1 else [run.of_whole_documents() for run in runs]
+    return [*runs] if len({len(run.table) for run in runs}) == 1 else [run.by_document() for run in runs]
 
 
 def paired(runs: Sequence[Records]) -> str:
     """What people are told that the rows of records are: all statistics here pair and resample them."""
-    return "stretches" if any(run.cut for run in runs) else "documents"
+    return "stretches" if any(run.has_stretches for run in runs) else "documents"
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -104,7 +104,7 @@ def check_comparable(runs: Sequence[Records]) -> None:
     same = "Evaluate both in the same way: python -m lmlab.evaluate model=… data=… context=…"
     for other in runs[1:]:
         one, two = first.certificate, other.certificate
-        both = f"{first.place} and {other.place} can't be compared:"
+        both = f"{first.path} and {other.path} can't be compared:"
         if one["figure"] != two["figure"]:
             raise UserError(f"{both} {one['figure']} is not {two['figure']}.")
         if one["data_hash"] != two["data_hash"]:
@@ -146,7 +146,7 @@ def sides_of(runs: Sequence[Records]) -> list[Side]:
             same = same_draw(one, other)
             if same:
                 raise UserError(
-                    f"{one.place} and {other.place} are evaluations of the same {same}: as runs of several seeds "
+                    f"{one.path} and {other.path} are evaluations of the same {same}: as runs of several seeds "
                     "they would count twice.\nLeave one of them out."
                 )
     keys = differing([Side("", group) for group in together])
@@ -179,7 +179,7 @@ def side_name(keys: dict[str, list[Any]], index: int, group: Sequence[Records]) 
     """What makes a side, in few words; else its directory."""
     if 0 < len(keys) <= 3:
         return ", ".join(f"{key}={as_typed(found[index])}" for key, found in keys.items())
-    return str(group[0].place) if len(group) == 1 else f"{group[0].place} and {len(group) - 1} more"
+    return str(group[0].path) if len(group) == 1 else f"{group[0].path} and {len(group) - 1} more"
 
 
 def seed_error(one: Side, other: Side) -> tuple[float, float]:

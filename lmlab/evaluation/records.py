@@ -1,16 +1,15 @@
-"""What an evaluation leaves: a row per document, and a certificate that adds them up.
+"""Writes and reads what an evaluation leaves: a row per document, and a certificate that adds them up.
 
 `records.parquet` has one row per document, or per stretch of one where documents are few (data/documents.py);
 `certificate.json` has their totals, the metrics made of them, and all that a metric depends on. The totals are the
 rows' exactly rounded sums, so they can be recomputed to the last bit.
 
-Shapes: D documents, S stretches.
+Shapes: S rows, each a stretch.
 """
 
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from lmlab import secrets
 from lmlab.data.documents import UNITS, Documents
 from lmlab.errors import UserError, first_line
+from lmlab.evaluation.metrics import NATS_PER_UNKNOWN_BYTE, WORDS, compute_metrics, sum_totals
 from lmlab.io import write_beside, write_json
 from lmlab.runs.directory import RunDirectory
 
@@ -31,40 +31,31 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 COLUMNS = {
-    "document": pa.string(),  # a name made from its text
-    "stretch": pa.int64(),  # which part of the document, from 0
-    "start": pa.string(),  # the beginning of its text
-    "nll": pa.float64(),  # Σ over the scored tokens, nats
-    "nll_squared": pa.float64(),  # Σ of squares: for standard errors
-    "tokens": pa.int64(),  # scored ones
-    "bytes": pa.int64(),  # UTF-8 bytes of these tokens' text
-    "words": pa.int64(),  # words that begin in it
-    "ends": pa.int64(),  # ends of documents among them
-    "lines": pa.int64(),  # ends of lines in it
-    "unknown_tokens": pa.int64(),  # of the tokens, those that do not spell their text
-    "unknown_bytes": pa.int64(),  # UTF-8 bytes of that text
+    "document": (pa.string(), 1),  # a name made from its text
+    "stretch": (pa.int64(), 2),  # which part of the document, from 0
+    "start": (pa.string(), 1),  # the beginning of its text
+    "nll": (pa.float64(), 1),  # Σ over the scored tokens, in nats
+    "nll_squared": (pa.float64(), 1),  # Σ of squares, for standard errors
+    "tokens": (pa.int64(), 1),  # scored ones
+    "bytes": (pa.int64(), 1),  # UTF-8 bytes of these tokens' text
+    "words": (pa.int64(), 1),  # words that begin in it
+    "ends": (pa.int64(), 2),  # ends of documents among them
+    "lines": (pa.int64(), 2),  # ends of lines in it
+    "unknown_tokens": (pa.int64(), 2),  # of the tokens, those that do not spell their text
+    "unknown_bytes": (pa.int64(), 2),  # UTF-8 bytes of that text
 }
-SINCE_2 = ("stretch", "ends", "lines", "unknown_tokens", "unknown_bytes")
-"""Columns that records of version 1 do not have: a row was a whole document, and none of the rest was counted."""
+"""The type of each column, and the format that has it first. In format 1 a row was a whole document."""
 SCHEMAS = {
     version: pa.schema(
-        [pa.field(name, kind, False) for name, kind in COLUMNS.items() if version > 1 or name not in SINCE_2],
+        [pa.field(name, kind, False) for name, (kind, since) in COLUMNS.items() if since <= version],
         {"lmlab_records": str(version)},
     )
     for version in (1, FORMAT)
 }
 BOUND = "≤ "
-"""Before a metric that is an upper bound."""
-BYTE = math.log(256)  # nats that each byte of an unknown token is charged
-WORDS = {
-    "text": "A word is what stands between white space. The end of a document counts as one, as its nll does.",
-    "words": "A word is what stands between white space. The end of a line, as that of a document, counts as one, as "
-    "its nll does: the count of the literature on PTB and WikiText.",
-}
-"""By `units`, what is counted as a word (README.md, "What a word is")."""
-# How far a sum may move, relative to itself, when the batch or the number of devices changes.
+"""Stands before a metric that is an upper bound."""
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
-# What everything that reads a certificate relies on.
+"""By bits of the precision, how far nll may move, relative to itself, with the batch size or the number of devices."""
 PARTS: dict[str, Any] = {
     **dict.fromkeys(("figures", "totals", "policy"), dict),
     **dict.fromkeys(
@@ -72,19 +63,21 @@ PARTS: dict[str, Any] = {
     ),
     "run": dict | None,
 }
+"""The keys of a certificate that its readers rely on."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """An evaluation as it was read from its directory."""
+    """An evaluation that was read from its directory."""
 
-    place: Path
+    path: Path
     certificate: dict[str, Any]
     table: pa.Table
+    """Its columns are `COLUMNS`."""
 
     @property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `DocumentSums` made them: nll [S, 2] float64, units [S, 7] int64."""
+        """The result of `DocumentSums`: nll [S, 2] float64, units [S, 7] int64."""
         nll, units = (
             np.stack([self.table[name].to_numpy() for name in names], axis=1)
             for names in (("nll", "nll_squared"), UNITS)
@@ -93,18 +86,18 @@ class Records:
 
     @property
     def bits_and_bytes(self) -> np.ndarray:
-        """[S, 2] float64: what the text of each row takes, unknown tokens charged, and its bytes."""
+        """[S, 2] float64: bits of each row's text, unknown tokens charged, and its bytes."""
         nll, units = self.sums
-        nats = nll[:, 0] + BYTE * units[:, UNITS.index("unknown_bytes")]
+        nats = nll[:, 0] + NATS_PER_UNKNOWN_BYTE * units[:, UNITS.index("unknown_bytes")]
         return np.stack([nats / math.log(2), units[:, UNITS.index("bytes")].astype(np.float64)], axis=1)
 
     @property
-    def cut(self) -> bool:
+    def has_stretches(self) -> bool:
         """Whether its rows are stretches of documents, rather than whole ones."""
         return bool(self.table["stretch"].to_numpy().any())
 
-    def of_whole_documents(self) -> "Records":
-        """These records with the stretches of each document summed into one row."""
+    def by_document(self) -> "Records":
+        """Returns these records with the stretches of each document summed into one row."""
         firsts = np.flatnonzero(self.table["stretch"].to_numpy() == 0)
         columns = {
             name: self.table[name].take(firsts)
@@ -115,84 +108,23 @@ class Records:
         return replace(self, table=pa.table(columns))
 
 
-def documents_of(stretches: np.ndarray) -> np.ndarray:
-    """[S] the number of the document of each row, from the number of its stretch in it [S]."""
-    return np.cumsum(stretches == 0) - 1
-
-
-def totals_of(nll: np.ndarray, units: np.ndarray, stretches: np.ndarray | None = None) -> dict[str, Any]:
-    """Exactly rounded sums of `DocumentSums`: of their values, whatever their order.
+def write(path: Path, documents: Documents, nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> None:
+    """Writes the records and their certificate into a directory, each whole or not at all.
 
     Args:
-        stretches: [S] which part of its document each row is; None where each is a whole one.
-    """
-    documents = np.arange(len(nll)) if stretches is None else documents_of(stretches)
-    return {
-        "documents": len(np.unique(documents)),
-        "documents_scored": len(np.unique(documents[units[:, 0] > 0])),
-        "nll": math.fsum(nll[:, 0]),
-        "nll_squared": math.fsum(nll[:, 1]),
-        **{unit: int(counts.sum()) for unit, counts in zip(UNITS, units.T, strict=True)},
-    }
-
-
-def figures_of(
-    totals: Mapping[str, Any], name: str = "perplexity", sample: float | None = None, units: str = "text"
-) -> dict[str, Any]:
-    """The metrics that totals make.
-
-    An unknown token does not spell its text, and what the model gives for it is no code for that text. Per byte and
-    per word it is charged 8 bits more for each byte that it stands for: the text could be sent so, and the metric is
-    an upper bound of what a tokenizer that spells everything would have given with this model.
-
-    Args:
-        name: of the exponential of the mean nll, such as `masked_perplexity`; the other
-            metrics get the same prefix, so that none goes by the name of a causal model's.
-        sample: the share of the tokens that was scored, where it was a random one; the mean
-            nll then has a standard error (Cochran 1977, section 2.11, for a ratio), and the
-            perplexity too.
-        units: of `WORDS`: what counts as a word.
-
-    Returns:
-        nll per token (nats), perplexity, bits per byte and per word, perplexity per word;
-        None for one that has nothing under it.
-    """
-    prefix = name.removesuffix("perplexity") if name.endswith("perplexity") else f"{name}_"
-    count = Counter(totals)  # those of version 1 have none of the newer counts
-    of_text = count["nll"] + BYTE * count["unknown_bytes"]
-    words = count["words"] + count["ends" if units == "text" else "lines"]
-    mean = count["nll"] / count["tokens"] if count["tokens"] else None
-    per_byte, per_word = (of_text / number if number else None for number in (count["bytes"], words))
-    figures = {
-        "nll_per_token": mean,
-        name: None if mean is None else perplexity(mean),
-        f"{prefix}bits_per_byte": None if per_byte is None else per_byte / math.log(2),
-        f"{prefix}bits_per_word": None if per_word is None else per_word / math.log(2),
-        f"{prefix}word_perplexity": None if per_word is None else perplexity(per_word),
-    }
-    if sample is not None and mean is not None:
-        spread = max(0.0, totals["nll_squared"] / totals["tokens"] - mean**2)
-        error = math.sqrt((1 - sample) * spread / max(1, totals["tokens"] - 1))
-        figures |= {"nll_per_token_standard_error": error, f"{name}_standard_error": perplexity(mean) * error}
-    return figures
-
-
-def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> None:
-    """Write the records and their certificate into a directory, each whole or not at all.
-
-    Args:
-        nll, units: [S, 2] float64 and [S, 7] int64 of `DocumentSums`.
-        facts: what the metrics depend on, and where they come from; `figure`, `policy`
-            and `units` decide their names and errors (see `figures_of`).
+        nll: [S, 2] float64 of `DocumentSums`.
+        units: [S, 7] int64 of `DocumentSums`.
+        facts: what the metrics depend on, and where they come from; `figure`, `policy` and `units` decide their names
+            and errors (see `metrics_and_totals`).
     """
     table = pa.table([documents.names, documents.parts, documents.starts, *nll.T, *units.T], SCHEMAS[FORMAT])
-    run = RunDirectory(place)
+    run = RunDirectory(path)
     write_beside(run.records, lambda beside: pq.write_table(table, beside))
     write_json(
         run.certificate,
         {
             "format": FORMAT,
-            **added_up(nll, units, np.array(documents.parts), facts),
+            **metrics_and_totals(nll, units, np.array(documents.parts), facts),
             **secrets.redacted(facts),
             "words": WORDS[facts["units"]],
             "records_hash": rows_hash(table),
@@ -200,26 +132,31 @@ def write(place: Path, documents: Documents, nll: np.ndarray, units: np.ndarray,
     )
 
 
-def added_up(
+def metrics_and_totals(
     nll: np.ndarray, units: np.ndarray, stretches: np.ndarray, facts: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """What a certificate says of its records: metrics and totals."""
-    totals = totals_of(nll, units, stretches)
+    """Returns the parts of a certificate that follow from its records: `figures` (the metrics) and `totals`.
+
+    Args:
+        stretches: [S] which part of its document each row is, from 0.
+        facts: the other parts of the certificate.
+    """
+    totals = sum_totals(nll, units, stretches)
     sample = (facts["policy"].get("pseudo") or {}).get("sample")
-    return {"figures": figures_of(totals, facts["figure"], sample, facts.get("units", "text")), "totals": totals}
+    return {"figures": compute_metrics(totals, facts["figure"], sample, facts.get("units", "text")), "totals": totals}
 
 
-def read(place: Path) -> Records:
-    """The evaluation in a directory.
+def read(path: Path) -> Records:
+    """Reads the evaluation in a directory, and adds it up again.
 
     Raises:
         UserError: there is none, it is of another version, damaged, or does not add up.
     """
     again = "Evaluate again: python -m lmlab.evaluate model=…"
-    run = RunDirectory(place)
+    run = RunDirectory(path)
     for file in (run.certificate, run.records):
         if not file.is_file():
-            raise UserError(f"{place} holds no evaluation: it has no {file.name}.\n{again}")
+            raise UserError(f"{path} holds no evaluation: it has no {file.name}.\n{again}")
     try:
         certificate = json.loads(run.certificate.read_text("utf-8"))
     except ValueError as error:
@@ -229,7 +166,7 @@ def read(place: Path) -> Records:
     version = certificate["format"]
     if version not in SCHEMAS:
         raise UserError(
-            f"{place} holds records of version {version}, and this lmlab reads versions up to {FORMAT}.\n"
+            f"{path} holds records of version {version}, and this lmlab reads versions up to {FORMAT}.\n"
             "Evaluate again, or use the lmlab that wrote them."
         )
     try:
@@ -242,29 +179,32 @@ def read(place: Path) -> Records:
         if not isinstance(certificate.get(part), kind):
             raise UserError(f"{run.certificate} lacks a part, or has another in its place: {part}.\n{again}")
     hashed = rows_hash(table)
-    if version == 1:
-        for column in SINCE_2:
-            table = table.append_column(column, pa.array(np.zeros(len(table), np.int64)))
-    records = Records(place, certificate, table)
+    for name, (_, since) in COLUMNS.items():
+        if since > version:
+            table = table.append_column(name, pa.array(np.zeros(len(table), np.int64)))
+    records = Records(path, certificate, table)
     changed = [
         f"{name}={value}, and the certificate says {certificate[part].get(name)}"
-        for part, values in added_up(*records.sums, table["stretch"].to_numpy(), certificate).items()
+        for part, values in metrics_and_totals(*records.sums, table["stretch"].to_numpy(), certificate).items()
         for name, value in values.items()
         if repr(value) != repr(certificate[part].get(name))  # nan is not equal to itself
-        and (version > 1 or name not in SINCE_2)
+        and COLUMNS.get(name, (None, 1))[1] <= version
     ]
     if not changed and hashed != certificate["records_hash"]:
         changed = [f"the same totals in other rows, {hashed}"]
     if changed:
-        raise UserError(f"{place}: the records add up to {changed[0]}.\nOne of them was changed. {again}")
+        raise UserError(f"{path}: the records add up to {changed[0]}.\nOne of them was changed. {again}")
     return records
 
 
-def difference(one: Records, other: Records) -> dict[str, float]:
-    """How far two evaluations of the same model and text lie apart, relative to their nll.
+def check_agreement(one: Records, other: Records) -> dict[str, float]:
+    """Compares two evaluations of the same model and text at another batch size and number of devices.
+
+    Returns:
+        by how much the total nll and that of a row moved at most, relative to themselves.
 
     Raises:
-        UserError: further than the rounding of their precision.
+        UserError: they moved further than the rounding of the precision explains, or other tokens were scored.
     """
     (nll, units), (other_nll, other_units) = one.sums, other.sums
     if not np.array_equal(units, other_units):
@@ -283,63 +223,56 @@ def difference(one: Records, other: Records) -> dict[str, float]:
     return {"total_moved_by": total, "a_document_moved_by": document}
 
 
-def described(certificate: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics of a certificate for people, by what to call them."""
-    figures, totals, policy = (certificate[part] for part in ("figures", "totals", "policy"))
+def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the metrics of a certificate and what was scored as people read it, by titles."""
+    metrics, totals, policy = (certificate[part] for part in ("figures", "totals", "policy"))
     unknown, bound = totals.get("unknown_tokens", 0), BOUND if is_bound(certificate) else ""
-    shown = {}
-    for name, value in figures.items():
-        error = figures.get(f"{name}_standard_error")
+    lines = {}
+    for name, value in metrics.items():
+        error = metrics.get(f"{name}_standard_error")
         if value is not None and not name.endswith("_standard_error"):
-            of_text = bound if "byte" in name or "word" in name else ""
-            shown[name.replace("_", " ")] = f"{of_text}{value:{',.4f' if value < 1e6 else '.4g'}}" + (
+            sign = bound if "byte" in name or "word" in name else ""
+            lines[name.replace("_", " ")] = f"{sign}{value:{',.4f' if value < 1e6 else '.4g'}}" + (
                 "" if error is None else f" ± {error:.4f} (standard error)"
             )
-    shown["scored"] = ", ".join(f"{totals[unit]:,} {unit}" for unit in ("tokens", "bytes", "words"))
+    lines["scored"] = ", ".join(f"{totals[unit]:,} {unit}" for unit in ("tokens", "bytes", "words"))
     if unknown:
-        shown["unknown tokens"] = (
+        lines["unknown tokens"] = (
             f"{unknown:,}, for {totals['unknown_bytes']:,} bytes, which are charged 8 bits each: ≤ is an upper bound"
         )
     documents, scored = totals["documents"], totals["documents_scored"]
-    of = f", of which {scored:,} hold something to score" if scored < documents else ""
-    shown["documents"] = f"{documents:,}{of}"
+    note = f", of which {scored:,} hold something to score" if scored < documents else ""
+    lines["documents"] = f"{documents:,}{note}"
     stride = f", stride {policy['stride']}" if policy["stride"] else ""
-    shown["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}"
+    lines["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}"
     if "check" in certificate:
         check = certificate["check"]
-        shown["check"] = (
+        lines["check"] = (
             f"passed: batch size {' and '.join(map(str, check['batch_size']))}, "
             f"devices {' and '.join(map(str, check['devices']))}; the total moved by {check['total_moved_by']:.1e}"
         )
-    return shown
+    return lines
 
 
 def is_bound(certificate: Mapping[str, Any]) -> bool:
-    """Whether what a certificate says per byte and per word is an upper bound, as some tokens were unknown."""
-    return certificate["totals"].get("unknown_tokens", 0) > 0
+    """Returns whether a certificate's metrics per byte and per word are upper bounds, as some tokens were unknown."""
+    return bool(certificate["totals"].get("unknown_tokens", 0))
 
 
 def rows_hash(table: pa.Table) -> str:
-    """A hash of all values of the records."""
+    """Returns a hash of all values of the records."""
     digest = hashlib.sha256()
     for column in table.columns:
         digest.update(json.dumps(column.to_pylist()).encode())
     return digest.hexdigest()[:32]
 
 
-def weights_hash(state: Mapping[str, "Tensor"]) -> str:
-    """A hash of tensors by name: dtype, shape and bytes."""
+def weights_hash(state_dict: Mapping[str, "Tensor"]) -> str:
+    """Returns a hash of tensors: of their names, dtypes, shapes and bytes."""
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
-
-
-def perplexity(nll: float) -> float:
-    """exp of a mean nll; infinite where that is beyond a float."""
-    import torch
-
-    return float(torch.tensor(nll, dtype=torch.float64).exp())

@@ -1,8 +1,9 @@
-"""From windows to the negative log-likelihood of every target, document by document.
+"""Scores windows: from them to the nll of every target, summed document by document.
 
-The same rows, batches and sums serve `val/perplexity` in training and `lmlab.evaluate`.
+Validation in training and `lmlab.evaluate` use the same rows, batches and sums.
 
-Shapes: B rows, T positions, N scored positions of the whole batch, S stretches of the documents.
+Shapes: B rows, T positions, N scored positions of the batch, n of one row, S stretches of the documents (parts of
+them, or whole ones).
 """
 
 from collections.abc import Iterator
@@ -17,29 +18,30 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lmlab.data.datamodule import Objective, padded
+from lmlab.data.datamodule import padded
 from lmlab.data.documents import CONTINUES, FLAGS, UNITS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
 from lmlab.evaluation.windows import Windows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
-from lmlab.objectives.mlm import lots, uniform
+from lmlab.objectives import Objective
+from lmlab.objectives.mlm import random_words, uniform
 
 
-class Targets(NamedTuple):
-    """What one rank scores at once."""
+class ScoringBatch(NamedTuple):
+    """The rows that one rank scores at once."""
 
     input_ids: Tensor
     """[B, T] int64."""
     attention_mask: Tensor | None
     """[B, T] int64, 0 on padding; None where no row is padded."""
     positions: Tensor
-    """[N] int64, into the B·T positions: those that are scored."""
+    """[N] int64: the scored positions, as indices into the B·T of the flattened batch."""
     targets: Tensor
-    """[N] int64: the token to predict there."""
+    """[N] int64: the id to predict at each of them."""
     stretches: Tensor
-    """[N] int64: the stretch of the documents that each belongs to."""
+    """[N] int64: the stretch of the documents that each target belongs to."""
     units: Tensor
     """[N, 7] int64: `documents.UNITS` of each target."""
 
@@ -48,49 +50,66 @@ class Row(NamedTuple):
     """One window as the model gets it."""
 
     inputs: np.ndarray
-    """[T]."""
+    """[T] ids."""
     positions: np.ndarray
-    """[n], of T: those that are scored."""
+    """[n] the scored positions."""
     targets: np.ndarray
-    """[n] ids."""
+    """[n] the id to predict at each of them."""
     tokens: np.ndarray
-    """[n]: which of the documents' tokens each target is."""
+    """[n] which of the documents' tokens each target is."""
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """One row per window: the objective says what is a target in it."""
+class WindowRows:
+    """One row for each window, with the targets that the objective chooses in it."""
 
     documents: Documents
     windows: Windows
     objective: Objective
-    causal: bool
     seed: int
-    """Of masks; apart from a run's, so that runs of several seeds are scored on the same positions."""
+    """Decides what the objective draws; another one than a run's, so that runs of several seeds are scored on the same
+    positions."""
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.windows.ends - self.windows.starts
+        """[rows] tokens of each, special ones around it not counted."""
+        return self.windows.lengths
 
     def row(self, index: int) -> Row:
-        w = self.windows
-        start, end, framed = int(w.starts[index]), int(w.ends[index]), bool(w.framed[index])
-        head = w.head if framed else []
-        if self.causal:
-            ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
-            key = (self.seed, EVALUATION, index)
-            inputs, positions, targets = self.objective(ids, key)
-            tokens = start - len(head) + positions + 1
-            kept = tokens >= w.scored[index]
-            # Nothing is predicted from the last token.
-            return Row(inputs[:-1], positions[kept], targets[kept], tokens[kept])
-        pieces = [self.masked(*piece) for piece in self.pieces(start, end)]
-        inputs, targets, tokens = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        tail = w.tail if framed else []
-        return Row(np.array([*head, *inputs, *tail]), tokens - start + len(head), targets, tokens)
+        """Returns the row of a window.
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """The documents that have tokens in a window, and the stretch of each."""
+        Where the model does not see ahead, the objective is given the window as one text, and of its targets those are
+        left out that an earlier window has: window 1 of `overlapping_windows`' example becomes
+
+        ```
+        inputs      b  c  d  e             (nothing is predicted from the last token, f)
+        positions         2  3
+        targets           e  f
+        ```
+
+        Otherwise it is given the part of each document on its own: what it draws for a token is then a function of
+        (seed, document, position in it), wherever the windows lie.
+        """
+        w, shift = self.windows, self.objective.target_shift
+        start, end = int(w.starts[index]), int(w.ends[index])
+        head, tail = (w.head, w.tail) if w.framed[index] else ([], [])
+        if not self.objective.bidirectional:
+            ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
+            inputs, positions, targets = self.objective(ids, (self.seed, EVALUATION, index))
+            tokens = start - len(head) + positions + shift
+            scored = tokens >= w.scored[index]
+            return Row(inputs[: len(inputs) - shift], positions[scored], targets[scored], tokens[scored])
+        parts = []
+        for document, first, stop in self.parts(start, end):
+            key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
+            inputs, positions, targets = self.objective(self.documents.tokens[first:stop], key, offset)
+            parts.append((inputs, targets, first + positions + shift))
+        inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Row(np.array([*head, *inputs, *tail]), tokens - shift - start + len(head), targets, tokens)
+
+    def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yields the documents that have tokens in start … end - 1, each with the first of them and the one after the
+        last."""
         edges = self.documents.edges
         document = int(np.searchsorted(edges, start, side="right")) - 1
         while start < end:
@@ -99,41 +118,44 @@ class Labelled:
                 yield document, start, stop
             start, document = stop, document + 1
 
-    def masked(self, document: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, targets and which tokens these are; a mask is a function of (seed, document, position)."""
-        key = (self.seed, EVALUATION, document)
-        first = start - int(self.documents.edges[document])
-        inputs, positions, targets = self.objective(self.documents.tokens[start:end], key, first)
-        return inputs, targets, start + positions
-
     def __len__(self) -> int:
         return len(self.windows)
 
 
-def check_targets(objective: Objective, causal: bool, ids: np.ndarray) -> None:
-    """Refuse an objective whose targets are not tokens of the text, each in its place.
+def check_targets(objective: Objective, ids: np.ndarray) -> None:
+    """Refuses an objective whose targets are not the text's own tokens, `target_shift` after their positions.
 
-    Every target's bytes and document are those of the token it is: the one after its position where
-    the objective is causal, else the one at it. Looked at for one block, `ids` [T].
+    Bytes and document of a target are those of that token, so they would be counted wrongly.
+
+    Args:
+        ids: [T] the block to look at.
 
     Raises:
         UserError: names a position.
     """
     _, positions, targets = objective(ids, (0, EVALUATION, 0))
-    tokens = positions + causal
+    tokens = positions + objective.target_shift
     inside = tokens < len(ids)
     wrong = np.flatnonzero(~inside | (ids[np.where(inside, tokens, 0)] != targets))
     if len(wrong):
         position, target = positions[wrong[0]], targets[wrong[0]]
-        wanted = "the token after it" if causal else "the token there"
+        expected = "the token after it" if objective.target_shift else "the token there"
         raise UserError(
-            f"{type(objective).__name__} asks for token {target} at position {position} of a block, and {wanted} is "
+            f"{type(objective).__name__} asks for token {target} at position {position} of a block, and {expected} is "
             "another:\nwhich document and bytes it scores can't be known. Return targets that are the text's tokens."
         )
 
 
-class Pseudo:
-    """One row per token, hidden in its window (pseudo-log-likelihood, Salazar et al. 2020, section 2)."""
+class PseudoRows:
+    """One row for each token, hidden in its window: pseudo-log-likelihood (Salazar et al. 2020, section 2).
+
+    ```
+    document   The  cat  sat
+    row 0      C  <mask>  cat   sat   S         target The
+    row 1      C   The  <mask>  sat   S         target cat
+    row 2      C   The   cat  <mask>  S         target sat
+    ```
+    """
 
     def __init__(
         self,
@@ -145,67 +167,66 @@ class Pseudo:
         sample: float | None = None,
         seed: int | None = None,
     ):
-        """`within_word` also hides the rest of the word (PLL-word-l2r, Kauf and Ivanova 2023).
+        """Chooses the tokens to score.
 
-        `sample` takes each token with this probability, decided by (seed, document, position).
+        Args:
+            mask_id: hides a token.
+            special_ids: are never scored.
+            within_word: also hides the rest of the token's word (PLL-word-l2r, Kauf and Ivanova 2023).
+            sample: probability by which each token is taken, decided by (seed, document, position); None takes all.
         """
         self.documents, self.windows, self.mask_id, self.within_word = documents, windows, mask_id, within_word
-        tokens, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        chosen = None if sample is None else self.chosen(sample, seed or 0)
-        for place, (start, end) in enumerate(zip(windows.starts, windows.ends, strict=True)):
-            scored = ~np.isin(documents.tokens[start:end], special_ids)
-            if chosen is not None:
-                scored &= chosen[start:end]
-            tokens.append(start + np.flatnonzero(scored))
-            places.append(np.full(len(tokens[-1]), place))
-        self.tokens, self.places = np.concatenate(tokens), np.concatenate(places)
-
-    def chosen(self, sample: float, seed: int) -> np.ndarray:
-        """[tokens] bool."""
-        drawn = [
-            # The words that decide masks are others.
-            uniform(lots((seed, EVALUATION, document), 0, int(length))[3]) < sample
-            for document, length in enumerate(self.documents.lengths)
-        ]
-        return np.concatenate(drawn)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return (self.windows.ends - self.windows.starts)[self.places]
+        candidates = ~np.isin(documents.tokens, special_ids)
+        if sample is not None:
+            # The fourth word of each position: masks are decided by the others.
+            words = (
+                random_words((seed or 0, EVALUATION, document), 0, int(length))[3]
+                for document, length in enumerate(documents.lengths)
+            )
+            candidates &= np.concatenate([uniform(word) < sample for word in words])
+        parts = [np.flatnonzero(candidates[a:b]) + a for a, b in zip(windows.starts, windows.ends, strict=True)]
+        self.tokens = np.concatenate([np.zeros(0, np.int64), *parts])
+        self.window_of = np.repeat(np.arange(len(parts)), np.array([len(part) for part in parts], np.int64))
+        self.lengths: np.ndarray = windows.lengths[self.window_of]
 
     def row(self, index: int) -> Row:
-        w, token, place = self.windows, int(self.tokens[index]), int(self.places[index])
-        start, end = int(w.starts[place]), int(w.ends[place])
+        """Returns the row of a token."""
+        w, token, window = self.windows, int(self.tokens[index]), int(self.window_of[index])
+        start, end = int(w.starts[window]), int(w.ends[window])
         ids = np.array(self.documents.tokens[start:end])
         hidden = token + 1
         if self.within_word:
             while hidden < end and self.documents.spans[hidden, FLAGS] & CONTINUES:
                 hidden += 1
         ids[token - start : hidden - start] = self.mask_id
-        head, tail = (w.head, w.tail) if w.framed[place] else ([], [])
-        scored = np.array([token])
-        return Row(np.array([*head, *ids, *tail]), scored - start + len(head), self.documents.tokens[scored], scored)
+        head, tail = (w.head, w.tail) if w.framed[window] else ([], [])
+        tokens = np.array([token])
+        return Row(np.array([*head, *ids, *tail]), tokens - start + len(head), self.documents.tokens[tokens], tokens)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-class HeldOut(Dataset):
-    """What is evaluated: rows by the batch.
+class HeldOut(Dataset[ScoringBatch]):
+    """The data set of an evaluation: an item is a batch, by the indices of its rows.
 
-    Long ones come first, so that little is padding and a lack of memory shows at once.
+    Long rows come first, so that little is padding and a lack of memory shows at once.
     """
 
-    def __init__(self, rows: Labelled | Pseudo, pad_id: int, facts: dict[str, Any]):
-        """`facts` are all that the figures depend on but the model: see records.py."""
+    def __init__(self, rows: WindowRows | PseudoRows, pad_id: int, facts: dict[str, Any]):
+        """Orders the rows.
+
+        Args:
+            facts: all that the metrics depend on but the model, for the certificate: see records.py.
+        """
         self.rows, self.documents, self.pad_id, self.facts = rows, rows.documents, pad_id, facts
         self.order = np.argsort(-rows.lengths, kind="stable")
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, indices: list[int]) -> Targets:
-        """No index gives a row without targets: for a rank that has no row left."""
+    def __getitem__(self, indices: list[int]) -> ScoringBatch:
+        """Returns a batch; without an index a row that has no target, for a rank that has no row left."""
         documents = self.documents
         rows = [self.rows.row(int(self.order[index])) for index in indices]
         if not rows:
@@ -213,7 +234,7 @@ class HeldOut(Dataset):
             rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
         input_ids, attention_mask, positions = padded([(row.inputs, row.positions) for row in rows], self.pad_id)
         tokens = np.concatenate([row.tokens for row in rows])
-        return Targets(
+        return ScoringBatch(
             input_ids,
             attention_mask,
             positions,
@@ -223,8 +244,35 @@ class HeldOut(Dataset):
         )
 
 
+class MeanNLL(Metric):
+    """The mean nll per target, in nats, over batches and ranks; its exponential is the perplexity.
+
+    Both sums are kept apart and exact: nll in float64, targets as integers. Neither the batch size nor the number of
+    devices moves the mean (promise 2).
+    """
+
+    full_state_update = False
+    nll: Tensor
+    targets: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("targets", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor) -> None:
+        """Adds the nll [N] of scored positions; N may be 0."""
+        # Not in place: a validation under inference mode may have made the state.
+        self.nll = self.nll + nll.detach().double().sum()
+        self.targets = self.targets + nll.numel()
+
+    def compute(self) -> Tensor:
+        """Returns the mean, a float64 scalar; nan where nothing was scored."""
+        return self.nll / self.targets
+
+
 class DocumentSums(Metric):
-    """Sums per stretch of the documents over batches and ranks: nll in float64, what was scored as integers.
+    """Sums for each stretch of the documents over batches and ranks: nll in float64, what was scored as integers.
 
     Neither the batch size nor the number of devices moves them beyond rounding (promise 2).
     """
@@ -238,8 +286,8 @@ class DocumentSums(Metric):
         self.add_state("nll", torch.zeros((stretches, 2), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("units", torch.zeros((stretches, len(UNITS)), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nll: Tensor, batch: Targets) -> None:
-        """`nll` [N] of the batch's targets; N may be 0."""
+    def update(self, nll: Tensor, batch: ScoringBatch) -> None:
+        """Adds the nll [N] of a batch's targets; N may be 0."""
         nll = nll.detach().double()
         # Not in place: a validation under inference mode may have made the state. In float64: a trainer in
         # bf16-true casts the empty state with the weights.
@@ -247,28 +295,34 @@ class DocumentSums(Metric):
         self.units = self.units.index_add(0, batch.stretches, batch.units)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """[S, 2] float64: Σ nll and Σ nll²; [S, 7] int64: `documents.UNITS` of what was scored."""
+        """Returns Σ nll and Σ nll² [S, 2] float64, and `documents.UNITS` of what was scored [S, 7] int64."""
         return self.nll, self.units
 
 
 class Scorer(L.LightningModule):
-    """Scores held-out documents with one model."""
+    """Scores held-out documents with one model; its `result` is what `DocumentSums` computes, as arrays."""
 
-    def __init__(self, model: PreTrainedModel, stretches: int, rows: int | None = None):
-        """`stretches` of the documents are summed apart; `rows` of logits are held at once (see `rows_at_once`)."""
+    def __init__(self, model: PreTrainedModel, stretches: int, chunk_size: int | None = None):
+        """Keeps a model to score with.
+
+        Args:
+            stretches: S, how many stretches of documents are summed apart.
+            chunk_size: how many rows of logits are held at once: see `logits_chunk_size`.
+        """
         super().__init__()
-        self.model, self.rows = model, rows
+        self.model, self.chunk_size = model, chunk_size
         self.sums = DocumentSums(stretches)
+        self.result: tuple[np.ndarray, np.ndarray]
 
     def configure_model(self) -> None:
         if self._device_mesh is not None:
             shard(self.model, self._device_mesh["data_parallel"])
 
     def score(self, batch: Any) -> Scores:
-        """Score a batch's targets."""
-        return score(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets, self.rows)
+        """Returns the losses of a batch's targets."""
+        return score(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets, self.chunk_size)
 
-    def validation_step(self, batch: Targets, batch_idx: int) -> None:
+    def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         self.sums.update(self.score(batch).nll, batch)
 
     def on_validation_epoch_end(self) -> None:

@@ -1,36 +1,40 @@
-"""Context policies: which tokens a model is shown at once, and which of them it is scored on.
+"""Lays windows over held-out documents: which tokens a model is shown at once, and which of them it is scored on.
 
-A window is a stretch of the documents' tokens, laid end to end. Each token is a target in
-one window at most.
+The documents' tokens are laid end to end; a window is a stretch of them. Each token is a target in one window at most.
 
-Shapes: W windows.
+Shapes: W windows, D documents.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lmlab.data.documents import Documents
 from lmlab.errors import UserError, nearest
+from lmlab.objectives import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # a config is checked without waiting for it
 
 CONTEXTS = ("blocks", "document", "sliding")
 
 
 @dataclass(frozen=True)
 class Context:
-    """How much a model sees of what stands before a token (or around it)."""
+    """The rule that says how much text before a token (or around it) a model sees."""
 
     name: str = "blocks"
-    """blocks: as in training, across documents; a block's first token is not scored by a causal model.
-    document: each document on its own, framed by the tokenizer's special tokens; one that is
-    longer than a block by windows within it.
-    sliding: all documents as one text; windows overlap, so that every token is scored, with at
-    least block_size - stride tokens before it where there are so many."""
+    """blocks: as in training, across documents; a causal model is not scored on a block's first token.
+    document: each document on its own, with the tokenizer's special tokens around it; one that is longer than a block
+    in several windows.
+    sliding: all documents as one text; windows overlap, so that every token is scored, with at least
+    block_size - stride tokens before it where there are so many."""
     block_size: int = 128
-    """Positions the model is given at once."""
+    """Positions that the model is given at once."""
     stride: int | None = None
-    """Tokens from one window to the next, of sliding and of long documents; null is half a block."""
+    """Tokens from one window to the next, for sliding and for long documents; None is half a block."""
 
     def __post_init__(self) -> None:
         if self.name not in CONTEXTS:
@@ -55,20 +59,26 @@ class Context:
 
 @dataclass(frozen=True)
 class Windows:
-    """What is scored, window by window."""
+    """Windows over the documents' tokens."""
 
     starts: np.ndarray
     """[W] int64: the first token of each."""
     ends: np.ndarray
-    """[W] the one past its last."""
+    """[W] int64: the token after its last."""
     scored: np.ndarray
-    """[W] the first that may be a target."""
+    """[W] int64: the first token that may be a target; those before it are context alone."""
     framed: np.ndarray
-    """[W] bool: whether special tokens frame it."""
+    """[W] bool: whether special tokens are put around it."""
     head: list[int]
-    """Ids put before a framed window, 0 or 1 of them."""
+    """The id put before a framed window; empty if there is none."""
     tail: list[int]
-    """Ids put after it."""
+    """The id put after it."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[W] tokens of each, special ones around it not counted."""
+        lengths: np.ndarray = self.ends - self.starts
+        return lengths
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -78,48 +88,65 @@ def windows(
     context: Context,
     documents: Documents,
     bounds: np.ndarray,
-    causal: bool,
-    opening: Sequence[int] = (),
-    closing: Sequence[int] = (),
+    objective: Objective,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> Windows:
-    """The windows of a policy.
+    """Returns the windows of a context.
 
     Args:
-        bounds: [blocks, 2] the blocks that `group_texts` cuts.
-        causal: whether a token is predicted from those before it; else from both sides.
-        opening: the special tokens a text may begin with, the one to put there first.
-        closing: those it may end with; only masked models need one.
+        bounds: [blocks, 2] the first token of each block that `group_texts` cuts, and the one after its last.
+        objective: windows overlap only where it does not let the model see the tokens after a position.
+        tokenizer: gives the special tokens that begin and end a text.
     """
     if context.name == "blocks":
-        starts, ends = bounds[bounds[:, 1] - bounds[:, 0] > causal].T  # a last block may be a single token
-        return Windows(starts, ends, starts + causal, np.zeros(len(starts), bool), [], [])
-    if not causal:
+        shift = objective.target_shift
+        starts, ends = bounds[bounds[:, 1] - bounds[:, 0] > shift].T  # the last block may be too short for a target
+        return Windows(starts, ends, starts + shift, np.zeros(len(starts), bool), [], [])
+    if objective.bidirectional:
         if context.name == "sliding":
             raise UserError("context=sliding is for causal models. For a masked one: context=document or blocks.")
         if context.stride is not None:
             raise UserError(
                 "stride is for causal models: a masked one is shown pieces that do not overlap. Leave it out."
             )
-        return chunks(context.block_size, documents, opening, closing)
+        opening, closing = special_ids(tokenizer, "cls", "bos", "eos"), special_ids(tokenizer, "sep", "eos")
+        return disjoint_windows(context.block_size, documents, opening, closing)
     edges = np.array([0, len(documents.tokens)]) if context.name == "sliding" else documents.edges
-    return causal_windows(context, documents.tokens, edges, opening)
+    return overlapping_windows(context, documents.tokens, edges, special_ids(tokenizer, "bos", "eos"))
 
 
-def causal_windows(context: Context, tokens: np.ndarray, edges: np.ndarray, opening: Sequence[int]) -> Windows:
-    """Windows that overlap, within each text; a text has the tokens edges[i] … edges[i + 1] - 1.
+def special_ids(tokenizer: "PreTrainedTokenizerBase", *names: str) -> list[int]:
+    """Returns the ids of the special tokens of these names that the tokenizer has."""
+    ids = (getattr(tokenizer, f"{name}_token_id") for name in names)
+    return [token for token in ids if token is not None]
 
-    The last token of a window is a target only, so one of block_size + 1 tokens needs
-    block_size positions.
+
+def overlapping_windows(context: Context, tokens: np.ndarray, edges: np.ndarray, opening: Sequence[int]) -> Windows:
+    """Returns windows within each text for next-token prediction, as with block_size=4 and stride=2 for a text a … g:
+
+    ```
+    number      0  1  2  3  4  5  6  7
+    text        S  a  b  c  d  e  f  g          S: the special token that opens a text
+    window 0   [S  a  b  c] d                   targets a b c d
+    window 1         [b  c  d  e] f             targets e f
+    window 2               [d  e  f] g          targets g
+    ```
+
+    In brackets are the inputs. The last token of a window is a target only, so that a window of block_size + 1 tokens
+    needs block_size positions.
+
+    Args:
+        tokens: of all texts, end to end.
+        edges: [texts + 1] text i has the tokens edges[i] … edges[i + 1] - 1.
+        opening: the special tokens that a text may begin with already; if it begins with none, the first is put there.
     """
     first, last = edges[:-1], edges[1:]
-    # A text that begins with a special token already needs no second one.
-    framed = (last > first) & ~at(tokens, first, opening) if opening else np.zeros(len(first), bool)
+    framed = (last > first) & ~is_one_of(opening, tokens, first) if opening else np.zeros(len(first), bool)
     length = last - first + framed
     beyond = np.maximum(0, length - context.block_size - 1)
     count = np.where(length > 1, 1 + -(-beyond // context.step), 0)
-    text = np.repeat(np.arange(len(count)), count)
-    number = np.arange(len(text)) - np.repeat(np.cumsum(count) - count, count)
-    # From here on places are counted from the head, where there is one.
+    text, number = numbered(count)
+    # Counted from the special token, where there is one.
     start = number * context.step
     end = np.minimum(start + context.block_size + 1, length[text])
     scored = np.where(number == 0, 1, start - context.step + context.block_size + 1)
@@ -128,8 +155,20 @@ def causal_windows(context: Context, tokens: np.ndarray, edges: np.ndarray, open
     return Windows(origin + start + opens, origin + end, origin + scored, opens, list(opening[:1]), [])
 
 
-def chunks(block_size: int, documents: Documents, opening: Sequence[int], closing: Sequence[int]) -> Windows:
-    """Documents in pieces that do not overlap, each framed."""
+def disjoint_windows(block_size: int, documents: Documents, opening: Sequence[int], closing: Sequence[int]) -> Windows:
+    """Returns pieces of each document that do not overlap, each between special tokens, as with block_size=4:
+
+    ```
+    document   a  b  c  d  e
+    window 0   C  a  b  S               C: the special token that opens a text
+    window 1   C  c  d  S               S: the one that closes it
+    window 2   C  e  S
+    ```
+
+    Args:
+        opening: the special tokens that a document may begin with already; the first is put before each piece.
+        closing: those that it may end with already; the first is put after each piece.
+    """
     head, tail = list(opening[:1]), list(closing[:1])
     room = block_size - len(head) - len(tail)
     if room < 1:
@@ -137,17 +176,21 @@ def chunks(block_size: int, documents: Documents, opening: Sequence[int], closin
             f"preprocess.block_size={block_size} has no room for a token between the special ones. Use more than 2."
         )
     first, last = documents.edges[:-1], documents.edges[1:]
-    # The frame takes the place of those that a document has already.
-    first = first + ((last > first) & at(documents.tokens, first, opening))
-    last = last - ((last > first) & at(documents.tokens, last - 1, closing))
-    count = -(-(last - first) // room)
-    text = np.repeat(np.arange(len(count)), count)
-    number = np.arange(len(text)) - np.repeat(np.cumsum(count) - count, count)
-    starts = first[text] + number * room
-    ends = np.minimum(starts + room, last[text])
+    # Special tokens that a document has already are replaced by those put around its pieces.
+    first = first + ((last > first) & is_one_of(opening, documents.tokens, first))
+    last = last - ((last > first) & is_one_of(closing, documents.tokens, last - 1))
+    document, number = numbered(-(-(last - first) // room))
+    starts = first[document] + number * room
+    ends = np.minimum(starts + room, last[document])
     return Windows(starts, ends, starts, np.ones(len(starts), bool), head, tail)
 
 
-def at(tokens: np.ndarray, places: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
-    """Whether the token at each place is one of those; a place beyond the last token is taken for that."""
-    return np.isin(tokens[np.clip(places, 0, len(tokens) - 1)], wanted)
+def numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each window the number of its text, and its own within that text, from the windows of each [D]."""
+    text = np.repeat(np.arange(len(counts)), counts)
+    return text, np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def is_one_of(ids: Sequence[int], tokens: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Returns whether the token at each index is one of `ids`; an index past either end means the token there."""
+    return np.isin(tokens[np.clip(indices, 0, len(tokens) - 1)], ids)

@@ -1,1 +1,1 @@
-"""Models: loading them, scoring with them, letting them speak."""
+"""Models: loading and checking them, their loss, what makes their steps cheaper, and generation."""

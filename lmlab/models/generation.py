@@ -1,77 +1,86 @@
-"""Let a model speak (guide, "Inference"): go on with a text, or fill its masks."""
+"""Makes a trained model write (guide, "Inference"): continue a text, or fill the masks in it.
+
+Shapes: T tokens of a text, M masks in it, V vocabulary.
+"""
 
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub
-from lmlab.models.loading import is_causal, positions
+from lmlab.models.loading import auto_class_of, max_positions
 
-# The guide's sampling.
 SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
-# Masks people write, whatever the tokenizer calls its own.
+"""The guide's options for `generate`."""
 MASKS = ("<mask>", "[MASK]", "<|mask|>")
+"""Masks people write, whatever the tokenizer calls its own."""
 
 
 def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, of the task it was trained for, by hub id or directory."""
+    """Loads a model and its tokenizer, for the task that the model was trained for.
+
+    Args:
+        name: hub id or directory.
+        revision: branch, tag or commit of a hub id.
+    """
     with from_hub("model", name, "the first argument"):
-        auto: Any = AutoModelForCausalLM if is_causal(name, revision) else AutoModelForMaskedLM
+        auto = getattr(transformers, auto_class_of(name, revision))
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
 
 
 def fills_masks(model: PreTrainedModel) -> bool:
-    """Whether the model fills masks rather than going on with a text."""
+    """Returns whether the model fills masks rather than continuing a text."""
     return type(model).__name__.endswith("ForMaskedLM")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """Ids [1, T] of a text."""
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids.long()
+    """Returns the ids [1, T] of a text."""
+    return torch.tensor([tokenizer(text, verbose=False).input_ids], dtype=torch.long)
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seed: int, /, **options: Any
 ) -> list[str]:
-    """The text and what the model goes on with; as many as `num_return_sequences` (1).
+    """Continues a text.
 
     Args:
-        seed: decides what is sampled; equal for equal text and options.
-        options: of transformers' `generate`, over the guide's sampling.
+        seed: decides what is sampled; the result is the same for the same text and options.
+        options: of transformers' `generate`, over `SAMPLING`.
+
+    Returns:
+        the text with its continuation, `num_return_sequences` (1) times.
+
+    Raises:
+        UserError: the text is too long or has no token, or `generate` refuses an option.
     """
     ids = encode(tokenizer, text)
     if ids.shape[1] == 0:
         if tokenizer.bos_token_id is None:
             raise UserError("an empty text, and the tokenizer has no token to begin with: give some words.")
         ids = torch.tensor([[tokenizer.bos_token_id]])
+    length, longest = ids.shape[1], max_positions(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options = SAMPLING | {"pad_token_id": pad} | options
     if "max_length" in options:
-        options["max_new_tokens"] = options.pop("max_length") - ids.shape[1]
+        options["max_new_tokens"] = options.pop("max_length") - length
     if not isinstance(options["max_new_tokens"], int) or options["max_new_tokens"] < 1:
         raise UserError(f"max_new_tokens is a whole number, 1 or more, not {options['max_new_tokens']}.")
-    room = (positions(model) or ids.shape[1] + options["max_new_tokens"]) - ids.shape[1]
-    if room < 1:
-        raise UserError(f"the text has {ids.shape[1]} tokens and the model only {positions(model)} positions.")
-    options["max_new_tokens"] = min(options["max_new_tokens"], room)
+    if longest is not None:
+        if length >= longest:
+            raise UserError(f"the text has {length} tokens and the model only {longest} positions.")
+        options["max_new_tokens"] = min(options["max_new_tokens"], longest - length)
     if not options["do_sample"]:
         options = {key: value for key, value in options.items() if key not in ("top_k", "top_p", "temperature")}
     torch.manual_seed(seed)
     ids = ids.to(model.device)
     try:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, **options)
-    except (ValueError, TypeError) as error:
-        # transformers checks the options' names and values itself.
+    except (ValueError, TypeError) as error:  # transformers checks the names and values of the options itself
         raise UserError(f"generate refused its options: {error}") from error
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
     return [tokenizer.decode(sequence, skip_special_tokens=True) for sequence in sequences]
@@ -81,65 +90,67 @@ def generate(
 def fill_mask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, top_k: int = 5
 ) -> list[list[dict[str, Any]]]:
-    """The most likely words for each mask of a text, best first (guide, "Inference").
+    """Returns the most likely tokens for each mask of a text, best first.
 
-    The mask may be written as any tokenizer's. With several masks each is filled on its
-    own, the others left as they are.
+    The mask may be written as any tokenizer's (`MASKS`). With several masks each is filled on its own, and the others
+    stay as they are.
 
     Returns:
-        per mask, per candidate: `score` (probability), `token` (id), `token_str`, `sequence`.
+        for each mask, for each of `top_k` candidates: `score` (probability), `token` (id), `token_str`, `sequence`.
+
+    Raises:
+        UserError: there is no mask in the text, or it is too long.
     """
     if tokenizer.mask_token is None:
         raise UserError("the model fills masks, but its tokenizer has no mask token.")
     for mask in MASKS:
         text = text.replace(mask, tokenizer.mask_token)
     ids = encode(tokenizer, text).to(model.device)
-    places = (ids[0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
-    if not places:
+    positions = (ids[0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
+    if not positions:
         raise UserError(f'no mask in "{text}".\nWrite {tokenizer.mask_token} where a word is to be filled in.')
-    longest = positions(model)
+    longest = max_positions(model)
     if longest is not None and ids.shape[1] > longest:
         raise UserError(f"the text has {ids.shape[1]} tokens and the model only {longest} positions.")
-    probabilities = model(input_ids=ids).logits[0, places].float().softmax(-1)
-    # The vocabulary may be padded beyond the tokenizer.
+    probabilities = model(input_ids=ids).logits[0, positions].float().softmax(-1)  # [M, V]
+    # The vocabulary of the model may be padded beyond the tokenizer's.
     scores, tokens = probabilities[:, : len(tokenizer)].topk(min(top_k, len(tokenizer)))
-    filled = []
-    for place, row_scores, row_tokens in zip(places, scores.tolist(), tokens.tolist(), strict=True):
-        candidates = []
-        for score, token in zip(row_scores, row_tokens, strict=True):
-            sequence = ids[0].clone()
-            sequence[place] = token
-            candidates.append(
-                {
-                    "score": score,
-                    "token": token,
-                    "token_str": tokenizer.decode([token]),
-                    "sequence": readable(tokenizer, sequence, keep=len(places) > 1),
-                }
-            )
-        filled.append(candidates)
-    return filled
+    # Special tokens are left out of the text, but for the other masks.
+    hidden = set(tokenizer.all_special_ids) - ({tokenizer.mask_token_id} if len(positions) > 1 else set())
+
+    def candidate(position: int, score: float, token: int) -> dict[str, Any]:
+        sequence = ids[0].tolist()
+        sequence[position] = token
+        text = tokenizer.decode([other for other in sequence if other not in hidden]).strip()
+        return {"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": text}
+
+    return [
+        [candidate(position, score, token) for score, token in zip(*row, strict=True)]
+        for position, *row in zip(positions, scores.tolist(), tokens.tolist(), strict=True)
+    ]
 
 
-def readable(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, keep: bool) -> str:
-    """The text of ids; `keep` leaves masks in it, and drops other special tokens all the same."""
-    hidden = set(tokenizer.all_special_ids) - ({tokenizer.mask_token_id} if keep else set())
-    return tokenizer.decode([token for token in ids.tolist() if token not in hidden]).strip()
+def continue_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
+    """Returns the first half of a block's beginning as text, and that text as the model continues it."""
+    tokens = beginning(model, tokenizer, ids)
+    text = " ".join(tokenizer.decode(tokens[: len(tokens) // 2]).split())
+    return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]
 
 
-def speak(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
-    """A line of text made from the ids of a block, and what the model makes of it."""
-    model.eval()
-    # At most half of what the model has room for.
-    words = [token for token in ids if token not in tokenizer.all_special_ids][: min(24, (positions(model) or 48) // 2)]
-    half = len(words) // 2
-    if not fills_masks(model):
-        text = " ".join(tokenizer.decode(words[:half]).split())
-        return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]
+def fill_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
+    """Returns a block's beginning as text with a mask in its middle, and the three best tokens for it, on lines."""
+    tokens = beginning(model, tokenizer, ids)
+    half = len(tokens) // 2
     before, hidden, after = (
-        tokenizer.decode(part) for part in (words[:half], words[half : half + 1], words[half + 1 :])
+        tokenizer.decode(part) for part in (tokens[:half], tokens[half : half + 1], tokens[half + 1 :])
     )
-    gap = " " if hidden.startswith(" ") else ""
-    text = " ".join(f"{before}{gap}{tokenizer.mask_token}{after}".split())
+    space = " " if hidden.startswith(" ") else ""
+    text = " ".join(f"{before}{space}{tokenizer.mask_token}{after}".split())
     candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
     return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
+
+
+def beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Returns the first 24 tokens of a block, special ones left out; fewer if a model has under 48 positions."""
+    limit = min(24, (max_positions(model) or 48) // 2)
+    return [token for token in ids if token not in tokenizer.all_special_ids][:limit]

@@ -1,4 +1,4 @@
-"""Finds out by forward passes over a few tokens what an architecture does, rather than trusting names in its class.
+"""Finds out by forward passes over a few tokens what an architecture does, rather than by the names in its class.
 
 Shapes: B rows, T positions, H hidden size, V vocabulary.
 """
@@ -18,11 +18,11 @@ from lmlab.errors import UserError
 
 TOKENS, PADDING = 4, 2  # of a probe: no more than any model has positions
 PORTABLE = ("eager", "sdpa")
-"""Implementations of attention that run wherever the weights lie."""
+"""Implementations of attention that run on any device."""
 
 
 class Probe(NamedTuple):
-    """What a model's forward pass was found to do."""
+    """The properties of a model's forward pass."""
 
     backbone: str
     """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model."""
@@ -38,24 +38,25 @@ PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
 
 
 def probe(model: PreTrainedModel) -> Probe:
-    """What the model's forward pass does; the passes are made once for each model.
+    """Returns the properties of the model's forward pass; the passes are made once for each model.
 
     Raises:
         UserError: no module of the model returns a `last_hidden_state`.
     """
     if model not in PROBES:
-        PROBES[model] = find_out(model)
+        PROBES[model] = run_probe(model)
     return PROBES[model]
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The module whose `last_hidden_state` the head reads: all of the model but its head."""
-    return model.get_submodule(probe(model).backbone)
+    """Returns the module whose `last_hidden_state` the head reads: all of the model but its head."""
+    module: nn.Module = model.get_submodule(probe(model).backbone)
+    return module
 
 
 @contextmanager
-def in_evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation mode, with an attention that runs on any device, and back again."""
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Puts a model into evaluation mode, with an attention that runs on any device, and afterwards back."""
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     if attention not in PORTABLE:
@@ -68,22 +69,29 @@ def in_evaluation(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
-def example(model: PreTrainedModel) -> Tensor:
-    """Ids [1, T] of different tokens that are hardly special ones."""
+def example_ids(model: PreTrainedModel) -> Tensor:
+    """Returns ids [1, T] of different tokens that are hardly special ones."""
     return torch.arange(2, 2 + TOKENS, device=model.device)[None] % len(model.get_input_embeddings().weight)
 
 
 def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Any:
-    """The model's output for ids [B, T] and a mask [B, T]; a model that takes no mask gets none where all is text."""
+    """Returns the model's output for ids [B, T].
+
+    Args:
+        mask: [B, T], 0 on padding. None where no row is padded: some models take no mask.
+    """
     masked = {} if mask is None else {"attention_mask": mask}
     return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
 
 
 @torch.no_grad()
-def find_out(model: PreTrainedModel) -> Probe:
-    """What the model's forward pass does at present: who builds the model may not have finished it."""
-    ids, head = example(model), model.get_output_embeddings()
-    # A hook of somebody else's may do anything to what comes out of the last layer.
+def run_probe(model: PreTrainedModel) -> Probe:
+    """Runs the forward passes on the model as it is now, of which `probe` keeps the result.
+
+    Whoever builds a model step by step calls this, so that nothing is kept of an unfinished one.
+    """
+    ids, head = example_ids(model), model.get_output_embeddings()
+    # A hook that somebody else registered may do anything to the output of the last layer.
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     inner: list[nn.Module] = []
     projected: list[Tensor] = []
@@ -94,14 +102,14 @@ def find_out(model: PreTrainedModel) -> Probe:
         elif module is not model and isinstance(output, ModelOutput) and output.get("last_hidden_state") is not None:
             inner.append(module)
 
-    with in_evaluation(model):
+    with evaluation_mode(model):
         handle = register_module_forward_hook(watch)
         try:
             logits = forward(model, ids).logits
         finally:
             handle.remove()
-        others = forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits
-        padded = padding_matters(model, ids, logits)
+        last_changed = forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits
+        padding_matters = padding_changes(model, ids, logits)
     if not inner:
         raise UserError(
             f"lmlab can't score {model.config.model_type}: none of its modules returns a last_hidden_state.\n"
@@ -109,15 +117,15 @@ def find_out(model: PreTrainedModel) -> Probe:
         )
     names = {id(module): name for name, module in model.named_modules()}
     return Probe(
-        names[id(inner[-1])],  # the outermost one ends last
-        plain and len(projected) == 1 and torch.equal(projected[0], logits),
-        differ(logits[:, :-1], others[:, :-1]),
-        padded,
+        backbone=names[id(inner[-1])],  # the outermost one ends last
+        projects=plain and len(projected) == 1 and torch.equal(projected[0], logits),
+        sees_ahead=differ(logits[:, :-1], last_changed[:, :-1]),
+        padding_matters=padding_matters,
     )
 
 
-def padding_matters(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
-    """Whether padding changes logits [1, T, V] of ids [1, T]."""
+def padding_changes(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
+    """Returns whether padding changes the logits [1, T, V] of ids [1, T]."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded = nn.functional.pad(ids, (0, PADDING), value=0 if pad is None else pad)
     mask = nn.functional.pad(torch.ones_like(ids), (0, PADDING))
@@ -128,7 +136,10 @@ def padding_matters(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by more than rounding; weights that give no numbers are for their metrics to show."""
+    """Returns whether two tensors differ by more than rounding.
+
+    Those of a model whose weights give no finite numbers do not: its metrics will show that.
+    """
     one, other = one.float(), other.float()
     if not one.isfinite().all():
         return False

@@ -1,1 +1,76 @@
-"""What a label is, and which positions are scored."""
+"""The interface of an objective: which tokens a model has to predict, and what follows from that.
+
+Shapes: T positions of one text, N scored positions in it.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OBJECTIVE_OF = {"AutoModelForCausalLM": "clm", "AutoModelForMaskedLM": "mlm"}
+"""The objective (a file of conf/objective/) that suits a trained model of each `AutoModel` class, where a command
+does not name one."""
+
+
+class Example(NamedTuple):
+    """The inputs that a model is given for one text, and the targets that it has to predict."""
+
+    inputs: np.ndarray
+    """[T] ids that the model reads."""
+    positions: np.ndarray
+    """[N] positions whose output is scored, ascending."""
+    targets: np.ndarray
+    """[N] id that has to be predicted at each of them."""
+
+
+class Objective(Protocol):
+    """Turns the tokens of a text into an `Example`, and says what the model and the metric have to be.
+
+    The two that come with lmlab, on the text "The cat sat on":
+
+    ```
+                 CausalLM                     MaskedLM
+    tokens       The   cat   sat   on         The    cat     sat    on
+    inputs       The   cat   sat   on         The   <mask>   sat    on
+    positions     0     1     2                       1
+    targets      cat   sat   on                      cat
+    ```
+
+    Any class with these members is one; it need not derive from this. Its constructor takes the keys of its YAML, and
+    the tokenizer where it has a parameter of that name.
+    """
+
+    metric: str
+    """Name of exp(mean nll per target). Only a model that never sees its targets may call it "perplexity"."""
+    auto_class: str
+    """The class of transformers that makes its models, such as "AutoModelForCausalLM"."""
+    bidirectional: bool
+    """Whether the model may see the tokens after a position. If not, held-out text can be scored in windows that
+    overlap; if so, each document is framed by the tokenizer's special tokens and cut into pieces."""
+    target_shift: int
+    """The number of positions that a target stands after its scored position in the text: 1 for the next token, 0 for
+    the token itself."""
+
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
+        """Returns the example of a text; a pure function of its arguments (promise 1).
+
+        Padding is added after this, so it is never a target.
+
+        Args:
+            ids: [T] token ids.
+            key: (seed, epoch, sample) of whatever is drawn at random. In evaluation the sample is the number of the
+                document, or of the window where windows run across documents.
+            first: position of `ids[0]` in the sample, which may be cut into several texts.
+        """
+        ...
+
+    def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
+        """Returns a prompt made of a block's ids, and what the model writes when it is given that.
+
+        Args:
+            model: in evaluation mode.
+        """
+        ...

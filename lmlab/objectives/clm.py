@@ -1,21 +1,36 @@
 """Causal language modelling: each token is predicted from those before it.
 
-Shapes: T positions of one block, N scored positions.
+Shapes: T positions of one text, N = T - 1 scored positions.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+from lmlab.objectives import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class CausalLM:
     """Next-token prediction (guide, "Causal language modeling").
 
-    The label of position t is token t + 1, decided here, before any padding: a real
-    end-of-text token is a target even where the tokenizer pads with the same id.
+    The target at position t is token t + 1. It is taken before any padding, so a real end-of-text token is a target
+    even where the tokenizer pads with the same id.
     """
 
-    causal = True
-    figure = "perplexity"
+    metric = "perplexity"
+    auto_class = "AutoModelForCausalLM"
+    bidirectional = False
+    target_shift = 1
 
-    def __call__(self, ids: np.ndarray, key: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`ids` [T] to (inputs [T], scored positions [N], targets [N]), N = T - 1; `key` is not needed."""
-        return ids, np.arange(len(ids) - 1), ids[1:]
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
+        """Returns the example of a text: see `Objective`. Nothing is drawn at random."""
+        return Example(ids, np.arange(len(ids) - 1), ids[1:])
+
+    def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
+        """Returns the first half of a text, and the text as the model continues it."""
+        from lmlab.models.generation import continue_block
+
+        return continue_block(model, tokenizer, ids)

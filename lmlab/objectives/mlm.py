@@ -1,28 +1,30 @@
 """Masked language modelling: hidden tokens are predicted from both sides.
 
-Shapes: T positions of one block, N scored positions.
+Shapes: T positions of one text, N scored positions in it.
 """
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
+from lmlab.objectives import Example
 
 
 class MaskedLM:
     """BERT's masking (Devlin et al. 2019, section 3.1; guide, "Masked language modeling").
 
-    Of the tokens that are not special, each is chosen with `mask_probability`. A chosen
-    one becomes the mask token (`replace_mask`), a random token of the vocabulary
-    (`replace_random`) or stays as it is (the rest), and is a target in each case.
+    Of the tokens that are not special, each is chosen with `mask_probability`. A chosen token becomes the mask token
+    (`replace_mask`), a random token of the vocabulary (`replace_random`) or stays as it is (the rest), and is a target
+    in each case.
 
-    Each token's mask is a pure function of the key and its position, so masks are the same
-    for any number of workers and devices, and wherever a text is cut.
+    What happens to a token is a pure function of the key and its position, so masks are the same for any number of
+    workers and devices, and wherever a text is cut.
     """
 
-    causal = False
-    # Not comparable with a causal model's perplexity, so never under the same name.
-    figure = "masked_perplexity"
+    metric = "masked_perplexity"  # it is no measure of a causal model's perplexity, so it has another name
+    auto_class = "AutoModelForMaskedLM"
+    bidirectional = True
+    target_shift = 0
 
     def __init__(
         self,
@@ -32,7 +34,16 @@ class MaskedLM:
         replace_random: float = 0.1,
         validation_mask_probability: float | None = None,
     ):
-        """`validation_mask_probability` is that of held-out text, where runs that train with others are to compare."""
+        """Checks the shares and the tokenizer.
+
+        Args:
+            tokenizer: has a mask token.
+            mask_probability: share of the tokens that are targets.
+            replace_mask: share of the targets that become the mask token.
+            replace_random: share of the targets that become a random token.
+            validation_mask_probability: `mask_probability` of held-out text (config/build.py builds another objective
+                with it), so that runs which train with different ones can be compared. None: the same as in training.
+        """
         for name, value in (("", mask_probability), ("validation_", validation_mask_probability)):
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"objective.{name}mask_probability must be over 0 and at most 1, not {value}.")
@@ -53,41 +64,39 @@ class MaskedLM:
         self.special_ids = np.array(sorted(tokenizer.all_special_ids))
         self.vocab_size = len(tokenizer)
 
-    def __call__(
-        self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`ids` [T] to (inputs [T], scored positions [N], targets [N]).
-
-        Args:
-            key: (seed, epoch, sample); in evaluation the sample is the document.
-            first: position of `ids[0]` in the sample.
-        """
-        chosen, fate, word, _ = lots(key, first, len(ids))
-        positions = np.flatnonzero((uniform(chosen) < self.mask_probability) & ~np.isin(ids, self.special_ids))
-        share = uniform(fate[positions])
-        words = (word[positions] % np.uint64(self.vocab_size)).astype(ids.dtype)
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
+        """Returns the example of a text: see `Objective`."""
+        choice, replacement, token, _ = random_words(key, first, len(ids))
+        positions = np.flatnonzero((uniform(choice) < self.mask_probability) & ~np.isin(ids, self.special_ids))
+        share = uniform(replacement[positions])
+        tokens = (token[positions] % np.uint64(self.vocab_size)).astype(ids.dtype)
         inputs = ids.copy()
         inputs[positions] = np.where(
             share < self.replace_mask,
             self.mask_id,
-            np.where(share < self.replace_mask + self.replace_random, words, ids[positions]),
+            np.where(share < self.replace_mask + self.replace_random, tokens, ids[positions]),
         )
-        return inputs, positions, ids[positions]
+        return Example(inputs, positions, ids[positions])
+
+    def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
+        """Returns a text with a mask in its middle, and the tokens that the model fills it with."""
+        from lmlab.models.generation import fill_block
+
+        return fill_block(model, tokenizer, ids)
 
 
-def lots(key: tuple[int, int, int], first: int, count: int) -> np.ndarray:
-    """Four random 64-bit words [4, count] for each of `count` positions from `first` on.
+def random_words(key: tuple[int, int, int], first: int, count: int) -> np.ndarray:
+    """Returns four random 64-bit words for each of `count` positions from `first` on: [4, count] uint64.
 
-    Philox (Salmon et al. 2011) makes four words from a key and a counter: here (seed, epoch),
-    and (position, sample). Nothing is carried over, so any stretch of a sample gets the
-    words it would get as part of the whole.
+    Philox (Salmon et al. 2011) makes four words from a key, here (seed, epoch), and a counter, here (position, sample).
+    Nothing is carried over, so any part of a sample gets the words that it gets as a part of the whole.
     """
     seed, epoch, sample = key
-    # A list with a number past 2^63 in it, as evaluation's epoch, would pass through float64.
-    stream = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[first, 0, 0, sample])
-    return stream.random_raw(4 * count).reshape(count, 4).T
+    # A list with a number past 2^63 in it, such as evaluation's epoch, would pass through float64.
+    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[first, 0, 0, sample])
+    return generator.random_raw(4 * count).reshape(count, 4).T
 
 
 def uniform(words: np.ndarray) -> np.ndarray:
-    """64-bit words to float64 in [0, 1)."""
+    """Turns random 64-bit words into float64 in [0, 1)."""
     return (words >> np.uint64(11)) * 2.0**-53

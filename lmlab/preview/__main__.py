@@ -63,7 +63,7 @@ def preview(plan: Planned) -> None:
     show_ledger(data.ledger)
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
-    batch.show_samples(first, data.tokenizer, objective.causal, console())
+    batch.show_samples(first, data.tokenizer, not objective.bidirectional, console())
 
     elsewhere = here.trainer.accelerator != cfg.trainer.accelerator
     found = measure(cfg, steps, interval) if not elsewhere else {}

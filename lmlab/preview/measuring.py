@@ -19,7 +19,8 @@ from lmlab.data.datamodule import Batch
 from lmlab.distributed import launch
 from lmlab.errors import UserError, out_of_memory, plainly
 from lmlab.io import read_json, write_json
-from lmlab.models.efficiency import Flops, layers
+from lmlab.models.efficiency import layers
+from lmlab.models.flops import Flops
 from lmlab.processes import calling, last_line
 from lmlab.secrets import redacted_text
 from lmlab.training.callbacks import Measure, peak_memory
@@ -139,7 +140,7 @@ class Watch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.report.add(start=time.time() - self.began)
         self.measure = next(c for c in trainer.callbacks if isinstance(c, Measure))  # type: ignore[attr-defined]
-        self.of = Flops.of(module.model)
+        self.of = Flops.from_model(module.model)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.clock = time.perf_counter()

@@ -23,7 +23,8 @@ from lmlab.evaluation.comparison import (
     paired,
     same_draw,
 )
-from lmlab.evaluation.records import Records, perplexity
+from lmlab.evaluation.metrics import perplexity
+from lmlab.evaluation.records import Records
 
 BEST = 40
 """Sides whose difference from the best is worked out, and that a chart has room for."""
@@ -59,7 +60,7 @@ def finals(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[Fi
     return [
         Final(
             side.name,
-            [run.place for run in side.runs],
+            [run.path for run in side.runs],
             (float(side.figures.mean()), *low_and_high[i][0]),
             side.bound,
             paired(evaluations),
@@ -74,7 +75,7 @@ def sides_of(evaluations: Sequence[Records], names: Mapping[Path, str]) -> list[
     """Evaluations of one name and precision are one side. Of the same weights or seed one counts: more are no draws."""
     groups: dict[tuple[str, str], list[Records]] = {}
     for e in evaluations:
-        alike = groups.setdefault((names.get(e.place, str(e.place)), e.certificate["precision"]), [])
+        alike = groups.setdefault((names.get(e.path, str(e.path)), e.certificate["precision"]), [])
         if not any(same_draw(other, e) for other in alike):
             alike.append(e)
     several = len({precision for _, precision in groups}) > 1

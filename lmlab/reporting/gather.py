@@ -194,9 +194,9 @@ def group_of(objective: str, runs: list[Run], others: list[Records], top: Path) 
     named: dict[str, str] = {}
     for other in others:  # those of several seeds, evaluated alike, go by one name
         same = repr([other.certificate["policy"], sorted((choices_of(other) | {"seed": None}).items())])
-        group.others[other.place] = named.setdefault(same, evaluation_name(other, names, top))
+        group.others[other.path] = named.setdefault(same, evaluation_name(other, names, top))
     for number, alike in enumerate(evaluations):
-        places = {records.place for records in alike}
+        places = {records.path for records in alike}
         ranked = sorted((run for run in runs if run.records and run.place in places), key=by_figure)
         group.ranks |= {run.name: (number, rank) for rank, run in enumerate(ranked, 1)}
     last = (len(runs), 0)
@@ -214,7 +214,7 @@ def evaluation_name(records: Records, names: dict[str, str], top: Path) -> str:
     of_run = names.get(trained.get("run_id", "")) if trained else None
     evaluated = of_run or (Path(model).name if Path(model).is_absolute() else model)
     return (
-        f"{shortened(evaluated, LABEL // 2)}, evaluated in {shortened(str(records.place.relative_to(top)), LABEL // 2)}"
+        f"{shortened(evaluated, LABEL // 2)}, evaluated in {shortened(str(records.path.relative_to(top)), LABEL // 2)}"
     )
 
 

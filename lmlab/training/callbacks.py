@@ -16,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmlab.evaluation import records
-from lmlab.evaluation.scoring import Targets
+from lmlab.evaluation.metrics import perplexity
+from lmlab.evaluation.scoring import ScoringBatch
 from lmlab.io import write_beside
-from lmlab.models.efficiency import Flops
+from lmlab.models.flops import Flops
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint import best_weights, outdated
 from lmlab.training.module import LMModule
@@ -55,7 +56,7 @@ class Measure(Callback):
             "parameters": sum(p.numel() for p in module.model.parameters()),
             "trainable_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
         }
-        self.flops = Flops.of(module.model)
+        self.flops = Flops.from_model(module.model)
         self.peak_flops = peak_flops(trainer.strategy.root_device, trainer.precision) if self.flops else None
 
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:
@@ -112,7 +113,7 @@ class Measure(Callback):
             self.total[name] += value
         self.latest = {
             "train/loss": loss,
-            f"train/{module.figure}": records.perplexity(loss),
+            f"train/{module.figure}": perplexity(loss),
             "optim/lr": module.lr,
             "optim/grad_norm": float(module.grad_norm) if module.grad_norm is not None else 0.0,
             "perf/tokens_per_s": done / self.interval,
@@ -376,7 +377,13 @@ class ShowScoring(Callback):
 
     @rank_zero_only
     def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Targets, batch_idx: int, *args: Any
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: ScoringBatch,
+        batch_idx: int,
+        *args: Any,
     ) -> None:
         self.targets += batch.targets.numel()
         now = time.perf_counter()

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from lmlab.data.datamodule import Batch
 from lmlab.data.sampler import draws
 from lmlab.errors import UserError, nearest
-from lmlab.evaluation.perplexity import MeanNLL
-from lmlab.evaluation.records import figures_of, totals_of
-from lmlab.evaluation.scoring import Scorer
+from lmlab.evaluation.metrics import compute_metrics, sum_totals
+from lmlab.evaluation.scoring import MeanNLL, Scorer
 from lmlab.models.efficiency import share_tied_gradient
 
 NEVER = torch.iinfo(torch.int64).max
@@ -75,7 +74,7 @@ class LMModule(Scorer):
 
     def setup(self, stage: str) -> None:
         """Refuse a callback that monitors what is never logged, before any step is made."""
-        logged = ["val/loss", *(f"val/{name}" for name in figures_of({}, self.figure) if name != "nll_per_token")]
+        logged = ["val/loss", *(f"val/{name}" for name in compute_metrics({}, self.figure) if name != "nll_per_token")]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in logged:
@@ -202,7 +201,7 @@ class LMModule(Scorer):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        figures = figures_of(totals_of(*self.result), self.figure)
+        figures = compute_metrics(sum_totals(*self.result), self.figure)
         loss = figures.pop("nll_per_token")
         if loss is None or not math.isfinite(loss):
             raise UserError(

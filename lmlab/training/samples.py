@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.errors import UserError, first_line
-from lmlab.models.generation import speak
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.loggers import Lines, WandB, rewind
 from lmlab.training.module import LMModule
@@ -75,7 +74,9 @@ class Samples(Callback):
         devices = [module.device] if module.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-                return [speak(module.model, trainer.datamodule.tokenizer, ids) for ids in self.texts]
+                module.model.eval()
+                data = trainer.datamodule
+                return [data.batches.objective.sample(module.model, data.tokenizer, ids) for ids in self.texts]
         finally:
             for part, training in modes.items():
                 part.training = training

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from lmlab.console import command, show_result
 from lmlab.errors import UserError, first_line
 from lmlab.io import from_here, write_json
-from lmlab.models.generation import speak
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.callbacks import Measure
 
@@ -54,7 +53,8 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
     count, trainable = summary["parameters"], summary["trainable_parameters"]
     path = from_here(run.path)
     try:
-        text, generated = speak(module.model, data.tokenizer, held_out.tokens[: module.block_size].tolist())
+        block = held_out.tokens[: module.block_size].tolist()
+        text, generated = data.batches.objective.sample(module.model.eval(), data.tokenizer, block)
     except (UserError, RuntimeError) as error:  # the run is finished all the same
         text, generated = "…", f"(nothing: {first_line(error)})"
     rows = {

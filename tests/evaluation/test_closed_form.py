@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from lmlab.data.documents import UNITS
 from lmlab.data.tokenizers import bpe, char
-from lmlab.evaluation.records import figures_of, totals_of
+from lmlab.evaluation.metrics import compute_metrics, sum_totals
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 
@@ -91,8 +91,8 @@ def figures(
     """What an evaluation says: totals and figures."""
     objective = objective or CausalLM()
     held_out = held_out_of(prepared(TEXTS, tokenizer, cache, 8), objective, 8, **choices)
-    totals = totals_of(*sums_of(model, held_out))
-    return totals, figures_of(totals, held_out.facts["figure"])
+    totals = sum_totals(*sums_of(model, held_out))
+    return totals, compute_metrics(totals, held_out.facts["figure"])
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -222,7 +222,7 @@ def test_a_masked_model(name: str, context: str, tmp_path: Path) -> None:
 def test_figures_agree_with_each_other(name: str) -> None:
     """All are the one sum, over tokens, bytes or words; each power of two or of e belongs to its own."""
     totals = {"nll": 700.0, "nll_squared": 900.0, "tokens": 300, "bytes": 1100, "words": 210}
-    found = figures_of(totals, name)
+    found = compute_metrics(totals, name)
     assert list(found).count(name) == 1
     prefix = {"perplexity": "", "masked_perplexity": "masked_", "surprise": "surprise_"}[name]
     per_byte, per_word, words = (
@@ -237,10 +237,10 @@ def test_figures_agree_with_each_other(name: str) -> None:
 
 def test_figures_with_nothing_under_them() -> None:
     """Tokens that stand for no text, no token at all, and a perplexity beyond a float."""
-    found = figures_of({"nll": 5000.0, "nll_squared": 1.0, "tokens": 2, "bytes": 0, "words": 0})
+    found = compute_metrics({"nll": 5000.0, "nll_squared": 1.0, "tokens": 2, "bytes": 0, "words": 0})
     assert found["perplexity"] == math.inf
     assert found["bits_per_byte"] is found["bits_per_word"] is found["word_perplexity"] is None
-    nothing = totals_of(np.zeros((3, 2)), np.zeros((3, len(UNITS)), np.int64))
+    nothing = sum_totals(np.zeros((3, 2)), np.zeros((3, len(UNITS)), np.int64))
     assert nothing["documents"] == 3
     assert nothing["documents_scored"] == 0
-    assert set(figures_of(nothing, sample=0.5).values()) == {None}
+    assert set(compute_metrics(nothing, sample=0.5).values()) == {None}

@@ -250,7 +250,7 @@ def test_other_documents(write: Write) -> None:
     names = [f"else-{i}" for i in range(40)]
     table = other.table.set_column(0, other.table.schema.field(0), [names])
     with pytest.raises(UserError, match="no of 40 documents are in both"):
-        comparison.check_comparable([one, records.Records(other.place, other.certificate, table)])
+        comparison.check_comparable([one, records.Records(other.path, other.certificate, table)])
 
 
 @pytest.mark.parametrize("same", ["weights", "seed"])

@@ -18,6 +18,7 @@ from lmlab.data.preprocess import Preprocessing, Tokens, read_lengths, tokenize,
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.evaluation import records
+from lmlab.evaluation.metrics import compute_metrics, sum_totals
 
 from . import reference
 from .test_property import documents_of
@@ -320,6 +321,8 @@ def test_surrogates_do_no_harm(tmp_path: Path) -> None:
     assert read_lengths(tmp_path, "validation").tolist() == [2]
 
 
+NEW = [name for name, (_, since) in records.COLUMNS.items() if since > 1]
+"""Columns that records of version 1 do not have."""
 FACTS = {
     "figure": "perplexity",
     "policy": {"pseudo": None},
@@ -361,8 +364,8 @@ def test_records_come_back_bit_by_bit(tmp_path: Path) -> None:
     records.write(tmp_path, documents_for(nll), nll, units, FACTS)
     found = records.read(tmp_path)
     assert found.certificate.items() >= FACTS.items()
-    assert found.certificate["figures"] == records.figures_of(records.totals_of(nll, units))
-    assert found.certificate["totals"] == records.totals_of(nll, units)
+    assert found.certificate["figures"] == compute_metrics(sum_totals(nll, units))
+    assert found.certificate["totals"] == sum_totals(nll, units)
     assert found.certificate["totals"]["nll"] == math.fsum(nll[:, 0])
     assert found.certificate["totals"]["documents_scored"] == (units[:, 0] > 0).sum()
     np.testing.assert_array_equal(found.sums[0], nll)
@@ -372,7 +375,7 @@ def test_records_come_back_bit_by_bit(tmp_path: Path) -> None:
     orders = [np.random.default_rng(seed).permutation(len(nll)) for seed in range(20)]
     assert len({float(nll[order, 0].sum()) for order in orders}) > 1
     for order in orders:
-        assert records.totals_of(nll[order], units[order]) == found.certificate["totals"]
+        assert sum_totals(nll[order], units[order]) == found.certificate["totals"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["certificate.json", "records.parquet"]
 
 
@@ -469,11 +472,11 @@ def test_another_version(written: Path, version: Any) -> None:
 def of_version_1(place: Path) -> None:
     """Make an evaluation one that an older lmlab has left."""
     found = records.read(place)
-    found = found.of_whole_documents()
-    table = found.table.drop_columns(list(records.SINCE_2)).cast(records.SCHEMAS[1])
+    found = found.by_document()
+    table = found.table.drop_columns(NEW).cast(records.SCHEMAS[1])
     certificate = {key: value for key, value in found.certificate.items() if key not in ("units", "words")}
-    totals = {key: value for key, value in records.totals_of(*found.sums).items() if key not in records.SINCE_2}
-    figures = records.figures_of(totals, certificate["figure"])
+    totals = {key: value for key, value in sum_totals(*found.sums).items() if key not in NEW}
+    figures = compute_metrics(totals, certificate["figure"])
     certificate |= {"format": 1, "totals": totals, "figures": figures, "records_hash": records.rows_hash(table)}
     pq.write_table(table, place / "records.parquet")
     (place / "certificate.json").write_text(json.dumps(certificate))
@@ -503,10 +506,10 @@ def test_words_as_the_literature_counts_them() -> None:
     literature = math.exp(576212 / (78_669 + 3761))
     assert round(literature) == 1086
     for totals in (by_line, whole):
-        assert records.figures_of(totals, units="words")["word_perplexity"] == pytest.approx(literature)
+        assert compute_metrics(totals, units="words")["word_perplexity"] == pytest.approx(literature)
     # As one document, its line ends are white space like any other.
-    assert records.figures_of(by_line)["word_perplexity"] == pytest.approx(literature)
-    assert records.figures_of(whole)["word_perplexity"] == pytest.approx(math.exp(576212 / 78_670))
+    assert compute_metrics(by_line)["word_perplexity"] == pytest.approx(literature)
+    assert compute_metrics(whole)["word_perplexity"] == pytest.approx(math.exp(576212 / 78_670))
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "order", "type", "metadata"])
@@ -541,7 +544,7 @@ def test_a_model_that_gives_no_number(tmp_path: Path, value: float) -> None:
 def test_a_mean_that_is_no_number_has_no_perplexity() -> None:
     """Not an infinite one either: that would be a claim."""
     totals = {"nll": math.nan, "nll_squared": math.nan, "tokens": 2, "bytes": 2, "words": 1}
-    found = records.figures_of(totals)
+    found = compute_metrics(totals)
     assert found["perplexity"] is None or math.isnan(found["perplexity"])
 
 
@@ -558,7 +561,7 @@ def changed(found: records.Records, name: str, values: np.ndarray) -> records.Re
     """With another column."""
     number = found.table.schema.get_field_index(name)
     table = found.table.set_column(number, found.table.schema.field(number), pa.array(values))
-    return records.Records(found.place, found.certificate, table)
+    return records.Records(found.path, found.certificate, table)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +570,7 @@ def changed(found: records.Records, name: str, values: np.ndarray) -> records.Re
 def test_the_check_allows_for_rounding(tmp_path: Path, precision: str, factor: float) -> None:
     one, other = twice(tmp_path, precision)
     other = changed(other, "nll", one.sums[0][:, 0] * factor)
-    assert records.difference(one, other)["total_moved_by"] == pytest.approx(abs(factor - 1), rel=1e-2)
+    assert records.check_agreement(one, other)["total_moved_by"] == pytest.approx(abs(factor - 1), rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +579,7 @@ def test_the_check_allows_for_rounding(tmp_path: Path, precision: str, factor: f
 def test_the_check_allows_no_more(tmp_path: Path, precision: str, factor: float) -> None:
     one, other = twice(tmp_path, precision)
     with pytest.raises(UserError, match="the check failed: at another batch size"):
-        records.difference(one, changed(other, "nll", one.sums[0][:, 0] * factor))
+        records.check_agreement(one, changed(other, "nll", one.sums[0][:, 0] * factor))
 
 
 def test_the_check_sees_one_document(tmp_path: Path) -> None:
@@ -587,7 +590,7 @@ def test_the_check_sees_one_document(tmp_path: Path) -> None:
     nll[place] *= 1 + 5e-5
     assert nll.sum() == pytest.approx(one.certificate["totals"]["nll"], rel=1e-9)
     with pytest.raises(UserError, match="one document's by 5"):
-        records.difference(one, changed(other, "nll", nll))
+        records.check_agreement(one, changed(other, "nll", nll))
 
 
 def test_the_check_counts_what_was_scored(tmp_path: Path) -> None:
@@ -595,10 +598,10 @@ def test_the_check_counts_what_was_scored(tmp_path: Path) -> None:
     sizes = one.sums[1][:, 1].copy()
     sizes[1] += 1
     with pytest.raises(UserError, match="scored other tokens"):
-        records.difference(one, changed(other, "bytes", sizes))
+        records.check_agreement(one, changed(other, "bytes", sizes))
 
 
 def test_the_check_of_a_model_that_is_certain(tmp_path: Path) -> None:
     """A total of nothing moved by nothing."""
     one, other = (changed(each, "nll", np.zeros(len(each.table))) for each in twice(tmp_path))
-    assert records.difference(one, other)["total_moved_by"] == 0
+    assert records.check_agreement(one, other)["total_moved_by"] == 0

@@ -35,7 +35,7 @@ from lmlab.data.sampler import EvaluationSampler
 from lmlab.data.sources import Corpus
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
-from lmlab.evaluation.records import figures_of, totals_of
+from lmlab.evaluation.metrics import compute_metrics, sum_totals
 from lmlab.evaluation.scoring import DocumentSums, HeldOut, Scorer
 from lmlab.models.loss import score
 from lmlab.objectives.clm import CausalLM
@@ -430,14 +430,14 @@ def test_the_standard_error_of_a_sample(tmp_path: Path) -> None:
         rows = held_out_of(data, MaskedLM(tokenizer), 64, sample=0.6, seed=seed, **choices).rows
         nll = each[rows.tokens]
         units = np.ones((len(nll), len(UNITS)), np.int64)
-        totals = totals_of(np.stack([nll, nll**2], axis=1), units)
-        figures = figures_of(totals, "pseudo_perplexity", sample=0.6)
+        totals = sum_totals(np.stack([nll, nll**2], axis=1), units)
+        figures = compute_metrics(totals, "pseudo_perplexity", sample=0.6)
         error = figures["nll_per_token_standard_error"]
         np.testing.assert_allclose(figures["pseudo_perplexity_standard_error"], math.exp(nll.mean()) * error)
         scores.append((nll.mean() - whole) / error)
     assert abs(np.mean(scores)) < 4 / math.sqrt(len(scores))
     assert 0.85 < np.std(scores) < 1.15
-    assert "nll_per_token_standard_error" not in figures_of(totals, "pseudo_perplexity")
+    assert "nll_per_token_standard_error" not in compute_metrics(totals, "pseudo_perplexity")
 
 
 def test_within_word_hides_what_is_left_of_a_word(tmp_path: Path) -> None:

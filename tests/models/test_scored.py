@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
 from lmlab.models.loading import from_scratch
-from lmlab.models.loss import rows_at_once, score
+from lmlab.models.loss import logits_chunk_size, score
 from lmlab.models.probe import probe
 
 SMALL: dict[str, Any] = {
@@ -170,18 +170,18 @@ def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
         AutoConfig.for_model("gemma2", **{k: v for k, v in SMALL.items() if k != "embedding_size"})
     )
     assert not probe(bent).projects
-    assert rows_at_once(bent, None, on_gpu=False) is None
+    assert logits_chunk_size(bent, None, on_gpu=False) is None
     with pytest.raises(UserError, match="gemma2 does more to its logits"):
-        rows_at_once(bent, 8, on_gpu=False)
+        logits_chunk_size(bent, 8, on_gpu=False)
     plain = small("gpt2", True)
     assert probe(plain).projects
-    assert [rows_at_once(plain, wanted, on_gpu) for wanted, on_gpu in ((8, True), (None, True))] == [8, None]
-    assert rows_at_once(plain, None, on_gpu=False) == 128 * 2**20 // 400
+    assert [logits_chunk_size(plain, wanted, on_gpu) for wanted, on_gpu in ((8, True), (None, True))] == [8, None]
+    assert logits_chunk_size(plain, None, on_gpu=False) == 128 * 2**20 // 400
 
 
 def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
     """A builder of the user's may change a model after lmlab has made it."""
     tokenizer = bpe(["a text of a few words"], vocab_size=280)
-    model = from_scratch(tokenizer, True, "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1})
+    model = from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1})
     model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.tanh())
-    assert rows_at_once(model, None, on_gpu=False) is None
+    assert logits_chunk_size(model, None, on_gpu=False) is None

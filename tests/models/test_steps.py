@@ -13,8 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmlab.errors import UserError
 from lmlab.models.efficiency import (
-    Flops,
-    attention_of,
     checkpoint_activations,
     choose_attention,
     compile_layers,
@@ -22,6 +20,7 @@ from lmlab.models.efficiency import (
     layers,
     share_tied_gradient,
 )
+from lmlab.models.flops import Flops, attention_flops
 from lmlab.models.loss import score
 from lmlab.training.callbacks import peak_flops
 
@@ -136,7 +135,7 @@ def test_flops_are_those_of_torchs_counter(architecture: str, causal: bool) -> N
     with FlopCounterMode(display=False) as counter:
         gradients(model, None)
     # Forward, and twice as much backward.
-    flops = Flops.of(model)
+    flops = Flops.from_model(model)
     assert flops
     found = flops.step(IDS.numel(), len(POSITIONS), IDS.shape[1])
     assert found == pytest.approx(counter.get_total_flops(), rel=0.03)
@@ -157,16 +156,16 @@ def test_attention_is_counted_as_what_it_is(
     architecture: str, settings: dict[str, Any], expected: list[tuple[int, int | None]] | None
 ) -> None:
     config = config_of(architecture, **settings)
-    found = attention_of(config)
+    found = attention_flops(config)
     assert found == (None if expected is None else tuple(expected))
 
 
 def test_flops_of_a_mixture_are_those_of_the_experts_that_a_token_uses() -> None:
-    few, many = (Flops.of(small("mixtral", True, num_local_experts=count)) for count in (2, 4))
+    few, many = (Flops.from_model(small("mixtral", True, num_local_experts=count)) for count in (2, 4))
     assert few
     assert many
     routers = 6 * 2 * 32 * 2  # two layers, one more row of a router for each of the two experts
-    assert many.token - few.token == routers
+    assert many.per_token - few.per_token == routers
 
 
 def test_a_window_bounds_what_a_longer_block_costs() -> None:
@@ -194,9 +193,9 @@ def test_peaks_are_of_devices_by_their_exact_names(
 
 def test_a_tied_head_is_counted_once_for_each_scored_position() -> None:
     model = small("gpt2", True)
-    flops = Flops.of(model)
+    flops = Flops.from_model(model)
     assert flops
-    assert flops.target == 6 * model.get_output_embeddings().weight.numel()
+    assert flops.per_target == 6 * model.get_output_embeddings().weight.numel()
 
 
 @pytest.mark.longest

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.sampler import EVALUATION
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
-from lmlab.objectives.mlm import MaskedLM, lots, uniform
+from lmlab.objectives.mlm import MaskedLM, random_words, uniform
 
 LENGTH, SAMPLES = 512, 400
 
@@ -153,13 +153,13 @@ def test_what_stands_around_a_token_does_not_move_its_mask(
     np.testing.assert_array_equal(one, other)
 
 
-def test_lots() -> None:
+def test_random_words() -> None:
     """Any stretch is that of the whole; the words of a position are alike and apart (chi-squared, correlation)."""
     key = (1, EVALUATION, 9)
-    whole = lots(key, 0, 4000)
+    whole = random_words(key, 0, 4000)
     assert (whole.shape, whole.dtype) == ((4, 4000), np.uint64)
     for first, count in ((0, 0), (0, 1), (1, 1), (3, 10), (3999, 1), (17, 2000)):
-        np.testing.assert_array_equal(lots(key, first, count), whole[:, first : first + count])
+        np.testing.assert_array_equal(random_words(key, first, count), whole[:, first : first + count])
     shares = uniform(whole)
     assert shares.min() >= 0
     assert shares.max() < 1

@@ -155,7 +155,7 @@ def test_curves_are_whole(report: Path, study: Path) -> None:
 
 def test_intervals_are_those_of_compare(study: Path) -> None:
     read = [records.read(study / name) for name in ("0", "1", "2", "3")]
-    best, other = finals(read, {run.place: str(int(run.place.name) // 2) for run in read})
+    best, other = finals(read, {run.path: str(int(run.path.name) // 2) for run in read})
     assert [place.name for place in best.places] == ["0", "1"]
     sides = comparison.sides_of(read)
     expected = comparison.difference(sides[1], sides[0])

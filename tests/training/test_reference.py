@@ -120,18 +120,18 @@ def test_losses_agree_with_the_trainer(
         objective: Any = CausalLM()
         size = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
         config = size | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-        model = from_scratch(tokenizer, True, "gpt2", config)
+        model = from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", config)
     elif name == "mixture":  # of experts, with an auxiliary loss of its own
         objective = CausalLM()
         size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
         config = size | {"intermediate_size": 32, "num_local_experts": 4}
         config |= {"output_router_logits": True, "router_aux_loss_coef": 0.5}
-        model = from_scratch(tokenizer, True, "mixtral", config)
+        model = from_scratch(tokenizer, "AutoModelForCausalLM", "mixtral", config)
     else:
         objective = MaskedLM(tokenizer, mask_probability=0.3)
         size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         config = size | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        model = from_scratch(tokenizer, False, "roberta", config)
+        model = from_scratch(tokenizer, "AutoModelForMaskedLM", "roberta", config)
     reference = copy.deepcopy(model)
     optim = AdamW(lr=5e-3, weight_decay=0.05, warmup_steps=4)
 
@@ -140,17 +140,17 @@ def test_losses_agree_with_the_trainer(
         batch = collate(blocks, draws(SEED, step * BATCH, BATCH, len(blocks)), objective, SEED, pad_id=92)
         labels = torch.full(batch.input_ids.shape, -100).flatten()
         # The reference shifts causal labels itself.
-        labels[batch.positions + objective.causal] = batch.targets
+        labels[batch.positions + objective.target_shift] = batch.targets
         mask = batch.attention_mask if batch.attention_mask is not None else torch.ones_like(batch.input_ids)
         for ids, seen, wanted in zip(batch.input_ids, mask, labels.view_as(batch.input_ids), strict=True):
             padding = BLOCK - len(ids)
             assert padding == 0  # every batch here holds a full block
             samples.append({"input_ids": ids, "attention_mask": seen, "labels": wanted})
     assert not all(sample["attention_mask"].all() for sample in samples)
-    expected = losses_of_trainer(reference, samples, tmp_path / "trainer", optim, objective.causal)
+    expected = losses_of_trainer(reference, samples, tmp_path / "trainer", optim, not objective.bidirectional)
 
     logger = LossesOf(tmp_path)
-    module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, 1, objective.figure, rows)
+    module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, 1, objective.metric, rows)
     data = BlocksDataModule(blocks, [], objective, 92, BATCH, STEPS, SEED)  # nothing is validated
     fitted(module, data, STEPS, logger=logger, log_every_n_steps=1)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from lmlab.evaluation.perplexity import MeanNLL
-from lmlab.evaluation.records import perplexity
+from lmlab.evaluation.metrics import perplexity
+from lmlab.evaluation.scoring import MeanNLL
 
 
 def test_sums_are_exact_where_float32_would_not_be() -> None:

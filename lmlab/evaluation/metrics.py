@@ -1,0 +1,102 @@
+"""Computes perplexity and bits per byte from exact sums over every scored token (promise 2).
+
+Shapes: S stretches (parts of documents, or whole ones).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lmlab.data.documents import UNITS
+
+NATS_PER_UNKNOWN_BYTE = math.log(256)
+"""What each byte that an unknown token stands for is charged: 8 bits, in nats."""
+WORDS = {
+    "text": "A word is what stands between white space. The end of a document counts as one, as its nll does.",
+    "words": "A word is what stands between white space. The end of a line, as that of a document, counts as one, as "
+    "its nll does: the count of the literature on PTB and WikiText.",
+}
+"""What is counted as a word, by the config key `units` (README.md, "What a word is")."""
+
+
+def perplexity(nll: float) -> float:
+    """Returns exp(nll) of a mean nll in nats; infinite where that is beyond a float.
+
+    A model that hesitates evenly between k tokens each time has a mean nll of ln k, and so a perplexity of k: it is the
+    number of tokens that a model is undecided between (Jelinek et al. 1977). As a token of one tokenizer is more text
+    than one of another, perplexities compare only where the tokenizer is the same.
+    """
+    import torch  # whose exp all certificates were made with; a comparison that is refused need not wait for it
+
+    return float(torch.tensor(nll, dtype=torch.float64).exp())
+
+
+def sum_totals(nll: np.ndarray, units: np.ndarray, stretches: np.ndarray | None = None) -> dict[str, Any]:
+    """Returns the totals of `DocumentSums`, exactly rounded, whatever the order of the rows.
+
+    Args:
+        nll: [S, 2] float64: Σ nll and Σ nll² of each row.
+        units: [S, 7] int64: `documents.UNITS` of each row.
+        stretches: [S] which part of its document each row is, from 0; None where each is a whole one.
+    """
+    documents = np.arange(len(nll)) if stretches is None else np.cumsum(stretches == 0) - 1
+    return {
+        "documents": len(np.unique(documents)),
+        "documents_scored": len(np.unique(documents[units[:, 0] > 0])),
+        "nll": math.fsum(nll[:, 0]),
+        "nll_squared": math.fsum(nll[:, 1]),
+        **{unit: int(counts.sum()) for unit, counts in zip(UNITS, units.T, strict=True)},
+    }
+
+
+def compute_metrics(
+    totals: Mapping[str, Any], name: str = "perplexity", sample: float | None = None, units: str = "text"
+) -> dict[str, float | None]:
+    """Returns the metrics of `sum_totals`; None for one that has nothing to be divided by.
+
+    nll per token is what a model is trained on, and depends on the tokenizer: of longer tokens there are fewer, and
+    each is harder to predict. To get rid of it, the nll of *all* tokens is divided by something that the text alone
+    decides. Bits per byte are
+
+    ```
+    Σ nll / ln 2        bits that the model needs to encode the scored text
+    ─────────────
+      Σ bytes           UTF-8 bytes of that text: a token that is not scored takes its bytes along
+    ```
+
+    and so is the compression that the model would reach: 8 bits per byte are none, 1 is what good models reach on
+    English prose. Bits per word, and the perplexity per word (2 to that power), are the same with words below the line.
+
+    An unknown token does not spell its text, and its nll is no code for that text. Per byte and per word it is
+    therefore charged 8 bits more for each byte that it stands for. The text could be sent that way, so the metric is an
+    upper bound of what a tokenizer that spells everything would give with this model.
+
+    Args:
+        totals: of any version of records; what one does not have counts as 0.
+        name: of the perplexity, such as `masked_perplexity`. The other metrics get the same prefix, so that none of
+            them goes by the name of a causal model's.
+        sample: the share of the tokens that was scored, where it was a random one; nll per token and perplexity then
+            get a standard error (Cochran 1977, section 2.11, for a ratio).
+        units: a key of `WORDS`: what counts as a word.
+    """
+    prefix = name.removesuffix("perplexity") if name.endswith("perplexity") else f"{name}_"
+    count = Counter(totals)
+    nats = count["nll"] + NATS_PER_UNKNOWN_BYTE * count["unknown_bytes"]
+    words = count["words"] + count["ends" if units == "text" else "lines"]
+    mean = count["nll"] / count["tokens"] if count["tokens"] else None
+    per_byte, per_word = (nats / number if number else None for number in (count["bytes"], words))
+    metrics = {
+        "nll_per_token": mean,
+        name: None if mean is None else perplexity(mean),
+        f"{prefix}bits_per_byte": None if per_byte is None else per_byte / math.log(2),
+        f"{prefix}bits_per_word": None if per_word is None else per_word / math.log(2),
+        f"{prefix}word_perplexity": None if per_word is None else perplexity(per_word),
+    }
+    if sample is not None and mean is not None:
+        variance = max(0.0, totals["nll_squared"] / totals["tokens"] - mean**2)
+        error = math.sqrt((1 - sample) * variance / max(1, totals["tokens"] - 1))
+        metrics |= {"nll_per_token_standard_error": error, f"{name}_standard_error": perplexity(mean) * error}
+    return metrics
