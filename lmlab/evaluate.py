@@ -150,7 +150,7 @@ def measure_on_all(cfg: DictConfig) -> None:
         with stopped_with(UNKEPT):
             launch.launch(["evaluate", str(run.path)], cfg.trainer.devices, run.rank_log, compose.handed_over(cfg))
     else:
-        ranks.tell([str(run.path)], compose.handed_over(cfg))
+        ranks.send_arguments([str(run.path)], compose.handed_over(cfg))
         measure(cfg)
 
 
@@ -178,7 +178,7 @@ def measure(cfg: DictConfig) -> None:
     with changes.where_they_lie(command("python", "-m", "lmlab.evaluate", place), words):
         data = build.prepare_held_out(cfg, tokenizer)
     hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
-    ranks.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
+    ranks.check_ranks_agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
     if not ranks.rank():
         warn_of(data.ledger)
     same = trained and compose.without_secrets(cfg.data) == trained["config"]["data"]

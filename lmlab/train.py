@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab import secrets
 from lmlab.config import build, changes, compose, schema
 from lmlab.console import command
-from lmlab.distributed import launch, ranks
+from lmlab.distributed import launch, ranks, slurm
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Stopped, UserError, cause_of, first_line
 from lmlab.io import from_here, replaced, take_back, write_beside, write_json, write_text
@@ -27,7 +27,6 @@ from lmlab.runs import status
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory, differences, surroundings
 from lmlab.runs.log import kept_log
-from lmlab.sweeps import parameters
 from lmlab.sweeps.points import read_points
 
 LOG = logging.getLogger("lmlab.train")
@@ -52,7 +51,7 @@ def start(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     with ranks.leading():
         swept = hydra.mode is RunMode.MULTIRUN
-        here = swept and not hydra.launcher._target_.startswith(parameters.SUBMITIT)
+        here = swept and not hydra.launcher._target_.startswith(slurm.SUBMITIT)
         if swept:
             name_in_sweep(cfg, RunDirectory(cfg.run_dir))
         made, cfg.run_dir = Path(cfg.run_dir), ranks.same_directory(cfg.run_dir)
@@ -86,7 +85,7 @@ def run_or_go_on(
             check_all(cfg, kept, run)
             if kept is not None and run.finished() and not longer(cfg, kept, run):
                 print(finished(run))
-                ranks.tell([])
+                ranks.send_arguments([])
                 return run.read_summary()["val/loss"]
             with kept_log(run.log):
                 try:
@@ -211,7 +210,7 @@ def on_all_ranks(cfg: DictConfig, run: RunDirectory, state: Path | None, apart: 
             advice = f"\nThe run can go on from its last checkpoint: {again}"
             launch.launch(["train", *word], cfg.trainer.devices, run.rank_log, compose.handed_over(cfg), advice)
         else:
-            ranks.tell(word, compose.handed_over(cfg))
+            ranks.send_arguments(word, compose.handed_over(cfg))
             train(cfg, state)
 
 
@@ -249,7 +248,9 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     run = RunDirectory(cfg.run_dir)
     leads = not ranks.rank()
     data = build.prepare_data(cfg)
-    ranks.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash)
+    ranks.check_ranks_agree(
+        config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash
+    )
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)

@@ -20,7 +20,7 @@ def follow(work: Callable[..., Any]) -> None:
     Args:
         work: called with the composed config and the arguments that rank 0 gives.
     """
-    arguments = ranks.hear()
+    arguments = ranks.receive_arguments()
     if not arguments:
         return  # rank 0 says why, and its exit code is the run's
     run_dir, *rest = arguments

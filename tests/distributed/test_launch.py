@@ -16,8 +16,8 @@ from lmlab.distributed import launch
 
 from ..conftest import TINY, losses, metrics
 from ..processes import begin, finish, heeding, wait_for
-from .test_kill import content as all_of
-from .test_kill import same
+from ..training.test_kill import content as all_of
+from ..training.test_kill import same
 
 LONG = [*TINY, "trainer.max_steps=24", "trainer.val_check_interval=8", "trainer.log_every_n_steps=1"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
