@@ -2,10 +2,9 @@
 
 One process composes the config, and every rank reads it from the run directory (promise 5).
 
-Torch's elastic agent, which torchrun is, does not start them, as it can't hold what a stop promises: a second Ctrl-C
-waits as long as the first (`SimpleElasticAgent.run` begins its shutdown anew), ranks that hang after another one failed
-get 30 seconds that nobody can set, and logs of ranks are overwritten when a run goes on. It does take part where
-torchrun is the command.
+Torch's elastic agent, which torchrun runs, does not start them. In torch 2.13 a second Ctrl-C begins its shutdown anew
+and so waits as long as the first one, a rank that hangs after another has failed gets 30 seconds whatever its
+`shutdown_timeout` says, and it opens the logs of ranks anew where a run goes on.
 
 Nothing heavy is imported at the top: every command asks first which rank it is.
 """
@@ -17,18 +16,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from lmlab.distributed import slurm
 from lmlab.distributed.ranks import LOG_LEVEL
-from lmlab.distributed.signals import HEEDED
+from lmlab.distributed.signals import HEEDED, SIGNALS
 from lmlab.errors import Stopped, UserError, cause_of
 from lmlab.io import read_json, write_json
 
@@ -64,7 +60,7 @@ def launch(
     env.setdefault(*LOG_LEVEL)
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     processes: list[subprocess.Popen] = []
-    with tempfile.TemporaryDirectory() as folder, passed_on(processes) as received:
+    with tempfile.TemporaryDirectory() as folder, SIGNALS.heeded(), SIGNALS.noted():
         try:
             for rank in range(ranks):
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LMLAB_REPORT": f"{folder}/{rank}"}
@@ -80,15 +76,15 @@ def launch(
                         start_new_session=True,  # a Ctrl-C reaches the ranks once, from here
                     )
                 processes.append(process)
-            first = wait(processes, received)
+            first = wait(processes)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
         codes = [process.returncode for process in processes]
         reports = {int(path.name): read_json(path) for path in Path(folder).glob("[0-9]*")}
-    if any(codes):
-        raise failure(first, codes, reports, received, log_of, advice)
+    if first is not None:
+        raise failure(first, codes, reports, log_of, advice)
 
 
 def meeting_point() -> tuple[Any, dict[str, str]]:
@@ -100,49 +96,26 @@ def meeting_point() -> tuple[Any, dict[str, str]]:
     return store, address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # no rank is to make it
 
 
-@contextmanager
-def passed_on(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """Passes the signals that this process receives on to the ranks; yields a list of those received."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # no other may have handlers
-        yield received
-        return
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for process in ranks:
-            process.send_signal(number)
-
-    before = {number: signal.getsignal(number) for number in HEEDED}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as under nohup: ranks inherit that
-            signal.signal(number, pass_on)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
-def wait(ranks: Sequence[subprocess.Popen], received: Sequence[int]) -> int | None:
-    """Waits until all ranks have ended, or until their time is over once one has failed or a signal came twice.
+def wait(ranks: Sequence[subprocess.Popen]) -> int | None:
+    """Waits until all ranks have ended, or until their time is over once one has failed; passes a signal on to them.
 
     Returns:
         The rank that failed first, or None if none has.
     """
-    first, deadline = None, math.inf
+    first, deadline, passed_on = None, math.inf, 0
     while True:
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
         if failed and first is None:
             # One that was killed, whose code is negative, did not fail because another did.
             first = min(failed, key=lambda rank: (codes[rank] or 0, rank))
-            seconds = AFTER_A_STOP if stopped(codes[first]) else AFTER_A_FAILURE
-            deadline = min(deadline, time.monotonic() + seconds)
-        if len(set(received)) < len(received) and not slurm.in_job():  # a rank may hang
-            deadline = min(deadline, time.monotonic() + AFTER_A_FAILURE)
+            deadline = time.monotonic() + (AFTER_A_STOP if stopped(codes[first]) else AFTER_A_FAILURE)
         if None not in codes or time.monotonic() > deadline:
             return first
+        if SIGNALS.received != passed_on:
+            passed_on = SIGNALS.received
+            for process in ranks:
+                process.send_signal(passed_on)
         time.sleep(0.1)
 
 
@@ -152,27 +125,25 @@ def stopped(code: int | None) -> bool:
 
 
 def failure(
-    first: int | None,
+    first: int,
     codes: Sequence[int],
     reports: Mapping[int, Mapping[str, Any]],
-    received: Sequence[int],
     log_of: Callable[[int], Path],
     advice: str,
 ) -> Stopped | UserError:
     """Returns what to raise for ranks of which one has failed.
 
     Args:
-        first: the rank that was seen to fail first; None if none failed by itself.
+        first: the rank that was seen to fail first.
         codes: the exit codes of all ranks.
         reports: what ranks have left by `report`.
-        received: the signals that were passed on.
+        log_of: as for `launch`.
+        advice: as for `launch`.
     """
-    if first is None:
-        return Stopped(received[-1])
     if stopped(codes[first]):
         return Stopped(codes[first] - 128)
-    if received and not reports:  # the ranks were still importing
-        return Stopped(received[0])
+    if SIGNALS.received and not reports:  # the ranks were still importing
+        return Stopped(SIGNALS.received)
     if codes[first] > 0 and reports:  # by their own clocks
         first = min(reports, key=lambda rank: reports[rank]["time"])
     code, report = codes[first], reports.get(first)

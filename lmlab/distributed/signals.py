@@ -26,7 +26,7 @@ class Signals:
         self.received = 0
         """The first signal that came while `patient`, or 0."""
         self.patient = False
-        """Whether training looks at `received` after each step; if not, a signal ends the process at once."""
+        """Whether somebody looks at `received`, such as training after each step; if not, a signal ends the process."""
         self.ending = False
         """Whether `Stopped` was raised, which the process now ends by."""
         self.process = 0
@@ -62,6 +62,15 @@ class Signals:
             return
         for number in HEEDED:
             signal.signal(number, signal.SIG_IGN if number in self.ignored else self.note)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Lets the first signal inside be no more than noted in `received`; the same one again ends the process."""
+        self.received, self.patient = 0, True
+        try:
+            yield
+        finally:
+            self.patient = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal: notes it for training to see, or ends the process if it came twice or nobody looks."""
