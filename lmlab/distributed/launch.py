@@ -59,7 +59,7 @@ def launch(
     env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     env.setdefault(*LOG_LEVEL)
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    processes: list[subprocess.Popen] = []
+    processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder, SIGNALS.heeded(), SIGNALS.noted():
         try:
             for rank in range(ranks):
@@ -96,7 +96,7 @@ def meeting_point() -> tuple[Any, dict[str, str]]:
     return store, address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # no rank is to make it
 
 
-def wait(ranks: Sequence[subprocess.Popen]) -> int | None:
+def wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Waits until all ranks have ended, or until their time is over once one has failed; passes a signal on to them.
 
     Returns:
@@ -137,8 +137,6 @@ def failure(
         first: the rank that was seen to fail first.
         codes: the exit codes of all ranks.
         reports: what ranks have left by `report`.
-        log_of: as for `launch`.
-        advice: as for `launch`.
     """
     if stopped(codes[first]):
         return Stopped(codes[first] - 128)

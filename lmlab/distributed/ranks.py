@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lmlab.distributed import slurm
@@ -61,18 +62,13 @@ def width() -> tuple[int, int]:
     return per_node, world_size() // per_node
 
 
-_store: "TCPStore | None" = None
-
-
+@cache
 def store() -> "TCPStore":
     """Returns the store that all ranks share; torchrun's agent or lmlab's launcher keeps it, or else rank 0."""
-    global _store
-    if _store is None:
-        keeps = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        _store = connect(int(os.environ["MASTER_PORT"]), keeps)
-        if attempt := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            _store = store_of_attempt(_store, attempt)
-    return _store
+    kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    shared = connect(int(os.environ["MASTER_PORT"]), keeps=os.environ["RANK"] == "0" and not kept_by_agent)
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return store_of_attempt(shared, attempt) if attempt else shared
 
 
 def connect(port: int, keeps: bool) -> "TCPStore":

@@ -32,7 +32,9 @@ class Prune(Callback):
         pruner: `name` of a class of optuna.pruners, and its arguments.
     """
 
-    def __init__(self, storage: str, study: str, trial: int, metric: str = "val/loss", pruner: dict | None = None):
+    def __init__(
+        self, storage: str, study: str, trial: int, metric: str = "val/loss", pruner: dict[str, Any] | None = None
+    ):
         self.storage, self.study, self.trial, self.monitor = storage, study, trial, metric
         self.pruner = pruner or {"name": "NopPruner"}
         self.pruned: int | None = None
