@@ -147,10 +147,10 @@ def failure(
     code, report = codes[first], reports.get(first)
     if report and report["plainly"]:
         return UserError(report["text"], report["cause"])
-    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     if report:
         print(report["text"], file=sys.stderr)
-        ended += f" ({report['text'].splitlines()[-1]})"
+    what = f" ({report['text'].splitlines()[-1]})" if report else ""
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}{what}"
     who, others = (f"rank {first}", ", and the other ranks were stopped") if len(codes) > 1 else ("its process", "")
     why = " The system does that when memory runs out." if code == -signal.SIGKILL else ""
     log = f" Its log: {log_of(first)}" if first else ""
