@@ -13,11 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config import build, compose, schema
 from lmlab.config.attempt import attempt
 from lmlab.config.rank import on_rank_zero
-from lmlab.distributed import ranks
+from lmlab.distributed import ranks, slurm
 from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import kept_log
-from lmlab.sweeps import parameters
 from lmlab.sweeps.points import name_run
 
 
@@ -34,7 +33,9 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
 
     run = RunDirectory(cfg.run_dir)
     data = build.prepare_data(cfg)
-    ranks.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash)
+    ranks.check_ranks_agree(
+        config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash
+    )
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
@@ -72,7 +73,7 @@ def train_job(cfg: DictConfig) -> float:
     made, cfg.run_dir = Path(cfg.run_dir), ranks.same_directory(cfg.run_dir)
     if made != Path(cfg.run_dir):
         made.rmdir()  # Hydra's, for this attempt of torchrun
-    apart = swept and not hydra.launcher._target_.startswith(parameters.SUBMITIT)
+    apart = swept and not hydra.launcher._target_.startswith(slurm.SUBMITIT)
     return attempt(train, compose.freeze(cfg), list(hydra.overrides.task), swept, apart)
 
 

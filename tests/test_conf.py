@@ -113,11 +113,11 @@ def first_values(file: Path) -> list[str]:
     """A value of each swept key."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from lmlab.sweeps.search import distribution, first, text
+    from lmlab.sweeps.study import distribution, first_value
 
     params = OmegaConf.load(file).hydra.sweeper.params
     parsed = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()])
-    return [f"{override.get_key_element()}={text(first(distribution(override)))}" for override in parsed]
+    return [f"{override.get_key_element()}={first_value(distribution(override))}" for override in parsed]
 
 
 @pytest.mark.parametrize("sweep", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)

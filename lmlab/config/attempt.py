@@ -42,7 +42,7 @@ def attempt(
         changes.check(cfg, kept, run)
         if kept is not None and run.finished() and not changes.lengthens(cfg, kept, run):
             print(lifecycle.finished(run))
-            ranks.tell([])
+            ranks.send_arguments([])
             return run.read_summary()["val/loss"]
         with kept_log(run.log), lifecycle.stop_reported(run):
             config, checkpoint = OmegaConf.to_yaml(compose.without_secrets(cfg)), None

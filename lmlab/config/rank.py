@@ -55,13 +55,13 @@ def on_all_ranks(name: str, work: Callable[..., Any], cfg: DictConfig, *argument
         elif ranks.rank() is None:
             launch.launch([name, *words], cfg.trainer.devices, run.rank_log, handed_over(cfg), **options)
         else:
-            ranks.tell(words, handed_over(cfg))
+            ranks.send_arguments(words, handed_over(cfg))
             work(cfg, *arguments)
 
 
 def follow(work: Callable[..., Any]) -> None:
     """Do the work of a rank that torchrun or srun started, once rank 0 has given its arguments."""
-    arguments = ranks.hear()
+    arguments = ranks.receive_arguments()
     if not arguments:
         return  # rank 0 says why, and its exit code is the run's
     run_dir, *rest = arguments

@@ -1,201 +1,185 @@
-"""The ranks of a run on this machine, each a process of its own.
+"""Starts the ranks of a run on this machine, one process for each device, and waits for them.
 
-Lightning's own launcher replays the command line in its children, `--multirun` included. Here
-one process composes the config (promise 5), and every other rank is told where it lies.
+One process composes the config, and every rank reads it from the run directory (promise 5).
 
-Nothing heavy is imported at the top: each verb asks first who started it.
+Torch's elastic agent, which torchrun runs, does not start them. In torch 2.13 a second Ctrl-C begins its shutdown anew
+and so waits as long as the first one, a rank that hangs after another has failed gets 30 seconds whatever its
+`shutdown_timeout` says, and it opens the logs of ranks anew where a run goes on.
+
+Nothing heavy is imported at the top: every command asks first which rank it is.
 """
 
 import ctypes
-import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lmlab.distributed.ranks import LOG_LEVEL
-from lmlab.distributed.signals import HEEDED
+from lmlab.distributed.signals import HEEDED, SIGNALS
 from lmlab.errors import Stopped, UserError, cause_of
+from lmlab.io import read_json, write_json
 
-GRACE = 3.0  # seconds that ranks get to end by themselves after one has failed
-PATIENCE = 300.0  # and after one has stopped for a signal
+AFTER_A_FAILURE = 3.0  # seconds that the other ranks get to end by themselves
+AFTER_A_STOP = 300.0  # seconds that they get when one has stopped for a signal: rank 0 sends W&B what it has
 
 
 def launch(
-    arguments: list[str], ranks: int, log_of: Callable[[int], Path], variables: dict[str, str], advice: str = ""
+    arguments: Sequence[str],
+    ranks: int,
+    log_of: Callable[[int], Path],
+    variables: Mapping[str, str],
+    advice: str = "",
 ) -> None:
-    """Run `python -m lmlab.worker ARGUMENTS…` once per rank, and wait until all have ended.
+    """Runs `python -m lmlab.worker ARGUMENTS…` once per rank, and waits until all have ended.
 
-    The output of rank 0 goes to the terminal, that of the others to files.
+    Rank 0 writes to the terminal, the others to files.
 
     Args:
-        arguments: of the worker: the command, its run directory, and the checkpoint to go on from, if any.
-        ranks: processes to start, one per device.
-        log_of: the log file of a rank other than 0.
+        arguments: the command, its run directory, and the checkpoint to go on from, if there is one.
+        ranks: how many processes to start, one per device.
+        log_of: gives the log file of a rank other than 0.
         variables: added to the environment of each rank.
-        advice: what to do after a rank was killed or crashed; added to the message.
+        advice: what to do after a rank was killed or crashed, added to the message.
 
     Raises:
         UserError: a rank failed; the others were ended.
         Stopped: the ranks ended for a signal.
     """
-    _held, meeting = meeting_point()
-    common = os.environ | meeting
-    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
-    common["LMLAB_PARENT"] = str(os.getpid())
-    common |= variables
-    common.setdefault(*LOG_LEVEL)
-    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = [sys.executable, "-u", "-m", "lmlab.worker", *arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        processes: list[subprocess.Popen] = []
-        with passed_on(processes) as asked:
-            try:
-                for rank in range(ranks):
-                    env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LMLAB_REPORT": f"{folder}/{rank}"}
-                    # Its own session: a Ctrl-C reaches the ranks once, from here.
-                    settings: dict[str, Any] = {"env": env, "stdin": subprocess.DEVNULL, "start_new_session": True}
-                    if rank:
-                        log_of(rank).parent.mkdir(exist_ok=True)
-                        with log_of(rank).open("ab") as log:
-                            processes.append(subprocess.Popen(command, stdout=log, stderr=log, **settings))
-                    else:
-                        processes.append(subprocess.Popen(command, **settings))
-                first = wait(processes, asked)
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.wait()
-        if first is not None:
-            raise failure(first, processes, log_of, Path(folder), asked, advice)
+    _store, address = meeting_point()
+    env = {**os.environ, **address, **variables, "LMLAB_PARENT": str(os.getpid())}
+    env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    env.setdefault(*LOG_LEVEL)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as folder, SIGNALS.heeded(), SIGNALS.noted():
+        try:
+            for rank in range(ranks):
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LMLAB_REPORT": f"{folder}/{rank}"}
+                if rank:
+                    log_of(rank).parent.mkdir(exist_ok=True)
+                with log_of(rank).open("ab") if rank else nullcontext() as log:
+                    process = subprocess.Popen(
+                        [sys.executable, "-u", "-m", "lmlab.worker", *arguments],
+                        env=env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,  # a Ctrl-C reaches the ranks once, from here
+                    )
+                processes.append(process)
+            first = wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        codes = [process.returncode for process in processes]
+        reports = {int(path.name): read_json(path) for path in Path(folder).glob("[0-9]*")}
+    if first is not None:
+        raise failure(first, codes, reports, log_of, advice)
 
 
 def meeting_point() -> tuple[Any, dict[str, str]]:
-    """Where ranks of this machine find each other: a store, to be held as long as they run, and their variables."""
+    """Returns a store for ranks of this machine, to be held as long as they run, and the variables that name it."""
     from torch.distributed import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    return store, place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # it is here, and not rank 0's to make
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    return store, address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # no rank is to make it
 
 
-@contextmanager
-def passed_on(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
-    """Pass the signals that this process gets on to the ranks, which know what to do; yields those there were."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+def wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits until all ranks have ended, or until their time is over once one has failed; passes a signal on to them.
 
-    def pass_on(number: int, frame: Any) -> None:
-        asked.append(number)
-        for process in ranks:
-            process.send_signal(number)
-
-    before = {number: signal.getsignal(number) for number in HEEDED}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup has it: ranks inherit that
-            signal.signal(number, pass_on)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
-def wait(ranks: list[subprocess.Popen], asked: list[int]) -> int | None:
-    """Until all ranks have ended. The first that failed, or None; the others get a few seconds after it.
-
-    So do all after a signal that came twice: a rank may stand still.
+    Returns:
+        The rank that failed first, or None if none has.
     """
-    first, failed_at, twice_at = None, 0.0, 0.0
+    first, deadline, passed_on = None, math.inf, 0
     while True:
-        if len(set(asked)) < len(asked) and "SLURM_JOB_ID" not in os.environ:
-            twice_at = twice_at or time.monotonic()
-            if time.monotonic() - twice_at > GRACE:
-                raise Stopped(asked[-1])
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
         if failed and first is None:
-            # One that was killed did not fail because another did.
+            # One that was killed, whose code is negative, did not fail because another did.
             first = min(failed, key=lambda rank: (codes[rank] or 0, rank))
-            failed_at = time.monotonic()
-        if None not in codes:
+            deadline = time.monotonic() + (AFTER_A_STOP if stopped(codes[first]) else AFTER_A_FAILURE)
+        if None not in codes or time.monotonic() > deadline:
             return first
-        # After a stop, rank 0 may have more to end than the others: W&B sends what it has.
-        grace = PATIENCE if first is not None and stopped(codes[first]) else GRACE
-        if first is not None and time.monotonic() - failed_at > grace:
-            return first
+        if SIGNALS.received != passed_on:
+            passed_on = SIGNALS.received
+            for process in ranks:
+                process.send_signal(passed_on)
         time.sleep(0.1)
 
 
 def stopped(code: int | None) -> bool:
-    """Whether an exit code is that of `Stopped`."""
+    """Returns whether an exit code is that of `Stopped`."""
     return code is not None and code - 128 in HEEDED
 
 
 def failure(
     first: int,
-    ranks: list[subprocess.Popen],
+    codes: Sequence[int],
+    reports: Mapping[int, Mapping[str, Any]],
     log_of: Callable[[int], Path],
-    folder: Path,
-    asked: list[int],
     advice: str,
-) -> BaseException:
-    """What to raise for ranks that failed, with their reports in a folder, after the signals that were passed on."""
-    reports = {}
-    for rank in range(len(ranks)):
-        if (folder / str(rank)).is_file():
-            reports[rank] = json.loads((folder / str(rank)).read_text())
-    code = ranks[first].returncode
-    if stopped(code):
-        return Stopped(code - 128)
-    if asked and not reports:  # they were still importing
-        return Stopped(asked[0])
-    if code > 0 and reports:  # the first to fail, as their own clocks say
+) -> Stopped | UserError:
+    """Returns what to raise for ranks of which one has failed.
+
+    Args:
+        first: the rank that was seen to fail first.
+        codes: the exit codes of all ranks.
+        reports: what ranks have left by `report`.
+    """
+    if stopped(codes[first]):
+        return Stopped(codes[first] - 128)
+    if SIGNALS.received and not reports:  # the ranks were still importing
+        return Stopped(SIGNALS.received)
+    if codes[first] > 0 and reports:  # by their own clocks
         first = min(reports, key=lambda rank: reports[rank]["time"])
-        code = ranks[first].returncode
-    report = reports.get(first)
+    code, report = codes[first], reports.get(first)
     if report and report["plainly"]:
         return UserError(report["text"], report["cause"])
-    what = ""
     if report:
         print(report["text"], file=sys.stderr)
-        what = f" ({report['text'].splitlines()[-1]})"
+    what = f" ({report['text'].splitlines()[-1]})" if report else ""
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}{what}"
-    log = f" Its log: {log_of(first)}" if first else ""
-    others = ", and the other ranks were stopped" if len(ranks) > 1 else ""
+    who, others = (f"rank {first}", ", and the other ranks were stopped") if len(codes) > 1 else ("its process", "")
     why = " The system does that when memory runs out." if code == -signal.SIGKILL else ""
-    who = f"rank {first}" if len(ranks) > 1 else "its process"
-    text = f"{who} {ended}{others}.{why}{log}{advice}"
-    return UserError(text, "killed" if code < 0 else "crashed")
+    log = f" Its log: {log_of(first)}" if first else ""
+    return UserError(f"{who} {ended}{others}.{why}{log}{advice}", "killed" if code < 0 else "crashed")
 
 
 def report(text: str, error: BaseException, plainly: bool) -> bool:
-    """Leave an error of this rank to the process that started it, which shows it; False if that was another's."""
-    place = os.environ.get("LMLAB_REPORT")
-    if place is None:
-        return False
-    Path(place).write_text(
-        json.dumps({"text": text, "plainly": plainly, "cause": cause_of(error), "time": time.time()})
-    )
-    return True
+    """Leaves an error of this rank to the process that started it, which shows it.
+
+    Args:
+        text: the message, or the traceback of a defect.
+        plainly: whether it is a message.
+
+    Returns:
+        Whether lmlab started this rank; if not, nobody reads the report.
+    """
+    path = os.environ.get("LMLAB_REPORT")
+    if path is not None:
+        write_json(Path(path), {"text": text, "plainly": plainly, "cause": cause_of(error), "time": time.time()})
+    return path is not None
 
 
 def end_with_parent() -> None:
-    """Let the system kill this process when the one that started it ends, however that ends."""
+    """Lets the system kill this process when the one that started it ends, in whatever way."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, of Linux
     if os.getppid() != int(os.environ["LMLAB_PARENT"]):  # it has ended already
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def traced(error: BaseException) -> str:
+    """Returns the traceback of an error."""
     return "".join(traceback.format_exception(error)).rstrip()

@@ -1,6 +1,7 @@
-"""The ranks of a run that torchrun or srun started: which this process is, and what rank 0 tells the others.
+"""The ranks of a run that torchrun, srun or lmlab started: which one this process is, and what they tell each other.
 
-Nothing heavy is imported at the top: each command asks first who started it.
+Before a process group exists, ranks talk through a store, torch's `TCPStore`. Nothing heavy is imported at the top:
+every command asks first which rank it is.
 """
 
 import json
@@ -10,61 +11,68 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from enum import StrEnum
+from functools import cache
+from typing import TYPE_CHECKING
 
+from lmlab.distributed import slurm
 from lmlab.distributed.signals import BEFORE_THE_LIMIT
 from lmlab.errors import UserError
 
-RUN_DIR = "lmlab/run_dir"  # key of the store
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
 # DDP warns of what config/build.py asks of it on purpose. Read when torch is imported.
 LOG_LEVEL = ("TORCH_CPP_LOG_LEVEL", "ERROR")
+STORE_TIMEOUT = 2 * 24 * 60 * 60  # seconds; a large corpus is tokenized meanwhile
+WAIT_FOR_RECEIVERS = 30.0  # seconds that rank 0 waits for the others before it ends, and the store with it
+
+
+class Key(StrEnum):
+    """The keys under which ranks leave values in the store."""
+
+    RUN_DIR = "lmlab/run_dir"  # the run directory of torchrun's first attempt
+    PORT = "lmlab/port"  # where the store of an attempt listens, by its number
+    ARGUMENTS = "lmlab/arguments"  # what the other ranks have to do
+    RECEIVED = "lmlab/received"  # how many of them know
+    FACTS = "lmlab/facts"  # what each rank holds, by its number
 
 
 def rank() -> int | None:
-    """Which of several ranks this process is, where torchrun or srun started them; None where nobody did.
+    """Returns the rank of this process, or None if it is the only one.
 
-    From then on the variables of torchrun are set, whoever it was.
+    Afterwards the variables of torchrun are set, whether torchrun, srun or lmlab started the ranks.
     """
+    slurm.set_rank_variables()
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
-
-        tasks, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(tasks)
-        env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(tasks // nodes)
-        env["GROUP_RANK"] = env["SLURM_NODEID"]
-        # A node's own name, and a port that two steps hardly share.
-        env["MASTER_ADDR"] = SLURMEnvironment.resolve_root_node_address(env["SLURM_STEP_NODELIST"])
-        env["MASTER_PORT"] = str(12000 + (31 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000)
     if int(env.get("WORLD_SIZE", 1)) == 1 or not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= env.keys():
         return None
     env.setdefault(*LOG_LEVEL)
     return int(env["RANK"])
 
 
+def world_size() -> int:
+    """Returns how many ranks there are, on all nodes."""
+    return int(os.environ["WORLD_SIZE"])
+
+
 def width() -> tuple[int, int]:
-    """Ranks per node, and nodes, that were started."""
-    ranks = int(os.environ["WORLD_SIZE"])
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    return per_node, ranks // per_node
+    """Returns how many ranks each node has, and how many nodes there are."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return per_node, world_size() // per_node
 
 
-def store() -> Any:
-    """The store that ranks which others started share: kept by rank 0, or by torchrun's agent."""
-    global _store
-    if _store is None:
-        mine = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        _store = tcp_store(int(os.environ["MASTER_PORT"]), mine)
-        if attempt := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            _store = renewed(_store, attempt)
-    return _store
+@cache
+def store() -> "TCPStore":
+    """Returns the store that all ranks share; torchrun's agent or lmlab's launcher keeps it, or else rank 0."""
+    kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    shared = connect(int(os.environ["MASTER_PORT"]), keeps=os.environ["RANK"] == "0" and not kept_by_agent)
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return store_of_attempt(shared, attempt) if attempt else shared
 
 
-_store: Any = None
-
-
-def tcp_store(port: int, mine: bool) -> Any:
-    """The store at a port of the first node; `mine` makes it, at any free port for 0."""
+def connect(port: int, keeps: bool) -> "TCPStore":
+    """Returns the store that listens on the first node; the process that `keeps` it makes it, at any port for 0."""
     from datetime import timedelta
 
     from torch.distributed import TCPStore
@@ -72,111 +80,103 @@ def tcp_store(port: int, mine: bool) -> Any:
     return TCPStore(
         os.environ["MASTER_ADDR"],
         port,
-        is_master=mine,
+        is_master=keeps,
         wait_for_workers=False,
-        timeout=timedelta(days=2),  # a large corpus is tokenized meanwhile
+        timeout=timedelta(seconds=STORE_TIMEOUT),
         multi_tenant=True,  # the process group will use it too
     )
 
 
-def renewed(agent: Any, attempt: int) -> Any:
-    """A store of its own for each attempt after torchrun's first, also for the process group.
+def store_of_attempt(agent: "TCPStore", attempt: int) -> "TCPStore":
+    """Returns a new store for an attempt after torchrun's first, which the process group will use too.
 
-    The agent keeps its store when it starts all ranks again, with what the earlier ones said and where they listened.
+    The agent keeps its store when it starts all ranks again, with the values and addresses of the earlier ones.
     """
-    name = f"lmlab/port/{attempt}"
+    key = f"{Key.PORT}/{attempt}"
     if os.environ["RANK"] == "0":
-        fresh = tcp_store(0, True)
-        if agent.check([RUN_DIR]):
-            fresh.set(RUN_DIR, agent.get(RUN_DIR))
-        agent.set(name, str(fresh.port))
+        new = connect(0, keeps=True)
+        if agent.check([Key.RUN_DIR]):
+            new.set(Key.RUN_DIR, agent.get(Key.RUN_DIR).decode())
+        agent.set(key, str(new.port))
     else:
-        agent.wait([name])
-        fresh = tcp_store(int(agent.get(name)), False)
-    os.environ["MASTER_PORT"] = str(fresh.port)
-    return fresh
+        new = connect(int(agent.get(key)), keeps=False)
+    os.environ["MASTER_PORT"] = str(new.port)
+    return new
 
 
 def same_directory(run_dir: str) -> str:
-    """The run directory of torchrun's first attempt, which those after it go on with; `run_dir` in the first one."""
-    if rank() is None:
-        return run_dir
-    if not store().check([RUN_DIR]):
-        store().set(RUN_DIR, run_dir)
-    return store().get(RUN_DIR).decode()
+    """Returns the run directory of torchrun's first attempt, in which later ones go on; `run_dir` in the first one."""
+    return run_dir if rank() is None else store().compare_set(Key.RUN_DIR, "", run_dir).decode()
 
 
-def agree(**facts: str) -> None:
-    """Wait until every rank has come here, and refuse to go on unless all hold the same facts.
+def check_ranks_agree(**facts: str) -> None:
+    """Waits until every rank has come here, and refuses to go on unless all hold the same facts.
 
-    The ranks meet over the store rather than in a collective: one of them may prepare its node's data for
-    hours, and a process group would give up on it.
+    The ranks meet over the store rather than in a collective: one of them may prepare its node's data for hours, and
+    a process group would time out.
 
     Args:
-        facts: hashes, by what they are of; those of rank 0 count.
+        facts: hashes by the names of what they are of, such as `data`.
 
     Raises:
-        UserError: in every rank, names one that differs and in what.
+        UserError: in every rank; names the first rank that holds another fact than rank 0.
     """
-    if rank() is None:
+    number = rank()
+    if number is None:
         return
-    if rank() == 0:
-        store().set("lmlab/facts", json.dumps(facts))
-    store().wait(["lmlab/facts"])
-    expected = json.loads(store().get("lmlab/facts"))
-    wrong = [name for name in facts if facts[name] != expected[name]]
-    if wrong:
-        store().set(
-            "lmlab/wrong",
-            f"rank {rank()} on {socket.gethostname()} has another {wrong[0]} than rank 0 "
-            f"({facts[wrong[0]][:12]}, not {expected[wrong[0]][:12]}).\nAll nodes need the same files and versions.",
-        )
-    if store().add("lmlab/compared", 1) == int(os.environ["WORLD_SIZE"]):
-        store().set("lmlab/all", "")
-    store().wait(["lmlab/all"])
-    if store().check(["lmlab/wrong"]):
-        raise UserError(store().get("lmlab/wrong").decode())
+    from torch.distributed.elastic.utils.store import synchronize
+
+    mine = json.dumps([socket.gethostname(), facts]).encode()
+    everyone = synchronize(store(), mine, number, world_size(), Key.FACTS, STORE_TIMEOUT)
+    (_, expected), *others = map(json.loads, everyone)
+    for other, (host, found) in enumerate(others, 1):
+        for name in facts:
+            if found[name] != expected[name]:
+                raise UserError(
+                    f"rank {other} on {host} has another {name} than rank 0 "
+                    f"({found[name][:12]}, not {expected[name][:12]}).\n"
+                    "All nodes need the same files and versions."
+                )
 
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """What rank 0 does before it has told the others: if it fails, they end too."""
-    if rank() is None:
-        yield
-        return
-    store()
+    """Lets the other ranks end if rank 0 fails inside, before it has sent them their arguments."""
+    if rank() is not None:
+        store()  # the others wait for it
     try:
         yield
     except BaseException:
-        tell(None)
+        send_arguments([])
         raise
 
 
-def tell(word: list[str] | None, variables: dict[str, str] | None = None) -> None:
-    """Tell the other ranks the arguments of their share; [] if there is nothing to do, None if that is an error.
+def send_arguments(arguments: list[str], variables: dict[str, str] | None = None) -> None:
+    """Sends the other ranks the arguments of their share of the work, once; none if they are to end.
 
-    `variables` are added to the environment of each.
+    Args:
+        arguments: the run directory, and the checkpoint to go on from if there is one.
+        variables: added to the environment of each rank.
     """
-    if rank() is None or store().check(["lmlab/word"]):
+    if rank() is None or store().check([Key.ARGUMENTS]):
         return
-    store().set("lmlab/word", json.dumps([word, variables or {}]))
-    if not word:  # the store may end with this process
-        others, patience = int(os.environ["WORLD_SIZE"]) - 1, time.monotonic() + 30
-        while store().add("lmlab/heard", 0) < others and time.monotonic() < patience:
+    store().set(Key.ARGUMENTS, json.dumps([arguments, variables or {}]))
+    if not arguments:  # the store may end with this process
+        until = time.monotonic() + WAIT_FOR_RECEIVERS
+        while store().add(Key.RECEIVED, 0) < world_size() - 1 and time.monotonic() < until:
             time.sleep(0.05)
 
 
-def hear() -> list[str] | None:
-    """What rank 0 tells; None if it ended without a word."""
-    for number in BEFORE_THE_LIMIT:  # for rank 0 to heed; here it would end the process, and with it the job
+def receive_arguments() -> list[str]:
+    """Waits for the arguments that rank 0 sends, and returns them; none if this rank is to end."""
+    for number in BEFORE_THE_LIMIT:  # rank 0 acts on them; here they would end the process, and with it the job
         signal.signal(number, signal.SIG_IGN)
     from torch.distributed import DistError
 
     try:
-        store().wait(["lmlab/word"])
-        word, variables = json.loads(store().get("lmlab/word"))
-        store().add("lmlab/heard", 1)
-    except DistError:
-        return None
+        arguments, variables = json.loads(store().get(Key.ARGUMENTS))
+        store().add(Key.RECEIVED, 1)
+    except DistError:  # rank 0 has ended, and the store with it
+        return []
     os.environ.update(variables)
-    return word
+    return arguments

@@ -1,11 +1,7 @@
-"""Stopping from outside: a signal becomes a wish, and the run ends where its state can be kept.
-
-Under SLURM, the signal before a time limit also puts the job back in the queue.
-"""
+"""Signals that stop a run: it ends where its checkpoint can be written, with exit code 128 + signal."""
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,11 +10,13 @@ from types import FrameType
 from typing import Any
 
 from lmlab import early
+from lmlab.distributed import slurm
 from lmlab.errors import Stopped
 
 HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# What SLURM and submitit send ahead of a time limit; TERM is for those who want the job to end.
+"""The signals that stop a run."""
 BEFORE_THE_LIMIT = (signal.SIGUSR1, signal.SIGUSR2)
+"""Those that SLURM and submitit send ahead of a time limit; SIGTERM is for those who want the job to end."""
 
 
 class Signals:
@@ -26,20 +24,21 @@ class Signals:
 
     def __init__(self) -> None:
         self.received = 0
-        """The first of them, while `patient`."""
+        """The first signal that came while `patient`, or 0."""
         self.patient = False
-        """Whether somebody looks at `received`; if not, a signal ends the process at once."""
+        """Whether somebody looks at `received`, such as training after each step; if not, a signal ends the process."""
         self.ending = False
+        """Whether `Stopped` was raised, which the process now ends by."""
         self.process = 0
-        """The process that heeds them: what it forks inherits the handlers."""
+        """The process that has installed the handlers; processes that it forks inherit them, and do nothing."""
         self.ignored: set[signal.Signals] = set()
-        """Those that were ignored when it began, by nohup or a shell's &, and stay so."""
+        """Those that were ignored when the handlers were installed, by nohup or a shell's &, and stay so."""
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Let signals end what is done inside, by `Stopped`."""
-        alone = threading.current_thread() is threading.main_thread()  # only it may have handlers
-        if not alone or self.process == os.getpid():  # or it is so already
+        """Installs handlers for the block inside, which a signal ends by raising `Stopped`."""
+        in_main_thread = threading.current_thread() is threading.main_thread()  # no other may have handlers
+        if not in_main_thread or self.process == os.getpid():  # or they are installed already
             yield
             return
         before = {number: signal.getsignal(number) for number in HEEDED}
@@ -58,27 +57,36 @@ class Signals:
                 signal.signal(number, handler or signal.SIG_DFL)
 
     def heed(self) -> None:
-        """Install the handlers; again where a library has put its own over them."""
+        """Installs the handlers, again where a library has put its own over them."""
         if self.process != os.getpid() or threading.current_thread() is not threading.main_thread():
             return
         for number in HEEDED:
             signal.signal(number, signal.SIG_IGN if number in self.ignored else self.note)
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Lets the first signal inside be no more than noted in `received`; the same one again ends the process."""
+        self.received, self.patient = 0, True
+        try:
+            yield
+        finally:
+            self.patient = False
+
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler. The same signal twice, or one while nobody looks, is not waited for."""
+        """Handles a signal: notes it for training to see, or ends the process if it came twice or nobody looks."""
         if os.getpid() != self.process:
             return
         if self.ending and number != signal.SIGINT:  # whoever stops a job may say so often
             return
-        # SLURM signals each process of a job, and a rank's parent passes on what it gets: that is one wish.
-        once_more = number == self.received and (number == signal.SIGINT or "SLURM_JOB_ID" not in os.environ)
-        if (self.patient or self.ahead_of_a_limit(number)) and not once_more:
+        # SLURM signals every process of a job, and a rank also gets what its parent passes on: that is one wish.
+        again = number == self.received and (number == signal.SIGINT or not slurm.in_job())
+        if (self.patient or self.ahead_of_a_limit(number)) and not again:
             self.received = self.received or number
             return
         self.end(number)
 
     def send_again(self, unraisable: Any) -> None:
-        """A hook: what is raised in a finalizer, Python drops, and with it the signal."""
+        """Sends a signal once more whose `Stopped` was raised in a finalizer, where Python drops exceptions."""
         if not isinstance(unraisable.exc_value, Stopped):
             sys.__unraisablehook__(unraisable)
             return
@@ -87,11 +95,11 @@ class Signals:
 
     @staticmethod
     def ahead_of_a_limit(number: int) -> bool:
-        """Whether a signal leaves time: until training begins, to go on another time, or to finish what comes after."""
-        return number in BEFORE_THE_LIMIT and "SLURM_JOB_ID" in os.environ
+        """Returns whether a signal announces the time limit of a job, so that there is time to go on for a while."""
+        return number in BEFORE_THE_LIMIT and slurm.in_job()
 
     def end(self, number: int) -> None:
-        """End this process for a signal.
+        """Ends this process for a signal.
 
         Raises:
             Stopped: always.
@@ -100,36 +108,19 @@ class Signals:
         raise Stopped(number)
 
     def __reduce__(self) -> str:
-        """By its name: submitit pickles what a job runs, and the job's process has signals of its own."""
+        """Pickles by name: submitit pickles what a job runs, and the job's process has signals of its own."""
         return "SIGNALS"
 
 
 SIGNALS = Signals()
-"""Of this process: handlers are the process's own, and so is this."""
+"""The signals of this process, as there is one set of handlers for each."""
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes begun inside never see the signals: SLURM sends them to each process of a job."""
+    """Keeps the signals from processes that are started inside: SLURM sends them to each process of a job."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def requeue(limit: int) -> str:
-    """Put the SLURM job that this process belongs to back in the queue, `limit` times at most; says what came of it."""
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    times = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    if times >= limit:
-        return f"Job {job} is not re-queued: it was {times} times already (callbacks.checkpoints.max_requeues)."
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"Job {job} could not be re-queued: {error}."
-    if done.returncode:
-        return f"Job {job} could not be re-queued: {done.stderr.strip()}"
-    return f"Job {job} is re-queued."

@@ -13,11 +13,11 @@ from yaml import YAMLError
 
 from lmlab.config import compose, schema
 from lmlab.config.explain import explain
+from lmlab.distributed import slurm
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import UserError, shown_plainly
 from lmlab.preview import planning
 from lmlab.preview.planning import Planned
-from lmlab.sweeps import parameters
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
 def preview(plan: Planned) -> None:
     """Show all there is to know before the run."""
     cfg, launcher = plan.cfg, plan.launcher
-    submitted = launcher is None or launcher["_target_"] == parameters.SLURM
+    submitted = launcher is None or launcher["_target_"] == slurm.SLURM
     schema.check_run(cfg, here=not submitted)  # a node is another machine
     here = of_this_machine(cfg) if submitted else cfg
     schema.check_devices(here.trainer)

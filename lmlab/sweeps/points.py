@@ -1,4 +1,4 @@
-"""A sweep: its points, each a run in a directory of its own, and the command that they came from."""
+"""The points of a sweep, each a run in a directory of its own, and the file that lists them."""
 
 import os
 import sys
@@ -21,36 +21,35 @@ SWEEP_FILE = "sweep.json"
 
 @dataclass(frozen=True)
 class Point:
-    """One of a sweep's runs."""
+    """One combination of a sweep's values, or one trial of a search."""
 
     number: int
     overrides: list[str]
-    """What makes it, beside what all points share."""
+    """Those that it does not share with the other points."""
     run: RunDirectory
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """What a sweep's file holds: when and where it was begun, its last arguments, the overrides of its points.
+    """Returns what the file of a sweep holds: its last command, the overrides of its points, and facts of its sweeper.
 
-    Returns:
-        {} if the folder holds no sweep.
+    Returns {} if the folder holds no sweep.
 
     Raises:
         UserError: the file is damaged.
     """
-    place = folder / SWEEP_FILE
-    if not place.is_file():
+    path = folder / SWEEP_FILE
+    if not path.is_file():
         return {}
-    content = read_json(place)
+    content = read_json(path)
     points, arguments = content.get("points"), content.get("arguments")
     lists = [arguments, *points] if isinstance(points, list) else [None]
     if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists):
-        raise UserError(f"{place} is damaged: it is not the file of a sweep.")
+        raise UserError(f"{path} is damaged: it is not the file of a sweep.")
     return content
 
 
 def read_points(folder: Path) -> list[Point]:
-    """The points of a sweep, by their numbers; none if the folder holds no sweep."""
+    """Returns the points of a sweep in the order of their numbers; none if the folder holds no sweep."""
     return [
         Point(number, overrides, RunDirectory(folder / str(number)))
         for number, overrides in enumerate(read_sweep(folder).get("points", []))
@@ -58,7 +57,7 @@ def read_points(folder: Path) -> list[Point]:
 
 
 def begin_sweep(folder: Path, **facts: Any) -> None:
-    """Make a folder that of a sweep, or go on with the one there: of the command and of `facts`, the last counts."""
+    """Writes the file of a sweep, or updates the one that is there with the command and facts of this process."""
     folder.mkdir(parents=True, exist_ok=True)
     with updated_sweep(folder) as content:
         content.setdefault("started", datetime.now(UTC).isoformat(timespec="seconds"))
@@ -66,24 +65,24 @@ def begin_sweep(folder: Path, **facts: Any) -> None:
         content.setdefault("points", [])
 
 
-def add_points(folder: Path, wanted: Sequence[list[str]]) -> None:
-    """Give points of those overrides, where they are new, the next numbers."""
+def add_points(folder: Path, points: Sequence[list[str]]) -> None:
+    """Gives points, by their overrides, the next numbers of a sweep where they are new to it."""
     with updated_sweep(folder) as content:
-        known = {point_identity(overrides) for overrides in content["points"]}
-        for overrides in wanted:
+        known = set(map(point_identity, content["points"]))
+        for overrides in points:
             if point_identity(overrides) not in known:
                 known.add(point_identity(overrides))
                 content["points"].append(overrides)
 
 
 def point_identity(overrides: Sequence[str]) -> frozenset[str]:
-    """What makes a point, however it is written."""
+    """Returns what two ways to write the same point have in common."""
     return frozenset(word.lstrip("+") for word in overrides)
 
 
 @contextmanager
 def updated_sweep(folder: Path) -> Iterator[dict[str, Any]]:
-    """The file of a sweep, to be changed by one process at a time."""
+    """Yields the content of a sweep's file, to be changed by one process at a time, and writes it."""
     with locked(folder / ".sweep.lock"):
         content = read_sweep(folder)
         yield content

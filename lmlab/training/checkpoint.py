@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmlab.console import command
 from lmlab.data.datamodule import BlocksDataModule, HeldOutData
 from lmlab.data.documents import UNITS
-from lmlab.distributed.signals import SIGNALS, requeue
+from lmlab.distributed.signals import SIGNALS
+from lmlab.distributed.slurm import requeue
 from lmlab.errors import UserError, disk_full, first_line
 from lmlab.evaluation.scoring import DocumentSums
 from lmlab.io import replaced, write_beside

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..conftest import losses, metrics, run_verb, stop_after
-from .test_launch import start
+from ..distributed.test_launch import start
 from .test_width import DROPOUT_OFF
 
 FSDP = ["trainer=fsdp", "trainer.accelerator=cpu"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import TINY, run_verb
-from .processes import finish, heeding
+from ..conftest import TINY, run_verb
+from ..processes import finish, heeding
 
 NOTHING = "Stopped by SIGINT. Nothing was begun.\n"
 
@@ -80,7 +80,7 @@ def test_while_it_imports(command: list[str], tmp_path: Path) -> None:
     """Before the verb is there to heed it."""
     for name in ("hydra", "argparse"):
         (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     words = [sys.executable, "-m", *command]
     done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, preexec_fn=heeding)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", NOTHING)

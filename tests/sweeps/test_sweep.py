@@ -562,7 +562,7 @@ def with_fatal(place: Path) -> dict[str, str]:
         "        if module.seed == 1:\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    return os.environ | {"PYTHONPATH": f"{place}:{Path(__file__).parent.parent}"}
+    return os.environ | {"PYTHONPATH": f"{place}:{Path(__file__).parents[2]}"}
 
 
 @pytest.mark.long

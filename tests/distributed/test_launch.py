@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import pytest
 
 from lmlab.distributed import launch
+from lmlab.distributed.signals import SIGNALS
 
 from ..conftest import TINY, losses, metrics
 from ..processes import begin, finish, heeding, wait_for
-from .test_kill import content as all_of
-from .test_kill import same
+from ..training.test_kill import content as all_of
+from ..training.test_kill import same
 
 LONG = [*TINY, "trainer.max_steps=24", "trainer.val_check_interval=8", "trainer.log_every_n_steps=1"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
@@ -79,14 +80,18 @@ def test_a_signal_that_was_ignored_is_not_passed_on() -> None:
         got: ClassVar[list[int]] = []
         send_signal = got.append
 
+        def poll(self) -> int | None:
+            return 128 + self.got[-1] if self.got else None
+
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGUSR1)}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     try:
-        with launch.passed_on([Rank()]) as asked:  # type: ignore[list-item]
+        with SIGNALS.heeded(), SIGNALS.noted():
             for number in before:
                 os.kill(os.getpid(), number)
-        assert asked == Rank.got == [signal.SIGUSR1]
+            assert launch.wait([Rank()]) == 0  # type: ignore[list-item]
+        assert Rank.got == [signal.SIGUSR1]
         assert [signal.getsignal(number) for number in before] == [signal.SIG_IGN, signal.SIG_DFL]
     finally:
         for number, handler in before.items():
