@@ -20,7 +20,7 @@ from lmlab.distributed import launch
 from lmlab.errors import UserError, out_of_memory, plainly
 from lmlab.io import read_json, write_json
 from lmlab.models.efficiency import Flops, layers
-from lmlab.processes import calling, last_line
+from lmlab.processes import last_line, python_call
 from lmlab.secrets import redacted_text
 from lmlab.training.callbacks import Measure, peak_memory
 
@@ -53,7 +53,7 @@ def measure(cfg: DictConfig, steps: int, interval: int) -> dict[str, Any]:
         with (folder / "said").open("wb") as said:
             # Its own session: a Ctrl-C reaches it from here alone.
             child = subprocess.Popen(
-                calling(measure_here, *task),
+                python_call(measure_here, *task),
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=said,
