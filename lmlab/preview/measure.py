@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ TRAINER = {
     "limit_val_batches": 4,
     "min_steps": 4,
     "min_epochs": 0,  # which Lightning would make 1 for `min_steps`
-    "max_time": {"seconds": 8},
+    "max_time": {"seconds": 8},  # by Lightning's Timer
 }
 """Keys of the trainer in a short run, which is one rank alone."""
 
@@ -128,14 +129,15 @@ def train_briefly(folder: str, began: str) -> None:
         trainer = build.build_trainer(cfg, interval, "preview")
         trainer.fit(module, datamodule)
 
-        first, *steps_made, last = rows(run.metrics)  # a validation before the first step, and one after the last
-        validation = last["time"] - steps_made[-1]["time"]
+        callbacks = {type(callback): callback for callback in trainer.callbacks}
+        first, *steps_made, _ = rows(run.metrics)  # validations before the first step and after the last
+        validation = callbacks[Timer].time_elapsed("validate")  # of the last one: the first allocates
         measured.start = first["time"] - float(began) - validation
         measured.validation_batch = validation / trainer.num_val_batches[0]
         measured.steps = [row["perf/step_ms"] / 1000 for row in steps_made]
         measured.device_memory = steps_made[-1]["perf/peak_memory_gib"]
         measured.host_memory = peak_memory(torch.device("cpu"))
-        summary = next(callback for callback in trainer.callbacks if isinstance(callback, Measure)).result()
+        summary = callbacks[Measure].result()
         measured.tokens, measured.flops = (int(summary.get(k, 0)) // len(steps_made) for k in ("tokens", "flops"))
         measured.bytes = count_bytes(model, trainer.optimizers[0])
         if shutil.disk_usage(run.path).free > 2 * sum(measured.bytes.values()):
