@@ -1,4 +1,4 @@
-"""`python -m lmlab.preview [overrides]`: what `lmlab.train` would do with them, and what that would cost.
+"""`python -m lmlab.preview [overrides]`: show what `lmlab.train` would do with them, and what that would cost.
 
 Takes what train takes; `--help` says more.
 """
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def preview(plan: Plan) -> None:
-    """Show all there is to know before the run."""
+    """Print what differs from the default, the data, the first batch, and the memory and time of a short run."""
     cfg, submitted = plan.cfg, plan.launcher["_target_"] == parameters.SLURM
     schema.check_run(cfg, here=not submitted)
 

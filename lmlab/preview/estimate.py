@@ -1,4 +1,4 @@
-"""What a run takes in all, from a short one."""
+"""The tables of a preview: parameters, memory and speed of a short run, and the time of a whole one."""
 
 import math
 from datetime import datetime, timedelta
@@ -22,7 +22,7 @@ def show_parameters(measured: Measurement) -> None:
 
 
 def show_measured(cfg: DictConfig, measured: Measurement) -> None:
-    """Print memory and time of the steps that were made."""
+    """Print the memory and the time of the steps of a short run."""
     world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
     whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"
     least, most = duration(min(later)), duration(max(later))

@@ -41,12 +41,12 @@ class Check(NamedTuple):
     """One of a job's limits against what the run needs."""
 
     met: bool | None
-    """None where it can't be known."""
+    """Whether it is enough; None where that can't be known."""
     text: str
 
 
 def checks(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement, seconds: float | None) -> Iterator[Check]:
-    """Yields each limit of a job against its run, which takes so many `seconds`, if that is known."""
+    """Yields the checks of a job's limits against its run, which takes so many `seconds`, if that is known."""
     devices, nodes = cfg.trainer.devices, cfg.trainer.get("num_nodes", 1)
     tasks, asked = launcher["tasks_per_node"], launcher["nodes"]
     text = f"tasks: {tasks} per node × {asked} nodes, for {devices} devices × {nodes} nodes"

@@ -41,33 +41,34 @@ TRAINER = {
 
 @dataclass
 class Measurement:
-    """What a short run found out, as far as it came. Times are in seconds."""
+    """The findings of a short run, as far as it came. Times are in seconds, memory is in GiB."""
 
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Of each part of the model, in all and trainable; empty if the model was not made."""
+    """Parameters of each part of the model, in all and trainable; empty if the model was not made."""
     steps: list[float] = field(default_factory=list)
     """Time of each optimizer step; empty if none was made."""
     start: float = 0.0
     """Time until the first validation: imports, data, model."""
     validation_batch: float = 0.0
+    """Time of a batch in a validation."""
     checkpoint: float | None = None
     """Time to write one; None if there was no room for it."""
     tokens: int = 0
-    """Of a step."""
+    """Tokens of a step."""
     flops: int = 0
-    """Of a step; 0 where they can't be counted."""
+    """Floating-point operations of a step; 0 where they can't be counted."""
     bytes: dict[str, int] = field(default_factory=dict)
-    """Of weights, gradients and optimizer state."""
+    """Sizes of weights, gradients and optimizer state."""
     device_memory: float = 0.0
-    """GiB at most, on the device; on a CPU that of the process."""
+    """Peak memory of the device; on a CPU that of the process."""
     host_memory: float = 0.0
-    """GiB at most, of the process."""
+    """Peak memory of the process."""
     out_of_memory: str | None = None
     """The message, if it did not fit."""
 
     @property
     def step(self) -> float:
-        """The usual time of a step; the first one also allocates."""
+        """The median time of a step, without the first one, which also allocates."""
         return median(self.steps[1:] or self.steps)
 
 

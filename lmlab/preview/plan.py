@@ -20,26 +20,26 @@ class Plan(NamedTuple):
     """The runs of a command."""
 
     cfg: DictConfig
-    """Of the first run, as its job would get it, every interpolation resolved."""
+    """The config of the first run, as its job would get it, every interpolation resolved."""
     default: DictConfig
-    """The config of the command without any override."""
+    """The config of `lmlab.train` without any override."""
     points: int
-    """Runs of the sweep; 1 without one."""
+    """The number of runs; 1 without a sweep."""
     first: list[str] | None
-    """Overrides that make the first point of a sweep; None without one."""
+    """The overrides that make the first point of a sweep; None without one."""
     trials_at_once: int | None
-    """Trials that a search runs at a time, as it chooses the next ones by their results; None without a search."""
+    """The trials that a search runs at a time, as it chooses the next ones by their results; None without a search."""
     launcher: dict[str, Any]
     """The block of Hydra's launcher."""
 
     @property
     def jobs(self) -> int:
-        """How many runs are handed to the launcher together."""
+        """The number of runs that are handed to the launcher together."""
         return min(self.points, self.trials_at_once or self.points)
 
     @property
     def at_once(self) -> int:
-        """How many runs train at the same time."""
+        """The number of runs that train at the same time."""
         return min(self.jobs, self.launcher.get("array_parallelism", 1))
 
 
