@@ -65,3 +65,20 @@ def console() -> "Console":
     # Off a terminal rich would fold at 80 columns, in the middle of paths.
     plain = Console()
     return plain if plain.is_terminal else Console(width=120)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people, in the largest units that say enough.
+
+    >>> [duration(seconds) for seconds in (0.0123, 42, 3000, 7200, 300_000)]
+    ['12.3 ms', '42.0 s', '50 min', '2 h 00 min', '3 d 11 h']
+    """
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

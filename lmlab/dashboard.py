@@ -68,11 +68,11 @@ def main() -> None:
 
 def check_reachable() -> None:
     """Refuse to begin without a service that takes the key."""
-    from lmlab.doctor import services
+    from lmlab.doctor import checks
 
     try:
-        services.wandb()
-    except (UserError, services.NotThere) as error:
+        checks.check_wandb()
+    except (UserError, checks.Skip) as error:
         raise UserError(f"W&B: {first_line(error)}\nTo see what would be made without it: --dry-run") from error
 
 

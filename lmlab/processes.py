@@ -1,6 +1,7 @@
-"""Processes that have ended, with all that they started, before the check that began them is through."""
+"""Child processes that have ended, with everything they started, before the block that started them is left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# What a job or torchrun says of its ranks is not for these.
+# Variables by which a job or torchrun tells its ranks apart. They do not apply to the children.
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "TORCHELASTIC_", "SLURM_PROC", "SLURM_STEP")
 
 
@@ -21,48 +22,61 @@ class Process(subprocess.Popen[bytes]):
         with log.open("wb") as out:
             super().__init__(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True)
 
-    def end(self, seconds: float) -> tuple[int, str]:
-        """Exit code and output; the code of SIGKILL, which it is sent then, where it takes too long."""
+    def end(self, seconds: float | None = None) -> tuple[int, str]:
+        """Wait for the end, and kill the process after so many seconds; returns the exit code and the output."""
         try:
-            self.wait(max(0.0, seconds))
+            self.wait(seconds if seconds is None else max(0.0, seconds))
         except subprocess.TimeoutExpired:
             self.kill()
         return self.wait(), self.log.read_text(errors="replace")
 
 
 @contextmanager
-def processes() -> Iterator[tuple[Path, Callable[..., Process]]]:
-    """Yields a folder, and a function that starts a command with more variables; both are for the block alone."""
-    begun: list[Process] = []
-    with tempfile.TemporaryDirectory(prefix="lmlab-doctor-", ignore_cleanup_errors=True) as folder:
-        common = {key: value for key, value in os.environ.items() if not key.startswith(RANKS)}
-        common = {"OMP_NUM_THREADS": "1"} | common | {"TMPDIR": folder}
+def processes(threads: int | None = None) -> Iterator[tuple[Path, Callable[..., Process]]]:
+    """Yields a temporary folder and a function that starts a command; neither outlives the block.
+
+    Keyword arguments of the function are added to the environment of the command.
+
+    Args:
+        threads: OMP_NUM_THREADS of the children, where the environment does not set it.
+    """
+    started: list[Process] = []
+    with tempfile.TemporaryDirectory(prefix="lmlab-", ignore_cleanup_errors=True) as folder:
+        env = {key: value for key, value in os.environ.items() if not key.startswith(RANKS)} | {"TMPDIR": folder}
+        if threads:
+            env.setdefault("OMP_NUM_THREADS", str(threads))
 
         def start(command: list[str], **variables: str) -> Process:
-            begun.append(Process(command, Path(folder, f"{len(begun)}.log"), common | variables))
-            return begun[-1]
+            started.append(Process(command, Path(folder, f"{len(started)}.log"), env | variables))
+            return started[-1]
 
         try:
             yield Path(folder), start
         finally:
-            for process in begun:
+            for process in started:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
-def ended(command: list[str], seconds: float, **variables: str) -> tuple[int, str]:
-    """Exit code and output of a command, as of `Process.end`."""
-    with processes() as (_, start):
+def run(command: list[str], seconds: float, **variables: str) -> tuple[int, str]:
+    """Run a command for so many seconds at most; returns what `Process.end` does."""
+    with processes(threads=1) as (_, start):
         return start(command, **variables).end(seconds)
 
 
-def calling(function: Callable[..., None], *arguments: str) -> list[str]:
-    """The command that calls a function of a module."""
+def python_call(function: Callable[..., None], *arguments: str) -> list[str]:
+    """Returns the command that calls a function of a module in a Python of its own."""
     name = function.__name__
     return [sys.executable, "-c", f"from {function.__module__} import {name}; {name}(*{arguments!r})"]
 
 
-def last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "(it said nothing)"
+def printed_error(output: str) -> str | None:
+    """Returns the error that a command of lmlab printed for its user, or None if its output has none."""
+    found = re.search(r"^error: (.+)", output, re.MULTILINE | re.DOTALL)
+    return found[1].strip() if found else None
+
+
+def last_line(output: str) -> str:
+    """Returns the last line of what a command printed."""
+    return (output.strip().splitlines() or ["(it printed nothing)"])[-1].strip()

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab import compare as compare_verb
 from lmlab import dashboard, evaluate, predict, report, resume, sweep, train
 from lmlab.config import changes, compose, evaluated, files, schema
-from lmlab.preview import planning
+from lmlab.preview.plan import plan_command
 
 VERBS = ("train", "preview", "resume", "evaluate", "compare", "predict", "doctor", "sweep", "report", "dashboard")
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def test_predict_command(arguments: list[str]) -> None:
 @pytest.mark.parametrize("arguments", verb("preview"), ids=" ".join)
 def test_preview_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["lmlab.preview", *arguments])
-    plan = planning.planned(compose.read_command())
+    plan = plan_command(compose.read_command())
     schema.check_keys(plan.cfg, "train")
     assert plan.points == (6 if "seed=1,2,3" in arguments else 2 if "seed=1,2" in arguments else 1)
 

@@ -71,7 +71,7 @@ def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("callbacks.more", {"_target_": "os.system", "command": "touch SEEN"}),
         ("data", {"_target_": "os.system", "command": "touch SEEN"}),
-        ("data._target_", "lmlab.processes.ended"),
+        ("data._target_", "lmlab.processes.run"),
         ("callbacks.samples.inner", {"_target_": "os.system", "command": "touch SEEN"}),
         ("callbacks.samples.list", [1, {"_target_": "os.system", "command": "touch SEEN"}]),
         ("callbacks.more", {"_target_": "lmlab.data.sources.load_sample"}),
@@ -84,7 +84,7 @@ def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("logger.more", {"_target_": "lmlab.training.loggers.partial"}),
         ("preprocess._target_", "lmlab.data.sources.load_sample"),
         ("optim.schedule", "os.system"),
-        ("optim.schedule", "lmlab.processes.ended"),
+        ("optim.schedule", "lmlab.processes.run"),
         ("data._target_", "${oc.env:HOME}"),
         ("callbacks.more", "${oc.decode:'{_target_: os.system, command: touch SEEN}'}"),
         ("data.text", "${oc.env:HOME}"),

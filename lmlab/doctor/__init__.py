@@ -1,1 +1,1 @@
-"""Checks of a machine: its software, its devices, what it reaches, and what its runs do."""
+"""The self-check of a machine."""

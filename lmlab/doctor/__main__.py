@@ -9,7 +9,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from textwrap import fill
 
@@ -18,7 +17,7 @@ from omegaconf import OmegaConf
 import lmlab
 from lmlab.config.files import CONF
 from lmlab.distributed.signals import SIGNALS
-from lmlab.doctor import environment, services, trials
+from lmlab.doctor import checks
 from lmlab.errors import Arguments, UserError, first_line, shown_plainly, stopped_with
 
 LIMIT = 110  # seconds, for all checks
@@ -36,66 +35,61 @@ def main() -> None:
         parser.add_argument(
             "--cache-dir", type=Path, metavar="DIR", help="of prepared data (LMLAB_CACHE, or ~/.cache/lmlab)"
         )
-        given = parser.parse_args()
+        arguments = parser.parse_args()
         with stopped_with("Nothing of what was tried out stays."):
-            failed = examine(given)
+            failed = examine(arguments)
         sys.exit(failed)
 
 
-def examine(given: argparse.Namespace) -> bool:
-    """Make all checks, and show each when it is through; whether one failed."""
+def table_of(arguments: argparse.Namespace) -> dict[str, Callable[[], str]]:
+    """Returns the checks by their names, those that take longest last."""
+    deadline = time.monotonic() + LIMIT
+    cache = arguments.cache_dir or Path(OmegaConf.load(CONF / "train.yaml").cache_dir)
+    huggingface = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return {
+        "runs": lambda: checks.check_folder(arguments.into, "hydra.run.dir=DIR"),
+        "data cache": lambda: checks.check_folder(cache, "cache_dir=DIR, or LMLAB_CACHE=DIR"),
+        "hub cache": lambda: checks.check_folder(huggingface, "HF_HOME=DIR"),
+        "compiler": checks.check_compiler,
+        "SLURM": checks.check_slurm,
+        "hub": checks.check_hub,
+        "W&B": checks.check_wandb,
+        "devices": checks.check_devices,
+        "bf16": checks.check_bf16,
+        "collectives": checks.check_collectives,
+        "resume": lambda: checks.check_resume(deadline - time.monotonic()),
+    }
+
+
+def examine(arguments: argparse.Namespace) -> bool:
+    """Make all checks and print each result as it comes; returns whether one failed."""
     print(f"lmlab {lmlab.__version__}, Python {platform.python_version()}, {platform.platform()}", flush=True)
     began = time.monotonic()
-    cache = given.cache_dir or Path(OmegaConf.load(CONF / "train.yaml").cache_dir)
-    huggingface = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    # What takes longest comes last.
-    checks: dict[str, Callable[[], str]] = {
-        "runs": partial(environment.writing, given.into, "choose another: hydra.run.dir=DIR"),
-        "data cache": partial(
-            environment.writing, cache.expanduser(), "choose another: cache_dir=DIR, or LMLAB_CACHE=DIR"
-        ),
-        "hub cache": partial(environment.writing, huggingface.expanduser(), "choose another: HF_HOME=DIR"),
-        "compiler": environment.compiling,
-        "SLURM": services.slurm,
-        "hub": services.hub,
-        "W&B": services.wandb,
-        "devices": environment.devices,
-        "bf16": environment.bf16,
-        "collectives": trials.collectives,
-        "resume": lambda: trials.resuming(LIMIT - (time.monotonic() - began)),
-    }
     counts = {"pass": 0, "fail": 0, "skip": 0}
-    for name, check in checks.items():
+    for name, check in table_of(arguments).items():
         if sys.stdout.isatty():
             print(f"…     {name}", end="\r", flush=True)
         fix = ""
         try:
             verdict, found = "pass", check()
-        except environment.NotThere as missing:
-            verdict, found = "skip", str(missing)
+        except checks.Skip as reason:
+            verdict, found = "skip", str(reason)
         except UserError as error:
             verdict, (found, fix) = "fail", str(error).split("\n", 1)
         except Exception as error:  # the other checks may say why
-            verdict, found, fix = "fail", f"{type(error).__name__}: {first_line(error)}", environment.REINSTALL
+            verdict, found, fix = "fail", f"{type(error).__name__}: {first_line(error)}", checks.REINSTALL
         counts[verdict] += 1
-        print(line(f"{verdict}  {name:<11}", found), flush=True)
+        print_wrapped(f"{verdict}  {name:<11}  {found}")
         if fix:
-            print(line("", f"fix: {fix}"), flush=True)
+            print_wrapped(f"{'':19}fix: {fix}")
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count), end="")
     print(f", in {time.monotonic() - began:.0f} s")
     return counts["fail"] > 0
 
 
-def line(head: str, text: str) -> str:
-    """A line of a table, wrapped to a terminal of 100 columns; what can be copied stays whole."""
-    return fill(
-        text,
-        100,
-        initial_indent=f"{head:<17}  ",
-        subsequent_indent=" " * 19,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def print_wrapped(text: str) -> None:
+    """Print a row of the table, wrapped to a terminal of 100 columns; words that can be copied stay whole."""
+    print(fill(text, 100, subsequent_indent=" " * 19, break_long_words=False, break_on_hyphens=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a training command would do, and what it would take."""
+"""The preview of a training command: what it would do, and what it would take."""

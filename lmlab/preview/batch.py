@@ -1,9 +1,9 @@
-"""What the model is shown and asked for in the first batch of a run.
+"""The first batch of a run as text, in which each token says what it is to the model.
 
 Shapes: T positions of a sample.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -13,126 +13,94 @@ from lmlab.config import schema
 from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import TrainSampler
 
-SPACE = "␣"
-HALF = "\ufffd"  # what bytes decode to that are no whole character
-SIGNS = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵", 127: "␡"}
-"""Control characters of a text, as signs for them: the terminal is not to heed them."""
 LONGEST = 192  # tokens of a sample that are shown
-
-STYLES = {
-    "input": "",
-    "label": "green",
-    "masked": "black on red",
-    "random": "black on yellow",
-    "kept": "black on green",
-    "edge": "black on cyan",
-    "padding": "dim",
+SPACE = "␣"
+CONTROL = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵", 127: "␡"}
+"""Signs for the control characters of a text, which would act on the terminal."""
+KINDS = {
+    "input": ("", "read, and no target"),
+    "target": ("green", "read, and the target of the token before it"),
+    "masked": ("black on red", "a target, hidden behind the mask token"),
+    "random": ("black on yellow", "a target, a random token in its place"),
+    "kept": ("black on green", "a target that stays as it is"),
+    "edge": ("black on cyan", "end of a document"),
+    "padding": ("dim", "padding"),
 }
-MEANING = {
-    "causal": {
-        "input": "read, and no label",
-        "label": "read, and the label of the token before it",
-        "edge": "end of a document",
-        "padding": "padding",
-    },
-    "masked": {
-        "input": "read, and no label",
-        "masked": "a label, hidden behind the mask token",
-        "random": "a label, a random token in its place",
-        "kept": "a label that stays as it is",
-        "edge": "end of a document",
-        "padding": "padding",
-    },
-}
+"""The style and the meaning of each kind of token."""
 
-
-class Piece(NamedTuple):
-    """Tokens of one kind that follow one another."""
-
-    kind: str
-    text: str
+Piece = tuple[str, str]
+"""A kind, and the text of tokens of it."""
 
 
 def first_batch(cfg: DictConfig, data: Any, objective: Any, steps: int, pad_id: int) -> Batch:
-    """What rank 0 trains on first."""
+    """Returns the batch that rank 0 trains on first."""
     world, accumulate = schema.world(cfg.trainer), cfg.trainer.accumulate_grad_batches
     sampler = TrainSampler(len(data.train), cfg.batch_size, steps, cfg.seed, 0, world, accumulate)
     number, draws = next(iter(sampler))
     return collate(data.train, draws, objective, cfg.seed, pad_id, number)
 
 
-def pieces(batch: Batch, row: int, tokenizer: Any, causal: bool) -> list[Piece]:
-    """One sample of a batch, as text with the kind of each of its tokens."""
+def sample_pieces(batch: Batch, row: int, tokenizer: Any, causal: bool) -> list[Piece]:
+    """Returns a sample of a batch as text, in pieces by the kind of their tokens."""
     width = batch.input_ids.shape[1]
     length = width if batch.attention_mask is None else int(batch.attention_mask[row].sum())
-    inputs = batch.input_ids[row, :length].tolist()
-    here = (batch.positions // width == row).nonzero().flatten()
-    labels = dict(zip((batch.positions[here] % width).tolist(), batch.targets[here].tolist(), strict=True))
-    if causal:
-        kinds = ["label" if at - 1 in labels else "input" for at in range(length)]
-        original = inputs
-    else:
-        kinds = [kind(token, labels.get(at), tokenizer.mask_token_id) for at, token in enumerate(inputs)]
-        original = [labels.get(at, token) for at, token in enumerate(inputs)]
-    found: list[Piece] = []
-    before = ""
-    for at in range(min(length, LONGEST)):
-        text, said = decoded(tokenizer, original[: at + 1]), ""
-        if not text.endswith(HALF) or at + 1 == min(length, LONGEST):  # a character of several tokens is the last one's
+    inputs = batch.input_ids[row, : min(length, LONGEST)].tolist()
+    scored = batch.positions // width == row
+    positions = batch.positions[scored] % width + causal  # a causal target is the next token
+    targets = dict(zip(positions.tolist(), batch.targets[scored].tolist(), strict=True))
+    tokens = [targets.get(position, token) for position, token in enumerate(inputs)]
+    pieces, before = list[Piece](), ""
+    for position, (token, original) in enumerate(zip(inputs, tokens, strict=True)):
+        text, said = decode(tokenizer, tokens[: position + 1]), ""
+        # The last of several tokens has their character: before that, it decodes to a replacement character.
+        if not text.endswith("\ufffd") or position + 1 == len(tokens):
             said, before = text[len(before) :], text
-        name = kinds[at]
-        if original[at] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-            name = "edge"
-        if name == "random":
-            said = f"{said}→{decoded(tokenizer, [inputs[at]]).strip() or SPACE}"
-        if found and found[-1].kind == name and name in ("input", "label"):
-            found[-1] = Piece(name, found[-1].text + said)
+        if original in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+            kind = "edge"
+        elif position not in targets:
+            kind = "input"
+        elif causal:
+            kind = "target"
+        elif token == tokenizer.mask_token_id:
+            kind = "masked"
         else:
-            found.append(Piece(name, said))
+            kind = "kept" if token == original else "random"
+        if kind == "random":
+            said = f"{said}→{decode(tokenizer, [token]).strip() or SPACE}"
+        if pieces and pieces[-1][0] == kind and kind in ("input", "target"):
+            said = pieces.pop()[1] + said
+        pieces.append((kind, said))
     if length > LONGEST:
-        found.append(Piece("padding", f" … {length - LONGEST} tokens more"))
+        pieces.append(("padding", f" … {length - LONGEST} tokens more"))
     if width > length:
-        found.append(Piece("padding", f" pad×{width - length}"))
-    return found
+        pieces.append(("padding", f" pad×{width - length}"))
+    return pieces
 
 
-def decoded(tokenizer: Any, ids: list[int]) -> str:
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Returns the text of tokens, with its spaces as they are."""
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def kind(token: int, label: int | None, mask_id: int) -> str:
-    """Of a position of a masked sample."""
-    if label is None:
-        return "input"
-    return "masked" if token == mask_id else "kept" if token == label else "random"
-
-
-def drawn(found: list[Piece], usual: str, coloured: bool) -> Text:
-    """Pieces in colours; without them in brackets with their kind, all but the `usual` one."""
+def render(pieces: list[Piece], unmarked: str) -> Text:
+    """Returns pieces in the colours of their kinds and, but for the `unmarked` kind, in brackets with its name."""
     text = Text()
-    for name, said in found:
-        said = said.translate(SIGNS)
-        if coloured:
-            text.append(said, STYLES[name])
-        elif name == usual:
-            text.append(said)
-        else:
-            space = " " if said.startswith(" ") else ""
-            text.append(f"{space}[{name}:{said.strip() or SPACE}]")
+    for kind, said in pieces:
+        said = said.translate(CONTROL)
+        if kind != unmarked:
+            said = f"{' ' * said.startswith(' ')}[{kind}:{said.strip() or SPACE}]"
+        text.append(said, KINDS[kind][0])
     return text
 
 
 def show_samples(batch: Batch, tokenizer: Any, causal: bool, console: Console, count: int = 3) -> None:
-    """The first samples of a batch, under a legend."""
-    coloured = console.is_terminal and not console.no_color
-    meaning, usual = (MEANING["causal"], "label") if causal else (MEANING["masked"], "input")
-    samples = [pieces(batch, row, tokenizer, causal) for row in range(min(count, len(batch.input_ids)))]
+    """Print the first samples of a batch, under a legend of the kinds of their tokens."""
+    size, unmarked = len(batch.input_ids), "target" if causal else "input"
+    samples = [sample_pieces(batch, row, tokenizer, causal) for row in range(min(count, size))]
     console.print(Text("First batch", style="italic"))
-    console.print(Text(f"{len(samples)} of the {len(batch.input_ids)} samples that the first device starts with"))
-    for name, words in meaning.items():
-        mark = f"[{name}:…]" if name != usual else "(unmarked)"
-        console.print(
-            Text("  ").append_text(Text(name, STYLES[name]) if coloured else Text(f"{mark:<12}")), Text(words)
-        )
+    console.print(f"{len(samples)} of the {size} samples that the first device starts with", highlight=False)
+    for kind, (style, meaning) in KINDS.items():
+        if any(kind == of_piece for sample in samples for of_piece, _ in sample):
+            console.print(Text(f"  {'(unmarked)' if kind == unmarked else f'[{kind}:…]':<11} {meaning}", style))
     for number, sample in enumerate(samples, 1):
-        console.print(Text(f"{number}  ").append_text(drawn(sample, usual, coloured)))
+        console.print(Text(f"{number}  ").append_text(render(sample, unmarked)))

@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Iterator
+from textwrap import indent
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from lmlab.preview.cost import lasting
+from lmlab.console import duration
+from lmlab.preview.measure import Measurement
+from lmlab.preview.plan import Plan
 
-OWN = ("_target_", "submitit_folder", "max_num_timeout")  # of the launcher, and not the script's
+OF_LAUNCHER = ("_target_", "submitit_folder", "max_num_timeout")  # keys that are not parameters of the script
+REQUEUE = "hydra.launcher.additional_parameters.requeue=true"
 
 
 def script(launcher: dict[str, Any], points: int) -> str:
-    """What `sbatch` would be given, by submitit itself, for the `points` of a sweep. Needs no SLURM.
+    """Returns what `sbatch` would be given for the `points` of a sweep, by submitit itself. Needs no SLURM.
 
     Raises:
         ImportError: submitit is not installed.
@@ -26,7 +30,7 @@ def script(launcher: dict[str, Any], points: int) -> str:
             return 1
 
     executor = Anywhere(launcher["submitit_folder"])
-    asked = {key: value for key, value in launcher.items() if value is not None and key not in OWN}
+    asked = {key: value for key, value in launcher.items() if value is not None and key not in OF_LAUNCHER}
     executor._internal_update_parameters(**executor._convert_parameters(asked))
     if points > 1:
         executor.parameters["map_count"] = points
@@ -37,68 +41,72 @@ class Check(NamedTuple):
     """One of a job's limits against what the run needs."""
 
     met: bool | None
-    """None where it can't be known."""
-    says: str
+    """Whether it is enough; None where that can't be known."""
+    text: str
 
 
-def checks(launcher: dict[str, Any], cfg: DictConfig, found: dict[str, Any], seconds: float | None) -> Iterator[Check]:
-    """A job's limits, each against its run.
-
-    Args:
-        found: by `measure`.
-        seconds: that the run takes, if that is known.
-    """
+def checks(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement, seconds: float | None) -> Iterator[Check]:
+    """Yields the checks of a job's limits against its run, which takes so many `seconds`, if that is known."""
     devices, nodes = cfg.trainer.devices, cfg.trainer.get("num_nodes", 1)
     tasks, asked = launcher["tasks_per_node"], launcher["nodes"]
-    says = f"tasks: {tasks} per node × {asked} nodes, for {devices} devices × {nodes} nodes"
-    yield Check((tasks, asked) == (devices, nodes), says)
-    gpus = launcher.get("gpus_per_node")
+    text = f"tasks: {tasks} per node × {asked} nodes, for {devices} devices × {nodes} nodes"
+    yield Check((tasks, asked) == (devices, nodes), text)
     if cfg.trainer.accelerator in ("gpu", "cuda", "auto"):
-        others = [key for key in ("gres", "gpus_per_task") if launcher.get(key)]
-        yield Check(bool(others) or (gpus or 0) >= devices, f"GPUs: {gpus or others or 'none'} per node, for {devices}")
-    yield from of_time(launcher, cfg, found, seconds)
-    need = found["host"] * devices if "host" in found else None
-    memory = launcher.get("mem_gb")
+        gpus, others = launcher.get("gpus_per_node"), [key for key in ("gres", "gpus_per_task") if launcher.get(key)]
+        text = f"GPUs: {gpus or others or 'none'} per node, for {devices}"
+        yield Check(bool(others) or (gpus or 0) >= devices, text)
+    yield check_time(launcher, cfg, measured, seconds)
+    if measured.steps:
+        ahead, step = launcher["signal_delay_s"], max(measured.steps[1:] or measured.steps)
+        need = max(step, measured.validation_batch) + (measured.checkpoint or 0.0)
+        text = f"signal: {ahead} s ahead of the limit, and to stop and write a checkpoint takes {duration(need)}"
+        yield Check(need <= ahead, text)
+    memory, need = launcher.get("mem_gb"), measured.host_memory * devices
     if memory is None:
         yield Check(None, "memory: none asked for, so the cluster's own default holds")
+    elif measured.steps:
+        yield Check(need <= memory, f"memory: {memory} GB of a node, {need:.1f} GiB measured for {devices} tasks")
     else:
-        needed = "not measured" if need is None else f"{need:.1f} GiB measured for {devices} tasks"
-        yield Check(None if need is None else need <= memory, f"memory: {memory} GB of a node, {needed}")
+        yield Check(None, f"memory: {memory} GB of a node, not measured")
     cpus = launcher.get("cpus_per_task") or 1
-    says = f"CPUs: {cpus} per task, for {cfg.num_workers} workers and the training itself"
-    yield Check(cpus >= cfg.num_workers + 1, says)
+    text = f"CPUs: {cpus} per task, for {cfg.num_workers} workers and the training itself"
+    yield Check(cpus >= cfg.num_workers + 1, text)
 
 
-def of_time(launcher: dict[str, Any], cfg: DictConfig, found: dict[str, Any], seconds: float | None) -> Iterator[Check]:
-    """The time limit, and the signal ahead of it."""
-    limit, ahead = 60 * launcher["timeout_min"], launcher["signal_delay_s"]
-    own = f"time: {lasting(limit)}"
+def check_time(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement, seconds: float | None) -> Check:
+    """Returns the check of the time limit: a run that is longer than its job can end by being re-queued."""
+    limit = 60 * launcher["timeout_min"]
+    useful = limit - launcher["signal_delay_s"]
+    text = f"time: {duration(limit)}"
     if seconds is None:
-        yield Check(None, f"{own}; the run's is not measured")
-    elif seconds <= limit - ahead:
-        yield Check(True, f"{own}, for some {lasting(seconds)}")
-    else:
-        yield Check(*in_parts(launcher, cfg, found, seconds, own))
-    if "steps" in found:
-        need = max([*found["steps"][1:], *found["validation"]], default=found["steps"][0]) + found.get("state", 0.0)
-        says = f"signal: {ahead} s ahead of the limit, and to stop and keep the state takes {lasting(need)}"
-        yield Check(need <= ahead, says)
-
-
-def in_parts(
-    launcher: dict[str, Any], cfg: DictConfig, found: dict[str, Any], seconds: float, own: str
-) -> tuple[bool, str]:
-    """Whether a run that is longer than its job comes to its end by being re-queued."""
-    long = f"{own} is less than the {lasting(seconds)} that the run takes"
-    useful = 60 * launcher["timeout_min"] - launcher["signal_delay_s"] - found["start"]
+        return Check(None, f"{text}; the run's is not measured")
+    if seconds <= useful:
+        return Check(True, f"{text}, for some {duration(seconds)}")
+    text += f" is less than the {duration(seconds)} that the run takes"
+    useful -= measured.start
+    checkpoints = next((b for b in (cfg.get("callbacks") or {}).values() if b and "max_requeues" in b), None)
     if useful <= 0:
-        return False, f"{long}, and the start and the signal leave none to train: raise hydra.launcher.timeout_min"
-    kept = next((b for b in (cfg.get("callbacks") or {}).values() if b and "max_requeues" in b), None)
-    if kept is None:
-        return False, f"{long}, and no callback keeps its state: raise hydra.launcher.timeout_min"
-    if not (launcher.get("additional_parameters") or {}).get("requeue"):
-        return False, f"{long}, and hydra.launcher.additional_parameters.requeue=true is not there to go on"
-    times = math.ceil((seconds - found["start"]) / useful) - 1
-    if times > kept.max_requeues:
-        return False, f"{long}: re-queued {times} times, and callbacks.checkpoints.max_requeues={kept.max_requeues}"
-    return False, f"{long}: it will be re-queued {times} time{'s' * (times > 1)}, and goes on from its state each time"
+        text += ", and the start and the signal leave none to train: raise hydra.launcher.timeout_min"
+    elif checkpoints is None:
+        text += ", and no callback writes checkpoints: raise hydra.launcher.timeout_min"
+    elif not (launcher.get("additional_parameters") or {}).get("requeue"):
+        text += f", and {REQUEUE} is not there to go on"
+    else:
+        times = math.ceil((seconds - measured.start) / useful) - 1
+        text += f": re-queued {times} time{'s' * (times > 1)}, "
+        if times > checkpoints.max_requeues:
+            text += f"and callbacks.checkpoints.max_requeues={checkpoints.max_requeues}"
+        else:
+            text += "it goes on from its last checkpoint each time"
+    return Check(False, text)
+
+
+def show_job(plan: Plan, measured: Measurement, seconds: float | None) -> None:
+    """Print the script of a SLURM job, and its limits against its run."""
+    print("Job, as it would be submitted:\n")
+    print(indent(script(plan.launcher, plan.jobs), "    "))
+    print("\nIts limits:")
+    for met, text in checks(plan.launcher, plan.cfg, measured, seconds):
+        print(f"  {'met' if met else 'unknown' if met is None else 'NOT MET':<8} {text}")
+    if plan.first is None:
+        print("Without -m the command runs here, and no job is submitted.")

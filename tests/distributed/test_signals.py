@@ -29,7 +29,7 @@ STOPS = [
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.data.preprocess.prepare"),
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.build.build_model"),
     ("train", ["-m", *TINY, "seed=1,2", "hydra.sweep.dir=OUT"], "lmlab.config.schema.check_run"),
-    ("preview", TINY, "lmlab.preview.planning.planned"),
+    ("preview", TINY, "lmlab.preview.plan.plan_command"),
     ("preview", TINY, "lmlab.data.preprocess.prepare"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.prepare_data"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.build_model"),

@@ -20,18 +20,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lmlab.doctor import environment, services, trials
+from lmlab.doctor import __main__ as doctor_command
+from lmlab.doctor import checks
 from lmlab.runs.directory import RunDirectory
+from tests.conftest import run_verb
+from tests.processes import heeding
 
-from .conftest import run_verb
-from .processes import heeding
-
-CHECKS = {
-    **dict.fromkeys(("writing", "compiling", "devices", "bf16"), environment),
-    **dict.fromkeys(("slurm", "hub", "wandb"), services),
-    **dict.fromkeys(("collectives", "resuming"), trials),
-}
+CHECKS = ("folder", "compiler", "slurm", "hub", "wandb", "devices", "bf16", "collectives", "resume")
+"""The functions of the checks, without their `check_`."""
 NAMES = (
     *("runs", "data cache", "hub cache", "compiler", "SLURM", "hub", "W&B"),
     *("devices", "bf16", "collectives", "resume"),
@@ -46,9 +44,9 @@ def doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     """Run `python -m lmlab.doctor` with one real check; returns its exit code, and the lines that don't pass."""
 
     def run(check: str, *arguments: object) -> tuple[int, str]:
-        for other, room in CHECKS.items():
+        for other in CHECKS:
             if other != check:
-                monkeypatch.setattr(room, other, lambda *_: "not tried")
+                monkeypatch.setattr(checks, f"check_{other}", lambda *_: "not tried")
         with pytest.raises(SystemExit) as ended:
             run_verb("doctor", "--into", tmp_path / "runs", *arguments)
         said = capsys.readouterr().out.splitlines()
@@ -146,7 +144,7 @@ def test_this_machine_passes(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, doctor: Doctor) -> None:
     (tmp_path / "file").touch()
-    failed, said = doctor("writing", "--cache-dir", tmp_path / "file" / "cache")
+    failed, said = doctor("folder", "--cache-dir", tmp_path / "file" / "cache")
     assert failed
     assert f"fail  data cache   {tmp_path}/file/cache is not writable: Not a directory" in said
     assert "fix: choose another: cache_dir=DIR, or LMLAB_CACHE=DIR" in said
@@ -156,8 +154,8 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, doctor: Doctor) -> None:
 
 
 def test_too_little_disk(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "FREE", 1e9)
-    failed, said = doctor("writing")
+    monkeypatch.setattr(checks, "FREE", 1e9)
+    failed, said = doctor("folder")
     assert failed
     assert "GiB free, and the guide's runs take 1000000000" in said
     assert "fix: free some, or choose another: hydra.run.dir=DIR" in said
@@ -170,7 +168,7 @@ def test_locks_that_keep_nobody_out(doctor: Doctor, monkeypatch: pytest.MonkeyPa
         yield
 
     monkeypatch.setattr(RunDirectory, "lock", lock)
-    failed, said = doctor("writing")
+    failed, said = doctor("folder")
     assert failed
     assert "a lock there keeps no other process out" in said
 
@@ -178,11 +176,11 @@ def test_locks_that_keep_nobody_out(doctor: Doctor, monkeypatch: pytest.MonkeyPa
 def test_compiler(doctor: Doctor, commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     commands()
-    failed, said = doctor("compiling")
+    failed, said = doctor("compiler")
     assert not failed
     assert "skip  compiler     no g++, which compile=true needs: apt install" in said
     commands(**{"g++": "echo 'try.cpp:1:10: fatal error: Python.h: No such file' >&2; echo stopped >&2; exit 1"})
-    failed, said = doctor("compiling")
+    failed, said = doctor("compiler")
     assert failed
     assert "can't compile for Python: try.cpp:1:10: fatal error: Python.h" in said
     assert "fix: apt install g++ python3-dev" in said
@@ -192,12 +190,12 @@ def test_slurm(doctor: Doctor, commands: Callable[..., None]) -> None:
     commands()
     assert doctor("slurm") == (0, "skip  SLURM        not a SLURM machine")
     commands(
-        sinfo="echo 'gpu* 1/6/1/8 1-00:00:00 up'; echo 'old 0/2/0/2 infinite down'",
+        sinfo="echo 'gpu* nodes 1/6/1/8 (A/I/O/T), time limit 1-00:00:00, up'; echo 'old nodes 0/2/0/2 …, down'",
         scontrol="echo 'PreemptMode = REQUEUE'; echo 'JobRequeue              = 0'",
     )
     failed, said = doctor("slurm")
     assert not failed
-    assert "gpu* 8 nodes (6 idle), at most 1-00:00:00; old 2 nodes (2 idle), no time limit, down; " in said
+    assert "gpu* nodes 1/6/1/8 (A/I/O/T), time limit 1-00:00:00, up; old nodes 0/2/0/2" in said
     assert "re-queued with sbatch --requeue; preemption REQUEUE" in said
     commands(sinfo="echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
     failed, said = doctor("slurm")
@@ -269,7 +267,7 @@ def test_gpus_that_torch_does_not_see(
 
 
 def test_bf16_that_computes_wrong(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = environment.error_of_bf16("cpu")
+    right = checks.bf16_error("cpu")
     assert 0 < right < 2**-7
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(
@@ -293,11 +291,13 @@ def test_ranks_that_do_not_find_each_other(doctor: Doctor, monkeypatch: pytest.M
 PLAYED = """
 import json, shutil, sys, time
 from pathlib import Path
-states, behaviour, verb, run = sys.argv[1:]
+weights, behaviour, verb, run = sys.argv[1:]
 run = Path(run.removeprefix("hydra.run.dir="))
 (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-def keep(step, state):
-    shutil.copy(f"{states}/{state}", run / f"checkpoints/step-{step}.ckpt")
+(run / "model").mkdir(exist_ok=True)
+def keep(step, name):
+    (run / f"checkpoints/step-{step}.ckpt").touch()
+    shutil.copy(f"{weights}/{name}", run / "model/model.safetensors")
     (run / "manifest.json").write_text(json.dumps({"went_on": [{"step": 0 if behaviour == "begins again" else 10}]}))
 if verb == "train" and run.name == "killed":
     if behaviour == "no room":
@@ -316,30 +316,28 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
     """Put a script that behaves in some way in the place of `train` and `resume`."""
     weights = {"w": torch.tensor([0.1, float("nan"), -0.0], dtype=torch.bfloat16), "b": torch.tensor(1.0)}
     other = weights | {"w": torch.tensor([0.1, float("nan"), 0.0], dtype=torch.bfloat16)}  # another bit, and equal
-    for name, state in (("one", weights), ("other", other)):
-        torch.save(
-            {"state_dict": state, "optimizer_states": [{"state": {0: {"step": torch.tensor(3)}}}]}, tmp_path / name
-        )
+    for name, tensors in (("one", weights), ("other", other)):
+        save_file(tensors, tmp_path / name)
     (tmp_path / "played.py").write_text(PLAYED)
 
     def behave(behaviour: str) -> None:
         command = [sys.executable, str(tmp_path / "played.py"), str(tmp_path), behaviour]
-        monkeypatch.setattr(trials, "verb", lambda name, *arguments: [*command, name, arguments[-1]])
+        monkeypatch.setattr(checks, "command", lambda name, *arguments: [*command, name, arguments[-1]])
 
     return behave
 
 
 def test_resuming_that_works(doctor: Doctor, play: Callable[[str], None]) -> None:
     play("works")
-    failed, said = doctor("resuming")
+    failed, said = doctor("resume")
     assert not failed
-    assert "went on from step 10 of 100 and ended like one that was not: 3 tensors, bit for bit" in said
+    assert "went on from step 10 of 100 and ended like one that was not, bit for bit" in said
 
 
 @pytest.mark.parametrize(
     ("behaviour", "found", "fix"),
     [
-        ("differs", "ended with other numbers: 1 of 3 tensors", "try again with OMP_NUM_THREADS=1"),
+        ("differs", "ended with other weights", "try again with OMP_NUM_THREADS=1"),
         ("begins again", "a killed run went on from step 0 of 100", "install the tested versions again"),
         ("broken", "a killed run can't go on: ImportError: half of a package", "install the tested versions again"),
         ("no room", "a run ended before it could be killed: no room in x.", "Free some."),
@@ -351,8 +349,8 @@ def test_resuming_that_is_broken(
 ) -> None:
     play(behaviour)
     if behaviour == "slow":
-        monkeypatch.setattr("lmlab.doctor.__main__.LIMIT", 2)
-    failed, said = doctor("resuming")
+        monkeypatch.setattr(doctor_command, "LIMIT", 2)
+    failed, said = doctor("resume")
     assert failed
     assert found in said
     assert f"fix: {fix}" in said
@@ -362,7 +360,7 @@ def test_a_check_that_breaks_does_not_stop_the_others(doctor: Doctor, monkeypatc
     def breaks(_: str) -> float:
         raise ImportError("libcudart.so: cannot open\nmore")
 
-    monkeypatch.setattr(environment, "error_of_bf16", breaks)
+    monkeypatch.setattr(checks, "bf16_error", breaks)
     failed, said = doctor("bf16")
     assert failed
     assert "fail  bf16         ImportError: libcudart.so: cannot open\n" in said
@@ -375,12 +373,11 @@ def test_stopped_it_leaves_nothing(number: signal.Signals, tmp_path: Path, play:
     play("slow")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    command = trials.verb("train", "DIR")[:-2]
+    command = checks.command("train", "DIR")[:-2]
     code = (
-        "import sys, lmlab.doctor.__main__ as doctor; from lmlab.doctor import environment, services, trials\n"
-        f"for name in {[*CHECKS][:-1]}:\n"
-        "    for room in (environment, services, trials): setattr(room, name, lambda *_: 'not tried')\n"
-        f"trials.verb = lambda name, *arguments: [*{command}, name, arguments[-1]]\n"
+        "import sys; from lmlab.doctor import __main__ as doctor, checks\n"
+        f"for name in {CHECKS[:-1]}: setattr(checks, f'check_{{name}}', lambda *_: 'not tried')\n"
+        f"checks.command = lambda name, *arguments: [*{command}, name, arguments[-1]]\n"
         "sys.argv = ['doctor']; doctor.main()"
     )
     env = os.environ | {"TMPDIR": str(temporary)}

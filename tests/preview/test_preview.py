@@ -22,14 +22,15 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from lmlab.config import build, files, schema
+from lmlab.console import duration
 from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import Draw
 from lmlab.errors import UserError
 from lmlab.models import loading
 from lmlab.preview import batch as batches
-from lmlab.preview import job, planning
-from lmlab.preview.cost import lasting
-from lmlab.preview.measuring import parts
+from lmlab.preview import job
+from lmlab.preview.measure import Measurement, count_parameters
+from lmlab.preview.plan import Plan, plan_command
 from lmlab.training.module import LMModule
 from tests.conftest import TINY, TINY_MLM, run_verb
 
@@ -86,7 +87,7 @@ def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
 def test_masks_are_marked(shown: Callable[..., str]) -> None:
     text = shown(*TINY_MLM, f"trainer.max_steps={STEPS}")
     assert len(re.findall(r"\[masked:[^…\]]", text)) >= 5
-    assert "(unmarked)   read, and no label" in text
+    assert "(unmarked)  read, and no target" in text
 
 
 @pytest.mark.longest
@@ -118,7 +119,7 @@ def test_batch_is_the_one_that_training_begins_with(
     monkeypatch.setattr(LMModule, "training_step", lambda self, b, i: [seen.append(b), step(self, b, i)][1])
     words = [*tiny, "trainer.max_steps=1", "trainer.accumulate_grad_batches=2", "seed=3"]
     train(*words)
-    cfg = planning.planned(command(*words)).cfg
+    cfg = plan_command(command(*words)).cfg
     data = build.prepare_data(cfg)
     objective = schema.build(cfg.objective, "objective", tokenizer=data.tokenizer)
     first = batches.first_batch(cfg, data, objective, 1, data.tokenizer.pad_token_id)
@@ -146,7 +147,7 @@ def test_masked_sample_is_read_back() -> None:
         return (inputs, scored, ids[scored]) if len(block) == 6 else (block, scored[:0], block[:0])
 
     made = collate([ids, np.arange(3, 11)], [Draw(0, 0), Draw(1, 0)], objective, 0, 1)  # type: ignore[arg-type]
-    found = batches.pieces(made, 0, Letters(), causal=False)
+    found = batches.sample_pieces(made, 0, Letters(), causal=False)
     assert [tuple(piece) for piece in found] == [
         ("input", "a"),
         ("masked", "b"),
@@ -156,11 +157,10 @@ def test_masked_sample_is_read_back() -> None:
         ("edge", "|"),
         ("padding", " pad×2"),
     ]
-    assert str(batches.drawn(found, "input", False)) == "a[masked:b][kept:c][random:d→r]e[edge:|] [padding:pad×2]"
-    coloured = batches.drawn(found, "input", True)
-    assert str(coloured) == "abcd→re| pad×2"
-    assert [str(span.style) for span in coloured.spans][:3] == [
-        batches.STYLES[name] for name in ("masked", "kept", "random")
+    text = batches.render(found, "input")
+    assert str(text) == "a[masked:b][kept:c][random:d→r]e[edge:|] [padding:pad×2]"
+    assert [str(span.style) for span in text.spans][:3] == [
+        batches.KINDS[name][0] for name in ("masked", "kept", "random")
     ]
 
 
@@ -175,18 +175,18 @@ def test_characters_of_several_tokens_and_of_control() -> None:
     ids = torch.tensor([list(text.encode())])
     none = torch.empty(0, dtype=torch.int64)
     one = Batch(ids, None, none, none, ids.numel(), 0)
-    assert batches.drawn(batches.pieces(one, 0, tokenizer, causal=True), "input", coloured=False).plain == "a 🎉␛[31m↵"
+    assert batches.render(batches.sample_pieces(one, 0, tokenizer, causal=True), "input").plain == "a 🎉␛[31m↵"
 
 
-def test_causal_labels_are_those_of_the_token_before() -> None:
+def test_causal_targets_are_those_of_the_token_before() -> None:
     from lmlab.objectives.clm import CausalLM
 
     made = collate([np.array([3, 4, 0, 5])], [Draw(0, 0)], CausalLM(), 0, 1)  # type: ignore[arg-type]
-    assert [tuple(piece) for piece in batches.pieces(made, 0, Letters(), causal=True)] == [
+    assert [tuple(piece) for piece in batches.sample_pieces(made, 0, Letters(), causal=True)] == [
         ("input", "a"),
-        ("label", "b"),
+        ("target", "b"),
         ("edge", "|"),
-        ("label", "c"),
+        ("target", "c"),
     ]
 
 
@@ -201,18 +201,18 @@ def test_parameters_by_part() -> None:
             return vocabulary
 
     shape = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": positions}
-    gpt = loading.from_scratch(Tokenizer(), "AutoModelForCausalLM", "gpt2", shape)  # type: ignore[arg-type]
+    gpt = loading.from_scratch(Tokenizer(), True, "gpt2", shape)  # type: ignore[arg-type]
     embeddings = (vocabulary + positions) * width
     layer = 12 * width**2 + 13 * width
-    assert parts(gpt) == [
+    assert [(name, *counts) for name, counts in count_parameters(gpt).items()] == [
         ("embeddings", embeddings, embeddings),
         ("layers (2)", 2 * layer, 2 * layer),
         ("rest of the body", 2 * width, 2 * width),
         ("head, tied to the embeddings", 0, 0),
     ]
-    untied = loading.from_scratch(Tokenizer(), "AutoModelForCausalLM", "gpt2", {**shape, "tie_word_embeddings": False})  # type: ignore[arg-type]
+    untied = loading.from_scratch(Tokenizer(), True, "gpt2", {**shape, "tie_word_embeddings": False})  # type: ignore[arg-type]
     untied.base_model.wte.weight.requires_grad = False
-    rows = {name: (count, trained) for name, count, trained in parts(untied)}
+    rows = count_parameters(untied)
     assert rows["head"] == (vocabulary * width, vocabulary * width)
     assert rows["embeddings"] == (embeddings, positions * width)
 
@@ -251,8 +251,8 @@ def test_refused_as_train_does(words: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_sweep_is_counted() -> None:
-    plan = planning.planned(command("-m", "optim.lr=1e-4,1e-3", "seed=range(5)", "objective=mlm", "batch_size=4"))
-    assert (plan.points, plan.first, plan.jobs) == (10, ["optim.lr=0.0001", "seed=0"], None)
+    plan = plan_command(command("-m", "optim.lr=1e-4,1e-3", "seed=range(5)", "objective=mlm", "batch_size=4"))
+    assert (plan.points, plan.first, plan.jobs) == (10, ["optim.lr=0.0001", "seed=0"], 10)
     assert (plan.cfg.optim.lr, plan.cfg.seed, plan.cfg.batch_size) == (1e-4, 0, 4)
     assert plan.cfg.objective._target_.endswith("MaskedLM")
     assert plan.default.optim.lr == 1e-3
@@ -260,21 +260,21 @@ def test_sweep_is_counted() -> None:
 
 
 def test_sweep_of_a_file_and_a_search() -> None:
-    plan = planning.planned(command("-cd", str(SWEEPS), "-cn", "lr_mlm", "batch_size=2"))
-    assert plan.swept
+    plan = plan_command(command("-cd", str(SWEEPS), "-cn", "lr_mlm", "batch_size=2"))
+    assert plan.first
     assert plan.points == 9
     assert plan.cfg.batch_size == 2
     with pytest.raises(UserError, match="no end of values"):
-        planning.planned(command("-m", "optim.lr=interval(1,2)"))
+        plan_command(command("-m", "optim.lr=interval(1,2)"))
     words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=7", "optim.lr=tag(log, interval(1e-4,1e-2))"]
-    plan = planning.planned(command("-m", *words, "batch_size=int(interval(2,9))"))
+    plan = plan_command(command("-m", *words, "batch_size=int(interval(2,9))"))
     assert (plan.points, plan.jobs, plan.cfg.batch_size) == (7, 1, 2)
 
 
 def test_experiment_of_ones_own_folder(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptim: {lr: 0.5}\n")
-    assert planning.planned(command("-cd", str(tmp_path), "experiment=mine")).cfg.optim.lr == 0.5
+    assert plan_command(command("-cd", str(tmp_path), "experiment=mine")).cfg.optim.lr == 0.5
 
 
 def test_whole_config_is_marked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -287,18 +287,13 @@ def test_whole_config_is_marked(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert not any(tmp_path.iterdir())
 
 
-def slurm(*words: str) -> planning.Planned:
-    return planning.planned(command("-m", "hydra/launcher=slurm", *words))
+def slurm(*words: str) -> Plan:
+    return plan_command(command("-m", "hydra/launcher=slurm", *words))
 
 
-FOUND: dict[str, Any] = {
-    "start": 10.0,
-    "steps": [2.0, 1.0, 1.0],
-    "validation": [3.0],
-    "state": 4.0,
-    "host": 2.0,
-    "peak": 2.0,
-}
+MEASURED = Measurement(
+    start=10.0, steps=[2.0, 1.0, 1.0], validation_batch=3.0, checkpoint=4.0, host_memory=2.0, device_memory=2.0
+)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +308,7 @@ FOUND: dict[str, Any] = {
             7200.0,
             "re-queued 4 times, and callbacks.checkpoints.max_requeues=3",
         ),
-        (["hydra.launcher.timeout_min=30", "~callbacks.checkpoints"], 7200.0, "no callback keeps its state"),
+        (["hydra.launcher.timeout_min=30", "~callbacks.checkpoints"], 7200.0, "no callback writes checkpoints"),
         (
             ["hydra.launcher.timeout_min=30", "hydra.launcher.additional_parameters.requeue=false"],
             7200.0,
@@ -327,8 +322,7 @@ FOUND: dict[str, Any] = {
 )
 def test_limits_of_a_job(words: list[str], taken: float, says: str | None) -> None:
     plan = slurm(*words)
-    assert plan.launcher is not None
-    unmet = [one.says for one in job.checks(plan.launcher, plan.cfg, FOUND, taken) if not one.met]
+    unmet = [one.text for one in job.checks(plan.launcher, plan.cfg, MEASURED, taken) if not one.met]
     assert (len(unmet) == 1 and re.search(says, unmet[0])) if says else not unmet
 
 
@@ -336,7 +330,6 @@ def test_script_is_submitits() -> None:
     plan = slurm(
         "seed=1,2,3", "trainer=ddp", "trainer.devices=8", "trainer.num_nodes=4", "hydra.launcher.partition=big"
     )
-    assert plan.launcher is not None
     lines = job.script(plan.launcher, plan.points).splitlines()
     wanted = ["array=0-2%3", "nodes=4", "ntasks-per-node=8", "time=240", "partition=big", "signal=USR2@300"]
     assert {f"#SBATCH --{line}" for line in wanted} <= set(lines)
@@ -367,36 +360,19 @@ def test_gpus_of_another_machine(shown: Callable[..., str]) -> None:
     assert "unknown  time: 4 h 00 min; the run's is not measured" in text
 
 
-def test_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest is shown all the same."""
-    from hydra.errors import MissingConfigException
-
-    whole = planning.composed
-
-    def missing(given: Namespace, overrides: list[str]) -> planning.Planned:
-        if "hydra/launcher=slurm" in overrides:
-            raise MissingConfigException("no", missing_cfg_file="hydra/launcher/submitit_slurm")
-        return whole(given, overrides)
-
-    monkeypatch.setattr(planning, "composed", missing)
-    plan = slurm("seed=1,2", "hydra.launcher.mem_gb=4")
-    assert plan.launcher is None
-    assert plan.points == 2
-
-
-def too_large(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
+def too_large(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
     """A model that asks for more memory than there is, once it trains."""
 
     def allocate(module: torch.nn.Module, *args: Any) -> None:
         if module.training:
             torch.empty(2**50)
 
-    model = loading.from_scratch(tokenizer, auto_class, architecture, config)
+    model = loading.from_scratch(tokenizer, causal, architecture, config)
     model.register_forward_pre_hook(allocate)
     return model
 
 
-def killed(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
+def killed(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
     """A model whose process the system kills, as it does when memory ends."""
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -415,7 +391,7 @@ def killed(tokenizer: Any, auto_class: str, architecture: str, config: dict[str,
 def test_what_does_not_fit(
     model: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(files.CONF.parent))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         run_verb("preview", *TINY, f"model._target_={__name__}.{model}")
@@ -449,4 +425,4 @@ def test_help_is_quick() -> None:
     [(0.0123, "12.3 ms"), (0.5, "500 ms"), (42.0, "42.0 s"), (3000, "50 min"), (7200, "2 h 00 min"), (3e5, "3 d 11 h")],
 )
 def test_times(number: float, said: str) -> None:
-    assert lasting(number) == said
+    assert duration(number) == said

@@ -1,0 +1,80 @@
+"""The tables of a preview: parameters, memory and speed of a short run, and the time of a whole one."""
+
+import math
+from datetime import datetime, timedelta
+
+from omegaconf import DictConfig
+
+from lmlab.config import schema
+from lmlab.console import duration, show_result, show_rows
+from lmlab.data.sampler import EvaluationSampler, share_of
+from lmlab.preview.measure import Measurement
+from lmlab.preview.plan import Plan
+
+
+def show_parameters(measured: Measurement) -> None:
+    """Print a row for each part of the model, with its share."""
+    parts = measured.parameters
+    total, trainable = (sum(counts) for counts in zip(*parts.values(), strict=True))
+    rows = [(name, f"{n:,}", f"{n / (total or 1):.1%}", f"{trained:,}") for name, (n, trained) in parts.items()]
+    columns = ("part", "parameters", "share", "trainable")
+    show_rows("Parameters", columns, [*rows, ("all", f"{total:,}", "", f"{trainable:,}")])
+
+
+def show_measured(cfg: DictConfig, measured: Measurement) -> None:
+    """Print the memory and the time of the steps of a short run."""
+    world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
+    whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"
+    least, most = duration(min(later)), duration(max(later))
+    flops = f", {measured.flops / measured.step / 1e9:,.1f} GFLOP/s of a device" if measured.flops else ""
+    rows = {name: f"{size / 2**20:,.1f} MiB" for name, size in measured.bytes.items()} | {
+        "peak memory": f"{measured.device_memory:.2f} GiB of {whose}",
+        "first step": duration(measured.steps[0]),
+        "a step": f"{duration(measured.step)} (median of {len(later)}, {least} to {most})",
+        "speed": f"{measured.tokens * world / measured.step:,.0f} tokens/s{flops}",
+        "validation batch": duration(measured.validation_batch),
+        "checkpoint": "no room here to write one",
+    }
+    if measured.checkpoint is not None:
+        rows["checkpoint"] = f"{duration(measured.checkpoint)} to write"
+    if world > 1:
+        rows["devices"] = f"one of {world} measured, with its share of the batch; what they say to each other is not"
+        if schema.strategy(cfg.trainer) == "fsdp":
+            rows["sharding"] = "not measured: sharded, a device holds less than this one did"
+    show_result(rows, "Measured")
+
+
+def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, held_out: int, whole: int) -> float:
+    """Print the time of a run, of a sweep, and when it would end.
+
+    Args:
+        interval: steps between two validations.
+        held_out: rows of a validation.
+        whole: rows that are scored once more when training has ended.
+
+    Returns:
+        The seconds of a run.
+    """
+    trainer, batch_size = plan.cfg.trainer, plan.cfg.batch_size
+    world = schema.world(trainer)
+    share = share_of(batch_size, world, trainer.accumulate_grad_batches)
+    validations = math.ceil(steps / interval)  # after the one before training
+    batches, batches_at_end = (len(EvaluationSampler(rows, share, 0, world)) for rows in (held_out, whole))
+    parts = [
+        ("start: imports, data, model", 1, measured.start),
+        ("first step", 1, measured.steps[0]),
+        ("steps", steps - 1, measured.step),
+        ("validation batches", (1 + validations) * batches + batches_at_end, measured.validation_batch),
+    ]
+    if measured.checkpoint is not None:
+        parts.append(("checkpoints written", validations, measured.checkpoint))
+    total = sum(count * each for _, count, each in parts)
+    rows = [(name, f"{count:,}", duration(each), duration(count * each)) for name, count, each in parts]
+    show_rows("Time", ("", "count", "each", "in all"), [*rows, ("a run", "", "", duration(total))])
+    seconds = math.ceil(plan.points / plan.at_once) * total
+    if plan.first is not None:
+        side = f", {plan.at_once} at a time" if plan.at_once > 1 else ""
+        print(f"{plan.points} points{side}: {duration(seconds)}, if each takes as long as this one.")
+    end = datetime.now().astimezone() + timedelta(seconds=seconds)
+    print(f"Begun now, it would end at {end:%Y-%m-%d %H:%M %Z}. Not in it: W&B, the export, and what callbacks add.")
+    return total
