@@ -26,7 +26,7 @@ from lmlab.io import from_here, replaced, take_back, write_beside, write_json, w
 from lmlab.runs import status
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory, differences, surroundings
-from lmlab.runs.log import kept_log
+from lmlab.runs.log import log_to
 from lmlab.sweeps import parameters
 from lmlab.sweeps.points import read_points
 
@@ -88,7 +88,7 @@ def run_or_go_on(
                 print(finished(run))
                 ranks.tell([])
                 return run.read_summary()["val/loss"]
-            with kept_log(run.log):
+            with log_to(run.log):
                 try:
                     if kept is None:
                         begin(cfg, run, overrides, facts, apart)
@@ -137,7 +137,7 @@ def begin(cfg: DictConfig, run: RunDirectory, overrides: list[str], facts: dict[
 
 def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> None:
     """Go on from the last state, or from the start where none was kept. What has changed is noted."""
-    from lmlab.training.checkpoint import last_checkpoint, numbered
+    from lmlab.training.checkpoint import last_checkpoint, numbers_parameters
 
     state = last_checkpoint(run)
     step = run.step_of(state) if state else 0
@@ -155,9 +155,9 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
                 f"Bring it back,{f' name where it is now ({named}),' if named else ''} or begin another run."
             )
     steps, _ = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
-    if state and sharded(cfg) and not sharded(kept) and numbered(state):
+    if state and sharded(cfg) and not sharded(kept) and numbers_parameters(state):
         raise UserError(
-            f"{state} was written by an older lmlab, and can't be sharded as it is.\n"
+            f"{state} was written by lmlab 0.1, which numbers parameters, and can't be sharded as it is.\n"
             "Go on without trainer=fsdp until the next checkpoint is there."
         )
     if steps < step:
@@ -236,7 +236,7 @@ def what_is_kept(run: RunDirectory) -> str:
 def train_rank(cfg: DictConfig, state: str | None = None) -> None:
     """One rank of a run, in a process of its own; what it logs also goes to a file."""
     run, rank = RunDirectory(cfg.run_dir), int(os.environ["RANK"])
-    with kept_log(run.rank_log(rank) if rank else run.log):
+    with log_to(run.rank_log(rank) if rank else run.log):
         train(cfg, Path(state) if state else None)
 
 
@@ -245,6 +245,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     from lmlab.data.sources import fingerprint
     from lmlab.runs.ledger import show_ledger
     from lmlab.training import checkpoint, loggers
+    from lmlab.training.checkpoint_io import load_checkpoint
 
     run = RunDirectory(cfg.run_dir)
     leads = not ranks.rank()
@@ -253,7 +254,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
-    kept = checkpoint.load_checkpoint(state) if state else {"global_step": 0, "metrics": 0}
+    kept = load_checkpoint(state) if state else {"global_step": 0, "metrics": 0}
     if state:
         checkpoint.check_fits(kept, module, state)
     if leads:
@@ -273,10 +274,8 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
                     said = f"{len(data.tokenizer):,} tokens, fewer than tokenizer.vocab_size={wanted}"
                     LOG.warning("the text gives %s.", said)
         trainer.fit(module, datamodule, ckpt_path=state, weights_only=True)
-        if datamodule.whole is not None or checkpoint.outdated(trainer):
-            LOG.info("Scoring all %d held-out documents by the best weights.", len(data.validation))
-            whole = datamodule.whole or datamodule.held_out
-            checkpoint.measure_whole(trainer, module, whole, datamodule.rows_at_once, cfg.num_workers)
+        if checkpoint.rescoring_due(trainer):
+            checkpoint.score_best_weights(trainer, module)
         weights, best = checkpoint.best_weights(trainer)
         if leads:
             if module.device_mesh is not None:  # a shard can't take whole weights
@@ -296,8 +295,8 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     """
     from lmlab.console import show_result
     from lmlab.models.generation import speak
-    from lmlab.training.callbacks import Measure
     from lmlab.training.checkpoint import export
+    from lmlab.training.measure import Measure
 
     export(module.model, data.tokenizer, run.model)
     before = module.validations[0]
@@ -307,7 +306,7 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
     stops = (getattr(callback, "pruned", None) for callback in trainer.callbacks)
     pruned = next(({"pruned": step} for step in stops if step is not None), {})
-    figure, which = f"val/{module.figure}", "last" if best is None else "best"
+    figure, which = f"val/{module.metric}", "last" if best is None else "best"
     result = {
         **after,
         f"{figure}_before": before[figure],
@@ -325,8 +324,8 @@ def finish(cfg: DictConfig, run: RunDirectory, trainer: Any, module: Any, data: 
         text, said = "…", f"(nothing: {first_line(error)})"
     show_result(
         {
-            f"{title(module.figure)} before": f"{before[figure]:,.2f}{part}",
-            f"{title(module.figure)} after": f"{after[figure]:,.2f}   ({which} weights, {text_of})",
+            f"{title(module.metric)} before": f"{before[figure]:,.2f}{part}",
+            f"{title(module.metric)} after": f"{after[figure]:,.2f}   ({which} weights, {text_of})",
             **{title(name): f"{value:.4f}" for name, value in after.items() if name.endswith("bits_per_byte")},
             "parameters": f"{count:,}" + (f", {trainable:,} of them trainable" if trainable < count else ""),
             "tokens": f"{result['tokens']:,} trained on in {result['seconds']:.1f} s",

@@ -128,7 +128,7 @@ def test_exported_model_is_the_best_and_loads_in_transformers(train: Callable[..
 def test_utilisation_where_the_peak_is_known(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lmlab.training.callbacks.peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr("lmlab.training.measure.peak_flops", lambda device, precision: 1e12)
     run = train(*TINY, "trainer.log_every_n_steps=2")
     last = metrics(run)[-2]
     # 6 per weight and token, of a block of 32: the body's matrices, the head's on 31 tokens, and attention.
@@ -354,10 +354,10 @@ def test_a_validation_says_where_it_is(train: Callable[..., Path], capsys: pytes
 def test_time_left_counts_validations_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmlab.training.callbacks.time.perf_counter", lambda: 130.0)
     progress = ShowProgress()
-    progress.began, progress.first, progress.validations = 100.0, 0, [5.0, 5.0]
-    at = SimpleNamespace(global_step=10), SimpleNamespace(steps=25, interval=10)
+    progress.began, progress.first_step, progress.validation_seconds = 100.0, 0, [5.0, 5.0]
+    at = SimpleNamespace(global_step=10), SimpleNamespace(steps=25, val_interval=10)
     # 15 steps of 2 seconds, and validations at 20 and at 25.
-    assert progress.left(*at) == 15 * 2 + 2 * 5  # type: ignore[arg-type]
+    assert progress.seconds_left(*at) == 15 * 2 + 2 * 5  # type: ignore[arg-type]
 
 
 def test_weights_that_are_no_numbers_are_not_kept(train: Callable[..., Path], tmp_path: Path) -> None:

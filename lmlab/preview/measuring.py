@@ -22,7 +22,7 @@ from lmlab.io import read_json, write_json
 from lmlab.models.efficiency import Flops, layers
 from lmlab.processes import calling, last_line
 from lmlab.secrets import redacted_text
-from lmlab.training.callbacks import Measure, peak_memory
+from lmlab.training.measure import Measure, peak_memory
 
 VALIDATION = 4  # batches
 SECONDS, FEWEST, MOST = 4.0, 3, 30  # of steps behind the first

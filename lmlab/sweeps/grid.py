@@ -22,7 +22,7 @@ from lmlab.io import from_here
 from lmlab.runs import status
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.log import shown_without_secrets
+from lmlab.runs.log import redact_logger
 from lmlab.secrets import MARK, bare, redacted_command
 from lmlab.sweeps.outcome import conclude
 from lmlab.sweeps.points import Point, add_points, begin_sweep, point_identity, read_points, read_sweep
@@ -128,7 +128,7 @@ class GridSweeper(Sweeper):
             for point, fixed in zip(points, shared, strict=True)
         ]
         try:
-            with every_job_heard(self.launcher), shown_without_secrets(type(self.launcher).__module__):
+            with every_job_heard(self.launcher), redact_logger(type(self.launcher).__module__):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
         except Stopped as stop:
             stop.kept = None
