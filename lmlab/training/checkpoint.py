@@ -332,10 +332,11 @@ def rescoring_due(trainer: L.Trainer) -> bool:
     That is so where validations look at a part of them, and where lmlab 0.1 saved the best weights: the sums that lie
     with them lack counts that a certificate has now.
     """
+    if trainer.datamodule.whole is not None:  # type: ignore[attr-defined]
+        return True
     path = best_checkpoint(trainer)
     sums = load_checkpoint(path).get("validation") if path else None
-    whole: Any = trainer.datamodule.whole  # type: ignore[attr-defined]
-    return whole is not None or (sums is not None and sums["units"].shape[1] != len(UNITS))
+    return sums is not None and sums["units"].shape[1] != len(UNITS)
 
 
 def score_best_weights(trainer: L.Trainer, module: LMModule) -> None:

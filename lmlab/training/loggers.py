@@ -190,12 +190,10 @@ class WandB(WandbLogger):
         run = self.experiment
         steps: list[Callable[[], Any]] = [run.mark_preempting] if will_go_on else []
         if not run.disabled:
-            samples = list(rows(self.run.samples))
             # The last row goes first: it would have the last word in the summary.
-            steps.append(partial(run.log, {}, commit=True))
-            steps.append(lambda: self.send_table(samples, lambda table: run.summary.update({"samples": table})))
+            steps += [partial(run.log, {}, commit=True), self.send_all_samples]
             if result is not None:
-                steps += [partial(run.summary.update, dict(result)), partial(self.send_artifacts, result)]
+                steps += [lambda: run.summary.update(dict(result)), partial(self.send_artifacts, result)]
         steps.append(partial(run.finish, exit_code=exit_code))
         if will_go_on:  # W&B's own process is ended too: SLURM would kill it first, and this one then complain
             steps.append(wandb.teardown)
@@ -204,6 +202,10 @@ class WandB(WandbLogger):
                 step()
             except Exception as error:
                 self.warn_unsent(first_line(error))
+
+    def send_all_samples(self) -> None:
+        """Puts a table of all samples where W&B looks for the last of them."""
+        self.send_table(list(rows(self.run.samples)), lambda table: self.experiment.summary.update({"samples": table}))
 
     def send_artifacts(self, result: Mapping[str, Any]) -> None:
         """Sends the certificate, the model if it is wanted, and what data they are of."""
