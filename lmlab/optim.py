@@ -1,4 +1,4 @@
-"""The optimizer and its schedules."""
+"""The optimizer and the schedules of its learning rate."""
 
 import math
 import pkgutil
@@ -12,27 +12,27 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lmlab.errors import UserError, nearest
 
-# A schedule: (share of the steps after warm-up that is done, decay_ratio) to a factor of lr.
 Schedule = Callable[[float, float], float]
+"""Maps the share of the steps after warm-up that is done, 0 to 1, and `decay_ratio` to a factor of lr."""
 
 
 def linear(done: float, decay_ratio: float) -> float:
-    """A straight line down to 0."""
+    """Decays in a straight line to 0."""
     return 1.0 - done
 
 
 def cosine(done: float, decay_ratio: float) -> float:
-    """Half a cosine down to 0 (Loshchilov and Hutter 2017)."""
+    """Decays along half a cosine to 0 (Loshchilov and Hutter 2017)."""
     return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def constant(done: float, decay_ratio: float) -> float:
-    """The full rate to the end."""
+    """Stays at the full rate to the end."""
     return 1.0
 
 
 def warmup_stable_decay(done: float, decay_ratio: float) -> float:
-    """The full rate, then a straight line to 0 over the last `decay_ratio` (Hu et al. 2024)."""
+    """Stays at the full rate, then decays in a straight line to 0 over the last `decay_ratio` (Hu et al. 2024)."""
     return min(1.0, (1.0 - done) / decay_ratio) if decay_ratio > 0 else 1.0
 
 
@@ -41,10 +41,10 @@ SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (linear, cosine, consta
 
 @dataclass
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019), without decay on norms and biases.
+    """Builds AdamW (Loshchilov and Hutter 2019) for a model, without weight decay on norms and biases.
 
-    Called with a model and the number of steps, it returns the optimizer and its
-    scheduler, which is stepped once per optimizer step.
+    An instance is called with a model and the number of steps, and returns the optimizer and its schedule, which is
+    stepped once per optimizer step.
     """
 
     lr: float = 1e-3
@@ -58,10 +58,10 @@ class AdamW:
     warmup_ratio: float = 0.0
     """The same as a share of all steps."""
     decay_ratio: float = 0.2
-    """warmup_stable_decay: the share of the steps after warm-up that decays."""
+    """For warmup_stable_decay, the share of the steps after warm-up that decays."""
 
     def __post_init__(self) -> None:
-        possible = {
+        valid = {
             "lr": self.lr >= 0,
             "weight_decay": self.weight_decay >= 0,
             "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
@@ -70,8 +70,8 @@ class AdamW:
             "warmup_ratio": 0 <= self.warmup_ratio <= 1,
             "decay_ratio": 0 <= self.decay_ratio <= 1,
         }
-        for name, fine in possible.items():
-            if not fine:
+        for name, is_valid in valid.items():
+            if not is_valid:
                 raise UserError(f"optim.{name} can't be {getattr(self, name)}.")
         if callable(self.schedule):
             self.shape = self.schedule
@@ -102,7 +102,7 @@ class AdamW:
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
     def factor(self, step: int, steps: int) -> float:
-        """What lr is multiplied with at `step` of `steps`."""
+        """Returns the factor of lr at `step` of `steps`."""
         warmup = self.warmup_steps if self.warmup_steps is not None else round(self.warmup_ratio * steps)
         if step < warmup:
             return step / warmup

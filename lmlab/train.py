@@ -16,7 +16,7 @@ from lmlab.config.rank import on_rank_zero
 from lmlab.distributed import ranks, slurm
 from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.log import kept_log
+from lmlab.runs.log import log_to
 from lmlab.sweeps.points import name_run
 
 
@@ -45,7 +45,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         if trainer.is_global_zero:
             lifecycle.write_data(run, data, steps, cfg.tokenizer.get("vocab_size"))
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-        checkpoints.score_all(trainer, module, datamodule)
+        if checkpoints.rescoring_due(trainer):
+            checkpoints.score_best_weights(trainer, module)
         weights, best = checkpoints.best_weights(trainer)
         if trainer.is_global_zero:
             if module.device_mesh is not None:  # a shard can't take whole weights
@@ -59,7 +60,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
 def train_rank(cfg: DictConfig, checkpoint: str | None = None) -> None:
     """Train as one rank in a process of its own, which logs to a file."""
     run, rank = RunDirectory(cfg.run_dir), int(os.environ["RANK"])
-    with kept_log(run.rank_log(rank) if rank else run.log):
+    with log_to(run.rank_log(rank) if rank else run.log):
         train(cfg, checkpoint)
 
 

@@ -28,7 +28,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.optim import AdamW
 from lmlab.runs.directory import RunDirectory
-from lmlab.training import checkpoint
+from lmlab.training import checkpoint_io
 
 from .conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from .processes import begin, finish, wait_for
@@ -540,10 +540,10 @@ def test_any_bit_that_turned_is_damage_or_harms_nothing(tmp_path: Path) -> None:
         turned = bytearray(content)
         turned[bit // 8] ^= 1 << bit % 8
         place.write_bytes(turned)
-        if checkpoint.damage(place) is not None:
+        if checkpoint_io.damage(place) is not None:
             found += 1
             continue
-        state = checkpoint.load_checkpoint(place)
+        state = checkpoint_io.load_checkpoint(place)
         assert state["step"] == 3
         assert state["weight"].tolist() == [0, 1, 2, 3]
     assert found > 100  # what is left lies in no part's content: padding, dates, names of systems
@@ -553,7 +553,7 @@ def test_no_state_is_whole(refused: Refused, stopped: Path) -> None:
     for place in (stopped / "checkpoints").glob("step-*.ckpt"):
         place.write_bytes(b"")
     shown = refused("resume", stopped)
-    assert "no state" in shown
+    assert "no checkpoint" in shown
     assert "--fresh" in shown
 
 
@@ -642,7 +642,7 @@ def test_the_best_weights_stay_on_a_full_disk(train: Callable[..., Path], tmp_pa
     best_first = [*SIX, "trainer.max_steps=14", "callbacks.checkpoints.mode=max"]
     whole = train(*best_first, run_dir=tmp_path / "whole")
     run, out = tmp_path / "run", tmp_path / "out"
-    no_room = {"lmlab.training.checkpoint.write_beside": ["full", 3]}
+    no_room = {"lmlab.training.checkpoint_io.write_beside": ["full", 3]}
     assert finish("train", *best_first, f"hydra.run.dir={run}", out=out, faults=no_room) == 0, out.read_text()
     assert out.read_text().count("as the disk is full") == 5
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2.ckpt", "step-4.ckpt", "best-2.ckpt"}
@@ -681,7 +681,7 @@ def test_no_more_than_one_save_waits_for_the_one_that_is_written(
 ) -> None:
     """The disk is slower than training: copies in memory would pile up."""
     copies, most = set[int](), list[int]()
-    keep = checkpoint.keep
+    keep = checkpoint_io.write_checkpoint
 
     def slowly(content: dict[str, Any], place: Path) -> None:
         time.sleep(0.3)
@@ -694,8 +694,8 @@ def test_no_more_than_one_save_waits_for_the_one_that_is_written(
         most.append(len(copies))
         return made
 
-    monkeypatch.setattr(checkpoint, "keep", slowly)
-    monkeypatch.setattr(checkpoint, "apply_to_collection", copied)
+    monkeypatch.setattr(checkpoint_io, "write_checkpoint", slowly)
+    monkeypatch.setattr(checkpoint_io, "apply_to_collection", copied)
     train(*SIX, "callbacks.checkpoints.background=true", "callbacks.checkpoints.every_steps=1")
     assert len(most) >= 6
     assert max(most) == 2

@@ -28,8 +28,8 @@ from lmlab.training.module import LMModule
 
 from .conftest import TINY, TINY_MLM, metrics
 
-FIGURES = ["perplexity", "bits_per_byte", "bits_per_word", "word_perplexity"]
-"""By the names they have for a causal model."""
+METRICS = ["perplexity", "bits_per_byte", "bits_per_word", "word_perplexity"]
+"""The names of the metrics of a causal model."""
 
 
 def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,7 @@ def test_exported_model_is_the_best_and_loads_in_transformers(train: Callable[..
 def test_utilisation_where_the_peak_is_known(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lmlab.training.callbacks.peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr("lmlab.training.measure.peak_flops", lambda device, precision: 1e12)
     run = train(*TINY, "trainer.log_every_n_steps=2")
     last = metrics(run)[-2]
     # 6 per weight and token, of a block of 32: the body's matrices, the head's on 31 tokens, and attention.
@@ -192,13 +192,13 @@ def test_waiting_for_a_batch_after_a_validation_counts(
 def test_masked_run(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     run = train(*TINY_MLM)
     lines = metrics(run)
-    # A masked figure never goes by the causal one's name.
+    # A masked metric never goes by the causal one's name.
     names = {key for line in lines for key in line}
-    assert not {f"{stage}/{name}" for stage in ("train", "val") for name in FIGURES} & names
-    assert {f"val/masked_{name}" for name in FIGURES} <= names
+    assert not {f"{stage}/{name}" for stage in ("train", "val") for name in METRICS} & names
+    assert {f"val/masked_{name}" for name in METRICS} <= names
     assert lines[0]["val/masked_perplexity"] == pytest.approx(math.exp(lines[0]["val/loss"]))
     shown = capsys.readouterr().out
-    assert not [name for name in FIGURES if f" {name}" in shown.replace("_", " ").replace("masked perplexity", "")]
+    assert not [name for name in METRICS if f" {name}" in shown.replace("_", " ").replace("masked perplexity", "")]
 
     fill = pipeline("fill-mask", model=str(run / "model"))
     assert len(fill("The Milky Way is a <mask> galaxy.", top_k=3)) == 3
@@ -265,7 +265,7 @@ def test_a_piece_from_outside_needs_no_edit_here(train: Callable[..., Path], tmp
 
 
 def wandb_rows(folder: Path) -> list[tuple[int, frozenset[str]]]:
-    """What an offline run logged: the step and the names of each row."""
+    """Returns the step and the names of each row that an offline run logged."""
     rows = []
     for record in wandb_records(folder):
         if record.WhichOneof("record_type") == "history":
@@ -276,7 +276,7 @@ def wandb_rows(folder: Path) -> list[tuple[int, frozenset[str]]]:
 
 
 def wandb_records(folder: Path) -> list:
-    """The records of an offline run: a LevelDB log (blocks of 32 KiB) behind a header of 7 bytes."""
+    """Returns the records of an offline run, which are a LevelDB log (blocks of 32 KiB) behind a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.glob("*.wandb")
@@ -354,10 +354,10 @@ def test_a_validation_says_where_it_is(train: Callable[..., Path], capsys: pytes
 def test_time_left_counts_validations_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmlab.training.callbacks.time.perf_counter", lambda: 130.0)
     progress = ShowProgress()
-    progress.began, progress.first, progress.validations = 100.0, 0, [5.0, 5.0]
-    at = SimpleNamespace(global_step=10), SimpleNamespace(steps=25, interval=10)
+    progress.began, progress.first_step, progress.validation_seconds = 100.0, 0, [5.0, 5.0]
+    at = SimpleNamespace(global_step=10), SimpleNamespace(steps=25, val_interval=10)
     # 15 steps of 2 seconds, and validations at 20 and at 25.
-    assert progress.left(*at) == 15 * 2 + 2 * 5  # type: ignore[arg-type]
+    assert progress.seconds_left(*at) == 15 * 2 + 2 * 5  # type: ignore[arg-type]
 
 
 def test_weights_that_are_no_numbers_are_not_kept(train: Callable[..., Path], tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_weights_that_are_no_numbers_are_not_kept(train: Callable[..., Path], tm
     assert sorted(path.name for path in run.glob("checkpoints/step-*")) == ["step-1.ckpt", "step-2.ckpt"]
 
 
-def test_figure_is_that_of_the_exported_weights(train: Callable[..., Path]) -> None:
+def test_the_summary_has_the_metrics_of_the_exported_weights(train: Callable[..., Path]) -> None:
     run = train(*TINY, "callbacks.checkpoints.mode=max", "trainer.val_check_interval=1")
     losses = {line["step"]: line["val/loss"] for line in metrics(run) if "val/loss" in line}
     best = max(list(losses)[1:], key=lambda step: losses[step])

@@ -22,16 +22,16 @@ Selection = dict[str, Any]
 
 @dataclass
 class Run:
-    """What the backend knows of a run."""
+    """A run as far as the backend knows it."""
 
     name: str
     project: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Variables of `UpsertBucket`, the last value of each: config, groupName, tags, sweep and so on."""
+    """The last value of each variable of `UpsertBucket`: config, groupName, tags, sweep and so on."""
     lines: list[str] = field(default_factory=list)
-    """Of its history."""
+    """The lines of its history."""
     files: dict[str, list[str]] = field(default_factory=dict)
-    """Lines of what else it streams: summary, events, output."""
+    """The lines of other files that it streams: summary, events, output."""
     exit_code: int | None = None
 
     @property
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Backend(ThreadingHTTPServer):
-    """Keeps what clients with the key send."""
+    """A server that keeps what clients with the key send."""
 
     daemon_threads = True
 
@@ -84,7 +84,7 @@ class Backend(ThreadingHTTPServer):
         """Whether every request is answered by 500."""
         self.faults: list[BaseException | None] = []
         self.project = "lmlab"
-        """One that is there already."""
+        """The name of a project that is there already."""
         self.requests: list[str] = []
         self.operations: list[str] = []
         """Names of the GraphQL operations asked for."""
@@ -92,11 +92,11 @@ class Backend(ThreadingHTTPServer):
         self.artifacts: list[dict[str, Any]] = []
         """Variables of `CreateArtifact`, in the order of their ids `artifact0`, `artifact1`, …"""
         self.used: list[tuple[str, str]] = []
-        """Run and id of the artifact that it used."""
+        """Pairs of a run and the id of an artifact that it used."""
         self.views: list[dict[str, Any]] = []
         """Variables of workspaces and reports that were made."""
         self.files: dict[str, bytes] = {}
-        """By where they were uploaded to."""
+        """The content of uploaded files, by their paths."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has ended leaves its connections open; anything else is a fault of this backend."""
@@ -106,11 +106,11 @@ class Backend(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a client that is to talk to this backend."""
+        """The variables of a client that talks to this backend."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": self.key, "WANDB_MODE": "online"}
 
     def answer(self, url: str, body: bytes, authorization: str) -> tuple[int, Any]:
-        """Status and content of an answer."""
+        """Returns the status and the content of the answer to a request."""
         if self.out_of_order:
             return 500, {"error": "out of order"}
         if url.startswith("/upload/"):
@@ -140,7 +140,7 @@ class Backend(ThreadingHTTPServer):
             run.exit_code = sent["exitcode"]
 
     def resolve(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The values of fields, by their names, that an operation has beyond `common` ones."""
+        """Carries out a GraphQL operation, and returns the values of the fields that it may ask for, by their names."""
         operation = next(iter(re.findall(r"(?:query|mutation)\s+(\w+)", query)), "")
         self.operations.append(operation)
         known: dict[str, Any] = {
@@ -203,7 +203,7 @@ class Backend(ThreadingHTTPServer):
         return {**to, "uploadMultipartUrls": None}
 
     def bucket(self, run: Run) -> dict[str, Any]:
-        """A run as the client is told of it."""
+        """Returns a run as the client is told of it."""
         return {
             "id": run.name,
             "name": run.name,
@@ -222,7 +222,7 @@ class Backend(ThreadingHTTPServer):
         }
 
     def object(self, asked: Selection, known: dict[str, Any], value: Any = None) -> Any:
-        """The fields asked for, from those of `value`, else by what is `known` of that name."""
+        """Returns the fields asked for: those of `value`, or else the `known` ones of that name."""
         if isinstance(value, list):
             return [self.object(asked, known, item) for item in value]
         answer = {}
@@ -235,7 +235,7 @@ class Backend(ThreadingHTTPServer):
 
 
 def parsed(query: str) -> Selection:
-    """The fields that a GraphQL document's operation asks for, those of its fragments in their place."""
+    """Returns the fields that the operation of a GraphQL document asks for, with those of its fragments."""
     tokens = TOKENS.findall(re.sub(r"#.*", "", query))
     fragments: dict[str, Selection] = {}
     place = 0
@@ -306,7 +306,7 @@ def parsed(query: str) -> Selection:
 
 @contextmanager
 def serving(key: str = KEY) -> Iterator[Backend]:
-    """A backend that answers at its `url` within the block, and at no time after it."""
+    """Runs a backend, which answers at its `url` inside the block and at no time after it."""
     with Backend(key) as backend:
         Thread(target=backend.serve_forever, daemon=True).start()
         try:

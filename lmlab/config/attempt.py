@@ -13,7 +13,7 @@ from lmlab.console import command
 from lmlab.distributed import ranks
 from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.log import kept_log
+from lmlab.runs.log import log_to
 
 
 def attempt(
@@ -44,7 +44,7 @@ def attempt(
             print(lifecycle.finished(run))
             ranks.send_arguments([])
             return run.read_summary()["val/loss"]
-        with kept_log(run.log), lifecycle.stop_reported(run):
+        with log_to(run.log), lifecycle.stop_reported(run):
             config, checkpoint = OmegaConf.to_yaml(compose.without_secrets(cfg)), None
             if kept is None:
                 seeds = {"run": cfg.seed, "split": cfg.preprocess.split_seed}

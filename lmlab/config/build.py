@@ -193,14 +193,14 @@ def build_training(
     module = LMModule(
         model,
         optimizer,
-        steps,
-        cfg.batch_size,
-        cfg.preprocess.block_size,
-        cfg.seed,
-        len(held_out.documents.names),
-        objective.metric,
-        logits_chunk_size(model, cfg.logits_chunk_size, uses_gpu(cfg.trainer)),
-        interval,
+        steps=steps,
+        batch_size=cfg.batch_size,
+        block_size=cfg.preprocess.block_size,
+        seed=cfg.seed,
+        stretches=len(held_out.documents.names),
+        metric=objective.metric,
+        logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, uses_gpu(cfg.trainer)),
+        val_interval=interval,
     )
     rows = share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
     lengths = data.train.bounds[:, 1] - data.train.bounds[:, 0]
@@ -228,8 +228,9 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:
     """
     from lightning.pytorch.callbacks import Checkpoint
 
-    from lmlab.training.callbacks import Measure, Profile
-    from lmlab.training.checkpoint import AtomicCheckpoints
+    from lmlab.training.callbacks import Profile
+    from lmlab.training.checkpoint_io import AtomicCheckpointIO
+    from lmlab.training.measure import Measure
 
     callbacks: list[Any] = [Profile(cfg.run_dir)] if cfg.profile else []
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
@@ -243,7 +244,7 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:
         callbacks=callbacks,
         # Null would make Lightning add a logger of its own.
         logger=loggers or False,
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpointIO()],
         max_epochs=1,  # one long row of batches; see data/sampler.py
         max_steps=-1,  # the module says when it ends, after a last validation
         val_check_interval=interval * cfg.trainer.accumulate_grad_batches,

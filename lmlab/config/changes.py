@@ -211,7 +211,7 @@ def check_same(cfg: DictConfig, kept: DictConfig, free: tuple[str, ...]) -> None
 
 def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint: Path | None) -> None:
     """Refuse to go on with a run whose data or tokenizer has changed, or whose checkpoint does not fit the config."""
-    from lmlab.training.checkpoint import numbered
+    from lmlab.training.checkpoint import numbers_parameters
 
     manifest = run.read_manifest()
     again = command("python", "-m", "lmlab.resume", from_here(run.path))
@@ -231,9 +231,9 @@ def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint:
     steps, _ = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     if steps < run.step_of(checkpoint):
         raise UserError(f"{run.path} is at step {run.step_of(checkpoint)} already, and {steps} steps are fewer.")
-    if schema.strategy(cfg.trainer) == "fsdp" and world(cfg.trainer) > 1 and numbered(checkpoint):
+    if schema.strategy(cfg.trainer) == "fsdp" and world(cfg.trainer) > 1 and numbers_parameters(checkpoint):
         raise UserError(
-            f"{checkpoint} was written by an older lmlab, and can't be sharded as it is.\n"
+            f"{checkpoint} was written by lmlab 0.1, which numbers parameters, and can't be sharded as it is.\n"
             "Go on without trainer=fsdp until the next checkpoint is there."
         )
 

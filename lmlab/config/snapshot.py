@@ -13,6 +13,7 @@ from lmlab.errors import UserError
 from lmlab.io import from_here
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import checkpoint
+from lmlab.training.checkpoint_io import load_checkpoint
 
 
 def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
@@ -32,19 +33,19 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     cfg = config_of(run)
     trust.check_trusted(OmegaConf.masked_copy(cfg, ["model", "objective"]), trusted)
     checkpoints = (cfg.get("callbacks") or {}).get("checkpoints") or {}
-    found = checkpoint.best_so_far(run, checkpoints.get("mode", "min"))
-    if found is None or not run.tokenizer.is_dir():
+    weights = checkpoint.best_so_far(run, checkpoints.get("mode", "min"))
+    if weights is None or not run.tokenizer.is_dir():
         raise UserError(f"{run.path} has kept no weights yet: it has not come to its first checkpoint.")
-    weights, which, step = found
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     _, model = build.build_model(cfg, tokenizer)
-    state = checkpoint.load_checkpoint(weights)["state_dict"]
+    state = load_checkpoint(weights)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
     copy = RunDirectory(path)
     path.mkdir(parents=True)
     for file in (run.manifest, run.config):
         shutil.copy(file, path)
-    said = f"{from_here(run.path)} at step {step}, its {which} weights so far"
+    which = "best" if weights in run.best_files() else "last"
+    said = f"{from_here(run.path)} at step {run.step_of(weights)}, its {which} weights so far"
     copy.update_manifest(snapshot=said)
     checkpoint.export(model, tokenizer, copy.model)
     return said

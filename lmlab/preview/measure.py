@@ -23,7 +23,7 @@ from lmlab.models.efficiency import layers
 from lmlab.processes import last_line, printed_error, processes, python_call
 from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import redacted_text
-from lmlab.training.callbacks import Measure, peak_memory
+from lmlab.training.measure import Measure, peak_memory
 
 STEPS = 31  # at most: the first one allocates
 TRAINER = {

@@ -171,7 +171,8 @@ def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads:
         UserError: the checkpoint is not one of this model.
     """
     from lmlab.training import loggers
-    from lmlab.training.checkpoint import check_fits, load_checkpoint
+    from lmlab.training.checkpoint import check_fits
+    from lmlab.training.checkpoint_io import load_checkpoint
 
     size = 0
     if checkpoint is not None:

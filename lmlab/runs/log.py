@@ -1,4 +1,4 @@
-"""What a run says: on the terminal as it is, in its log with the time."""
+"""The log of a run: on the terminal as it is, in a file with the time, and nowhere with a secret in it."""
 
 import logging
 import sys
@@ -10,14 +10,14 @@ from typing import TextIO
 from lmlab import secrets
 
 
-class Lines(logging.Formatter):
-    """Shows no secrets."""
+class RedactingFormatter(logging.Formatter):
+    """Formats records without the secrets in them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return secrets.redacted_text(super().format(record))
 
 
-class Terminal(logging.StreamHandler):
+class StdoutHandler(logging.StreamHandler):
     """Writes to what is standard output at the time: a progress bar puts itself in front of it."""
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class Terminal(logging.StreamHandler):
         return sys.stdout
 
 
-class Log(logging.FileHandler):
-    """Goes on without a line that can't be written: a full disk ends no run."""
+class TolerantFileHandler(logging.FileHandler):
+    """Leaves out a line that can't be written: a full disk ends no run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
@@ -37,8 +37,8 @@ class Log(logging.FileHandler):
 
 
 @contextmanager
-def shown_without_secrets(name: str) -> Iterator[None]:
-    """Redact what a logger that is not lmlab's says meanwhile."""
+def redact_logger(name: str) -> Iterator[None]:
+    """Removes secrets from what a logger of another library logs inside the block."""
 
     def redact(record: logging.LogRecord) -> bool:
         record.msg, record.args = secrets.redacted_text(record.getMessage()), ()
@@ -52,17 +52,17 @@ def shown_without_secrets(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def kept_log(place: Path) -> Iterator[None]:
-    """Send what lmlab logs meanwhile to the terminal, and that and others' warnings to `place`, which is added to."""
-    terminal, file = Terminal(), Log(place)
-    terminal.setFormatter(Lines())
-    file.setFormatter(Lines("%(asctime)s %(levelname)s %(message)s"))
+def log_to(path: Path) -> Iterator[None]:
+    """Sends what lmlab logs inside the block to the terminal, and that and others' warnings to the end of a file."""
+    terminal, file = StdoutHandler(), TolerantFileHandler(path)
+    terminal.setFormatter(RedactingFormatter())
+    file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     root, ours = logging.getLogger(), logging.getLogger("lmlab")
     attached = [(ours, terminal), (ours, file), (root, file)]
     for logger, handler in attached:
         logger.addHandler(handler)
     ours.setLevel(logging.INFO)
-    ours.propagate = False  # Hydra shows what reaches the root, in a manner of its own
+    ours.propagate = False  # Hydra shows what reaches the root, in a format of its own
     try:
         yield
     finally:

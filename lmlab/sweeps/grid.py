@@ -26,7 +26,7 @@ from lmlab.io import from_here
 from lmlab.runs import status
 from lmlab.runs.choices import is_in
 from lmlab.runs.directory import RunDirectory
-from lmlab.runs.log import shown_without_secrets
+from lmlab.runs.log import redact_logger
 from lmlab.secrets import MARK, bare, redacted_command
 from lmlab.sweeps import parameters
 from lmlab.sweeps.outcome import conclude
@@ -123,7 +123,7 @@ class GridSweeper(Sweeper):
             [*shared, *self.added(point), *point.overrides, f"hydra.sweep.subdir={point.number}"] for point in points
         ]
         try:
-            with lost_jobs_answered(self.launcher), shown_without_secrets(type(self.launcher).__module__):
+            with lost_jobs_answered(self.launcher), redact_logger(type(self.launcher).__module__):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
         except Stopped as stop:
             stop.kept = None

@@ -1,4 +1,4 @@
-"""Where metrics go: a file in the run directory, and W&B."""
+"""Loggers: `metrics.jsonl` in the run directory, and Weights & Biases (W&B)."""
 
 import json
 import logging
@@ -28,21 +28,25 @@ LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
 AXES = {"steps": "trainer/global_step", "tokens": "data/tokens_seen"}
 SUMMARIES = {"val": "min", "train": "min", "perf": "mean", "perf/peak_memory_gib": "max"}
-"""What W&B's summary keeps of a metric, by its name or the part before the slash: the best, or else the last."""
+"""What W&B's summary keeps of a metric, by its name or the part before the slash; of others, the last value."""
 ANSWER = 5  # seconds that W&B waits for its service when it is handed a table or an artifact, which it asks about first
 COLUMNS = ("step", "text", "said")  # of samples.jsonl
 
 
-class Lines:
-    """A file that whole lines are added to. Those that a full disk has no room for wait until it has some again."""
+class JSONLines:
+    """A file that JSON objects are appended to, one per line, whole or not at all.
 
-    def __init__(self, path: Path, what: str):
-        self.path, self.what = path, what
-        self.waiting = ""
+    Lines that a full disk has no room for stay in memory, and are written with later ones.
+    """
 
-    def add(self, *objects: Mapping[str, Any]) -> None:
-        """One line for each."""
-        lines = (self.waiting + "".join(json.dumps(line) + "\n" for line in objects)).encode()
+    def __init__(self, path: Path, content: str):
+        """Names the file, and what its lines are, for a warning."""
+        self.path, self.content = path, content
+        self.unwritten = b""
+
+    def append(self, *objects: Mapping[str, Any]) -> None:
+        """Writes a line for each object."""
+        lines = self.unwritten + "".join(json.dumps(line) + "\n" for line in objects).encode()
         done = False
         try:
             with self.path.open("ab", buffering=0) as file:
@@ -55,20 +59,35 @@ class Lines:
         except OSError as error:
             if not disk_full(error):
                 raise
-        if not done and not self.waiting:
-            LOG.warning("no room for %s in %s: they wait until there is some.", self.what, self.path)
-        self.waiting = "" if done else lines.decode()
+        if not done and not self.unwritten:
+            LOG.warning("no room for %s in %s: they are written once there is some.", self.content, self.path)
+        self.unwritten = b"" if done else lines
+
+
+def flush(path: Path) -> int:
+    """Brings a file to the disk, so that no checkpoint outlives the lines of its steps, and returns its size in bytes.
+
+    A file that is not there has 0 bytes.
+    """
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def rewind(path: Path, size: int) -> None:
+    """Removes the lines of a file behind its first `size` bytes: a run that goes on from there writes them again."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n", 0, size) + 1)
 
 
 class MetricsFile(Logger):
-    """`metrics.jsonl`: one object per line, with `step`, `time` (Unix seconds) and the metrics.
-
-    Lines are only added, so a run that goes on keeps what it wrote before.
-    """
+    """Writes `metrics.jsonl`: an object per line with `step`, `time` (Unix seconds) and the metrics."""
 
     def __init__(self, run_dir: str):
         super().__init__()
-        self.lines = Lines(RunDirectory(run_dir).metrics, "figures")
+        self.lines = JSONLines(RunDirectory(run_dir).metrics, "metrics")
 
     @property
     def name(self) -> str:
@@ -80,41 +99,38 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.lines.add({"step": step, "time": round(time.time(), 3), **metrics})
+        self.lines.append({"step": step, "time": round(time.time(), 3), **metrics})
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The run directory holds the config already."""
-
-
-def rewind(lines: Path, size: int) -> None:
-    """Take back what a file of lines has after its first `size` bytes.
-
-    It is of steps that the run, going on from a kept state, will make again, row for row.
-    """
-    if lines.is_file():
-        os.truncate(lines, lines.read_bytes().rfind(b"\n", 0, size) + 1)
+        """Does nothing: the run directory holds the config already."""
 
 
 class WandB(WandbLogger):
-    """A W&B run that has the rows of metrics.jsonl, each once, whatever became of the processes that sent them.
+    """Logs the rows of metrics.jsonl to a W&B run, each once, however often the run was killed and resumed.
 
-    A row's W&B step is its number in that file; steps of the optimizer are in the row. That of
-    a validation also has a table of its samples, and the run's summary at the end one of all.
-    W&B's own incremental tables are none of these: a sample that is sent again after a kill would
-    be in them twice, and no more than a hundred validations are shown.
+    A row's W&B step is its number in that file; the optimizer step is in the row. The row of a validation has a table
+    of its samples, and the summary at the end one of all. W&B's own incremental tables can't hold them: a sample that
+    is sent again after a kill would be there twice, and no more than a hundred validations are shown.
+
+    W&B may fail at any time, as its own process may have ended: that is warned of once, and no run fails for it.
     """
 
-    def __init__(self, experiment: Any, run: RunDirectory, there: int, axis: str, log_model: bool, patience: float):
-        """`there`: the rows that W&B has already; those of the file beyond them are sent again.
+    def __init__(self, experiment: Any, run: RunDirectory, received: int, axis: str, log_model: bool, patience: float):
+        """Sends the rows and samples of earlier attempts that W&B does not have yet.
 
-        Curves are drawn against the metric `axis`; W&B gets `patience` seconds at the end.
+        Args:
+            experiment: the W&B run.
+            received: how many rows W&B has already.
+            axis: the metric that curves are drawn against.
+            patience: seconds that W&B has at the end to send the rest.
         """
         super().__init__(experiment=experiment)
-        self.run, self.there, self.axis, self.keeps_model, self.patience = run, there, axis, log_model, patience
-        self.number, self.seen = 0, set[str]()
-        self.closed = self.unsent = False
-        self.takes_rows = self.takes_tables = True
+        self.run, self.received, self.axis, self.patience = run, received, axis, patience
+        self.sends_model = log_model
+        self.row, self.defined = 0, set[str]()
+        self.closed = self.warned = False
+        self.accepted = {"metrics", "samples"}
         samples: dict[int, list[dict[str, Any]]] = {}
         for sample in rows(run.samples):
             samples.setdefault(sample["step"], []).append(sample)
@@ -125,101 +141,101 @@ class WandB(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if self.number >= self.there and self.takes_rows:
+        if self.row >= self.received and "metrics" in self.accepted:
             try:
-                self.send({**metrics, "trainer/global_step": step})
-            except Exception as error:  # W&B's own process may have ended; no run fails for it
-                self.takes_rows = False
-                LOG.warning(
-                    "W&B takes no more figures: %s\nTraining goes on; metrics.jsonl has all.", first_line(error)
-                )
-        self.number += 1
+                self.define_metrics(metrics)
+                self.experiment.log({**metrics, "trainer/global_step": step}, step=self.row)
+            except Exception as error:
+                self.give_up("metrics", first_line(error))
+        self.row += 1
 
-    def send(self, row: dict[str, Any]) -> None:
-        for name in row.keys() - self.seen:
+    def define_metrics(self, metrics: Iterable[str]) -> None:
+        """Tells W&B what to draw each metric against, and what its summary keeps of it."""
+        for name in {*metrics, "trainer/global_step"} - self.defined:
             # By its whole name: of several globs that fit, W&B takes any.
             summary = SUMMARIES.get(name, SUMMARIES.get(name.partition("/")[0]))
             axis = {} if name == self.axis else {"step_metric": self.axis, "step_sync": True}
             self.experiment.define_metric(name, summary=summary, **axis)
-        self.seen |= row.keys()
-        self.experiment.log(row, step=self.number)
+            self.defined.add(name)
 
     @rank_zero_only
     def log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Send the samples of a validation, in the row that was logged last."""
-        if self.number > self.there:
-            self.send_table(samples, lambda table: self.experiment.log({"samples": table}, step=self.number - 1))
+        """Adds a table of the samples of a validation to the row that was logged last."""
+        if self.row > self.received:
+            self.send_table(samples, lambda table: self.experiment.log({"samples": table}, step=self.row - 1))
 
     def send_table(self, samples: Sequence[Mapping[str, Any]], send: Callable[[Any], Any]) -> None:
+        """Makes a table of samples and calls `send` with it, as long as W&B takes them."""
         import wandb
 
-        if not (samples and self.takes_rows and self.takes_tables):
+        if not samples or self.accepted != {"metrics", "samples"}:
             return
         began = time.monotonic()
         try:
             send(wandb.Table(columns=list(COLUMNS), data=[[sample[name] for name in COLUMNS] for sample in samples]))
-            why = "its service does not answer." if time.monotonic() - began > ANSWER - 1 else ""
-        except Exception as error:  # as above; or there is no room for the file that a table becomes
-            why = first_line(error)
-        if why:
-            self.takes_tables = False
-            LOG.warning("W&B gets no more tables of samples: %s\nTraining goes on; samples.jsonl has all.", why)
+        except Exception as error:  # there may also be no room for the file that a table becomes
+            self.give_up("samples", first_line(error))
+        else:
+            if time.monotonic() - began > ANSWER - 1:
+                self.give_up("samples", "its service does not answer.")
+
+    def give_up(self, content: str, why: str) -> None:
+        """Sends no more metrics, or no more samples."""
+        self.accepted.discard(content)
+        LOG.warning("W&B takes no more %s: %s\nTraining goes on; %s.jsonl has all.", content, why, content)
 
     def end(self, exit_code: int, will_go_on: bool, result: Mapping[str, Any] | None) -> None:
-        """Hand over the result, if there is one, and end."""
+        """Sends what comes at the end, the result if there is one, and ends the W&B run."""
         import wandb
 
-        steps: list[Callable[[], Any]] = [self.experiment.mark_preempting] if will_go_on else []
-        if not self.experiment.disabled:
+        run = self.experiment
+        steps: list[Callable[[], Any]] = [run.mark_preempting] if will_go_on else []
+        if not run.disabled:
             # The last row goes first: it would have the last word in the summary.
-            steps += [partial(self.experiment.log, {}, commit=True), self.hand_over_samples]
+            steps += [partial(run.log, {}, commit=True), self.send_all_samples]
             if result is not None:
-                steps += [partial(self.hand_over, result), partial(self.hand_over_files, result)]
-        steps.append(partial(self.experiment.finish, exit_code=exit_code))
+                steps += [lambda: run.summary.update(dict(result)), partial(self.send_artifacts, result)]
+        steps.append(partial(run.finish, exit_code=exit_code))
         if will_go_on:  # W&B's own process is ended too: SLURM would kill it first, and this one then complain
             steps.append(wandb.teardown)
         for step in steps:
             try:
                 step()
-            except Exception as error:  # a signal to all of a job has ended W&B's own process; no run fails for it
-                self.say_unsent(first_line(error))
+            except Exception as error:
+                self.warn_unsent(first_line(error))
 
-    def hand_over_samples(self) -> None:
-        """All samples, where W&B looks for the last of them."""
-        samples = list(rows(self.run.samples))
-        self.send_table(samples, lambda table: self.experiment.summary.update({"samples": table}))
+    def send_all_samples(self) -> None:
+        """Puts a table of all samples where W&B looks for the last of them."""
+        self.send_table(list(rows(self.run.samples)), lambda table: self.experiment.summary.update({"samples": table}))
 
-    def hand_over(self, result: Mapping[str, Any]) -> None:
-        """The metrics that a run ended with."""
-        self.experiment.summary.update(dict(result))
-
-    def hand_over_files(self, result: Mapping[str, Any]) -> None:
-        """The certificate and the model, and what data they are of."""
+    def send_artifacts(self, result: Mapping[str, Any]) -> None:
+        """Sends the certificate, the model if it is wanted, and what data they are of."""
         import wandb
 
         manifest = self.run.read_manifest()
-        of = {name: manifest[name] for name in ("data_fingerprint", "tokenizer_hash")}
-        facts = {"run_id": manifest["run_id"], **of}
-        of["ledger"] = read_json(self.run.ledger)
-        data = wandb.Artifact(f"data-{manifest['data_fingerprint'][:12]}", "dataset", metadata=of)
-        with data.new_file("data.json") as stream:  # W&B tells versions apart by what is in them
-            json.dump(of, stream, indent=2)
+        hashes = {name: manifest[name] for name in ("data_fingerprint", "tokenizer_hash")}
+        metadata = {"run_id": manifest["run_id"], **hashes}
+        ledger = {**hashes, "ledger": read_json(self.run.ledger)}
+        data = wandb.Artifact(f"data-{manifest['data_fingerprint'][:12]}", "dataset", metadata=ledger)
+        with data.new_file("data.json") as stream:  # W&B tells versions apart by their content
+            json.dump(ledger, stream, indent=2)
         # What `use_artifact` does, which waits for the service, and refuses offline.
         self.experiment._log_artifact(data, is_user_created=True, use_after_commit=True)
         if self.run.certificate.is_file():
-            certificate = wandb.Artifact(f"certificate-{manifest['run_id']}", "certificate", metadata=facts)
+            certificate = wandb.Artifact(f"certificate-{manifest['run_id']}", "certificate", metadata=metadata)
             for file in (self.run.certificate, self.run.records):
                 certificate.add_file(str(file), policy="immutable")  # else W&B makes a copy in the home directory
             self.experiment.log_artifact(certificate)
-        if self.keeps_model:
-            model = wandb.Artifact(f"model-{manifest['run_id']}", "model", metadata={**facts, **result})
+        if self.sends_model:
+            model = wandb.Artifact(f"model-{manifest['run_id']}", "model", metadata={**metadata, **result})
             model.add_dir(str(self.run.model), policy="immutable")
             self.experiment.log_artifact(model)
 
-    def say_unsent(self, why: str) -> None:
-        if self.unsent:
+    def warn_unsent(self, why: str) -> None:
+        """Warns, once, that W&B may not have all of the run, with the command that sends it."""
+        if self.warned:
             return
-        self.unsent = True
+        self.warned = True
         online = [] if self.experiment.offline else ["--no-skip-online"]
         send = command("wandb", "sync", *online, Path(self.experiment.dir).parent)
         LOG.warning("W&B may not have all of the run: %s\nTo send it: %s", why, send)
@@ -229,6 +245,7 @@ def weights_and_biases(
     run_dir: str,
     run_id: str,
     config: dict[str, Any],
+    *,
     project: str = "lmlab",
     entity: str | None = None,
     name: str | None = None,
@@ -241,7 +258,9 @@ def weights_and_biases(
     log_model: bool = False,
     patience: float = 60.0,
 ) -> Logger:
-    """A W&B run whose id is the run's own, so that it stays one however often it is started.
+    """Returns the logger of a W&B run whose id is the run's own, so that it stays one however often it is started.
+
+    Those not listed are arguments of `wandb.init`.
 
     Args:
         mode: `online`, `offline`, `disabled`, or `auto`: online where an API key is configured. The
@@ -254,7 +273,7 @@ def weights_and_biases(
     import wandb  # a second of start-up that a run without W&B need not pay
 
     if getattr(rank_zero_only, "rank", 0) != 0:
-        return WandbLogger(offline=True)
+        return WandbLogger(offline=True)  # which logs on rank 0 only
     for key, value in (("logger.wandb.mode", mode), ("WANDB_MODE", os.environ.get("WANDB_MODE", mode))):
         if value not in MODES:
             raise UserError(f'{key} is one of {", ".join(MODES)}, not "{value}".{nearest(value, MODES)}')
@@ -263,56 +282,59 @@ def weights_and_biases(
         raise UserError(f'logger.wandb.against is one of {", ".join(AXES)}, not "{against}".{nearest(against, AXES)}')
     if patience <= 0:
         raise UserError(f"logger.wandb.patience is more than 0 seconds, not {patience}.")
-    lab = Path(lmlab.__file__).parent
-    settings: dict[str, Any] = {
-        "silent": True,
-        "console": "off",
-        "init_timeout": 20.0,
-        "finish_timeout": float(patience),
-        "finish_timeout_raises": True,
-        "save_code": True,  # else W&B keeps no git diff
+    code = Path(lmlab.__file__).parent
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=20.0,
+        finish_timeout=float(patience),
+        finish_timeout_raises=True,
+        save_code=True,  # else W&B keeps no git diff
         # The code that runs is lmlab's; without a checkout of it, W&B looks where the run directory lies.
-        "git_root": str(lab) if git_state(lab) else None,
-    }
-    options: dict[str, Any] = {
-        "dir": run_dir,
-        "id": run_id,
-        "project": project,
-        "entity": entity,
-        "name": name,
-        "group": group,
-        "job_type": job_type,
-        "tags": tags,
-        "notes": notes,
-        "config": config,
-        "resume": "allow",
-        "settings": wandb.Settings(**settings),
-    }
+        git_root=str(code) if git_state(code) else None,
+    )
+
+    def init(mode: Any) -> Any:
+        with redacted_arguments():
+            return wandb.init(
+                dir=run_dir,
+                id=run_id,
+                project=project,
+                entity=entity,
+                name=name,
+                group=group,
+                job_type=job_type,
+                tags=tags,
+                notes=notes,
+                config=config,
+                resume="allow",
+                settings=settings,
+                mode=mode,
+            )
+
     earlier = list(Path(run_dir).glob("wandb/offline-run-*"))
     try:
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False) else "offline"
-        with redacted_arguments():
-            run = wandb.init(**options | {"mode": mode})
+        run = init(mode)
     except (wandb.errors.Error, ValueError) as error:  # a key that is none is a ValueError
         LOG.warning("W&B could not be reached (%s); this run is logged offline.", first_line(error))
         wandb.teardown()  # its own process would take the id for one in use
-        with redacted_arguments():
-            run = wandb.init(**options | {"mode": "offline"})
-    there = 0
+        run = init("offline")
+    received = 0
     if run.offline and not run.disabled:
-        for folder in earlier:  # the new one has their rows, and what a kill has kept from them
+        for folder in earlier:  # the new one has their rows, and those that a kill has kept from them
             folder.rename(folder.with_name(f"earlier-{folder.name}"))
         LOG.info("W&B: offline. To upload: %s", command("wandb", "sync", Path(run.dir).parent))
     elif run.url:
         LOG.info("W&B: %s", run.url)
-        there = run.starting_step
-    return WandB(run, RunDirectory(run_dir), there, AXES[against], log_model, patience)
+        received = run.starting_step
+    return WandB(run, RunDirectory(run_dir), received, AXES[against], log_model, patience)
 
 
 @contextmanager
 def redacted_arguments() -> Iterator[None]:
-    """Let W&B see the command without its secrets: it keeps the arguments as metadata, and no setting stops that."""
+    """Hides secrets in the command from W&B, which keeps the arguments as metadata, and has no setting against that."""
     arguments, sys.argv = sys.argv, redacted_command(sys.argv)
     try:
         yield
@@ -321,27 +343,35 @@ def redacted_arguments() -> Iterator[None]:
 
 
 def close(
-    loggers: Iterable[Logger], exit_code: int = 0, will_go_on: bool = False, result: Mapping[str, Any] | None = None
+    loggers: Iterable[Logger],
+    exit_code: int = 0,
+    will_go_on: bool = False,
+    result: Mapping[str, Any] | None = None,
+    timeout: float = float("inf"),
 ) -> None:
-    """End W&B runs, so that the next run of this process begins one of its own.
+    """Ends W&B runs, so that the next run of this process begins one of its own.
 
-    One that `will_go_on`, W&B shows as pre-empted. It gets the `result` of one that has come to its end.
+    Args:
+        will_go_on: whether W&B shows the run as pre-empted.
+        result: the summary of a run that has come to its end.
+        timeout: seconds to wait for W&B, if that is less than its patience.
     """
     for logger in loggers:
         if not isinstance(logger, WandB) or logger.closed:
             continue
         logger.closed = True
-        # Apart, since W&B would ask a service that is not there again and again.
+        # In a thread, since W&B would ask a service that is not there again and again.
         ending = Thread(target=logger.end, args=(exit_code, will_go_on, result), daemon=True)
         ending.start()
-        ending.join(logger.patience + 5 * ANSWER)
+        seconds = min(timeout, logger.patience + 5 * ANSWER)
+        ending.join(seconds)
         if ending.is_alive():
-            logger.say_unsent(f"not done in {logger.patience:g} seconds")
+            logger.warn_unsent(f"not done in {min(seconds, logger.patience):g} seconds")
 
 
 @contextmanager
 def closed_at_the_end(loggers: Iterable[Logger], run: RunDirectory) -> Iterator[None]:
-    """End W&B runs when the run is through, with its summary; as failed or pre-empted where an error ends it."""
+    """Ends W&B runs with the summary of the run, or as failed or pre-empted where an error ends what is done inside."""
     try:
         yield
     except BaseException as error:

@@ -1,6 +1,6 @@
-"""The one LightningModule.
+"""The LightningModule that every run trains.
 
-Shapes: N scored positions of a batch.
+Shapes: B rows of a batch, T positions, N scored positions of the batch.
 """
 
 import math
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,57 +25,71 @@ from lmlab.evaluation.scoring import MeanNLL, Scorer
 from lmlab.models.efficiency import share_tied_gradient
 
 NEVER = torch.iinfo(torch.int64).max
+"""The number of the first batch with a loss that is not finite, as long as there was none."""
 
 
 class LMModule(Scorer):
-    """Trains one model, and scores held-out documents as any evaluation does.
+    """Trains one model, and scores held-out documents exactly as an evaluation does.
 
-    The loss of an optimizer step is Σ nll / Σ targets over the *global* batch: all ranks,
-    all accumulated batches. The number of targets is known only when the last of them is
-    through, so the backward passes run on sums over a constant, and the gradients are
-    brought to their true scale together with clipping, in one multiplication.
+    The loss of an optimizer step is Σ nll / Σ targets over the *global* batch: all ranks and all accumulated
+    batches. The number of targets is known only after the last of them, so `training_step` divides by a constant, and
+    `configure_gradient_clipping` brings the gradients to their true scale, in the same multiplication as clipping.
     """
 
     step_counts: Tensor
+    """[2] int64: targets and tokens of this rank in the step under way."""
     tokens: Tensor
+    """int64 scalar: tokens seen in the whole run, by all ranks."""
     first_bad_batch: Tensor
+    """int64 scalar: the number of this rank's first batch whose loss or gradient was not finite, or `NEVER`."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         optimizer: Callable[..., tuple[torch.optim.Optimizer, Any]],
+        *,
         steps: int,
         batch_size: int,
         block_size: int,
         seed: int,
         stretches: int,
-        figure: str = "perplexity",
-        rows: int | None = None,
-        interval: int | None = None,
+        metric: str = "perplexity",
+        logits_chunk_size: int | None = None,
+        val_interval: int | None = None,
     ):
-        """`steps` and `batch_size` count optimizer steps and their samples, `stretches` those of held-out documents.
+        """Takes a model, and how it is trained.
 
-        `figure` names the exponential of the loss; `rows` of logits are held at once; every
-        `interval` steps there is a validation, and before the first and after the last.
+        Args:
+            optimizer: called with the model and `steps`; returns an optimizer and a schedule that is stepped with it.
+            steps: optimizer steps of the whole run.
+            batch_size: samples of an optimizer step, over all ranks and accumulated batches.
+            block_size: tokens of a sample, at most.
+            seed: decides the dropout of each batch on each rank.
+            stretches: how many stretches of held-out documents are summed apart (see `DocumentSums`).
+            metric: the name of exp(mean nll), such as `masked_perplexity`.
+            logits_chunk_size: rows of logits held at once; None holds all of a batch.
+            val_interval: optimizer steps between validations; None validates before the first and after the last only.
         """
-        super().__init__(model, stretches, rows)
-        self.optimizer, self.steps, self.interval = optimizer, steps, interval or steps
-        self.batch_size, self.seed, self.figure = batch_size, seed, figure
-        self.block_size, self.nominal_targets = block_size, batch_size * block_size
+        super().__init__(model, stretches, logits_chunk_size)
+        self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
+        self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
+        self.nominal_targets = batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
         """The model's own auxiliary loss, per target as the nll."""
-        # Tokens seen in the whole run, by all ranks.
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
-        self.grad_norm: Tensor | None = None  # of the last step, before clipping
-        self.lr = 0.0  # of the last step
-        self.validations: dict[int, dict[str, float]] = {}  # the metrics, by step
+        self.grad_norm: Tensor | None = None
+        """Norm of the gradient of the last step, before clipping."""
+        self.lr = 0.0
+        """Learning rate of the last step."""
+        self.validations: dict[int, dict[str, float]] = {}
+        """The metrics of each validation, by its step."""
         self.final: dict[str, float] | None = None
         """The metrics on all held-out documents, where validations look at a part of them."""
 
     def setup(self, stage: str) -> None:
-        """Refuse a callback that monitors what is never logged, before any step is made."""
-        logged = ["val/loss", *(f"val/{name}" for name in compute_metrics({}, self.figure) if name != "nll_per_token")]
+        """Refuses a callback that monitors a metric that is never logged, before any step is made."""
+        logged = ["val/loss", *(f"val/{name}" for name in compute_metrics({}, self.metric) if name != "nll_per_token")]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in logged:
@@ -84,24 +99,23 @@ class LMModule(Scorer):
                     "bad config",
                 )
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = self.optimizer(self.model, self.steps)
         if self.trainer.precision == "16-mixed":
-            # Else a fused optimizer would take back the scaling of gradients itself, after they are clipped.
+            # Else a fused optimizer would undo the scaling of gradients itself, after they were clipped.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        # transformers hands out pretrained models for use, without dropout; Lightning leaves modes as they are.
+        # transformers returns pretrained models in evaluation mode, without dropout, and Lightning keeps modes.
         self.train()
-        # What a rank counts for itself is no buffer: DDP overwrites those with rank 0's.
-        # Targets and tokens of the step under way:
+        # Not buffers: DDP would overwrite what each rank counts for itself with the values of rank 0.
         self.step_counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.first_bad_batch = torch.tensor(NEVER, device=self.device)
         share_tied_gradient(self.model)
 
     def on_train_start(self) -> None:
-        # A kept optimizer brings the rate of its last step, by the schedule of the length that the run had then.
+        # A loaded optimizer has the rate that its last step had by the schedule of the run's length at that time.
         for config in self.trainer.lr_scheduler_configs:
             schedule = config.scheduler
             if isinstance(schedule, LambdaLR):
@@ -110,40 +124,37 @@ class LMModule(Scorer):
                     group["lr"] = base * factor(schedule.last_epoch)
         # The validation before the first step, or one that the run was stopped in.
         if self.validation_due():
-            loop = self.trainer.fit_loop.epoch_loop  # as Lightning does it between two steps
-            self.trainer.validating = True
-            loop.val_loop.run()
+            self.trainer.validating = True  # as Lightning does it between two steps
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
         if self.global_step >= self.steps:
             self.trainer.should_stop = True
 
     def validation_due(self) -> bool:
-        """Whether the weights of this step are to be measured, and are not yet."""
+        """Returns whether the weights of this step are to be validated and have not been yet."""
         step = self.global_step
-        due = step % self.interval == 0 or step >= self.steps or self.trainer.should_stop
+        due = step % self.val_interval == 0 or step >= self.steps or self.trainer.should_stop
         return due and step not in self.validations
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Dropout is a function of (seed, batch, rank): nothing to carry over a stop.
+        # Dropout is a function of (seed, batch, rank), so that resuming needs no generator state (promise 1).
         state = np.random.SeedSequence([self.seed, batch.number, self.global_rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        nll, auxiliary = self.score(batch)
-        total = nll.sum()
+        nll, auxiliary = self.score(batch)  # [N], scalar or None
+        loss = nll.sum()
         self.train_nll.update(nll)
         if auxiliary is not None:
-            # Of the mean over the batch's targets, so that batches weigh by them in the step as well.
-            total = total + auxiliary * nll.numel()
+            # Weighted by the number of targets, as the nll of the batch is.
+            loss = loss + auxiliary * nll.numel()
             self.train_auxiliary.update(auxiliary.expand(nll.numel()))
         self.step_counts[0] += nll.numel()
         self.step_counts[1] += batch.tokens
         self.batch_number = batch.number
-        # Kept on the device: asking for its value here would stall a GPU at every step.
-        bad = torch.where(total.isfinite(), NEVER, batch.number)
-        self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
-        # DDP takes the mean over ranks and Lightning over accumulated batches; this is a sum.
-        return total * (self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets)
+        self.note_nonfinite(loss)
+        # DDP takes the mean over ranks and Lightning over accumulated batches; this makes them sums.
+        return loss * (self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets)
 
     def configure_gradient_clipping(
         self,
@@ -151,7 +162,7 @@ class LMModule(Scorer):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Scale the gradients to the mean over all targets, clip their norm, keep it for the log."""
+        """Scales the gradients to those of the mean over all targets of the global batch, and clips their norm."""
         if dist.is_initialized():
             dist.all_reduce(self.step_counts)
         scale = self.nominal_targets / self.step_counts[0].clamp(min=1)
@@ -165,19 +176,29 @@ class LMModule(Scorer):
             dist.all_reduce(norm)
             norm = norm.sqrt()
         self.grad_norm = norm * scale
-        if self.trainer.precision != "16-mixed":  # where such a step is left out, and the scale lowered
-            bad = torch.where(self.grad_norm.isfinite(), NEVER, self.batch_number)
-            self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
+        if self.trainer.precision != "16-mixed":  # which skips such a step and lowers its loss scale
+            self.note_nonfinite(self.grad_norm)
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
         if shards:
             torch._foreach_mul_(shards, scale.to(shards[0].dtype))
         self.lr = optimizer.param_groups[0]["lr"]
 
-    def stop_on_nonfinite(self) -> None:
-        """Stop with the step and the samples of the first batch whose loss or gradient was no number.
+    def note_nonfinite(self, value: Tensor) -> None:
+        """Notes the current batch as bad if its loss or gradient norm is not finite.
 
-        Called by every rank, at the log interval and before weights are judged or kept.
+        The note stays on the device: reading it here would make a GPU wait at every step.
+        """
+        bad = torch.where(value.isfinite(), NEVER, self.batch_number)
+        self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
+
+    def stop_on_nonfinite(self) -> None:
+        """Ends the run if the loss or the gradient of any batch was not finite.
+
+        All ranks have to call it: at the log interval, and before weights are validated or saved.
+
+        Raises:
+            UserError: names the step and the blocks of its global batch.
         """
         first = self.first_bad_batch.clone()
         if dist.is_initialized():
@@ -186,14 +207,20 @@ class LMModule(Scorer):
             return
         step = int(first) // self.trainer.accumulate_grad_batches
         size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
-        samples = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
+        blocks = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
         raise UserError(
             f"the loss or its gradient became not finite at step {step + 1}. "
-            f"Blocks of that step's global batch: {samples}.\n"
+            f"Blocks of that step's global batch: {blocks}.\n"
             "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "
             "or use trainer.precision=32-true.",
             "non-finite loss",
         )
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Lightning validates before it stops; without this the last steps of a run whose length is no multiple of
+        # the interval would not be validated.
+        if self.global_step >= self.steps:
+            self.trainer.should_stop = True
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
@@ -201,88 +228,85 @@ class LMModule(Scorer):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        figures = compute_metrics(sum_totals(*self.result), self.figure)
-        loss = figures.pop("nll_per_token")
+        values = compute_metrics(sum_totals(*self.result), self.metric)
+        loss = values.pop("nll_per_token")
         if loss is None or not math.isfinite(loss):
             raise UserError(
                 f"val/loss is {loss} at step {self.global_step}: the weights have diverged (lower optim.lr),\n"
                 "or the validation text is too short to hold anything to score (raise preprocess.test_size).",
                 "non-finite loss",
             )
-        # Without a word or a byte in the text, some figures are none.
-        named = {f"val/{name}": value for name, value in figures.items() if value is not None}
-        metrics = {"val/loss": loss, **named}
+        # Those per word and per byte are None for a text without any.
+        metrics = {"val/loss": loss, **{f"val/{name}": v for name, v in values.items() if v is not None}}
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self.final = metrics
             return
         self.validations[self.global_step] = metrics
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        part = {"val/documents": len(data.held_out.documents)} if data.whole is not None else {}
-        # For what monitors a figure; loggers get the float64 below, not Lightning's float32 copy.
+        # For callbacks that monitor a metric; the loggers get float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        counts = {"val/documents": len(data.held_out.documents)} if data.whole is not None else {}
         for logger in self.loggers:
-            logger.log_metrics({**metrics, **part, "data/tokens_seen": int(self.tokens)}, self.global_step)
+            logger.log_metrics({**metrics, **counts, "data/tokens_seen": int(self.tokens)}, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What is needed beside weights, optimizer and schedule: all of it follows from the step but these."""
-        # Lightning's own place in its loops: another width would count other batches.
+        """Adds what does not follow from the step: validations, and the sums since the last report."""
+        # Lightning's own position in its loops counts batches, of which another world size makes others.
         del checkpoint["loops"]
         if "optimizer_states" in checkpoint:
             names = {id(p): name for name, p in self.named_parameters()}
             pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
-            checkpoint["optimizer_states"] = [by_name(state, optimizer, names) for state, optimizer in pairs]
+            checkpoint["optimizer_states"] = [name_parameters(state, optimizer, names) for state, optimizer in pairs]
         checkpoint["validations"] = self.validations
         if hasattr(self, "result"):
-            # The records of a validation lie with the weights they are of.
+            # The sums of the last validation lie with the weights they are of, for their certificate.
             nll, units = self.result
             checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
-        # Of the steps since the last report, by rank.
         metrics = (self.train_nll, self.train_auxiliary)
         sums = torch.stack([s for metric in metrics for s in (metric.nll, metric.targets.double())])
-        ranks = [torch.empty_like(sums) for _ in range(self.trainer.world_size)]
-        if dist.is_initialized():
-            dist.all_gather(ranks, sums)
-        else:
-            ranks = [sums]
-        checkpoint["train_nll"] = torch.stack(ranks).cpu()
+        checkpoint["train_nll"] = self.by_rank(sums).cpu()
+
+    def by_rank(self, values: Tensor) -> Tensor:
+        """Returns the values [n] of all ranks, [world size, n]; each of them has to call it."""
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered.view(-1, len(values))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what `on_save_checkpoint` kept, on any number of ranks."""
+        """Restores what `on_save_checkpoint` saved, on any number of ranks."""
         self.validations = checkpoint["validations"]
         if "validation" in checkpoint:
             self.result = checkpoint["validation"]["nll"].numpy(), checkpoint["validation"]["units"].numpy()
-        # At the same width, each rank gets back its own.
+        # At the same world size, each rank gets its own sums again.
         sums = checkpoint["train_nll"][self.global_rank :: self.trainer.world_size].sum(0).to(self.device)
-        for metric, (total, targets) in zip((self.train_nll, self.train_auxiliary), sums.view(-1, 2), strict=False):
-            metric.nll, metric.targets = total, targets.long()
-            metric._update_count = 1  # else it warns of being read before it was written
+        for metric, (nll, targets) in zip((self.train_nll, self.train_auxiliary), sums.view(-1, 2), strict=False):
+            metric.nll, metric.targets = nll, targets.long()
+            metric._update_count = 1  # else torchmetrics warns that it was computed before any update
         steps = checkpoint["global_step"]
         loop = self.trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
         for count in ("ready", "started", "processed", "completed"):
             setattr(loop.batch_progress.total, count, steps * self.trainer.accumulate_grad_batches)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Lightning validates when training is about to stop; without this the last steps
-        # of a run whose length is no multiple of the interval would go unmeasured.
-        if self.global_step >= self.steps:
-            self.trainer.should_stop = True
 
+def name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
+    """Returns the state dict of an optimizer with parameters identified by their names instead of numbers.
 
-def by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
-    """An optimizer's state dict with its parameters by their names in the place of numbers.
-
-    A plain optimizer numbers its parameters group by group, and one whose parameters are sharded in the
-    order of the model: by name, either can load what the other saved.
+    A plain optimizer numbers its parameters group by group, and one of sharded parameters in the order of the model.
+    By name, either can load what the other saved.
 
     Args:
-        names: of the model's parameters, by their `id`.
+        state: what `optimizer.state_dict()` returns; empty on ranks from which a sharded one was gathered.
+        optimizer: has the parameters in the same groups.
+        names: the names of the model's parameters by their `id`.
     """
-    if not state:  # of a rank from which a sharded one was gathered
+    if not state:
         return state
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    named = {number: names[id(parameter)] for number, parameter in zip(numbers, params, strict=True)}
+    named = {
+        number: names[id(parameter)]
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        for number, parameter in zip(saved["params"], group["params"], strict=True)
+    }
     return {
         "state": {named[number]: tensors for number, tensors in state["state"].items()},
         "param_groups": [

@@ -1,7 +1,6 @@
-"""What a model says while it is trained: the same few texts, at each validation."""
+"""Samples of what the model generates while it is trained, from the same few texts at each validation."""
 
 import logging
-import os
 from typing import Any
 
 import lightning as L
@@ -11,34 +10,31 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.errors import UserError, first_line
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.loggers import Lines, WandB, rewind
+from lmlab.training.loggers import JSONLines, WandB, flush, rewind
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
-SHORTEST = 4  # tokens of a document that has something to say
+SHORTEST = 4  # tokens of a document that a sample can begin with
 
 
 class Samples(Callback):
-    """`samples.jsonl`: the `step`, a `text` from a held-out document, and what the model `said` to it.
+    """Writes `samples.jsonl`: the `step`, a `text` from a held-out document, and what the model `said` to it.
 
-    A causal model goes on with the text, a masked one fills its mask. The run is the same to the
-    last bit as one without samples.
+    A causal model continues the text, a masked one fills its mask. A run with samples is the same to the last bit as
+    one without.
     """
 
     def __init__(self, run_dir: str, count: int = 3):
-        """`count` documents, the first ones that are long enough."""
+        """Takes the first `count` documents that are long enough."""
         if count < 0:
             raise UserError(f"callbacks.samples.count is a whole number, 0 or more, not {count}.")
         self.run, self.count = RunDirectory(run_dir), count
-        self.lines = Lines(self.run.samples, "samples")
-        self.size = 0  # of the file, when the state was kept that the run goes on from
+        self.lines = JSONLines(self.run.samples, "samples")
+        self.size = 0
+        """Bytes of the file at the checkpoint that the run goes on from."""
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.run.samples.is_file():
-            return {"size": 0}
-        with self.run.samples.open("rb") as file:
-            os.fsync(file.fileno())  # a state is not to outlive the samples of its steps
-            return {"size": os.fstat(file.fileno()).st_size}
+        return {"size": flush(self.run.samples)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.size = state["size"]
@@ -50,26 +46,26 @@ class Samples(Callback):
         if trainer.is_global_zero:
             rewind(self.run.samples, self.size)
         if module.device_mesh is not None and self.texts:
-            LOG.info("No samples while training: one rank has but a shard of the model.")
+            LOG.info("No samples while training: each rank has only a shard of the model.")
             self.texts = []
 
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero or not self.texts:
             return
         try:
-            said = self.speak(trainer, module)
+            pairs = self.generate(trainer, module)
         except (UserError, RuntimeError) as error:
             LOG.warning("the model can't speak, so there are no samples: %s", first_line(error))
             self.texts = []
             return
-        samples = [{"step": trainer.global_step, "text": text, "said": words} for text, words in said]
-        self.lines.add(*samples)
+        samples = [{"step": trainer.global_step, "text": text, "said": said} for text, said in pairs]
+        self.lines.append(*samples)
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
                 logger.log_samples(samples)
 
-    def speak(self, trainer: L.Trainer, module: LMModule) -> list[tuple[str, str]]:
-        """A text and what the model makes of it, for each document. Neither modes nor generators are changed."""
+    def generate(self, trainer: L.Trainer, module: LMModule) -> list[tuple[str, str]]:
+        """Returns a text of each document and what the model said to it; modes and generators stay as they are."""
         modes = {part: part.training for part in module.modules()}
         devices = [module.device] if module.device.type == "cuda" else []
         try:

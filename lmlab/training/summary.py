@@ -9,7 +9,7 @@ from lmlab.console import command, show_result
 from lmlab.errors import UserError, first_line
 from lmlab.io import from_here, write_json
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.callbacks import Measure
+from lmlab.training.measure import Measure
 
 if TYPE_CHECKING:
     from lmlab.training.module import LMModule
@@ -26,7 +26,7 @@ def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best: int | N
     """
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
     pruned = [step for callback in trainer.callbacks if (step := getattr(callback, "pruned", None)) is not None]
-    metric = f"val/{module.figure}"
+    metric = f"val/{module.metric}"
     summary = {
         **(module.final or module.validations[trainer.global_step if best is None else best]),
         f"{metric}_before": module.validations[0][metric],
@@ -45,7 +45,7 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
         data: the `BlocksDataModule` that the module was trained on.
         best: whether the exported weights are the best ones rather than the last.
     """
-    before, metric, part = module.validations[0], f"val/{module.figure}", ""
+    before, metric, part = module.validations[0], f"val/{module.metric}", ""
     held_out = (data.whole or data.held_out).documents
     documents = f"{len(held_out):,} held-out documents"
     if data.whole is not None:  # validations looked at a part of them, and all were scored at the end

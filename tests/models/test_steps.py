@@ -22,7 +22,7 @@ from lmlab.models.efficiency import (
 )
 from lmlab.models.flops import Flops, attention_flops
 from lmlab.models.loss import score
-from lmlab.training.callbacks import peak_flops
+from lmlab.training.measure import peak_flops
 
 from ..conftest import TINY, TINY_MLM, metrics
 from .test_scored import CAUSAL, MASKED, config_of, small

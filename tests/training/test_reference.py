@@ -19,10 +19,11 @@ from lmlab.models.loading import from_scratch
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 from lmlab.optim import AdamW
-from lmlab.training.callbacks import Measure
+from lmlab.training.measure import Measure
 from lmlab.training.module import LMModule
 
 STEPS, BATCH, BLOCK, SEED = 20, 8, 32, 3
+SIZES: dict[str, int] = {"batch_size": BATCH, "block_size": BLOCK, "seed": SEED, "stretches": 1}
 VOCABULARY = {f"w{i}": i for i in range(90)} | {"<s>": 90, "</s>": 91, "<pad>": 92, "<mask>": 93}
 
 
@@ -150,7 +151,7 @@ def test_losses_agree_with_the_trainer(
     expected = losses_of_trainer(reference, samples, tmp_path / "trainer", optim, not objective.bidirectional)
 
     logger = LossesOf(tmp_path)
-    module = LMModule(model, optim, STEPS, BATCH, BLOCK, SEED, 1, objective.metric, rows)
+    module = LMModule(model, optim, steps=STEPS, metric=objective.metric, logits_chunk_size=rows, **SIZES)
     data = BlocksDataModule(blocks, [], objective, 92, BATCH, STEPS, SEED)  # nothing is validated
     fitted(module, data, STEPS, logger=logger, log_every_n_steps=1)
 

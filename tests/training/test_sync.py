@@ -16,7 +16,7 @@ from lmlab.optim import AdamW
 from lmlab.training.module import LMModule
 
 from ..models.test_scored import small
-from .test_reference import BATCH, BLOCK, SEED, blocks, fitted, tokenizer
+from .test_reference import BATCH, SEED, SIZES, blocks, fitted, tokenizer
 
 __all__ = ["blocks", "tokenizer"]  # fixtures
 
@@ -52,7 +52,7 @@ def test_no_step_waits_for_the_device(
     for steps in (4, 12):
         objective: Any = CausalLM() if name == "clm" else MaskedLM(tokenizer)
         model = small("gpt2" if name == "clm" else "roberta", name == "clm")
-        module = LMModule(model, AdamW(), steps, BATCH, BLOCK, SEED, 1, objective.metric, rows)
+        module = LMModule(model, AdamW(), steps=steps, metric=objective.metric, logits_chunk_size=rows, **SIZES)
         data = BlocksDataModule(blocks, [], objective, 92, BATCH, steps, SEED)
         with Waits() as waits:
             fitted(module, data, steps, log_every_n_steps=100)
