@@ -1,4 +1,4 @@
-"""What can be chosen of data. A config is checked by it without importing torch or transformers."""
+"""The choices of data preparation; a config is checked by them without importing torch or transformers."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""By the ending of a file, who reads it in `datasets`; `.gz` may follow."""
+"""The builder of `datasets` that reads a file, by the file's suffix; `.gz` may follow."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Preprocessing:
     """The choices that turn records into blocks."""
 
     block_size: int = 128
-    """Positions of a block."""
+    """Tokens of a block."""
     join: str | None = None
     """Joins the texts of one record into one document; null makes each a document."""
     end_of_text: bool = True

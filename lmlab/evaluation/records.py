@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lmlab import secrets
-from lmlab.data.documents import UNITS, Documents
+from lmlab.data.documents import COUNTS, Documents
 from lmlab.errors import UserError, first_line
 from lmlab.io import write_beside, write_json
 from lmlab.runs.directory import RunDirectory
@@ -87,7 +87,7 @@ class Records:
         """As `DocumentSums` made them: nll [S, 2] float64, units [S, 7] int64."""
         nll, units = (
             np.stack([self.table[name].to_numpy() for name in names], axis=1)
-            for names in (("nll", "nll_squared"), UNITS)
+            for names in (("nll", "nll_squared"), COUNTS)
         )
         return nll, units
 
@@ -95,8 +95,8 @@ class Records:
     def bits_and_bytes(self) -> np.ndarray:
         """[S, 2] float64: what the text of each row takes, unknown tokens charged, and its bytes."""
         nll, units = self.sums
-        nats = nll[:, 0] + BYTE * units[:, UNITS.index("unknown_bytes")]
-        return np.stack([nats / math.log(2), units[:, UNITS.index("bytes")].astype(np.float64)], axis=1)
+        nats = nll[:, 0] + BYTE * units[:, COUNTS.index("unknown_bytes")]
+        return np.stack([nats / math.log(2), units[:, COUNTS.index("bytes")].astype(np.float64)], axis=1)
 
     @property
     def cut(self) -> bool:
@@ -132,7 +132,7 @@ def totals_of(nll: np.ndarray, units: np.ndarray, stretches: np.ndarray | None =
         "documents_scored": len(np.unique(documents[units[:, 0] > 0])),
         "nll": math.fsum(nll[:, 0]),
         "nll_squared": math.fsum(nll[:, 1]),
-        **{unit: int(counts.sum()) for unit, counts in zip(UNITS, units.T, strict=True)},
+        **{unit: int(counts.sum()) for unit, counts in zip(COUNTS, units.T, strict=True)},
     }
 
 

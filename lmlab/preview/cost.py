@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from lmlab.config import schema
-from lmlab.data.sampler import EvaluationSampler, share_of
+from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 
 
 class Term(NamedTuple):
@@ -33,7 +33,7 @@ def terms(cfg: DictConfig, found: dict[str, Any], steps: int, interval: int, row
         last: those that are scored once more when training is over.
     """
     world = schema.world(cfg.trainer)
-    share = share_of(cfg.batch_size, world, cfg.trainer.accumulate_grad_batches)
+    share = micro_batch_size(cfg.batch_size, world, cfg.trainer.accumulate_grad_batches)
     after = math.ceil(steps / interval)  # validations behind the one before training
     first, *later = found["steps"]
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.console import command
 from lmlab.data.datamodule import HeldOutData
-from lmlab.data.documents import UNITS
+from lmlab.data.documents import COUNTS
 from lmlab.distributed.signals import SIGNALS, requeue
 from lmlab.errors import UserError, disk_full, first_line
 from lmlab.evaluation.scoring import DocumentSums
@@ -442,7 +442,7 @@ def outdated(trainer: L.Trainer) -> bool:
     if callback is None or step is None:
         return False
     sums = load_checkpoint(callback.run.best_at(step)).get("validation")
-    return sums is not None and sums["units"].shape[1] != len(UNITS)
+    return sums is not None and sums["units"].shape[1] != len(COUNTS)
 
 
 def best_step(trainer: L.Trainer) -> tuple[Checkpoints | None, int | None]:

@@ -311,11 +311,11 @@ def test_flatten_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shuffled = records.train_test_split(test_size=20, seed=3)["train"]
     assert list(flatten(shuffled, "a.b")) == [[f"{i}", "x"] for i in shuffled["c"]]
     for kept, files in ((shuffled, 1), (records.select(range(9, 20)), 1), (concatenate_datasets([records] * 2), 2)):
-        again, mappings = from_records.mapped(kept)
+        again, mappings = from_records.map_files(kept)
         assert again[:] == kept[:]
         assert len(mappings) == files
     for other in (Dataset.from_dict({"text": ["a"]}), records.flatten()):
-        again, mappings = from_records.mapped(other)
+        again, mappings = from_records.map_files(other)
         assert again is other
         assert mappings == []
 
@@ -724,7 +724,7 @@ def test_held_out_records_are_read_in_the_order_of_their_file(
     choices = Preprocessing(join=join, test_size=0.3)
     drawn = preprocess.split(corpus, choices)["validation"]
     assert drawn._indices.column(0).to_pylist() != order
-    texts = list(preprocess.documents_of(drawn["text"], join))
+    texts = list(preprocess.join_texts(drawn["text"], join))
     whole = [f"{text}{tokenizer.eos_token}" for text in texts if text]
     assert documents(blocks_of(prepared, "validation"), tokenizer) == whole
     assert prepared.validation.starts == [" ".join(text.split()) for text in texts]
