@@ -8,7 +8,8 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -75,13 +76,12 @@ def guess_delimiter(file: Path, text: str) -> str:
     if suffix_of(file) == ".tsv":
         return "\t"
     head = read_head(file).decode("utf-8-sig", "replace")
-    columns = {}
-    for delimiter in DELIMITERS:
-        with suppress(csv.Error):
-            rows = csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)
-            columns[delimiter] = next(filter(None, rows), [])
-    fit = [delimiter for delimiter, names in columns.items() if {text, text.split(".")[0]} & set(names)]
-    return max(fit or columns, key=lambda delimiter: len(columns[delimiter]), default=",")
+    columns = {
+        delimiter: next(filter(None, csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)), [])
+        for delimiter in DELIMITERS
+    }
+    fit = [delimiter for delimiter, names in columns.items() if {text, text.split(".")[0]} & {*names}]
+    return max(fit or columns, key=lambda delimiter: len(columns[delimiter]))
 
 
 def open_file(file: Path) -> io.BufferedIOBase:
@@ -145,20 +145,73 @@ def unwrap_json(file: Path, text: str, folder: Path) -> Path:
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
-    """Reads a json file that holds one object; None for one of another kind, such as an object a line."""
-    # What is wrong with it, its reader says.
-    with suppress(*DAMAGED, ValueError), reading(file), open_file(file) as stream:
-        first = stream.readline()
-        if not first.lstrip(codecs.BOM_UTF8 + b" \t").startswith(b"{"):
-            return None
-        rest = next(filter(bytes.strip, stream), b"")
-        with suppress(ValueError):
-            json.loads(first)
-            if rest:
-                return None
-        whole: dict[str, Any] = json.loads(first + rest + stream.read())
-        return whole
+    """Reads a json file that holds one object; None for any other, such as one with a record on each line."""
+    # What is wrong with a file, `check_files` says.
+    with suppress(*DAMAGED, ValueError), reading(file):
+        if read_head(file).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"{") and not has_json_lines(file):
+            with open_file(file) as stream:
+                whole: dict[str, Any] = json.load(stream)
+                return whole
     return None
+
+
+def has_json_lines(file: Path) -> bool:
+    """Whether each line of a json file is a record, by its suffix or by the first of several lines."""
+    if suffix_of(file) == ".jsonl":
+        return True
+    with suppress(ValueError), open_file(file) as stream:
+        first = stream.readline()
+        if any(map(bytes.strip, stream)):
+            json.loads(first)
+            return True
+    return False
+
+
+def text_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yields the lines of a text file with their numbers, from 1.
+
+    Raises:
+        UserError: A line is not UTF-8.
+    """
+    with open_file(file) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield number, line.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
+                    "Convert it first, such as by iconv -f latin1 -t utf-8."
+                ) from error
+
+
+def json_records(file: Path, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields what a json file holds, each with where it is.
+
+    Args:
+        path: What is read for the file, see `unwrap_json`.
+
+    Raises:
+        UserError: It is malformed.
+    """
+    lines: Iterable[tuple[int, str]] = text_lines(path)
+    if not has_json_lines(path):
+        lines = [(1, "".join(line for _, line in lines))]
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{file}, line {number + error.lineno - 1}: malformed JSON ({error.msg} at column {error.colno}).\n"
+                "Mend that line, or leave the file out."
+            ) from error
+        if suffix_of(file) == ".jsonl" and not isinstance(value, dict):
+            raise UserError(f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is.")
+        if isinstance(value, list):
+            yield from ((f"{file}, record {place}", record) for place, record in enumerate(value, 1))
+        else:
+            yield f"{file}, line {number}", value
 
 
 def check_files(files: Mapping[Path, Path], builder: str, text: str, options: dict[str, Any]) -> None:
@@ -175,93 +228,56 @@ def check_files(files: Mapping[Path, Path], builder: str, text: str, options: di
 
     schemas = {}
     for file, path in files.items():
-        number = 1
         try:
-            if builder != "parquet":
-                with open_file(file) as stream:
-                    for number, line in enumerate(stream, 1):
-                        content = line.decode("utf-8").rstrip()
-                        if suffix_of(file) == ".jsonl" and content and not isinstance(json.loads(content), dict):
-                            raise UserError(
-                                f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is."
-                            )
-                    if suffix_of(file) == ".json":
-                        number = 1
-                        stream.seek(0)
-                        json.loads(stream.read())
             if builder == "json":
                 check_kinds({file: path}, text)
+            elif builder != "parquet":
+                deque(text_lines(file), maxlen=0)
             # What is still wrong shows when the file is read alone.
             alone = datasets.load_dataset(builder, data_files=glob.escape(str(path)), **options)
             schemas[file] = alone["train"].features.arrow_schema
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
-                "Convert it first, such as by iconv -f latin1 -t utf-8."
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}, line {number + error.lineno - 1}: malformed JSON ({error.msg} at column {error.colno}).\n"
-                "Mend that line, or leave the file out."
-            ) from error
         except DAMAGED as error:
             raise UserError(f"{file}: not a whole gzip file ({error}). Get it again, or leave it out.") from error
         except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
-            raise UserError(f"{file}: {describe([*causes(error)][-1])} Mend it, or leave it out.") from error
+            *_, deepest = causes(error)
+            why = "no record" if isinstance(deepest, StopIteration) else f"could not be read: {first_line(deepest)}"
+            raise UserError(f"{file}: {why.rstrip('.!')}. Mend it, or leave it out.") from error
     check_columns(schemas, text)
 
 
 def check_columns(schemas: Mapping[Path, Any], text: str) -> None:
-    """Refuses files of which two have a column of other types, that of the text before any other."""
+    """Refuses files of which two have columns of other types, that of the text before any other, or other columns."""
     (first, schema), *others = schemas.items()
     for file, other in others:
-        for name in sorted({*schema.names} & {*other.names}, key=lambda name: name not in (text, text.split(".")[0])):
+        common = {*schema.names} & {*other.names}
+        for name in sorted(common, key=lambda name: (name not in (text, text.split(".")[0]), schema.names.index(name))):
             here, there = (shorten(str(each.field(name).type), 60) for each in (other, schema))
             if here != there:
                 raise UserError(
                     f'the data files differ in the column "{name}": {there} in {first}, {here} in {file}.\n'
                     "Write all of them alike, or leave one of the files out."
                 )
+        if {*schema.names} != {*other.names}:
+            here, there = (", ".join(sorted(each.names)) for each in (other, schema))
+            raise UserError(
+                f"the data files differ in their columns: {there} in {first}, {here} in {file}.\n"
+                "Name files of one form."
+            )
 
 
 def check_kinds(files: Mapping[Path, Path], text: str) -> None:
     """Refuses json files of which two records differ in what they have as the text, such as a number and a string."""
-    last = ("", "")
+    kind_before, before = "", ""
     for file, path in files.items():
         for where, record in json_records(file, path):
             if not isinstance(record, dict):
                 continue
             column, within = split_path(text, [*record])
             for kind in kinds_at(record.get(column), within):
-                if last[0] not in ("", kind):
+                if kind_before not in ("", kind):
                     value = shorten(json.dumps(record[column], ensure_ascii=False), 40, placeholder=" …")
                     raise UserError(
-                        f"{where}: data.text={text} is {kind} ({value}), and {last[0]} in {last[1]}.\n"
+                        f"{where}: data.text={text} is {kind} ({value}), and {kind_before} in {before}.\n"
                         "Write all of them alike, or leave that record out."
                     )
-                last = kind, where
-
-
-def json_records(file: Path, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields what a json file holds, each with where it is; `path` is what is read for the file."""
-    with open_file(path) as stream:
-        if suffix_of(file) == ".json":
-            with suppress(ValueError):
-                whole = json.loads(stream.read())
-                records = whole if isinstance(whole, list) else [whole]
-                yield from ((f"{file}, record {number}", record) for number, record in enumerate(records, 1))
-                return
-            stream.seek(0)
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield f"{file}, line {number}", json.loads(line)
-
-
-def describe(error: BaseException) -> str:
-    """Returns a sentence that says why files could not be read."""
-    import datasets
-
-    if isinstance(error, datasets.table.CastError):
-        here, there = (", ".join(sorted(names)) for names in (error.table_column_names, error.requested_column_names))
-        return f"the data files differ in their columns: {here} in one, {there} in another. Name files of one form."
-    return "no record." if isinstance(error, StopIteration) else f"could not be read: {first_line(error).rstrip('.!')}."
+                kind_before, before = kind, where

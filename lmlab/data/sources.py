@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from lmlab.data import formats
 from lmlab.data.texts import text_paths
-from lmlab.errors import UNWRITABLE, UserError, causes, nearest, reading
+from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
 from lmlab.io import write_text
 
@@ -242,7 +242,8 @@ def read_files(
             if isinstance(cause, OSError) and cause.errno in UNWRITABLE:  # of the cache, which was written to
                 raise cause from None
         formats.check_files(read, builder, text, options)
-        raise UserError(formats.describe([*causes(error)][-1])) from error
+        *_, deepest = causes(error)
+        raise UserError(f"the data files could not be read together: {first_line(deepest)}") from error
     features = next(iter(loaded.values())).features
     # To newer versions of `datasets`, a column of strings and numbers is one of anything.
     if builder == "json" and text.split(".")[0] in features and text not in text_paths("", features):
