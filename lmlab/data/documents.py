@@ -185,7 +185,7 @@ def document_spans(
     encoding: Any,
     *,
     ending: Sequence[int],
-    ends: Collection[int],
+    ends: Collection[int | None],
     unknown: Mapping[int, str],
     lost: int,
     left: bool,
@@ -198,12 +198,8 @@ def document_spans(
     Args:
         encoding: The `tokenizers.Encoding` of the ids; None for a tokenizer that is not a fast one.
         ending: The end-of-text token after the document, or nothing.
-        ends: All tokens that end a document where they are its last.
+        ends: The tokens that end a document where they are its last.
         unknown: The names of the tokens for unknown text, by their ids.
-        lost, left: See `spans`.
-
-    Returns:
-        [len(ids) + len(ending), 5] int32.
     """
     offsets, words = (None, None) if encoding is None else (encoding.offsets, encoding.word_ids)
     own = spans(text, offsets, words, len(ids), lost, left)

@@ -19,11 +19,12 @@ Neither text is held in memory: only the chunk at hand, which is twice as long a
 where that is more than `CHUNK`, with 8 bytes of sums for each of its own.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from lmlab.data.texts import utf8
+from lmlab.data.texts import batches, utf8
 
 WINDOW = 32  # bytes
 CHOICE = 8  # windows of a held-out document that one is chosen from
@@ -38,7 +39,8 @@ VALUES = np.random.default_rng(0).integers(2**64, size=256, dtype=np.uint64)
 
 def powers(base: int, count: int) -> np.ndarray:
     """Returns 1, base, base², … modulo 2^64: [count] uint64."""
-    return np.array([1] + [base] * (count - 1), np.uint64).cumprod(dtype=np.uint64)
+    result: np.ndarray = np.cumprod(np.array([1] + [base] * (count - 1), np.uint64), dtype=np.uint64)
+    return result
 
 
 POWERS, INVERSES = powers(BASE, SLICE), powers(INVERSE, SLICE)
@@ -80,8 +82,10 @@ class PartHashes:
 
     def parts(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Returns the hash of each part, by its first byte and the one past its last; arrays of one shape."""
-        sums: np.ndarray = self.sums[ends] - self.sums[starts]
-        return sums * INVERSES[starts % SLICE] * self.scales[starts // SLICE]
+        hashes = self.sums[ends] - self.sums[starts]
+        hashes *= INVERSES[starts % SLICE]
+        hashes *= self.scales[starts // SLICE]
+        return hashes
 
     def windows(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the hashes of all windows, a slice of them at a time, each with the start of its first window."""
@@ -101,7 +105,8 @@ class KnownDocuments:
 
     def __init__(self, documents: Iterable[str]):
         lengths, hashes, windows = [np.zeros(0, int)], [np.zeros(0, np.uint64)], [np.zeros((0, CHOICE), np.uint64)]
-        for batch in batches(documents):
+        long_enough = (text for text in map(utf8, documents) if len(text) >= WINDOW)
+        for batch in batches(long_enough, sys.maxsize, CHUNK):
             length = np.array([len(text) for text in batch])
             start = np.cumsum(length + len(BETWEEN)) - length - len(BETWEEN)
             window = start[:, None] + window_offsets(length[:, None], np.arange(CHOICE))
@@ -145,21 +150,6 @@ def window_offsets(length: np.ndarray, number: np.ndarray) -> np.ndarray:
     """Returns where documents of a length have their window 0, at their beginning, to `CHOICE` - 1, at their end."""
     offsets: np.ndarray = (length - WINDOW) * number // (CHOICE - 1)
     return offsets
-
-
-def batches(documents: Iterable[str]) -> Iterator[list[bytes]]:
-    """Yields the documents that are long enough, about `CHUNK` bytes of them at a time."""
-    batch: list[bytes] = []
-    size = 0
-    for text in map(utf8, documents):
-        if len(text) >= WINDOW:
-            batch.append(text)
-            size += len(text)
-        if size >= CHUNK:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def chunks(documents: Iterable[str], longest: int) -> Iterator[bytearray]:

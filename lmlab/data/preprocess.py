@@ -35,7 +35,7 @@ from lmlab.data.documents import (
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
 from lmlab.data.sources import Corpus, fingerprint
-from lmlab.data.texts import flatten, sort_by_file, utf8
+from lmlab.data.texts import batches, flatten, sort_by_file, utf8
 from lmlab.data.tokenizers import content_hash, encode, end_of_text_id, unknown_tokens
 from lmlab.errors import UserError
 from lmlab.io import locked, replaced
@@ -203,9 +203,9 @@ def tokenize(
         held_out: Also say which text each token stands for.
     """
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
-    ends = {token for token in (*end, tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None}
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     unknown = unknown_tokens(tokenizer)
-    for batch in batches(join_texts(records, choices.join)):
+    for batch in batches(join_texts(records, choices.join), DOCUMENTS_PER_CALL, CHARACTERS_PER_CALL):
         encoded = encode(batch, tokenizer, choices.special_tokens, located=held_out)
         for text, (ids, encoding) in zip(batch, encoded, strict=True):
             lost, spans, unspelled = 0, None, (0, 0)
@@ -223,20 +223,6 @@ def tokenize(
                 )
                 unspelled = int((spans[:, UNKNOWN] > 0).sum()), int(spans[:, UNKNOWN].sum())
             yield Tokens(text, np.array([*ids, *ending], np.int32), spans if held_out else None, lost, unspelled)
-
-
-def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yields as many documents at a time as the tokenizer gets at once."""
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) >= DOCUMENTS_PER_CALL or characters >= CHARACTERS_PER_CALL:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int | None = None) -> np.ndarray:

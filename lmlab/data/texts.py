@@ -1,8 +1,8 @@
 """The texts in records (guide, `flatten`)."""
 
 import mmap
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ from lmlab.errors import UserError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
+Text = TypeVar("Text", str, bytes)
 RECORDS_AT_ONCE = 100
 BYTES_AT_ONCE = 2**22  # Fewer records where each is long.
 KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
@@ -107,6 +108,20 @@ def text_paths(prefix: str, feature: Any) -> Iterator[str]:
         yield from text_paths(prefix, feature.feature)
     elif getattr(feature, "dtype", None) in ("string", "large_string"):
         yield prefix
+
+
+def batches(texts: Iterable[Text], count: int, length: int) -> Iterator[list[Text]]:
+    """Yields texts in lists of `count`, or of fewer that are as long as `length` or longer together."""
+    batch: list[Text] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) >= count or size >= length:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def map_files(records: "Dataset") -> "tuple[Dataset, list[mmap.mmap]]":

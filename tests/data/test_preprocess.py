@@ -627,10 +627,10 @@ def test_memory_is_flat_in_the_corpus(
 
 def test_long_documents_go_fewer_at_once() -> None:
     texts = ["a" * n for n in [10] * 1001 + [2**19] * 3 + [2**22, 1]]
-    found = list(preprocess.batches(texts))
+    found = list(from_records.batches(texts, 1000, 2**20))
     assert [text for batch in found for text in batch] == texts
     assert [len(batch) for batch in found] == [1000, 3, 2, 1]
-    assert list(preprocess.batches([])) == []
+    assert list(from_records.batches([], 1000, 2**20)) == []
 
 
 def test_a_filled_cache_is_only_read(run: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
