@@ -82,7 +82,7 @@ class PartHashes:
 
     def parts(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Returns the hash of each part, by its first byte and the one past its last; arrays of one shape."""
-        hashes = self.sums[ends] - self.sums[starts]
+        hashes: np.ndarray = self.sums[ends] - self.sums[starts]
         hashes *= INVERSES[starts % SLICE]
         hashes *= self.scales[starts // SLICE]
         return hashes
