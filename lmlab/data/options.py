@@ -1,4 +1,4 @@
-"""The choices of data preparation; a config is checked by them without importing torch or transformers."""
+"""What can be chosen of data. A config is checked by it without importing torch or transformers."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Preprocessing:
     """The choices that turn records into blocks."""
 
     block_size: int = 128
-    """Tokens of a block."""
+    """Positions of a block."""
     join: str | None = None
     """Joins the texts of one record into one document; null makes each a document."""
     end_of_text: bool = True
