@@ -280,25 +280,17 @@ def prepare(
         cache: A directory for the prepared data of all runs.
     """
     parts = once(lambda: split(corpus, choices))
-    held_out = [choices.test_size, choices.split_seed, choices.max_records]
 
     def write_tokenizer(folder: Path) -> None:
         make_tokenizer(chain.from_iterable(flatten(parts()["train"], corpus.text))).save_pretrained(folder)
 
-    def write_overlap(folder: Path) -> None:
-        texts = (flatten(parts()[name], corpus.text) for name in ("train", "validation"))
-        (folder / "documents").write_text(str(count_contained(*(join_texts(each, choices.join) for each in texts))))
-
     if tokenizer_key is None:
         tokenizer = make_tokenizer([])
     else:
+        held_out = [choices.test_size, choices.split_seed, choices.max_records]
         key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
         tokenizer = AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write_tokenizer))
-    prepared = prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache)
-    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, [choices.join, *held_out])
-    contained = int((write_once(cache / f"overlap-{key}", write_overlap) / "documents").read_text())
-    validation = replace(prepared.ledger["validation"], documents_in_training=contained)
-    return replace(prepared, ledger=prepared.ledger | {"validation": validation})
+    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache)
 
 
 def prepare_validation(
@@ -335,6 +327,9 @@ def prepare_splits(
 
         folders[name] = write_once(cache / f"tokens-{key}", write)
         bounds[name], ledger[name] = cut_blocks(folders[name], name, choices)
+    if "train" in names:
+        contained = count_in_training(parts, corpus, choices, cache)
+        ledger["validation"] = replace(ledger["validation"], documents_in_training=contained)
     return Prepared(
         tokenizer,
         Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in names else None,
@@ -344,6 +339,20 @@ def prepare_splits(
         corpus.fingerprint,
         tokenizer_hash,
     )
+
+
+def count_in_training(
+    parts: "Callable[[], Mapping[str, Dataset]]", corpus: Corpus, choices: Preprocessing, cache: Path
+) -> int:
+    """Counts the held-out documents that occur whole in the training text, unless the cache has their number."""
+
+    def write(folder: Path) -> None:
+        texts = (flatten(parts()[name], corpus.text) for name in ("train", "validation"))
+        (folder / "documents").write_text(str(count_contained(*(join_texts(each, choices.join) for each in texts))))
+
+    decisive = [choices.join, choices.test_size, choices.split_seed, choices.max_records]
+    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive)
+    return int((write_once(cache / f"overlap-{key}", write) / "documents").read_text())
 
 
 def write_once(path: Path, write: Callable[[Path], None]) -> Path:
