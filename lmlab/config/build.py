@@ -124,14 +124,14 @@ def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
 def build_validation(cfg: DictConfig, data: Any, objective: Any) -> tuple[Any, Any]:
     """What validations in training look at and, where that is a part of the held-out documents, all of them."""
     from lmlab.data.preprocess import group_texts
-    from lmlab.data.sampler import some
+    from lmlab.data.sampler import draw_subset
 
     whole = build_held_out(cfg, data, objective)
     most = (cfg.get("validation") or {}).get("max_documents")
     if most is None or most >= len(data.validation):
         return whole, None
     seed = cfg.preprocess.split_seed
-    documents = data.validation.chosen(some(seed, most, len(data.validation)))
+    documents = data.validation.select(draw_subset(seed, most, len(data.validation)))
     bounds = group_texts(documents.lengths, cfg.preprocess.block_size, cfg.preprocess.drop_remainder_every)
     if len(bounds) == 0:
         raise UserError(f"validation.max_documents={most}: those documents give no block. Raise it.")
@@ -176,7 +176,7 @@ def build_training(
     import torch
 
     from lmlab.data.datamodule import BlocksDataModule
-    from lmlab.data.sampler import share_of
+    from lmlab.data.sampler import micro_batch_size
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
     from lmlab.optim import AdamW
@@ -202,7 +202,7 @@ def build_training(
         logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, uses_gpu(cfg.trainer)),
         val_interval=interval,
     )
-    rows = share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
+    rows = micro_batch_size(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
     lengths = data.train.bounds[:, 1] - data.train.bounds[:, 0]
     check_padding(model, np.concatenate([lengths, (whole or held_out).rows.lengths]), rows)
     datamodule = BlocksDataModule(

@@ -53,10 +53,10 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
         named = {word.lstrip("+").partition("=")[0] for word in overrides}
         files = cfg.data._target_ == "lmlab.data.sources.load_files"
         if files and cfg.data.train is not None and "data.validation" in named and "data.train" not in named:
-            from lmlab.data.sources import find
+            from lmlab.data.sources import find_files
 
             try:
-                find(cfg.data.train, "train")
+                find_files(cfg.data.train, "train")
             except UserError:  # of what is scored it could only tell what was trained on
                 cfg.data.train = None
         taken += ["data", "preprocess"]

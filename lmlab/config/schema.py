@@ -158,9 +158,9 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     if here:
         check_devices(cfg.trainer)
 
-    from lmlab.data.sampler import share_of
+    from lmlab.data.sampler import micro_batch_size
 
-    share_of(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
+    micro_batch_size(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
 
 
 def check_validation(cfg: DictConfig) -> None:

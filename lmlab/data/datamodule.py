@@ -1,4 +1,4 @@
-"""From blocks to batches (guide, `DataCollatorForLanguageModeling`).
+"""Batches of blocks, and the loaders that give them (guide, `DataCollatorForLanguageModeling`).
 
 Shapes: B samples, T positions, N scored positions of the whole batch.
 """
@@ -15,30 +15,30 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.preprocess import Blocks
-from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, share_of
+from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, micro_batch_size
 from lmlab.distributed.signals import signals_blocked
 from lmlab.objectives import Objective
 
 
 class Batch(NamedTuple):
-    """What one rank trains on at once."""
+    """The micro batch that one rank trains on at once."""
 
     input_ids: Tensor
     """[B, T] int64."""
     attention_mask: Tensor | None
     """[B, T] int64, 0 on padding; None where no row is padded."""
     positions: Tensor
-    """[N] int64, into the B·T positions: those that are scored."""
+    """[N] int64 indices of the scored positions in the flattened [B·T]."""
     targets: Tensor
-    """[N] int64: the token to predict there."""
+    """[N] int64 ids of the tokens to predict there."""
     tokens: int
-    """Tokens in the batch, padding not counted."""
+    """Tokens of the batch, padding not counted."""
     number: int
-    """Batches before this one in the whole run."""
+    """Micro batches of this rank before this one, in the whole run."""
 
 
-class Batches(Dataset):
-    """Batch by batch: an item is made whole in the worker that draws it."""
+class Batches(Dataset[Batch]):
+    """The data set whose items are whole batches, each made in the worker process that draws it."""
 
     def __init__(self, blocks: Blocks, objective: Objective, seed: int, pad_id: int):
         self.blocks, self.objective, self.seed, self.pad_id = blocks, objective, seed, pad_id
@@ -48,20 +48,43 @@ class Batches(Dataset):
         return collate(self.blocks, draws, self.objective, self.seed, self.pad_id, number)
 
 
-def collate(blocks: Blocks, draws: list[Draw], objective: Objective, seed: int, pad_id: int, number: int = 0) -> Batch:
-    """Label the drawn blocks, and only then pad them."""
+def collate(
+    blocks: Blocks | Sequence[np.ndarray],
+    draws: Sequence[Draw],
+    objective: Objective,
+    seed: int,
+    pad_id: int,
+    number: int = 0,
+) -> Batch:
+    """Makes a batch of the drawn blocks: the objective decides the targets, and only then rows are padded.
+
+    Padding is therefore never a target, and an end-of-text token always can be, also where the two share an id.
+
+    Two blocks, the second one short, under a causal objective and a masked one (B = 2, T = 4):
+
+        blocks           The cat sat </s>    On it
+                           5   6   7    2     8  9
+
+        causal           input_ids   5 6 7 2     attention_mask  1 1 1 1
+                                     8 9 0 0                     1 1 0 0
+                         positions   0 1 2   4   in the flattened 2·4
+                         targets     6 7 2   9
+
+        masked           input_ids   5 3 7 2     positions       1   4
+                                     3 9 0 0     targets         6   8
+    """
     rows = [objective(blocks[draw.block], (seed, draw.epoch, draw.block)) for draw in draws]
-    input_ids, attention_mask, positions = padded([(inputs, scored) for inputs, scored, _ in rows], pad_id)
-    targets = np.concatenate([wanted for _, _, wanted in rows]).astype(np.int64)
+    input_ids, attention_mask, positions = pad_rows([(inputs, scored) for inputs, scored, _ in rows], pad_id)
+    targets = np.concatenate([row_targets for _, _, row_targets in rows]).astype(np.int64)
     tokens = sum(len(inputs) for inputs, _, _ in rows)
     return Batch(input_ids, attention_mask, positions, torch.from_numpy(targets), tokens, number)
 
 
-def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Pad rows of (inputs, scored positions) on the right, to the longest of them.
+def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Pads rows of (inputs, scored positions) on the right, to the longest of them.
 
     Returns:
-        input_ids [B, T], attention_mask [B, T] or None, positions [N] into the B·T.
+        input_ids [B, T], attention_mask [B, T] or None, and positions [N] in the flattened [B·T].
     """
     length = max(len(inputs) for inputs, _ in rows)
     input_ids = np.full((len(rows), length), pad_id, np.int64)
@@ -75,15 +98,15 @@ def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[
 
 
 class Rows(Protocol):
-    """What is evaluated: a data set whose item is a batch, by the indices of its rows."""
+    """A held-out data set whose items are batches, each asked for by the indices of its rows."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: list[int]) -> NamedTuple: ...
 
 
-class TimedLoader(DataLoader):
-    """Counts the seconds that its reader waits for batches."""
+class TimedLoader(DataLoader[Any]):
+    """A loader that counts the seconds for which its reader waits for batches."""
 
     waited = 0.0
 
@@ -100,21 +123,24 @@ class TimedLoader(DataLoader):
 
 
 class HeldOutData(L.LightningDataModule):
-    """The loader of an evaluation; knows its rank from the trainer it is attached to."""
+    """The data module of an evaluation; it knows its rank from the trainer that it is attached to.
+
+    Args:
+        batch_size: Rows at once on each rank.
+    """
 
     def __init__(self, held_out: Rows, batch_size: int, num_workers: int = 0):
-        """`batch_size` rows at once on each rank."""
         super().__init__()
         self.held_out, self.rows_at_once, self.num_workers = held_out, batch_size, num_workers
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> TimedLoader:
         assert self.trainer is not None
-        return self.loader(
-            self.held_out,
-            EvaluationSampler(len(self.held_out), self.rows_at_once, self.trainer.global_rank, self.trainer.world_size),
-        )
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        sampler = EvaluationSampler(len(self.held_out), self.rows_at_once, rank, world_size)
+        return self.make_loader(self.held_out, sampler)
 
-    def loader(self, batches: Dataset | Rows, sampler: TrainSampler | EvaluationSampler) -> TimedLoader:
+    def make_loader(self, batches: Batches | Rows, sampler: TrainSampler | EvaluationSampler) -> TimedLoader:
+        """Returns a loader of the batches that a sampler asks for."""
         return TimedLoader(
             batches,  # type: ignore[arg-type]
             sampler=sampler,
@@ -127,7 +153,15 @@ class HeldOutData(L.LightningDataModule):
 
 
 class BlocksDataModule(HeldOutData):
-    """The loaders of a run."""
+    """The data module of a run: training batches by step, and the held-out rows.
+
+    Args:
+        batch_size: Samples of an optimizer step, over all ranks and accumulated micro batches.
+        steps: Optimizer steps of the whole run.
+        accumulate: Micro batches of an optimizer step.
+        tokenizer: For callbacks that read text or generate some.
+        whole: All held-out rows, where `held_out` is a part of them; scored once, after training.
+    """
 
     def __init__(
         self,
@@ -138,16 +172,12 @@ class BlocksDataModule(HeldOutData):
         batch_size: int,
         steps: int,
         seed: int,
+        *,
         accumulate: int = 1,
         num_workers: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         whole: Rows | None = None,
     ):
-        """`batch_size` counts the samples of an optimizer step, over ranks and accumulation.
-
-        The `tokenizer` is for callbacks that read text or let the model speak. `whole` is what
-        `held_out` is a part of, if it is one: it is scored once, when training is over.
-        """
         super().__init__(held_out, batch_size, num_workers)
         self.train, self.tokenizer, self.whole = train, tokenizer, whole
         self.batches = Batches(train, objective, seed, pad_id)
@@ -156,24 +186,26 @@ class BlocksDataModule(HeldOutData):
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
         # As many rows at once as in training.
-        self.rows_at_once = share_of(self.batch_size, self.trainer.world_size, self.accumulate)
+        self.rows_at_once = micro_batch_size(self.batch_size, self.trainer.world_size, self.accumulate)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> TimedLoader:
         assert self.trainer is not None
-        sampler = TrainSampler(
-            len(self.train),
-            self.batch_size,
-            self.steps,
-            self.seed,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-            self.accumulate,
-            self.trainer.global_step * self.accumulate,
+        self.training_loader = self.make_loader(
+            self.batches,
+            TrainSampler(
+                len(self.train),
+                self.batch_size,
+                self.steps,
+                self.seed,
+                self.trainer.global_rank,
+                self.trainer.world_size,
+                self.accumulate,
+                start=self.trainer.global_step * self.accumulate,
+            ),
         )
-        self.training_loader = self.loader(self.batches, sampler)
         return self.training_loader
 
     @property
     def waited(self) -> float:
-        """Seconds that training has waited for batches."""
+        """Seconds for which training has waited for batches."""
         return self.training_loader.waited

@@ -1,50 +1,59 @@
-"""Held-out documents, and which part of its text each of their tokens stands for.
+"""Held-out documents, and the part of its text that each of their tokens stands for.
 
-A metric per byte or per word is comparable across tokenizers only if every byte of the
-text belongs to exactly one token, so that a token which is not scored takes its bytes
-along.
+A metric per byte or per word is comparable across tokenizers only if every byte of the text belongs to exactly one
+token, so that a token which is not scored takes its bytes along.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lmlab.data.texts import encoded
+from lmlab.data.texts import utf8
 
-ROWS_AT_ONCE = 1000  # of the file of documents
+ROWS_AT_ONCE = 1000  # of the index of documents
 START = 60  # characters of a document that are kept to know it by
 SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # the last stands for all above
-# Columns of spans.
 BYTES, WORDS, LINES, FLAGS, UNKNOWN = range(5)
-# Flags of a token: it goes on with the word before it, or is the end of a document.
+"""The columns of spans: UTF-8 bytes of the token's text, words that begin in it, line feeds, flags, and bytes that it
+does not spell."""
 CONTINUES, END = 1, 2
-UNITS = ("tokens", "bytes", "words", "ends", "lines", "unknown_tokens", "unknown_bytes")
-"""What is counted of scored tokens: the tokens, the UTF-8 bytes and words of their text, ends of documents and of
-lines, the tokens that do not spell all of their text, and how many bytes they leave unspelled."""
+"""The flags of a token: it goes on with the word of the token before it; it is the end of a document."""
+COUNTS = ("tokens", "bytes", "words", "ends", "lines", "unknown_tokens", "unknown_bytes")
+"""The counts of scored tokens: the tokens, the UTF-8 bytes and words of their text, ends of documents and of lines,
+the tokens that do not spell all of their text, and how many bytes they leave unspelled."""
 FEW = 20
-"""Documents below which they are cut into stretches: statistics over a few numbers say little."""
+"""Fewer documents than these are cut into stretches: statistics over a few numbers say little."""
 STRETCH = 500
 """Characters of a stretch, at least; more in a long document, so that it has no more than `STRETCHES`."""
 STRETCHES = 500
+INDEX = pa.schema(
+    {
+        "digest": pa.binary(32),  # SHA-256 of the text
+        "start": pa.string(),
+        "cuts": pa.list_(pa.int64()),  # bytes at which stretches after the first begin
+        "starts": pa.list_(pa.string()),  # and their beginnings
+    }
+)
+"""The columns of the index of documents, a row each."""
 
 
 @dataclass(frozen=True)
 class Documents:
     """The documents of one split, laid end to end, and the stretches that statistics are made of.
 
-    A stretch is a whole document, or where there are fewer than `FEW` documents a part of one that
-    ends with a paragraph.
+    A stretch is a whole document, or where there are fewer than `FEW` documents a part of one that ends with a
+    paragraph.
     """
 
     tokens: np.ndarray
@@ -56,46 +65,50 @@ class Documents:
     stretches: np.ndarray
     """[stretches + 1] int64: the same of stretches."""
     names: list[str]
-    """[stretches] the name of its document: from the text alone, so that it is the same whatever the tokenizer."""
+    """[stretches] the name of its document, made from the text alone: it is the same whatever the tokenizer."""
     parts: list[int]
     """[stretches] which stretch of its document it is, from 0."""
     starts: list[str]
     """[stretches] the beginning of its text."""
     hash: str
-    """Of all texts in their order."""
+    """A hash of all texts in their order."""
 
     def __len__(self) -> int:
         return len(self.edges) - 1
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[documents] tokens of each."""
+        """[documents] int64: the tokens of each."""
         return np.diff(self.edges)
 
-    def chosen(self, documents: np.ndarray) -> "Documents":
-        """Some of the documents, by their numbers [n] in ascending order."""
-        of_stretch = np.cumsum(np.array(self.parts) == 0) - 1
-        rows = np.flatnonzero(np.isin(of_stretch, documents))
+    def select(self, documents: np.ndarray) -> "Documents":
+        """Returns some of the documents, by their numbers [n] in ascending order."""
+        document_of_stretch = np.cumsum(np.array(self.parts) == 0) - 1
+        rows = np.flatnonzero(np.isin(document_of_stretch, documents))
         tokens = np.concatenate([np.arange(*self.edges[i : i + 2]) for i in documents])
-        names, starts = ([column[row] for row in rows] for column in (self.names, self.starts))
-        lengths = np.diff(self.stretches)[rows]
+        names = [self.names[row] for row in rows]
         return Documents(
             self.tokens[tokens],
             self.spans[tokens],
-            np.concatenate([[0], np.cumsum(self.lengths[documents])]),
-            np.concatenate([[0], np.cumsum(lengths)]),
+            running_sums(self.lengths[documents]),
+            running_sums(np.diff(self.stretches)[rows]),
             names,
             [self.parts[row] for row in rows],
-            starts,
+            [self.starts[row] for row in rows],
             hashlib.sha256("".join(names).encode()).hexdigest()[:32],
         )
 
-    def units(self, tokens: np.ndarray) -> np.ndarray:
-        """Count `UNITS` of tokens [N]: [N, 7] int64."""
-        found = self.spans[tokens].astype(np.int64)
-        ends = (found[:, FLAGS] & END) // END
-        columns = (np.ones(len(tokens), np.int64), found[:, BYTES], found[:, WORDS], ends, found[:, LINES])
-        return np.stack([*columns, found[:, UNKNOWN] > 0, found[:, UNKNOWN]], axis=1)
+    def counts(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns the `COUNTS` [N, 7] int64 of tokens, by their numbers [N]."""
+        spans = self.spans[tokens].astype(np.int64)
+        ends = (spans[:, FLAGS] & END) // END
+        columns = (np.ones(len(tokens), np.int64), spans[:, BYTES], spans[:, WORDS], ends, spans[:, LINES])
+        return np.stack([*columns, spans[:, UNKNOWN] > 0, spans[:, UNKNOWN]], axis=1)
+
+
+def running_sums(counts: np.ndarray) -> np.ndarray:
+    """Returns 0 and the sums of the first, the first two, … of counts [n]: [n + 1] int64."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def spans(
@@ -106,28 +119,36 @@ def spans(
     lost: int = 0,
     left: bool = False,
 ) -> np.ndarray:
-    """What each token of a text stands for.
+    """Shares a text out to its tokens, so that the bytes of all tokens are the bytes of the text.
 
-    The text between two tokens' own spans (a space that the tokenizer drops) belongs to the
-    later one, what follows the last to the last, and a character that several tokens
-    spell to the first of them: the bytes of all tokens are the bytes of the text. What lies in no
-    token's own span and is no white space, as the tokenizer has nothing for it, is not spelled.
+    The text between two tokens' own offsets, such as a space that the tokenizer drops, belongs to the later token, and
+    what follows the last one to the last. A character that several tokens spell belongs to the first of them. White
+    space apart, text within no token's own offsets is not spelled: the tokenizer has nothing for it.
+
+        text        "The  café 你!"     你 is left out by this tokenizer; é has 2 bytes, 你 has 3
+        tokens       The   caf     é       !      </s>
+        offsets      0-3   5-8     8-9     11-12  0-0
+        words        0     1       1       2      None
+        text of it  "The" "  caf" "é"     " 你!"  ""
+        BYTES        3     5       2       5      0
+        WORDS        1     1       0       1      0      words begin after white space
+        FLAGS        0     0       1       0      0      é `CONTINUES` the pre-token of caf
+        UNKNOWN      0     0       0       3      0
 
     Args:
-        offsets: of each token its first character and the one past its last. None for a
-            tokenizer that does not say; all tokens then get even shares of the text.
-        words: of each token the number of its pre-token; None for special tokens.
-        tokens: how many there are.
-        lost: tokens that truncation took; their part of the text is no token's.
-        left: whether it took them from the text's beginning.
+        offsets: Each token's first character and the one past its last. None for a tokenizer that does not know;
+            all tokens then get even shares of the text.
+        words: The number of each token's pre-token; None for special tokens.
+        tokens: How many tokens there are.
+        lost: How many more of them truncation took; their part of the text is no token's.
+        left: Whether truncation took them from the text's beginning.
 
     Returns:
-        [tokens, 5] int32: UTF-8 bytes, words (between white space) that begin in it, line feeds, flags
-        (`CONTINUES` where it goes on with the pre-token of the token before), and bytes that are not spelled.
+        [tokens, 5] int32, by the columns `BYTES`, `WORDS`, `LINES`, `FLAGS` and `UNKNOWN`.
     """
-    found = np.zeros((tokens, 5), np.int32)
+    shares = np.zeros((tokens, 5), np.int32)
     if tokens == 0:
-        return found
+        return shares
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     size = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000).astype(np.int64)
     space = SPACE[np.minimum(points, len(SPACE) - 1)]
@@ -136,33 +157,73 @@ def spans(
     start = 0
     if offsets is None or words is None:
         edges = len(points) * np.arange(tokens + lost + 1) // (tokens + lost)
-        kept = edges[lost:] if left else edges[: tokens + 1]
-        start, ends = kept[0], kept[1:]
+        edges = edges[lost:] if left else edges[: tokens + 1]
+        start, ends = edges[0], edges[1:]
     else:
-        spanned = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * tokens).reshape(tokens, 2)
-        number = np.fromiter((-1 if word is None else word for word in words), np.int64, tokens)
-        own = np.flatnonzero(number >= 0) if (number >= 0).any() else [tokens - 1]
+        own = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * tokens).reshape(tokens, 2)
+        word = np.fromiter((-1 if word is None else word for word in words), np.int64, tokens)
+        of_text = np.flatnonzero(word >= 0) if (word >= 0).any() else [tokens - 1]
         if lost and left:
-            start = spanned[own[0], 0]
-        ends = np.maximum(start, np.maximum.accumulate(spanned[:, 1]))
+            start = own[of_text[0], 0]
+        ends = np.maximum(start, np.maximum.accumulate(own[:, 1]))
         if left or not lost:
-            ends[own[-1] :] = len(points)
-        found[1:, FLAGS] = CONTINUES * ((number[1:] == number[:-1]) & (number[1:] >= 0))
-        edges = np.zeros(len(points) + 1, np.int64)
-        np.add.at(edges, spanned[:, 0], 1)
-        np.add.at(edges, spanned[:, 1], -1)
-        unspelled = size * ((np.cumsum(edges)[:-1] == 0) & ~space)
+            ends[of_text[-1] :] = len(points)
+        shares[1:, FLAGS] = CONTINUES * ((word[1:] == word[:-1]) & (word[1:] >= 0))
+        depth = np.zeros(len(points) + 1, np.int64)
+        np.add.at(depth, own[:, 0], 1)
+        np.add.at(depth, own[:, 1], -1)
+        unspelled = size * ((np.cumsum(depth)[:-1] == 0) & ~space)
     for column, counts in ((BYTES, size), (WORDS, begins), (LINES, points == ord("\n")), (UNKNOWN, unspelled)):
-        total = np.concatenate([[0], np.cumsum(counts)])
-        found[:, column] = np.diff(total[ends], prepend=total[start])
-    return found
+        total = running_sums(counts)
+        shares[:, column] = np.diff(total[ends], prepend=total[start])
+    return shares
+
+
+def document_spans(
+    text: str,
+    ids: Sequence[int],
+    encoding: Any,
+    *,
+    ending: Sequence[int],
+    ends: Collection[int | None],
+    unknown: Mapping[int, str],
+    lost: int,
+    left: bool,
+) -> np.ndarray:
+    """Shares the text of a document out to its tokens and the end-of-text token after them, as `spans` does.
+
+    A token for unknown text spells nothing of its text, unless that is the token's own name. Where the tokenizer has no
+    token at all for a text, the end-of-text token stands for it, and spells nothing of it.
+
+    Args:
+        encoding: The `tokenizers.Encoding` of the ids; None for a tokenizer that is not a fast one.
+        ending: The end-of-text token after the document, or nothing.
+        ends: The tokens that end a document where they are its last.
+        unknown: The names of the tokens for unknown text, by their ids.
+    """
+    offsets, words = (None, None) if encoding is None else (encoding.offsets, encoding.word_ids)
+    own = spans(text, offsets, words, len(ids), lost, left)
+    for i in np.flatnonzero(np.isin(ids, [*unknown])).tolist():
+        start, stop = (0, 0) if offsets is None else offsets[i]
+        if offsets is None or (start < stop and text[start:stop] != unknown[ids[i]]):
+            own[i, UNKNOWN] = own[i, BYTES]
+    if ids:
+        end = np.zeros((len(ending), 5), np.int32)
+    else:
+        end = spans(text, None, None, len(ending))
+        end[:, UNKNOWN] = end[:, BYTES]
+    shares = np.concatenate([own, end])
+    if {*ids[-1:], *ending} & {*ends} and (not ids or shares[-1, BYTES] == 0):
+        shares[-1, FLAGS] |= END
+        shares[-1, LINES] += not text.endswith("\n")  # it stands for the end of the last line
+    return shares
 
 
 def stretches(text: str) -> Iterator[int]:
-    """The characters at which the stretches of a text after its first begin.
+    """Yields the characters at which the stretches of a text after its first begin.
 
-    Each has `STRETCH` characters or more, and ends with a paragraph; where none ends within three
-    times as many more, with a line, and else with a word.
+    Each has `STRETCH` characters or more, and ends with a paragraph; where none ends within three times as many more,
+    with a line, and else with a word.
     """
     least = max(STRETCH, len(text) // STRETCHES)
     start = 0
@@ -174,92 +235,101 @@ def stretches(text: str) -> Iterator[int]:
             yield start
 
 
-class Names:
-    """Writes the hashes and beginnings of documents into a file as they come by, and where their stretches begin."""
-
-    SCHEMA = pa.schema(
-        {
-            "digest": pa.binary(32),  # of the text
-            "start": pa.string(),
-            "cuts": pa.list_(pa.int64()),  # bytes at which stretches after the first begin
-            "starts": pa.list_(pa.string()),  # and their beginnings
-        }
-    )
-
-    def __init__(self, path: Path) -> None:
-        self.writer = pq.ParquetWriter(path, self.SCHEMA)
-        self.rows: list[dict[str, Any]] = []
-        self.count = 0
-
-    def add(self, text: str, whole: bool = True) -> None:
-        """Add a document; one that is not `whole`, as truncation cut it, is a single stretch."""
-        # Kept only where there turn out to be few documents.
-        cuts = [*stretches(text)] if whole and self.count < FEW else []
-        self.rows.append(
-            {
-                "digest": hashlib.sha256(encoded(text)).digest(),
-                "start": start_of(text),
-                "cuts": [len(encoded(text[:at])) for at in cuts],
-                "starts": [start_of(text[at:]) for at in cuts],
-            }
-        )
-        self.count += 1
-        if len(self.rows) == ROWS_AT_ONCE:
-            self.write()
-
-    def write(self) -> None:
-        if self.count >= FEW:
-            self.rows = [row | {"cuts": [], "starts": []} for row in self.rows]
-        self.writer.write_table(pa.Table.from_pylist(self.rows, self.SCHEMA))
-        self.rows = []
-
-    def __enter__(self) -> "Names":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            self.write()
-        self.writer.close()
-
-
-def put_in_order(path: Path, wanted: np.ndarray) -> None:
-    """Write a file of `Names` anew, document wanted[i] as the i-th."""
-    with pq.ParquetFile(path) as file:
-        table = file.read()
-    pq.write_table(table.take(wanted), path)
-
-
 def start_of(text: str) -> str:
-    """The beginning of a text, in one line."""
+    """Returns the beginning of a text, in one line."""
     return " ".join(text[: 2 * START].split())[:START].encode("utf-8", "replace").decode()
 
 
-def read_documents(folder: Path, name: str, lengths: np.ndarray) -> Documents:
-    """The documents that `write_split` (preprocess.py) left in a folder."""
+@contextmanager
+def open_index(path: Path) -> Iterator[Callable[[str, bool], None]]:
+    """Opens the index of documents for writing, a parquet file with the columns `INDEX`.
+
+    Gives a function that adds a document by its text, and by whether that is whole: one that truncation cut is a single
+    stretch. Few rows are in memory at once.
+    """
+    rows: list[dict[str, Any]] = []
+    count = 0
+    with pq.ParquetWriter(path, INDEX) as writer:
+
+        def add(text: str, whole: bool) -> None:
+            nonlocal count
+            cuts = [*stretches(text)] if whole and count < FEW else []
+            rows.append(
+                {
+                    "digest": hashlib.sha256(utf8(text)).digest(),
+                    "start": start_of(text),
+                    "cuts": [len(utf8(text[:at])) for at in cuts],
+                    "starts": [start_of(text[at:]) for at in cuts],
+                }
+            )
+            count += 1
+            if len(rows) == ROWS_AT_ONCE:
+                write()
+
+        def write() -> None:
+            if count >= FEW:
+                rows[:] = [row | {"cuts": [], "starts": []} for row in rows]
+            writer.write_table(pa.Table.from_pylist(rows, INDEX))
+            rows.clear()
+
+        yield add
+        write()
+
+
+def read_index(folder: Path, name: str) -> pa.Table:
+    """Returns the index of the documents of a split."""
     with pq.ParquetFile(folder / f"{name}.documents.parquet") as file:  # read_table would import pandas, half a second
-        table = file.read()
-    digests, starts, cuts, later = (table[column].to_pylist() for column in Names.SCHEMA.names)
+        return file.read()
+
+
+def read_lengths(folder: Path, name: str) -> np.ndarray:
+    """Returns [documents] int64: the tokens of each document of a split."""
+    return np.fromfile(folder / f"{name}.lengths", np.int64)
+
+
+def reorder(folder: Path, name: str, order: np.ndarray) -> None:
+    """Writes the files of a held-out split anew, document order[i] as the i-th."""
+    pq.write_table(read_index(folder, name).take(order), folder / f"{name}.documents.parquet")
+    lengths = read_lengths(folder, name)
+    edges = running_sums(lengths)
+    for kind, width in (("tokens", 1), ("spans", 5)):
+        path = folder / f"{name}.{kind}"
+        rows = np.memmap(path, np.int32, "r").reshape(-1, width)
+        with path.with_suffix(".ordered").open("wb") as stream:
+            for document in order:
+                stream.write(rows[edges[document] : edges[document + 1]].tobytes())
+        path.with_suffix(".ordered").replace(path)
+    lengths[order].tofile(folder / f"{name}.lengths")
+
+
+def read_documents(folder: Path, name: str) -> Documents:
+    """Reads the documents of a split that `write_split` (preprocess.py) wrote into a folder."""
+    digests, starts, cuts, later_starts = (column.to_pylist() for column in read_index(folder, name).columns)
     tokens = np.memmap(folder / f"{name}.tokens", np.int32, "r")
-    found = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 5)
-    edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    names, hashed = named(digests), hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+    spans = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 5)
+    edges = running_sums(read_lengths(folder, name))
+    names, digest = unique_names(digests), hashlib.sha256(b"".join(digests)).hexdigest()[:32]
     if not any(cuts):
-        return Documents(tokens, found, edges, edges, names, [0] * len(names), starts, hashed)
-    bounds, names_of, parts, starts_of = list[int](), list[str](), list[int](), list[str]()
-    for document, at in enumerate(cuts):
-        first, last = edges[document : document + 2]
-        begins = np.cumsum(found[first:last, BYTES]) - found[first:last, BYTES]
+        return Documents(tokens, spans, edges, edges, names, [0] * len(names), starts, digest)
+    bounds, parts = [], [len(at) + 1 for at in cuts]
+    for first, last, at in zip(edges, edges[1:], cuts, strict=False):
+        begins = np.cumsum(spans[first:last, BYTES]) - spans[first:last, BYTES]
         # A token that stands for text on both sides of a cut belongs to the first.
         bounds += [first, *(first + np.searchsorted(begins, at))]
-        names_of += [names[document]] * (len(at) + 1)
-        parts += range(len(at) + 1)
-        starts_of += [starts[document], *later[document]]
-    bounds.append(edges[-1])
-    return Documents(tokens, found, edges, np.array(bounds), names_of, parts, starts_of, hashed)
+    return Documents(
+        tokens,
+        spans,
+        edges,
+        np.array([*bounds, edges[-1]]),
+        [name for name, count in zip(names, parts, strict=True) for _ in range(count)],
+        [part for count in parts for part in range(count)],
+        [start for first, later in zip(starts, later_starts, strict=True) for start in (first, *later)],
+        digest,
+    )
 
 
-def named(digests: Sequence[bytes]) -> list[str]:
-    """A name for each document by its text; the second of two equal ones is another."""
+def unique_names(digests: Sequence[bytes]) -> list[str]:
+    """Returns a name for each document, made from its text's digest; the second of two equal texts gets another."""
     seen: Counter[str] = Counter()
     names = []
     for digest in digests:

@@ -13,7 +13,7 @@ BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""By the ending of a file, who reads it in `datasets`; `.gz` may follow."""
+"""The builder of `datasets` that reads a file, by the file's suffix; `.gz` may follow."""
 
 
 @dataclass(frozen=True)

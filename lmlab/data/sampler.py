@@ -1,12 +1,16 @@
-"""Stateless order: which sample each position of the run holds (promise 1).
+"""The order of training samples: a pure function of (seed, step) that nothing remembers (promise 1).
 
-The run is one endless row of samples: epoch after epoch, each epoch a permutation drawn
-from (seed, epoch). Step t takes samples t·B … (t+1)·B - 1 of that row, B the global
-batch; accumulation and ranks only slice it. Nothing here remembers anything, so starting
-at step t costs no more than starting at 0.
+A run is one endless row of samples: epoch after epoch, each epoch a permutation of the blocks that is drawn from
+(seed, epoch). Step t takes the samples t·B … (t+1)·B - 1 of that row, B being the global batch; ranks and accumulated
+micro batches are slices of it. Starting at step t therefore costs no more than starting at 0.
+
+    blocks 0 … 4, global batch 4      epoch 0     epoch 1
+    row of samples                    3 0 4 1 2 | 2 4 0 3 1 …
+    step                              └─ 0 ─┘ └── 1 ──┘
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,46 +18,43 @@ import numpy as np
 
 from lmlab.errors import UserError
 
-# The epoch of evaluation's masks: one no training run reaches.
 EVALUATION = 2**63
+"""The epoch that keys the masks of an evaluation: no training run reaches it."""
 
 
 class Draw(NamedTuple):
     """One sample of a batch."""
 
     block: int
-    """Its index."""
+    """Index of the block."""
     epoch: int
-    """With the seed and the index, decides the mask."""
+    """Decides the sample's mask, together with the seed and the index."""
 
 
 @lru_cache(maxsize=2)  # A batch may lie across the edge of two epochs.
-def order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The permutation [size] of one epoch."""
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Returns the permutation [size] of one epoch."""
     # The counter keeps this stream apart from the masks', which count samples in its last word.
     stream = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, 0])
     return np.random.Generator(stream).permutation(size)
 
 
-def some(seed: int, count: int, size: int) -> np.ndarray:
-    """`count` of the numbers below `size`, ascending: always the same ones for a seed."""
-    stream = np.random.Philox(key=np.array([seed, EVALUATION], np.uint64), counter=[0, 0, 1, 0])
-    return np.sort(np.random.Generator(stream).permutation(size)[:count])
+def draw_subset(seed: int, count: int, size: int) -> np.ndarray:
+    """Returns `count` of the numbers below `size` in ascending order, always the same ones for a seed."""
+    return np.sort(epoch_order(seed, EVALUATION, size)[:count])
 
 
 def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
-    """`count` samples of the run from position `first` on, of a corpus of `size` blocks."""
-    return [
-        Draw(int(order(seed, place // size, size)[place % size]), place // size)
-        for place in range(first, first + count)
-    ]
+    """Returns the samples `first` … `first + count - 1` of a run, from a corpus of `size` blocks."""
+    positions = (divmod(sample, size) for sample in range(first, first + count))
+    return [Draw(int(epoch_order(seed, epoch, size)[position]), epoch) for epoch, position in positions]
 
 
-def share_of(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Samples of one batch of one rank, of `batch_size` per optimizer step.
+def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Returns the samples that one rank takes at once, of `batch_size` per optimizer step.
 
     Raises:
-        UserError: they do not divide.
+        UserError: The global batch does not divide over ranks and accumulated batches.
     """
     shares = world_size * accumulate
     if batch_size % shares:
@@ -64,50 +65,55 @@ def share_of(batch_size: int, world_size: int, accumulate: int) -> int:
     return batch_size // shares
 
 
+@dataclass(eq=False)
 class TrainSampler:
-    """Yields the batches one rank takes, from `start` on: `accumulate` of them per step.
+    """Yields the micro batches of one rank, `accumulate` of them per optimizer step.
 
-    Each item is (number, draws): the count of batches before it in the whole run, and
-    the samples of this rank.
+    Each item is (number, draws): how many micro batches of the rank come before it in the whole run, and its samples.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        start: int = 0,
-    ):
-        """`size` blocks in all; `batch_size` samples per step over everything; `start` counts batches."""
-        self.share = share_of(batch_size, world_size, accumulate)
-        self.size, self.batch_size, self.steps, self.seed = size, batch_size, steps, seed
-        self.rank, self.world_size, self.accumulate, self.start = rank, world_size, accumulate, start
+    size: int
+    """Blocks of the corpus."""
+    batch_size: int
+    """Samples of an optimizer step, over all ranks and accumulated micro batches."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+    """Micro batches of an optimizer step."""
+    start: int = 0
+    """The number of the first micro batch."""
+
+    def __post_init__(self) -> None:
+        self.micro_batch_size = micro_batch_size(self.batch_size, self.world_size, self.accumulate)
 
     def __len__(self) -> int:
         # Of the whole run, wherever it starts: Lightning counts from the first batch of the epoch.
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
-        for number in range(self.start, self.steps * self.accumulate):
+        for number in range(self.start, len(self)):
             step, part = divmod(number, self.accumulate)
-            first = step * self.batch_size + (part * self.world_size + self.rank) * self.share
-            yield number, draws(self.seed, first, self.share, self.size)
+            first = step * self.batch_size + (part * self.world_size + self.rank) * self.micro_batch_size
+            yield number, draws(self.seed, first, self.micro_batch_size, self.size)
 
 
+@dataclass(eq=False)
 class EvaluationSampler:
-    """Yields the indices of every row once over all ranks; each rank gets as many batches.
+    """Yields the row indices of each batch of one rank; over all ranks every row comes once (promise 2).
 
-    A rank that would run dry gets an empty batch instead (which is made of unscored rows),
-    so that all take part in the same collectives and nothing is counted twice (promise 2).
+    All ranks get the same number of batches, so that they take part in the same collectives. One that would run dry
+    gets an empty batch, not a duplicate.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        """`size` rows in all; `batch_size` of them per rank and batch."""
-        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+    size: int
+    """Rows in all."""
+    batch_size: int
+    """Rows of a batch of one rank."""
+    rank: int = 0
+    world_size: int = 1
 
     def __len__(self) -> int:
         return -(-self.size // (self.batch_size * self.world_size))

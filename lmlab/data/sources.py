@@ -1,7 +1,7 @@
-"""Where records come from (guide, "Load ELI5 dataset").
+"""Sources of records (guide, "Load ELI5 dataset").
 
-A source is a function that returns a `Corpus`. A new hub or file data set needs only a
-YAML file; an odd source is one more function here, or anywhere importable.
+A source is a function that returns a `Corpus`. A new hub or file data set needs only a YAML file; an odd source is one
+more function here, or anywhere importable.
 """
 
 import glob
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from lmlab.data import formats
 from lmlab.data.texts import text_paths
-from lmlab.errors import UNWRITABLE, UserError, causes, nearest, reading
+from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
 from lmlab.io import write_text
 
@@ -32,10 +32,20 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
 SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
+AT_REST = 2.0
+"""Seconds since the last change after which a file is at rest; FAT's times, the coarsest, are 2 s apart."""
 
 
 class Corpus:
-    """Records, the dotted path of the text in them, and a hash of where they came from."""
+    """The records of a source, the dotted path of the text in them, and a hash of where they came from.
+
+    Args:
+        train: The training records, or a function that returns them: it is called only if what is prepared of them is
+            not in the cache. None where there is only something to evaluate on.
+        validation: The held-out records likewise; None where a share of `train` is to be held out.
+        text: The dotted path of the text in a record, such as `answers.text`.
+        fingerprint: A hash of the records, which keys the cache.
+    """
 
     def __init__(
         self,
@@ -44,33 +54,26 @@ class Corpus:
         text: str,
         fingerprint: str,
     ):
-        """`train` is None where there is only something to evaluate on.
-
-        A function is called for its records only if what is prepared of them is not in the cache.
-        """
-        self.given = {"train": train, "validation": validation}
-        self.text, self.fingerprint = text, fingerprint
+        self.parts, self.text, self.fingerprint = (train, validation), text, fingerprint
 
     @cached_property
     def train(self) -> "datasets.Dataset | None":
-        return self.records("train")
+        """The training records."""
+        return self.parts[0]() if callable(self.parts[0]) else self.parts[0]
 
     @cached_property
     def validation(self) -> "datasets.Dataset | None":
-        return self.records("validation")
-
-    def records(self, part: str) -> "datasets.Dataset | None":
-        given = self.given[part]
-        return given() if callable(given) else given
+        """The held-out records, where the source has some."""
+        return self.parts[1]() if callable(self.parts[1]) else self.parts[1]
 
 
 def fingerprint(*parts: Any) -> str:
-    """A hash of plain values: equal for equal content, on any machine."""
+    """Returns a hash of plain values: equal for equal content, on any machine."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def load_sample(text: str = "answers.text") -> Corpus:
-    """The corpus that ships with lmlab, in the ELI5 schema."""
+    """Loads the corpus that ships with lmlab, in the ELI5 schema."""
     content = SAMPLE.read_bytes()
 
     def records() -> "datasets.Dataset":
@@ -79,6 +82,9 @@ def load_sample(text: str = "answers.text") -> Corpus:
         return datasets.Dataset.from_list([json.loads(line) for line in content.splitlines()])
 
     return Corpus(records, None, text, fingerprint("sample", hashlib.sha256(content).hexdigest()))
+
+
+# --- The hub ---
 
 
 def load_hub(
@@ -90,16 +96,16 @@ def load_hub(
     validation: str | None = None,
     filter: dict[str, Any] | None = None,
 ) -> Corpus:
-    """A data set of the Hugging Face hub, or a local directory laid out like one.
+    """Loads a data set of the Hugging Face hub, or a local directory laid out like one.
 
     Args:
-        path: hub id, such as `dany0407/eli5_category`, or a directory.
-        text: dotted path of the text in a record.
-        name: the configuration, where the data set has several.
-        revision: branch, tag or commit; give a commit for a figure to be repeated.
-        train: split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
-        validation: the same; without it a share of `train` is held out.
-        filter: keep the records whose column has this value, or one of these values.
+        path: Hub id, such as `dany0407/eli5_category`, or a directory.
+        text: Dotted path of the text in a record.
+        name: The configuration, where the data set has several.
+        revision: Branch, tag or commit; give a commit for a metric to be repeated.
+        train: Split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
+        validation: The same; without it a share of `train` is held out.
+        filter: Keep the records whose column has this value, or one of these values.
     """
     import datasets
 
@@ -111,8 +117,6 @@ def load_hub(
     pinned = revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else ""
     if not Path(path).is_dir() and pinned not in str(loaded[0].cache_files):
         raise UserError(f'data set "{path}" is not cached at data.revision={revision}, and the hub did not answer.')
-    # The cache fingerprint of a builder names the repository's commit and files.
-    source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
     for part in loaded:
         for column in filter or {}:
             if column not in part.column_names:
@@ -120,16 +124,21 @@ def load_hub(
                     f'data.filter names the column "{column}", which is not there.'
                     f"{nearest(column, part.column_names)} Columns: {', '.join(part.column_names)}."
                 )
-    kept = [partial(select, part, filter or {}) for part in loaded]
-    return Corpus(kept[0], kept[1] if validation else None, text, source)
+    # The cache fingerprint of a builder names the repository's commit and files.
+    source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
+    filtered = [partial(filter_records, part, filter or {}) for part in loaded]
+    return Corpus(filtered[0], filtered[1] if validation else None, text, source)
 
 
-def select(records: "datasets.Dataset", wanted: dict[str, Any]) -> "datasets.Dataset":
-    """The records whose columns hold the wanted value, or one of the wanted values."""
-    for column, value in wanted.items():
+def filter_records(records: "datasets.Dataset", filter: dict[str, Any]) -> "datasets.Dataset":
+    """Returns the records whose columns hold the value of the filter, or one of its values."""
+    for column, value in filter.items():
         values = value if isinstance(value, list) else [value]
-        records = records.select([i for i, found in enumerate(records[column]) if found in values])
+        records = records.select([i for i, each in enumerate(records[column]) if each in values])
     return records
+
+
+# --- Files ---
 
 
 def load_files(
@@ -139,19 +148,18 @@ def load_files(
     document: str = "file",
     delimiter: str | None = None,
 ) -> Corpus:
-    """Local files: txt, jsonl, json, csv, tsv, each also gzipped (`.gz`), and parquet.
+    """Loads local files: txt, jsonl, json, csv, tsv, each also gzipped (`.gz`), and parquet.
 
-    Line ends of plain text files become single line feeds. A json file is a list of records or of texts, or an
-    object with one list of records in it, whatever its name.
+    Line ends of plain text files become single line feeds. A json file is a list of records or of texts, or an object
+    with one list of records in it, whatever its name.
 
     Args:
-        train: a path or glob, or a list of them; may be left out where only `validation` is of use.
-        text: dotted path of the text in a record; plain text files have only `text`.
-        validation: the same as `train`; without it a share of `train` is held out.
-        document: what one document of a plain text file is: `file`, `line` or
-            `paragraph` (separated by a blank line).
-        delimiter: the character between the columns of a csv file; None for the one by which
-            its first line has the column of the text.
+        train: A path or glob, or a list of them; may be left out where only `validation` is of use.
+        text: Dotted path of the text in a record; plain text files have only `text`.
+        validation: The same as `train`; without it a share of `train` is held out.
+        document: What one document of a plain text file is: `file`, `line` or `paragraph` (separated by a blank line).
+        delimiter: The character between the columns of a csv file; None for the one by which its first line has the
+            column of the text.
     """
     import datasets
 
@@ -160,7 +168,7 @@ def load_files(
             f'data.document is one of {", ".join(SAMPLE_BY)}, not "{document}".{nearest(document, SAMPLE_BY)}'
         )
     named = {"train": train, "validation": validation}
-    files = {part: find(patterns, part) for part, patterns in named.items() if patterns is not None}
+    files = {part: find_files(patterns, part) for part, patterns in named.items() if patterns is not None}
     if not files:
         raise UserError("no file is named: add data.train=… or data.validation=… to the command.")
     everything = [file for part in files.values() for file in part]
@@ -170,31 +178,29 @@ def load_files(
     if builder == "text":
         options = {"sample_by": SAMPLE_BY[document], "encoding": "utf-8-sig"}
     elif builder == "csv":
-        found = formats.delimiter_of(everything, text, delimiter)
-        options = {"sep": found, "na_filter": False}  # "NA" is a text, no missing value
-        kind += [found] if found != "," else []
-    seen = [identity(file) for file in everything]
-    places = {part: [str(file.absolute()) for file in found] for part, found in files.items()}
-    memo = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{fingerprint(*kind, places)}.json"
-    known = remembered(memo, seen)
+        options = {"sep": formats.delimiter_of(everything, text, delimiter), "na_filter": False}  # "NA" is a text
+        kind += [options["sep"]] if options["sep"] != "," else []
+    before = [file_version(file) for file in everything]
+    paths = {part: [str(file.absolute()) for file in of_part] for part, of_part in files.items()}
+    memo = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{fingerprint(*kind, paths)}.json"
+    known = read_memo(memo, before)
     digests = dict(zip(everything, known or [digest(file) for file in everything], strict=True))
     refuse_copies(files, digests)
-    contents = {part: [digests[file] for file in found] for part, found in files.items()}
-    source = fingerprint("files", *kind, contents)
+    source = fingerprint("files", *kind, {part: [digests[file] for file in of_part] for part, of_part in files.items()})
 
     @cache
     def read() -> "dict[str, datasets.Dataset]":
         if delimiter is None and options.get("sep", ",") != ",":
             LOG.info("%s: %s divides the columns (data.delimiter).", everything[0], formats.DELIMITERS[options["sep"]])
         loaded = read_files(builder, files, text, source, options)
-        for file, before in zip(everything, seen, strict=True):
-            if identity(file) != before:
+        for file, version in zip(everything, before, strict=True):
+            if file_version(file) != version:
                 raise UserError(f"{file} has changed since this began. Start again.")
         return loaded
 
     if known is None:
         read()  # so that a fault in a file shows here, and the first time
-        remember(memo, seen, list(digests.values()))
+        write_memo(memo, before, list(digests.values()))
     records = {part: partial(lambda part: read()[part], part) for part in files}
     return Corpus(records.get("train"), records.get("validation"), text, source)
 
@@ -202,7 +208,12 @@ def load_files(
 def read_files(
     builder: str, files: dict[str, list[Path]], text: str, source: str, options: dict[str, Any]
 ) -> "dict[str, datasets.Dataset]":
-    """The records of files, of which `source` is a hash."""
+    """Reads the records of each part from its files.
+
+    Args:
+        source: A hash of the files, which keys what `datasets` caches of them.
+        options: Those of the builder.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -211,73 +222,41 @@ def read_files(
     read = {file: file for part in files.values() for file in part}
     if builder != "parquet":
         for file in read:
-            formats.check_is_text(file)
-            if formats.ending(file) == ".json":
-                read[file] = formats.unwrapped(file, text, cache_dir)
-    names = {part: [glob.escape(str(read[file])) for file in found] for part, found in files.items()}
+            formats.check_encoding(file)
+            if formats.suffix_of(file) == ".json":
+                read[file] = formats.unwrap_json(file, text, cache_dir)
+    paths = {part: [glob.escape(str(read[file])) for file in of_part] for part, of_part in files.items()}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is said below, once
     try:
-        loaded = datasets.load_dataset(builder, data_files=names, cache_dir=str(cache_dir), **options)
+        loaded: dict[str, datasets.Dataset] = datasets.load_dataset(
+            builder, data_files=paths, cache_dir=str(cache_dir), **options
+        )
         for records in loaded.values():
-            for kept in records.cache_files:
+            for cached in records.cache_files:
                 # Not by its mapping: all of the file would count as memory of this process.
-                with pa.OSFile(kept["filename"]) as stream:
+                with pa.OSFile(cached["filename"]) as stream:
                     for batch in pa.ipc.open_stream(stream):
                         batch.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
     except (datasets.exceptions.DatasetGenerationError, *formats.UNREADABLE) as error:
-        *_, deepest = causes(error)
         for cause in causes(error):
             if isinstance(cause, OSError) and cause.errno in UNWRITABLE:  # of the cache, which was written to
                 raise cause from None
-        raise UserError(formats.fault(read, builder, text, options) or formats.reason(deepest)) from error
+        formats.check_files(read, builder, text, options)
+        *_, deepest = causes(error)
+        raise UserError(f"the data files could not be read together: {first_line(deepest)}") from error
     features = next(iter(loaded.values())).features
     # To newer versions of `datasets`, a column of strings and numbers is one of anything.
     if builder == "json" and text.split(".")[0] in features and text not in text_paths("", features):
-        mixture = formats.mixed(read, text)
-        if mixture:
-            raise UserError(mixture)
+        formats.check_kinds(read, text)
     return loaded
 
 
-# What was learned of files is kept, so that the next start need not read them. A file is taken for
-# the one it was if size, times, and inode are: what git and ccache trust. A program can set the
-# time of modification back, but not that of change (ctime). Both are as fine as the clock of the
-# file system, so what changed just now could change again unseen (git's "racily clean" entries):
-# nothing is kept of a file that was not at rest. What remains is a clock set back, that of a file
-# server far behind ours, and a write to the raw disk.
-AT_REST = 2.0  # seconds since the last change; FAT's times, the coarsest, are 2 s apart
-
-
-def identity(file: Path) -> list[int]:
-    """What tells, without reading it, whether a file is as it was."""
-    about = file.stat()
-    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
-
-
-def remembered(memo: Path, seen: list[list[int]]) -> list[str] | None:
-    """The digests of files that were read without a fault, if they are as they were then."""
-    # A memo that is missing, half or none at all is as good as none.
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        content = json.loads(memo.read_text())
-        if content["files"] == seen and content["check"] == fingerprint(seen, content["digests"]):
-            return content["digests"]
-    return None
-
-
-def remember(memo: Path, seen: list[list[int]], digests: list[str]) -> None:
-    """Keep them for the next start, if none of the files changed just before they were read."""
-    last = max(max(modified, changed) for _, modified, changed, _ in seen)
-    if time.time() - last / 1e9 >= AT_REST:
-        with suppress(OSError):  # It only saves time.
-            write_text(memo, json.dumps({"files": seen, "digests": digests, "check": fingerprint(seen, digests)}))
-
-
-def find(patterns: str | Sequence[str], part: str) -> list[Path]:
-    """The files that paths or globs name, in sorted order."""
+def find_files(patterns: str | Sequence[str], part: str) -> list[Path]:
+    """Returns the files that paths or globs name, those of each glob sorted, and no file twice."""
     given = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
         raise UserError(f"data.{part} is a path, a glob, or a list of them, not {patterns}.")
-    found: list[Path] = []
+    found: dict[Path, None] = {}
     for pattern in map(os.path.expanduser, given):
         with reading(pattern):
             if Path(pattern).is_dir():
@@ -287,19 +266,20 @@ def find(patterns: str | Sequence[str], part: str) -> list[Path]:
             files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise UserError(f'data.{part}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
-        found += [file for file in files if file not in found]
+        found |= dict.fromkeys(files)
     if not any(file.stat().st_size for file in found):
         raise UserError(f"the data set is empty: data.{part}={patterns} holds no byte. Name a file with text in it.")
-    return found
+    return [*found]
 
 
 def digest(file: Path) -> str:
+    """Returns the SHA-256 of a file."""
     with reading(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) -> None:
-    """Refuse a validation file that has the content of a training file."""
+    """Refuses a validation file that has the content of a training file."""
     nothing = hashlib.sha256().hexdigest()
     trained_on = {digests[file]: file for file in files.get("train", []) if digests[file] != nothing}
     copies = [file for file in files.get("validation", []) if digests[file] in trained_on]
@@ -309,3 +289,36 @@ def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) 
             f"data.train={trained_on[digests[copies[0]]]} and data.validation={copies[0]} have the same content{more}: "
             "it would be trained on.\nName others, or leave data.validation out to hold out a share of data.train."
         )
+
+
+# The digests of files are kept in a memo, so that the next start need not read them. A file is taken for the one it was
+# if size, times, and inode are: what git and ccache trust. A program can set the time of modification back, but not
+# that of change (ctime). Both are as fine as the clock of the file system, so what changed just now could change again
+# unseen (git's "racily clean" entries): nothing is kept of a file that was not at rest. What remains is a clock set
+# back, that of a file server far behind ours, and a write to the raw disk.
+
+
+def file_version(file: Path) -> list[int]:
+    """Returns what tells, without reading it, whether a file is as it was."""
+    about = file.stat()
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def read_memo(memo: Path, versions: list[list[int]]) -> list[str] | None:
+    """Returns the digests of files that were read without a fault, if they are as they were then."""
+    # A memo that is missing, half or none at all is as good as none.
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads(memo.read_text())
+        digests: list[str] = content["digests"]
+        if content["files"] == versions and content["check"] == fingerprint(versions, digests):
+            return digests
+    return None
+
+
+def write_memo(memo: Path, versions: list[list[int]], digests: list[str]) -> None:
+    """Keeps the digests of files for the next start, if none of the files changed just before they were read."""
+    last = max(max(modified, changed) for _, modified, changed, _ in versions)
+    if time.time() - last / 1e9 >= AT_REST:
+        with suppress(OSError):  # It only saves time.
+            content = {"files": versions, "digests": digests, "check": fingerprint(versions, digests)}
+            write_text(memo, json.dumps(content))

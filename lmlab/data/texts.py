@@ -1,8 +1,8 @@
-"""From records to the texts in them (guide, `flatten`)."""
+"""The texts in records (guide, `flatten`)."""
 
 import mmap
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,105 +12,85 @@ from lmlab.errors import UserError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
+Text = TypeVar("Text", str, bytes)
 RECORDS_AT_ONCE = 100
 BYTES_AT_ONCE = 2**22  # Fewer records where each is long.
 KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
 VIEWS = {"replace_schema_metadata", "select", "slice"}  # What leaves a table in its file.
 
 
-def encoded(text: str) -> bytes:
-    """UTF-8, also of half of a surrogate pair, which JSON can hold."""
+def utf8(text: str) -> bytes:
+    """Returns the UTF-8 bytes of a text; half of a surrogate pair, which JSON can hold, gives three."""
     return text.encode("utf-8", "surrogatepass")
 
 
-def flatten(records: "Dataset", path: str) -> Iterator[list[str]]:
-    """The texts of each record, by the dotted path of the text (guide, `flatten`).
+def split_path(path: str, columns: list[str]) -> tuple[str, list[str]]:
+    """Splits the dotted path of a text into its column and the path within.
 
-    Works for a struct of lists (`answers: {text: [...]}`) and for a list of structs
-    (`answers: [{text: ...}]`) alike.
+    A column may have the whole path as its name: `Dataset.flatten` calls them so.
     """
-    # A column may have the whole path as its name: so `Dataset.flatten` calls them.
-    top, *rest = [path] if path in records.column_names else path.split(".")
-    if top not in records.column_names:
-        raise no_such_text(records, path)
-    records, mappings = mapped(records)
-    column = records.select_columns([top])
-    size = max(column.data.nbytes, 1)
-    step = max(1, min(RECORDS_AT_ONCE, len(column.data) * BYTES_AT_ONCE // size))
-    for start in range(0, len(column), step):
-        for value in column[start : start + step][top]:
+    column, *within = [path] if path in columns else path.split(".")
+    return column, within
+
+
+def flatten(records: "Dataset", path: str) -> Iterator[list[str]]:
+    """Yields the list of texts of each record.
+
+    A missing text gives none; an empty one is a text. A struct of lists and a list of structs give the same:
+
+        path            record                                        texts
+        text            {"text": "x"}                                 ["x"]
+        answers.text    {"answers": {"text": ["x", "", None]}}        ["x", ""]
+        answers.text    {"answers": [{"text": "x"}, {"text": ""}]}    ["x", ""]
+
+    Args:
+        path: The dotted path of the text in a record.
+
+    Raises:
+        UserError: There is no text at the path; names the paths where there are some.
+    """
+    column, within = split_path(path, records.column_names)
+    if column not in records.column_names:
+        raise missing_text(records, path)
+    records, mappings = map_files(records)
+    values = records.select_columns([column])
+    step = max(1, min(RECORDS_AT_ONCE, len(values.data) * BYTES_AT_ONCE // max(values.data.nbytes, 1)))
+    for start in range(0, len(values), step):
+        for value in values[start : start + step][column]:
             try:
-                yield list(texts_at(value, rest))
+                yield list(texts_at(value, within))
             except (KeyError, TypeError):
-                raise no_such_text(records, path) from None
+                raise missing_text(records, path) from None
         for mapping in mappings:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def mapped(records: "Dataset") -> "tuple[Dataset, list[mmap.mmap]]":
-    """The same records, and the mappings of their files, by which what was read can be let go.
-
-    Else it would count as memory of this process: records are shuffled, so soon all of the file.
-    """
-    from datasets import Dataset
-    from datasets.table import InMemoryTable, MemoryMappedTable
-
-    rows = getattr(records.data, "blocks", [[records.data]])
-    tables = [table for row in rows for table in row]
-    in_files = all(isinstance(table, MemoryMappedTable) for table in tables)
-    if not in_files or len(tables) > len(rows) or not all(step[0] in VIEWS for t in tables for step in t.replays):
-        return records, []
-    opened, mappings = [], []
-    for table in tables:
-        with open(table.path, "rb") as stream:
-            mappings.append(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-        view = pa.ipc.open_stream(pa.py_buffer(mappings[-1])).read_all()
-        for name, arguments, options in table.replays:
-            view = getattr(view, name)(*arguments, **options)
-        opened.append(view)
-    table = InMemoryTable(pa.concat_tables(opened))
-    # A fingerprint of its own would be a hash of all the bytes.
-    return Dataset(table, indices_table=records._indices, fingerprint=records._fingerprint), mappings
-
-
-def in_file_order(records: "Dataset") -> "tuple[Dataset, np.ndarray | None]":
-    """The same records as they follow one another in their file, and of each which of `records` it is.
-
-    A split that was drawn at random would be read at random too, which takes a network disk hours.
-    None where they come in that order already.
-    """
-    if records._indices is None:
-        return records, None
-    order = np.argsort(records._indices.column(0).to_numpy(), kind="stable")
-    return records.select(order), order
-
-
 def texts_at(value: Any, path: list[str]) -> Iterator[str]:
-    if value is None:
-        return
+    """Yields the texts at a path below a value; raises a KeyError or TypeError where there is something else."""
     if isinstance(value, list):
         for item in value:
             yield from texts_at(item, path)
-    elif path:
+    elif path and value is not None:
         yield from texts_at(value[path[0]], path[1:])
     elif isinstance(value, str):
         yield value
-    else:
+    elif value is not None:
         raise TypeError
 
 
-def forms(value: Any, path: list[str]) -> Iterator[str]:
-    """What is found where `texts_at` looks for texts, in words; nothing for what is missing or empty."""
+def kinds_at(value: Any, path: list[str]) -> Iterator[str]:
+    """Yields in words what lies where `texts_at` looks for texts, such as "a number in a list"; a null is nothing."""
     if isinstance(value, list):
         for item in value:
-            yield from (f"{form} in a list" for form in forms(item, path))
+            yield from (f"{kind} in a list" for kind in kinds_at(item, path))
     elif path and isinstance(value, dict):
-        yield from forms(value.get(path[0]), path[1:])
+        yield from kinds_at(value.get(path[0]), path[1:])
     elif value is not None:
         yield KINDS[type(value)] + (" in place of an object" if path else "")
 
 
-def no_such_text(records: "Dataset", path: str) -> UserError:
+def missing_text(records: "Dataset", path: str) -> UserError:
+    """Returns the error for a path that leads to no text."""
     found = sorted(set(text_paths("", records.features)))
     return UserError(
         f"data.text={path}: no text there.{nearest(path, found)} Texts are at: {', '.join(found) or 'nowhere'}."
@@ -118,7 +98,7 @@ def no_such_text(records: "Dataset", path: str) -> UserError:
 
 
 def text_paths(prefix: str, feature: Any) -> Iterator[str]:
-    """The dotted paths of all strings in a data set's features."""
+    """Yields the dotted paths of all strings in the features of a data set."""
     if isinstance(feature, dict):
         for name, inner in feature.items():
             yield from text_paths(f"{prefix}.{name}" if prefix else name, inner)
@@ -128,3 +108,58 @@ def text_paths(prefix: str, feature: Any) -> Iterator[str]:
         yield from text_paths(prefix, feature.feature)
     elif getattr(feature, "dtype", None) in ("string", "large_string"):
         yield prefix
+
+
+def batches(texts: Iterable[Text], count: int, length: int) -> Iterator[list[Text]]:
+    """Yields texts in lists of `count`, or of fewer that are as long as `length` or longer together."""
+    batch: list[Text] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) >= count or size >= length:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def map_files(records: "Dataset") -> "tuple[Dataset, list[mmap.mmap]]":
+    """Maps the files of a data set into memory anew, by mappings whose pages can be given back once they were read.
+
+    Else they would count as memory of this process: records are shuffled, so that is soon all of the file.
+
+    Returns:
+        The same records, and their mappings; the given ones and none where they do not all lie in files as they are.
+    """
+    from datasets import Dataset
+    from datasets.table import InMemoryTable, MemoryMappedTable
+
+    rows = getattr(records.data, "blocks", [[records.data]])
+    tables = [table for row in rows for table in row]
+    in_files = all(isinstance(table, MemoryMappedTable) for table in tables)
+    if not in_files or len(tables) > len(rows) or not all(step[0] in VIEWS for t in tables for step in t.replays):
+        return records, []
+    views, mappings = [], []
+    for table in tables:
+        with open(table.path, "rb") as stream:
+            mappings.append(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        view = pa.ipc.open_stream(pa.py_buffer(mappings[-1])).read_all()
+        for name, arguments, options in table.replays:
+            view = getattr(view, name)(*arguments, **options)
+        views.append(view)
+    # A fingerprint of its own would be a hash of all the bytes.
+    table = InMemoryTable(pa.concat_tables(views))
+    return Dataset(table, indices_table=records._indices, fingerprint=records._fingerprint), mappings
+
+
+def sort_by_file(records: "Dataset") -> "tuple[Dataset, np.ndarray | None]":
+    """Sorts records as they lie in their file: reading a drawn split at random takes a network disk hours.
+
+    Returns:
+        The sorted records, and [records] the index in `records` of each; None where they are sorted already.
+    """
+    if records._indices is None:
+        return records, None
+    order = np.argsort(records._indices.column(0).to_numpy(), kind="stable")
+    return records.select(order), order

@@ -1,7 +1,7 @@
-"""Tokenizers: pretrained ones, and two kinds trained on the training split.
+"""Tokenizers: pretrained ones, and two kinds that are trained on the training split.
 
-Each function returns a Hugging Face tokenizer; one that is trained takes an iterator over
-the training texts as `texts`.
+A function that a config names as a tokenizer returns one of Hugging Face's; where it trains one, it takes the training
+texts as `texts`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ END, PAD, MASK, UNKNOWN = "<|endoftext|>", "<pad>", "<mask>", "<unk>"
 
 
 def pretrained(name: str | None, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer by hub id or directory."""
+    """Loads a tokenizer by hub id or directory."""
     if name is None:
         raise UserError("tokenizer=pretrained needs a name here: add tokenizer.name=ID_OR_DIRECTORY to the command.")
     with from_hub("tokenizer", name, "model.name or tokenizer.name"):
@@ -29,7 +29,11 @@ def pretrained(name: str | None, revision: str | None = None) -> PreTrainedToken
 
 
 def bpe(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase:
-    """Byte-level BPE (Radford et al. 2019, section 2.2): any text is spelled, nothing is unknown."""
+    """Trains byte-level BPE (Radford et al. 2019, section 2.2), which spells any text: nothing is unknown.
+
+    Args:
+        vocab_size: Tokens, special ones included; fewer where the texts give no more merges.
+    """
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 3
     if vocab_size < least:
         raise UserError(f"tokenizer.vocab_size must be at least {least} (256 bytes and 3 special tokens).")
@@ -51,7 +55,7 @@ def bpe(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase
 
 
 def char(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """One id per character of the training split; any other character is the unknown token."""
+    """Makes a tokenizer with one id per character of the texts; any other character is the unknown token."""
     alphabet = sorted({character for text in texts for character in text})
     special = [END, PAD, MASK, UNKNOWN]
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
@@ -75,12 +79,12 @@ def encode(
     located: bool = False,
     truncation: bool = False,
 ) -> Iterator[tuple[list[int], Any]]:
-    """The ids of each text and, where the tokenizer is a fast one, its `tokenizers.Encoding`.
+    """Yields the ids of each text and, where the tokenizer is a fast one, its `tokenizers.Encoding`.
 
     Args:
-        special_tokens: add the tokenizer's own, and take one that a text spells out for the token.
-        located: the encoding has to know where in the text each token lies.
-        truncation: cut at the tokenizer's longest input.
+        special_tokens: Add the tokenizer's own, and take one that a text spells out for the token.
+        located: The encoding has to know where in the text each token lies.
+        truncation: Cut at the tokenizer's longest input.
     """
     if calls_rust_alone(tokenizer) and not truncation:
         # What the call below comes to, less a mask, type ids and offsets for each token as Python objects.
@@ -103,7 +107,7 @@ def encode(
 
 
 def calls_rust_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether calling a tokenizer calls the Rust library and no more: a few models' own do."""
+    """Whether calling a tokenizer only calls the Rust library: those of a few models do something of their own."""
     kind = type(tokenizer)
     return (
         tokenizer.is_fast
@@ -112,8 +116,31 @@ def calls_rust_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id of the token that ends a text: the end-of-sequence token, or else the separator."""
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError(
+        "the tokenizer has no end-of-text token to put between documents.\n"
+        "Set preprocess.end_of_text=false to run documents together."
+    )
+
+
+def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Returns the tokens for text that a tokenizer can't spell, by their ids.
+
+    The model of a fast tokenizer may have one that its wrapper in transformers does not name.
+    """
+    ids = {tokenizer.unk_token_id}
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        ids |= {model.get("unk_id"), tokenizer.backend_tokenizer.token_to_id(model.get("unk_token") or "")}
+    return {token: tokenizer.convert_ids_to_tokens(token) for token in ids if token is not None}
+
+
 def content_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides a tokenizer's output; its name and path do not count."""
+    """Returns a hash of everything that decides a tokenizer's output; its name and path do not count."""
     if tokenizer.is_fast:
         # Padding and truncation are set by the last call made, not by the tokenizer.
         model = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}

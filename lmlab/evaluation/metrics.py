@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmlab.data.documents import UNITS
+from lmlab.data.documents import COUNTS
 
 NATS_PER_UNKNOWN_BYTE = math.log(256)
 """What each byte that an unknown token stands for is charged: 8 bits, in nats."""
@@ -39,7 +39,7 @@ def sum_totals(nll: np.ndarray, units: np.ndarray, stretches: np.ndarray | None 
 
     Args:
         nll: [S, 2] float64: Σ nll and Σ nll² of each row.
-        units: [S, 7] int64: `documents.UNITS` of each row.
+        units: [S, 7] int64: `documents.COUNTS` of each row.
         stretches: [S] which part of its document each row is, from 0; None where each is a whole one.
     """
     documents = np.arange(len(nll)) if stretches is None else np.cumsum(stretches == 0) - 1
@@ -48,7 +48,7 @@ def sum_totals(nll: np.ndarray, units: np.ndarray, stretches: np.ndarray | None 
         "documents_scored": len(np.unique(documents[units[:, 0] > 0])),
         "nll": math.fsum(nll[:, 0]),
         "nll_squared": math.fsum(nll[:, 1]),
-        **{unit: int(counts.sum()) for unit, counts in zip(UNITS, units.T, strict=True)},
+        **{unit: int(counts.sum()) for unit, counts in zip(COUNTS, units.T, strict=True)},
     }
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lmlab import secrets
-from lmlab.data.documents import UNITS, Documents
+from lmlab.data.documents import COUNTS, Documents
 from lmlab.errors import UserError, first_line
 from lmlab.evaluation.metrics import NATS_PER_UNKNOWN_BYTE, WORDS, compute_metrics, sum_totals
 from lmlab.io import write_beside, write_json
@@ -80,7 +80,7 @@ class Records:
         """The result of `DocumentSums`: nll [S, 2] float64, units [S, 7] int64."""
         nll, units = (
             np.stack([self.table[name].to_numpy() for name in names], axis=1)
-            for names in (("nll", "nll_squared"), UNITS)
+            for names in (("nll", "nll_squared"), COUNTS)
         )
         return nll, units
 
@@ -88,8 +88,8 @@ class Records:
     def bits_and_bytes(self) -> np.ndarray:
         """[S, 2] float64: bits of each row's text, unknown tokens charged, and its bytes."""
         nll, units = self.sums
-        nats = nll[:, 0] + NATS_PER_UNKNOWN_BYTE * units[:, UNITS.index("unknown_bytes")]
-        return np.stack([nats / math.log(2), units[:, UNITS.index("bytes")].astype(np.float64)], axis=1)
+        nats = nll[:, 0] + NATS_PER_UNKNOWN_BYTE * units[:, COUNTS.index("unknown_bytes")]
+        return np.stack([nats / math.log(2), units[:, COUNTS.index("bytes")].astype(np.float64)], axis=1)
 
     @property
     def has_stretches(self) -> bool:

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lmlab.data.datamodule import padded
-from lmlab.data.documents import CONTINUES, FLAGS, UNITS, Documents
+from lmlab.data.datamodule import pad_rows
+from lmlab.data.documents import CONTINUES, COUNTS, FLAGS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
 from lmlab.evaluation.windows import Windows
@@ -43,7 +43,7 @@ class ScoringBatch(NamedTuple):
     stretches: Tensor
     """[N] int64: the stretch of the documents that each target belongs to."""
     units: Tensor
-    """[N, 7] int64: `documents.UNITS` of each target."""
+    """[N, 7] int64: `documents.COUNTS` of each target."""
 
 
 class Row(NamedTuple):
@@ -232,7 +232,7 @@ class HeldOut(Dataset[ScoringBatch]):
         if not rows:
             nothing = np.zeros(0, np.int64)
             rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
-        input_ids, attention_mask, positions = padded([(row.inputs, row.positions) for row in rows], self.pad_id)
+        input_ids, attention_mask, positions = pad_rows([(row.inputs, row.positions) for row in rows], self.pad_id)
         tokens = np.concatenate([row.tokens for row in rows])
         return ScoringBatch(
             input_ids,
@@ -240,7 +240,7 @@ class HeldOut(Dataset[ScoringBatch]):
             positions,
             torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
             torch.from_numpy(np.searchsorted(documents.stretches, tokens, side="right") - 1),
-            torch.from_numpy(documents.units(tokens)),
+            torch.from_numpy(documents.counts(tokens)),
         )
 
 
@@ -284,7 +284,7 @@ class DocumentSums(Metric):
     def __init__(self, stretches: int):
         super().__init__()
         self.add_state("nll", torch.zeros((stretches, 2), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("units", torch.zeros((stretches, len(UNITS)), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("units", torch.zeros((stretches, len(COUNTS)), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, batch: ScoringBatch) -> None:
         """Adds the nll [N] of a batch's targets; N may be 0."""
@@ -295,7 +295,7 @@ class DocumentSums(Metric):
         self.units = self.units.index_add(0, batch.stretches, batch.units)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns Σ nll and Σ nll² [S, 2] float64, and `documents.UNITS` of what was scored [S, 7] int64."""
+        """Returns Σ nll and Σ nll² [S, 2] float64, and `documents.COUNTS` of what was scored [S, 7] int64."""
         return self.nll, self.units
 
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from lmlab.config import schema
 from lmlab.console import duration, show_result, show_rows
-from lmlab.data.sampler import EvaluationSampler, share_of
+from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan
 
@@ -57,7 +57,7 @@ def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, 
     """
     trainer, batch_size = plan.cfg.trainer, plan.cfg.batch_size
     world = schema.world(trainer)
-    share = share_of(batch_size, world, trainer.accumulate_grad_batches)
+    share = micro_batch_size(batch_size, world, trainer.accumulate_grad_batches)
     validations = math.ceil(steps / interval)  # after the one before training
     batches, batches_at_end = (len(EvaluationSampler(rows, share, 0, world)) for rows in (held_out, whole))
     parts = [

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.console import command
 from lmlab.data.datamodule import HeldOutData
-from lmlab.data.documents import UNITS
+from lmlab.data.documents import COUNTS
 from lmlab.distributed.signals import SIGNALS
 from lmlab.distributed.slurm import requeue
 from lmlab.errors import UserError
@@ -337,7 +337,7 @@ def rescoring_due(trainer: L.Trainer) -> bool:
         return True
     path = best_checkpoint(trainer)
     sums = load_checkpoint(path).get("validation") if path else None
-    return sums is not None and sums["units"].shape[1] != len(UNITS)
+    return sums is not None and sums["units"].shape[1] != len(COUNTS)
 
 
 def score_best_weights(trainer: L.Trainer, module: LMModule) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmlab.data import overlap
-from lmlab.data.overlap import WINDOW, documents_in
+from lmlab.data.overlap import WINDOW, count_contained
 from lmlab.data.sources import load_sample
 from lmlab.data.texts import flatten
 
@@ -36,9 +36,9 @@ def test_any_texts(training: list[str], held_out: list[str], cuts: list[tuple[in
     held_out = held_out + cut + across
     # So short that a few words fill several.
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("WINDOW", 4), ("STRETCH", 32), ("BLOCK", 8)):
+        for name, value in (("WINDOW", 4), ("CHUNK", 32), ("SLICE", 8)):
             patch.setattr(overlap, name, value)
-        assert documents_in(training, held_out) == found_by_python(training, held_out, 4)
+        assert count_contained(training, held_out) == found_by_python(training, held_out, 4)
 
 
 def test_real_text() -> None:
@@ -51,44 +51,44 @@ def test_real_text() -> None:
     assert len(first.encode()) > 200
     inside = [first, first[:100], first[50:150], first[-WINDOW:], first]
     outside = [first[:-1] + "~", first[-100:] + training[8][:100], "~" + first, first[: WINDOW - 1], "", " \n"]
-    assert documents_in(training, held_out + inside + outside) == 5
+    assert count_contained(training, held_out + inside + outside) == 5
     # The order and the number of documents that lie together change nothing.
     random.Random(0).shuffle(training)
-    assert documents_in(iter(training * 20), iter(outside + inside + held_out)) == 5
+    assert count_contained(iter(training * 20), iter(outside + inside + held_out)) == 5
 
 
-def test_a_document_longer_than_a_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(0)
     long = "".join(draw.choice("abcdefgh ") for _ in range(50_000))
-    monkeypatch.setattr(overlap, "STRETCH", 2**12)
-    monkeypatch.setattr(overlap, "BLOCK", 2**10)
+    monkeypatch.setattr(overlap, "CHUNK", 2**12)
+    monkeypatch.setattr(overlap, "SLICE", 2**10)
     held_out = [long, long[1000:30_000], long[:-1] + "~", long + "~", long[20_000:20_100]]
-    assert documents_in(["before", "x" * 3000 + long + "after", "last"], held_out) == 3
+    assert count_contained(["before", "x" * 3000 + long + "after", "last"], held_out) == 3
 
 
 def test_documents_that_begin_alike() -> None:
     """A head that all share, as of a licence or a letter, makes no more work: its windows are not looked for."""
     head = "Copyright by all who wrote it, and without any warranty at all. " * 4
     held_out = [f"{head}number {i}, and {i * i} lines to tell it from the others by." for i in range(300)]
-    known = overlap.Known(held_out)
+    known = overlap.KnownDocuments(held_out)
     compared = sum(
         len(starts)
-        for first, windows in overlap.Hashes(b"\xff".join(text.encode() for text in held_out)).windows()
+        for first, windows in overlap.PartHashes(b"\xff".join(text.encode() for text in held_out)).windows()
         for starts, _ in known.candidates(first, windows)
     )
     assert compared < 3 * len(held_out)
-    assert documents_in([*held_out[::2], head], held_out) == 150
+    assert count_contained([*held_out[::2], head], held_out) == 150
 
 
 def test_training_text_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times the text takes no more memory; and none is read for nothing."""
-    monkeypatch.setattr(overlap, "STRETCH", 2**12)
-    monkeypatch.setattr(overlap, "BLOCK", 2**10)
+    monkeypatch.setattr(overlap, "CHUNK", 2**12)
+    monkeypatch.setattr(overlap, "SLICE", 2**10)
     held_out = ["a held-out document that is long enough to be looked for"]
 
     def peak(documents: int) -> int:
         tracemalloc.start()
-        assert documents_in((f"{i} " + "some words " * 100 for i in range(documents)), held_out) == 0
+        assert count_contained((f"{i} " + "some words " * 100 for i in range(documents)), held_out) == 0
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -100,4 +100,4 @@ def test_training_text_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("read")
         yield
 
-    assert documents_in(never(), ["too short", ""]) == documents_in(never(), []) == 0
+    assert count_contained(never(), ["too short", ""]) == count_contained(never(), []) == 0

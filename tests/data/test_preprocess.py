@@ -311,11 +311,11 @@ def test_flatten_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shuffled = records.train_test_split(test_size=20, seed=3)["train"]
     assert list(flatten(shuffled, "a.b")) == [[f"{i}", "x"] for i in shuffled["c"]]
     for kept, files in ((shuffled, 1), (records.select(range(9, 20)), 1), (concatenate_datasets([records] * 2), 2)):
-        again, mappings = from_records.mapped(kept)
+        again, mappings = from_records.map_files(kept)
         assert again[:] == kept[:]
         assert len(mappings) == files
     for other in (Dataset.from_dict({"text": ["a"]}), records.flatten()):
-        again, mappings = from_records.mapped(other)
+        again, mappings = from_records.map_files(other)
         assert again is other
         assert mappings == []
 
@@ -627,10 +627,10 @@ def test_memory_is_flat_in_the_corpus(
 
 def test_long_documents_go_fewer_at_once() -> None:
     texts = ["a" * n for n in [10] * 1001 + [2**19] * 3 + [2**22, 1]]
-    found = list(preprocess.batches(texts))
+    found = list(from_records.batches(texts, 1000, 2**20))
     assert [text for batch in found for text in batch] == texts
     assert [len(batch) for batch in found] == [1000, 3, 2, 1]
-    assert list(preprocess.batches([])) == []
+    assert list(from_records.batches([], 1000, 2**20)) == []
 
 
 def test_a_filled_cache_is_only_read(run: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -724,7 +724,7 @@ def test_held_out_records_are_read_in_the_order_of_their_file(
     choices = Preprocessing(join=join, test_size=0.3)
     drawn = preprocess.split(corpus, choices)["validation"]
     assert drawn._indices.column(0).to_pylist() != order
-    texts = list(preprocess.documents_of(drawn["text"], join))
+    texts = list(preprocess.join_texts(drawn["text"], join))
     whole = [f"{text}{tokenizer.eos_token}" for text in texts if text]
     assert documents(blocks_of(prepared, "validation"), tokenizer) == whole
     assert prepared.validation.starts == [" ".join(text.split()) for text in texts]

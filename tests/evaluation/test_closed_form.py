@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from lmlab.data.documents import UNITS
+from lmlab.data.documents import COUNTS
 from lmlab.data.tokenizers import bpe, char
 from lmlab.evaluation.metrics import compute_metrics, sum_totals
 from lmlab.objectives.clm import CausalLM
@@ -240,7 +240,7 @@ def test_figures_with_nothing_under_them() -> None:
     found = compute_metrics({"nll": 5000.0, "nll_squared": 1.0, "tokens": 2, "bytes": 0, "words": 0})
     assert found["perplexity"] == math.inf
     assert found["bits_per_byte"] is found["bits_per_word"] is found["word_perplexity"] is None
-    nothing = sum_totals(np.zeros((3, 2)), np.zeros((3, len(UNITS)), np.int64))
+    nothing = sum_totals(np.zeros((3, 2)), np.zeros((3, len(COUNTS)), np.int64))
     assert nothing["documents"] == 3
     assert nothing["documents_scored"] == 0
     assert set(compute_metrics(nothing, sample=0.5).values()) == {None}

@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmlab.data.documents import CONTINUES, END, FEW, START, STRETCH, UNITS, Documents, spans, stretches
-from lmlab.data.preprocess import Preprocessing, Tokens, read_lengths, tokenize, write_split
+from lmlab.data.documents import CONTINUES, COUNTS, END, FEW, START, STRETCH, Documents, read_lengths, spans, stretches
+from lmlab.data.preprocess import Preprocessing, Tokens, tokenize, write_split
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.evaluation import records
@@ -252,9 +252,9 @@ def test_many_documents_are_whole(tmp_path: Path) -> None:
 def test_ends_lines_and_unknown_tokens_are_counted(tmp_path: Path) -> None:
     """A document's end is that of its last line, unless the text ends with one."""
     documents = documents_of(["The cat\nsat", "on the\nmat\n", "你 cat"], "char", tmp_path)
-    units = documents.units(np.arange(len(documents.tokens)))
+    units = documents.counts(np.arange(len(documents.tokens)))
     owners = np.searchsorted(documents.edges, np.arange(len(units)), side="right") - 1
-    sums = [dict(zip(UNITS, units[owners == i].sum(axis=0).tolist(), strict=True)) for i in range(3)]
+    sums = [dict(zip(COUNTS, units[owners == i].sum(axis=0).tolist(), strict=True)) for i in range(3)]
     assert [(s["words"], s["ends"], s["lines"]) for s in sums] == [(3, 1, 2), (3, 1, 2), (2, 1, 1)]
     assert [(s["unknown_tokens"], s["unknown_bytes"]) for s in sums] == [(0, 0), (0, 0), (1, 3)]
 
@@ -346,7 +346,7 @@ def some_sums(count: int = 500) -> tuple[np.ndarray, np.ndarray]:
     """Of very different sizes, so that the order of adding would show in the last bits."""
     draw = np.random.default_rng(0)
     nll = draw.gamma(0.3, 10.0 ** draw.uniform(-8, 8, (count, 1)), (count, 2))
-    units = draw.integers(0, 10**6, (count, len(UNITS)))
+    units = draw.integers(0, 10**6, (count, len(COUNTS)))
     nll[::7], units[::7] = 0, 0
     return nll, units
 
@@ -397,7 +397,7 @@ def test_an_evaluation_that_is_not_there(written: Path, tmp_path: Path) -> None:
     assert "records.parquet" in refused(written)
 
 
-@pytest.mark.parametrize("column", ["nll", "nll_squared", *UNITS])
+@pytest.mark.parametrize("column", ["nll", "nll_squared", *COUNTS])
 def test_a_changed_value(written: Path, column: str) -> None:
     """The least there is: one unit, or the last bits of one document."""
     table = pq.read_table(written / "records.parquet")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lmlab.data.documents import Documents, read_documents
-from lmlab.data.preprocess import Preprocessing, group_texts, read_lengths, write_split
+from lmlab.data.preprocess import Preprocessing, group_texts, write_split
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.objectives.clm import CausalLM
@@ -40,7 +40,7 @@ def documents_of(texts: list[str], name: str, place: Path) -> Documents:
         write_split(place, "validation", ([text] for text in texts), tokenizer_named(name), choices)
     except UserError:  # there is no token in them
         assume(False)
-    return read_documents(place, "validation", read_lengths(place, "validation"))
+    return read_documents(place, "validation")
 
 
 def windows_of(documents: Documents, name: str, objective: Any, block_size: int, **choices: Any) -> Any:

@@ -29,7 +29,7 @@ from transformers import (
 
 from lmlab.config.build import build_held_out
 from lmlab.data.datamodule import HeldOutData
-from lmlab.data.documents import UNITS
+from lmlab.data.documents import COUNTS
 from lmlab.data.preprocess import Prepared, Preprocessing, prepare_validation
 from lmlab.data.sampler import EvaluationSampler
 from lmlab.data.sources import Corpus
@@ -429,7 +429,7 @@ def test_the_standard_error_of_a_sample(tmp_path: Path) -> None:
     for seed in range(300):
         rows = held_out_of(data, MaskedLM(tokenizer), 64, sample=0.6, seed=seed, **choices).rows
         nll = each[rows.tokens]
-        units = np.ones((len(nll), len(UNITS)), np.int64)
+        units = np.ones((len(nll), len(COUNTS)), np.int64)
         totals = sum_totals(np.stack([nll, nll**2], axis=1), units)
         figures = compute_metrics(totals, "pseudo_perplexity", sample=0.6)
         error = figures["nll_per_token_standard_error"]
