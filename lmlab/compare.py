@@ -97,7 +97,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def show(title: str, rows: list[dict[str, str]], words: int = 1) -> None:
     """Prints a table of texts by their columns, the first of which, so many, are of words."""
-    show_rows(title, [*rows[0]] if rows else [], (row.values() for row in rows), words)
+    show_rows(title, [*rows[0]] if rows else [], ([*row.values()] for row in rows), words)
 
 
 def notes(rows: list[dict[str, Any]], runs: list[Records], unit: str, reference: str) -> list[str]:

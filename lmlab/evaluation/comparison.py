@@ -88,7 +88,7 @@ def read_evaluations(paths: Sequence[Path]) -> list[Records]:
 
 
 def align(runs: Sequence[Records]) -> list[Records]:
-    """Returns evaluations of one text with rows of the same kind: whole documents, unless all of them have stretches."""
+    """Returns evaluations of one text with rows of one kind: whole documents, unless all of them have stretches."""
     return [*runs] if len({len(run.table) for run in runs}) == 1 else [run.of_whole_documents() for run in runs]
 
 
@@ -173,7 +173,7 @@ def make_sides(runs: Sequence[Records]) -> list[Side]:
 
 
 def differing_keys(sides: Sequence[Side]) -> dict[str, list[Any]]:
-    """Returns the keys in which the sides' configs differ, with the value of each side; None where one lacks the key."""
+    """Returns the keys in which the sides' configs differ, with the value of each side; None where one lacks it."""
     choices = [run_choices(side.runs[0]) for side in sides]
     keys = dict.fromkeys(key for side in choices for key in side)
     if any(len(side.runs) > 1 for side in sides):

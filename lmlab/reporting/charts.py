@@ -213,8 +213,9 @@ def scale(values: Sequence[float], linear: bool = False) -> alt.Scale:
 
 def tooltip(field: str, title: str | None = None) -> alt.Tooltip:
     """Returns what a chart says of a field under the pointer."""
-    kind = {"type": "nominal"} if field == "configuration" else {"type": "quantitative", "format": ",.5~g"}
-    return alt.Tooltip(field, title=title or field, **kind)
+    if field == "configuration":
+        return alt.Tooltip(f"{field}:N")
+    return alt.Tooltip(f"{field}:Q", title=title or field, format=",.5~g")
 
 
 def render(layers: Sequence[alt.Chart], height: int = HEIGHT) -> dict[str, Any]:

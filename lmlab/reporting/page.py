@@ -47,8 +47,7 @@ def report_files(sections: Sequence[Section], unread: Sequence[str]) -> Iterator
         listed = [*images, *tables, "runs.csv", "runs.tex", "report.html"]
         yield LISTED, json.dumps({"files": listed}, indent=2) + "\n"
         yield from tables.items()
-        rows = [section.row(run) for section in sections for run in section.runs]
-        yield "runs.csv", pd.DataFrame(rows, dtype=object).to_csv(index=False)
+        yield "runs.csv", pd.concat([section.table for section in sections]).to_csv(index=False)
         yield "runs.tex", runs_latex(sections)
         yield "report.html", html(sections, unread)
     data = {section.slug: {name: to_json(table) for name, table in section.chart_data.items()} for section in sections}
@@ -74,19 +73,15 @@ def earlier_files(folder: Path) -> list[str]:
 
 
 def runs_latex(sections: Sequence[Section]) -> str:
-    """Returns the main table of each section as a `tabular`."""
-    return "\n".join(
-        f"% {section.objective}\n"
-        + latex(
-            pd.DataFrame(
-                [[" ".join(cell.text.split()) for cell in section.cells(run)] for run in section.runs],
-                columns=[cell.head for cell in section.cells(section.runs[0])],
-            ),
-            "".join("r" if numeric else "l" for numeric in section.numeric),
-        )
-        for section in sections
-        if section.runs
-    )
+    """Returns the table of runs of each section as a `tabular`."""
+    tables = []
+    for section in sections:
+        if section.rows:
+            texts = [[" ".join(cell.text.split()) for cell in row] for row in section.rows]
+            table = pd.DataFrame(texts, columns=[cell.head for cell in section.rows[0]])
+            layout = "".join("r" if numeric else "l" for numeric in section.numeric)
+            tables.append(f"% {section.objective}\n{latex(table, layout)}")
+    return "\n".join(tables)
 
 
 def html(sections: Sequence[Section], unread: Sequence[str]) -> str:

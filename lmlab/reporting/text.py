@@ -29,6 +29,11 @@ def interval_text(low: float | None, high: float | None, digits: str = "+.4f") -
     return "" if low is None or high is None else f"{low:{digits}} to {high:{digits}}"
 
 
+def number_text(value: float | None, digits: str = ",") -> str:
+    """Returns a number in a format; empty where there is none."""
+    return "" if value is None else f"{value:{digits}}"
+
+
 def perplexity_text(value: float | None) -> str:
     """Returns a perplexity with the digits that a person reads."""
     return "" if value is None else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
