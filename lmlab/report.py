@@ -1,4 +1,4 @@
-"""`python -m lmlab.report DIR [DIR …]`: what runs came to, as a page with figures and tables.
+"""The command `python -m lmlab.report DIR [DIR …]`, which writes what runs came to as a page with charts and tables.
 
 Takes ordinary arguments. Each directory is a run, or holds several: a sweep, or all of them.
 """
@@ -18,9 +18,10 @@ EXAMPLES = """\
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's arguments."""
     p = Arguments(
         prog="python -m lmlab.report",
-        description="Write a page about runs (report.html, which needs no network), each figure as SVG, PNG and CSV "
+        description="Write a page about runs (report.html, which needs no network), each chart as SVG, PNG and CSV "
         "beside it, and the table of runs as CSV and LaTeX. Runs of different objectives are shown apart.",
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Runs the command."""
     with shown_plainly(), SIGNALS.heeded():
         report(parser().parse_args())
 

@@ -89,16 +89,23 @@ class Section:
         """Returns the row of a run in the table of runs."""
         kind, rank = self.ranks.get(run.path, (None, None))
         evaluation = None if kind is None else letter(kind)
-        seed, status, summary = run.chosen.get("seed"), run.status, run.summary
-        perplexity, bits = run.final["perplexity"], run.final["bits_per_byte"]
-        so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
-        bound = BOUND if run.records and is_bound(run.records.certificate) else ""
-        of_steps = f" of {status.steps:,}" if status.steps not in (None, status.step) else ""
-        parameters, trainable, flops = (summary.get(name) for name in COUNTS)
-        of_parameters = f" ({trainable:,})" if trainable != parameters else ""
-        seconds = run.seconds[-1] if run.seconds else None
+        seed, status = run.chosen.get("seed"), run.status
         several_seeds = len({repr(other.chosen.get("seed")) for other in self.runs}) > 1
+        value, bits, bits_head = run.final["perplexity"], run.final["bits_per_byte"], bits_name(self.metric)
+        so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
+        value_text = perplexity_text(value) + so_far if value is not None else ""
+        bound = BOUND if run.records and is_bound(run.records.certificate) else ""
+        bits_text = f"{bound}{bits:.4f}{so_far}" if bits is not None else ""
+        of_steps = f" of {status.steps:,}" if status.steps not in (None, status.step) else ""
+        steps, tokens = (f"{status.step:,}{of_steps}", f"{run.tokens:,}") if run.begun else ("", "")
+        size, trainable, flops = (run.summary.get(name) for name in COUNTS)
+        size_text = number_text(size) + (f" ({trainable:,})" if trainable != size else "")
+        seconds = run.seconds[-1] if run.seconds else None
         held_out = "of the best weights on the held-out text; so far, and from which step, where the run has not ended"
+        keys = [
+            Cell(key, run.chosen.get(key), head, self.texts[key].get(run.path, ""), key)
+            for key, head in self.heads.items()
+        ]
         return [
             Cell("objective", self.objective),
             Cell("evaluation", evaluation, "evaluation" if self.apart else "", evaluation or "", "kind of evaluation"),
@@ -106,53 +113,20 @@ class Section:
             Cell("run", run.name, "run", run.name, "directory"),
             Cell("run_id", run.manifest.get("run_id")),
             Cell("seed", seed, "seed" if several_seeds else "", "" if seed is None else str(seed), "seed"),
-            *(
-                Cell(key, run.chosen.get(key), head, self.texts[key].get(run.path, ""), key)
-                for key, head in self.heads.items()
-            ),
-            Cell(
-                self.metric.replace(" ", "_"),
-                perplexity,
-                self.metric,
-                perplexity_text(perplexity) + (so_far if perplexity else ""),
-                held_out,
-            ),
-            Cell(
-                bits_name(self.metric).replace(" ", "_"),
-                bits,
-                "bits/byte",
-                f"{bound}{bits:.4f}{so_far}" if bits is not None else "",
-                bits_name(self.metric),
-            ),
+            *keys,
+            Cell(self.metric.replace(" ", "_"), value, self.metric, value_text, held_out),
+            Cell(bits_head.replace(" ", "_"), bits, "bits/byte", bits_text, bits_head),
             Cell("so_far_at_step", run.so_far_at),
             Cell("state", status.name, "state", ": ".join(filter(None, (status.name, status.cause))), "state"),
             Cell("cause", status.cause),
-            Cell("step", status.step, "steps", f"{status.step:,}{of_steps}" if run.begun else "", "optimizer steps"),
+            Cell("step", status.step, "steps", steps, "optimizer steps"),
             Cell("of_steps", status.steps),
-            Cell(
-                "parameters",
-                parameters,
-                "parameters",
-                number_text(parameters) + of_parameters,
-                "of the model, and how many of them are trainable where not all are",
-            ),
+            Cell("parameters", size, "parameters", size_text, "how many of them are trainable, where not all are"),
             Cell("trainable_parameters", trainable),
-            Cell("tokens", run.tokens, "tokens", number_text(run.tokens) if run.begun else "", "seen in training"),
-            Cell("flops", flops, "FLOPs", number_text(flops, ".3g"), "floating-point operations of the whole training"),
-            Cell(
-                "tokens_per_s",
-                run.speed,
-                "tokens/s",
-                number_text(run.speed, ",.0f"),
-                "over the whole run; the median so far, where it has not ended",
-            ),
-            Cell(
-                "seconds",
-                seconds,
-                "time",
-                "" if seconds is None else duration(seconds),
-                "wall clock, validation included, pauses left out",
-            ),
+            Cell("tokens", run.tokens, "tokens", tokens, "seen in training"),
+            Cell("flops", flops, "FLOPs", number_text(flops, ".3g"), "operations of training, over the whole run"),
+            Cell("tokens_per_s", run.speed, "tokens/s", number_text(run.speed, ",.0f"), "the median, before the end"),
+            Cell("seconds", seconds, "time", duration(seconds), "wall clock, validation included, pauses left out"),
             Cell("directory", str(run.path)),
         ]
 
@@ -265,13 +239,9 @@ class Section:
 
         if len(curves):
             curves = curves[curves.groupby(["configuration", "split"])["step"].transform(chosen)]
-        by_split = {split: curves[curves["split"] == split] for split in SPLITS}
         columns = ["run", "step", "tokens", "seconds", "loss", "speed"]
-        return {
-            **{split: table[columns] for split, table in by_split.items()},
-            "runs": self.run_data,
-            "finals": self.final_data,
-        }
+        by_split = {split: curves.loc[curves["split"] == split, columns] for split in SPLITS}
+        return by_split | {"runs": self.run_data, "finals": self.final_data}
 
     @property
     def thinned(self) -> bool:
@@ -305,20 +275,17 @@ class Section:
             for y, title in (("loss", loss), ("perplexity", self.metric))
         ]
         shown.append(("throughput", "Throughput", "training", "speed", "tokens per second"))
-        return [
-            {
-                x: Chart(
-                    f"{self.slug}_{name}" + ("" if x == "tokens" else f"_by_{x}"),
-                    heading,
-                    charts.curve(split, axis, (y, title), configurations, self.several, by),
-                    (split, "runs"),
-                    f"{self.slug}_{split}",
-                )
-                for x, axis in against.items()
-            }
-            for name, heading, split, y, title in shown
-            if self.chart_data[split]["speed" if y == "speed" else "loss"].notna().any()
-        ]
+        drawn = []
+        for name, heading, split, y, title in shown:
+            if self.chart_data[split]["speed" if y == "speed" else "loss"].notna().any():
+                file, table = f"{self.slug}_{name}", f"{self.slug}_{split}"
+                specs = {
+                    x: charts.curve(split, axis, (y, title), configurations, self.several, by)
+                    for x, axis in against.items()
+                }
+                names = {x: file if x == "tokens" else f"{file}_by_{x}" for x in specs}
+                drawn.append({x: Chart(names[x], heading, spec, (split, "runs"), table) for x, spec in specs.items()})
+        return drawn
 
     @cached_property
     def effects(self) -> list[Chart]:
@@ -343,23 +310,14 @@ class Section:
             best = f", the {BEST} best of {len(data)}" if len(data) > BEST else ""
             field, bits = self.charted[0], bits_name(perplexity)
             metric = perplexity if field == "perplexity" else bits
-            shown = [("final", field, metric, f"Final {metric}{best}")]
+            file, table = f"{self.slug}_{{}}{f'_{letter(number)}' if self.apart else ''}", f"{self.slug}_finals"
+            spec = charts.final(data[:BEST], field, metric)
+            kind = [Chart(file.format("final"), f"Final {metric}{best}", spec, ("finals",), table)]
             if len(data) > 1:
-                gap = f"difference from the best ({bits})"
-                shown.append(("difference", "difference", gap, f"Difference from the best{best}"))
-            suffix = f"_{letter(number)}" if self.apart else ""
-            drawn.append(
-                [
-                    Chart(
-                        f"{self.slug}_{name}{suffix}",
-                        heading,
-                        charts.final(data[:BEST], field, title),
-                        ("finals",),
-                        f"{self.slug}_finals",
-                    )
-                    for name, field, title, heading in shown
-                ]
-            )
+                spec = charts.final(data[:BEST], "difference", f"difference from the best ({bits})")
+                title = f"Difference from the best{best}"
+                kind.append(Chart(file.format("difference"), title, spec, ("finals",), table))
+            drawn.append(kind)
         return drawn
 
     @property

@@ -39,8 +39,10 @@ def perplexity_text(value: float | None) -> str:
     return "" if value is None else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
-    """Returns a time in the largest two units that it fills."""
+def duration(seconds: float | None) -> str:
+    """Returns a time in the largest two units that it fills; empty where there is none."""
+    if seconds is None:
+        return ""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
