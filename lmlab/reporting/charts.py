@@ -54,7 +54,7 @@ class Key:
         return not isinstance(self.values[0], str)
 
 
-def curve(
+def draw_curve(
     data: str,
     x: tuple[str, str],
     y: tuple[str, str],
@@ -119,7 +119,7 @@ def curve(
     return render([ranges.encode(y=alt.Y("low:Q").title(y[1]), y2="high:Q", fillOpacity=opacity), lines])
 
 
-def effect(
+def draw_effect(
     key: Key, others: Sequence[Key], metric: str, values: Sequence[float], evaluations: Sequence[str]
 ) -> dict[str, Any]:
     """Draws the final metric by a key's value: a point for each run, and means where they compare like with like.
@@ -165,7 +165,7 @@ def effect(
     )
 
 
-def final(finals: pd.DataFrame, field: str, title: str) -> dict[str, Any]:
+def draw_final(finals: pd.DataFrame, field: str, title: str) -> dict[str, Any]:
     """Draws a metric of each configuration with its 95 % interval, best first.
 
     Args:

@@ -87,16 +87,22 @@ def name_configurations(runs: Sequence[Run], heads: Mapping[str, str]) -> dict[P
     return names
 
 
-def name_evaluations(evaluations: Mapping[str, Records]) -> dict[Path, str]:
-    """Returns the name of each evaluation of another model: what was evaluated, and where the evaluation lies.
+def name_evaluations(evaluations: Mapping[str, Records], runs: Sequence[Run]) -> dict[Path, str]:
+    """Returns the name of each evaluation that is not of a run's end: what was evaluated, and where this lies.
 
     Those of several seeds that were evaluated alike have one name.
+
+    Args:
+        evaluations: by their names in the report.
+        runs: of the report; an evaluation of one of them goes by its name.
     """
+    trained = {run.manifest["run_id"]: run.name for run in runs if run.begun}
     names: dict[str, str] = {}
     found = {}
     for name, records in evaluations.items():
         model, policy = records.certificate["model"], records.certificate["policy"]
-        evaluated = Path(model).name if Path(model).is_absolute() else model
+        run_id = (records.certificate["run"] or {}).get("run_id")
+        evaluated = trained.get(run_id) or (Path(model).name if Path(model).is_absolute() else model)
         alike = repr([policy, sorted((run_choices(records) | {"seed": None}).items())])
         text = f"{shorten(evaluated, LABEL // 2)}, evaluated in {shorten(name, LABEL // 2)}"
         found[records.place] = names.setdefault(alike, text)

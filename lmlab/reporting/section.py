@@ -15,8 +15,7 @@ from lmlab.console import command
 from lmlab.evaluation.comparison import Difference
 from lmlab.evaluation.records import BOUND, Records, is_bound
 from lmlab.io import from_here
-from lmlab.reporting import charts
-from lmlab.reporting.charts import Chart, Key
+from lmlab.reporting.charts import Chart, Key, draw_curve, draw_effect, draw_final
 from lmlab.reporting.load import COUNTS, SPLITS, Run, objective_of
 from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys, value_texts
 from lmlab.reporting.statistics import BEST, Final, final_metrics, split_comparable, verdict
@@ -73,10 +72,11 @@ class Section:
         self.fields = {key: f"k{number}" for number, key in enumerate(self.heads)}
         """The name of each key in data for charts: Vega takes a dot for a part of a thing."""
         self.configurations = name_configurations(self.runs, self.heads)
-        names = self.configurations | name_evaluations(evaluations)
+        names = self.configurations | name_evaluations(evaluations, self.runs)
         self.finals = [final_metrics(kind, names) for kind in self.kinds]
         self.several = len(set(self.configurations.values())) < len(self.runs)
         """Whether there are runs that differ in their seed only."""
+        self.seeds = len({repr(run.chosen.get("seed")) for run in self.runs})
         self.statuses = Counter(run.status.name for run in self.runs)
         self.metric = next((run.metric for run in self.runs if run.metric), "perplexity").replace("_", " ")
         """The name of the perplexity; of each kind of evaluation it is one of `kind_metrics`."""
@@ -90,7 +90,6 @@ class Section:
         kind, rank = self.ranks.get(run.path, (None, None))
         evaluation = None if kind is None else letter(kind)
         seed, status = run.chosen.get("seed"), run.status
-        several_seeds = len({repr(other.chosen.get("seed")) for other in self.runs}) > 1
         value, bits, bits_head = run.final["perplexity"], run.final["bits_per_byte"], bits_name(self.metric)
         so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
         value_text = perplexity_text(value) + so_far if value is not None else ""
@@ -112,7 +111,7 @@ class Section:
             Cell("rank", rank, "rank", number_text(rank), "rank among evaluations of its kind"),
             Cell("run", run.name, "run", run.name, "directory"),
             Cell("run_id", run.manifest.get("run_id")),
-            Cell("seed", seed, "seed" if several_seeds else "", "" if seed is None else str(seed), "seed"),
+            Cell("seed", seed, "seed" if self.seeds > 1 else "", "" if seed is None else str(seed), "seed"),
             *keys,
             Cell(self.metric.replace(" ", "_"), value, self.metric, value_text, held_out),
             Cell(bits_head.replace(" ", "_"), bits, "bits/byte", bits_text, bits_head),
@@ -232,13 +231,13 @@ class Section:
         curves = self.curve_data.round(4)
         most = max(20, self.points // max(1, len(curves[["run", "split"]].drop_duplicates())))
 
-        def chosen(steps: pd.Series) -> pd.Series:
+        def select(steps: pd.Series) -> pd.Series:
             # Runs of one configuration keep the same steps, so that their mean stays one of all of them.
             known = np.unique(steps)
             return steps.isin(known[np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int)])
 
         if len(curves):
-            curves = curves[curves.groupby(["configuration", "split"])["step"].transform(chosen)]
+            curves = curves[curves.groupby(["configuration", "split"])["step"].transform(select)]
         columns = ["run", "step", "tokens", "seconds", "loss", "speed"]
         by_split = {split: curves.loc[curves["split"] == split, columns] for split in SPLITS}
         return by_split | {"runs": self.run_data, "finals": self.final_data}
@@ -280,7 +279,7 @@ class Section:
             if self.chart_data[split]["speed" if y == "speed" else "loss"].notna().any():
                 file, table = f"{self.slug}_{name}", f"{self.slug}_{split}"
                 specs = {
-                    x: charts.curve(split, axis, (y, title), configurations, self.several, by)
+                    x: draw_curve(split, axis, (y, title), configurations, self.several, by)
                     for x, axis in against.items()
                 }
                 names = {x: file if x == "tokens" else f"{file}_by_{x}" for x in specs}
@@ -294,7 +293,7 @@ class Section:
         drawn: dict[str, Chart] = {}
         for name, key in list(self.chart_keys.items())[:KEYS]:
             others = [other for other in self.chart_keys.values() if other is not key]
-            spec = charts.effect(key, others, metric, done["final"].tolist(), sorted(done["evaluation"].unique()))
+            spec = draw_effect(key, others, metric, done["final"].tolist(), sorted(done["evaluation"].unique()))
             file = f"{self.slug}_effect_{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:80]}"
             file = f"{file}_{key.field}" if file in drawn else file
             title = f"{metric.capitalize()} by {shorten(name, 60)}"
@@ -311,10 +310,10 @@ class Section:
             field, bits = self.charted[0], bits_name(perplexity)
             metric = perplexity if field == "perplexity" else bits
             file, table = f"{self.slug}_{{}}{f'_{letter(number)}' if self.apart else ''}", f"{self.slug}_finals"
-            spec = charts.final(data[:BEST], field, metric)
+            spec = draw_final(data[:BEST], field, metric)
             kind = [Chart(file.format("final"), f"Final {metric}{best}", spec, ("finals",), table)]
             if len(data) > 1:
-                spec = charts.final(data[:BEST], "difference", f"difference from the best ({bits})")
+                spec = draw_final(data[:BEST], "difference", f"difference from the best ({bits})")
                 title = f"Difference from the best{best}"
                 kind.append(Chart(file.format("difference"), title, spec, ("finals",), table))
             drawn.append(kind)

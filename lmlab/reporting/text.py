@@ -24,14 +24,14 @@ def p_text(p: float | None) -> str:
     return "" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def interval_text(low: float | None, high: float | None, digits: str = "+.4f") -> str:
-    """Returns an interval by its ends; empty where there is none."""
-    return "" if low is None or high is None else f"{low:{digits}} to {high:{digits}}"
+def interval_text(low: float | None, high: float | None, spec: str = "+.4f") -> str:
+    """Returns the ends of an interval by a format specification; empty where there is none."""
+    return "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
 
 
-def number_text(value: float | None, digits: str = ",") -> str:
-    """Returns a number in a format; empty where there is none."""
-    return "" if value is None else f"{value:{digits}}"
+def number_text(value: float | None, spec: str = ",") -> str:
+    """Returns a number by a format specification; empty where there is none."""
+    return "" if value is None else f"{value:{spec}}"
 
 
 def perplexity_text(value: float | None) -> str:
