@@ -38,7 +38,8 @@ class Side:
     @cached_property
     def sums(self) -> np.ndarray:
         """[D, 2]: bits and bytes of each document, as means over the runs."""
-        return np.mean([run.bits_and_bytes for run in self.runs], axis=0)
+        means: np.ndarray = np.mean([run.bits_and_bytes for run in self.runs], axis=0)
+        return means
 
     @cached_property
     def bits_per_byte(self) -> np.ndarray:
@@ -201,7 +202,8 @@ def find_side(sides: Sequence[Side], name: str) -> int:
 
 def ratio(sums: np.ndarray) -> np.ndarray:
     """Returns bits per byte [...] of sums of bits and bytes [..., 2]."""
-    return sums[..., 0] / sums[..., 1]
+    bits: np.ndarray = sums[..., 0] / sums[..., 1]
+    return bits
 
 
 def seed_error(one: Side, other: Side) -> tuple[float, float]:
@@ -276,12 +278,15 @@ def resample(columns: np.ndarray, count: int, random: np.random.Generator) -> np
     documents = len(columns)
     drawn = random.integers(documents, size=(count, documents)) + documents * np.arange(count)[:, None]
     times = np.bincount(drawn.ravel(), minlength=count * documents).reshape(count, documents)
-    return times @ columns
+    sums: np.ndarray = times @ columns
+    return sums
 
 
 def interval(value: Any, resampled: np.ndarray, documents: int, from_seeds: Any) -> np.ndarray:
     """Returns the ends [2, ...] of 95 % intervals: of values resampled over documents [R, ...], plus draws of seeds."""
-    return np.nanquantile(value + (resampled - value) * expansion(documents) + from_seeds, [0.025, 0.975], axis=0)
+    values = value + (resampled - value) * expansion(documents) + from_seeds
+    ends: np.ndarray = np.nanquantile(values, [0.025, 0.975], axis=0)
+    return ends
 
 
 def expansion(documents: int) -> float:
