@@ -1,4 +1,4 @@
-"""`python -m lmlab.compare DIR_A DIR_B [DIR_C …]`: is the difference real?
+"""The command `python -m lmlab.compare DIR_A DIR_B [DIR_C …]`, which says whether a difference between models is real.
 
 Takes ordinary arguments. Each directory is a run or an evaluation, or holds several.
 """
@@ -8,13 +8,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lmlab.console import show_rows
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly
-
-DIFFERENCE = ["difference", "95 % interval", "p"]  # columns
+from lmlab.evaluation import comparison
+from lmlab.evaluation.records import BOUND, Records
+from lmlab.io import from_here, write_out
+from lmlab.reporting.text import interval_text, latex, p_text
+from lmlab.runs.choices import as_typed
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's arguments."""
     p = Arguments(
         prog="python -m lmlab.compare",
         description="Compare evaluations document by document: each with the first, or with another of them. "
@@ -31,125 +36,132 @@ def parser() -> argparse.ArgumentParser:
 
 
 def count(text: str) -> int:
-    """An argument that counts."""
+    """Returns an argument that counts, or refuses it."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a whole number, 0 or more, not {text}")
     return int(text)
 
 
 def main() -> None:
+    """Runs the command."""
     with shown_plainly(), SIGNALS.heeded():
         compare(parser().parse_args())
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print the comparison, and write it as CSV and LaTeX."""
-    from lmlab.console import show_rows
-    from lmlab.evaluation import comparison
-    from lmlab.evaluation.records import BOUND
-    from lmlab.io import from_here, write_out
-    from lmlab.runs.choices import as_typed
-    from lmlab.runs.tables import as_csv, as_latex
-
-    runs = comparison.evaluations(arguments.places)
+    """Prints the comparison, and writes it as CSV and LaTeX."""
+    runs = comparison.read_evaluations(arguments.places)
     comparison.check_comparable(runs)
-    runs = comparison.aligned(runs)
-    paired = comparison.paired(runs)
-    sides = comparison.sides_of(runs)
-    against = comparison.row_of(sides, arguments.against)
+    runs = comparison.align(runs)
+    unit = comparison.row_unit(runs)
+    sides = comparison.make_sides(runs)
+    against = comparison.find_side(sides, arguments.against)
     reference = "the first row" if against == 0 else f"row {against + 1}"
-    rows = comparison.table(sides, against)
-    pairs = comparison.pairs(sides) if arguments.pairs else []
-    furthest = comparison.furthest(sides, arguments.documents, against)
-    columns = ["", "runs", "bytes", rows[0]["figure"], *DIFFERENCE]
-    of_pairs = ["", "from", *DIFFERENCE, "p (Holm)"]
+    rows = comparison.compare_sides(sides, against)
+    pairs = comparison.compare_pairs(sides) if arguments.pairs else []
+    documents = comparison.largest_differences(sides, arguments.documents, against)
+    texts = {
+        "comparison": [side_texts(row, unit) for row in rows],
+        "pairs": [pair_texts(row, unit) for row in pairs],
+        "documents": [document_texts(row, reference) for row in documents],
+    }
+
+    from pandas import DataFrame  # only here: what is refused need not wait for it
+
     files = {
-        "comparison.csv": as_csv(rows),
-        "comparison.tex": as_latex(columns, [shown(row, paired) for row in rows]),
-        "documents.csv": as_csv(furthest),
+        "comparison.csv": DataFrame(rows, dtype=object).to_csv(index=False),
+        "comparison.tex": latex(DataFrame(texts["comparison"])),
+        "documents.csv": DataFrame(documents, dtype=object).to_csv(index=False),
     }
     if pairs:
-        files |= {
-            "pairs.csv": as_csv(pairs),
-            "pairs.tex": as_latex(of_pairs, [shown_pair(row, paired) for row in pairs], "llrrrr"),
-        }
-    place = arguments.out or Path("comparisons") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    write_out(place, files.items(), instead_of=("pairs.csv", "pairs.tex"))
+        files["pairs.csv"] = DataFrame(pairs, dtype=object).to_csv(index=False)
+        files["pairs.tex"] = latex(DataFrame(texts["pairs"]), "llrrrr")
+    out = arguments.out or Path(f"comparisons/{datetime.now():%Y-%m-%d/%H-%M-%S}")
+    write_out(out, files.items(), instead_of=("pairs.csv", "pairs.tex"))
 
-    several = any(len(side.runs) > 1 for side in sides)
-    totals = runs[0].certificate["totals"]
-    scored = int((runs[0].sums[1][:, 0] > 0).sum())
-    of = totals["documents_scored"]
-    whole = f" of {of:,} document{'s' if of != 1 else ''}" if paired == "stretches" else ""
-    show_rows(f"Paired over {scored:,} {paired}{whole}", columns, [shown(row, paired) for row in rows])
-    if whole:
-        print("So few documents are cut into stretches, which end with paragraphs, and these are taken for documents.")
+    scored, of = int((runs[0].sums[1][:, 0] > 0).sum()), runs[0].certificate["totals"]["documents_scored"]
+    whole = f" of {of:,} document{'s' if of != 1 else ''}" if unit == "stretches" else ""
+    show(f"Paired over {scored:,} {unit}{whole}", texts["comparison"])
+    print("\n".join(notes(rows, runs, unit, reference)))
+    if pairs:
+        show("All pairs", texts["pairs"], words=2)
+        print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
+    elif len(rows) > 2:
+        print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
+    if keys := comparison.differing_keys(sides):
+        by_row = ({f"row {i}": as_typed(value) for i, value in enumerate(values, 1)} for values in keys.values())
+        show("Configs differ in", [{"key": key} | values for key, values in zip(keys, by_row, strict=True)])
+    show(f"{unit.capitalize()} that differ most from {reference}", texts["documents"])
+    print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
+
+
+def show(title: str, rows: list[dict[str, str]], words: int = 1) -> None:
+    """Prints a table of texts by their columns, the first of which, so many, are of words."""
+    show_rows(title, [*rows[0]] if rows else [], ([*row.values()] for row in rows), words)
+
+
+def notes(rows: list[dict[str, Any]], runs: list[Records], unit: str, reference: str) -> list[str]:
+    """Returns the lines that say how the table of sides is to be read, and where it misleads."""
+    lines = []
+    if unit == "stretches":
+        lines += ["So few documents are cut into stretches, which end with paragraphs, and are taken for documents."]
     for number, row in enumerate(rows, 1):
         if row["unknown_bytes"]:
-            print(
+            lines.append(
                 f"{BOUND}Row {number} is an upper bound: its tokenizer has no token for {row['unknown_bytes']:,} of "
                 f"{row['bytes']:,.0f} bytes, which are charged 8 bits each."
             )
-    bytes_of = [row["bytes"] for row in rows]
-    if min(bytes_of) < 0.9 * max(bytes_of):
-        print(
-            f"Row {bytes_of.index(min(bytes_of)) + 1} was scored on {min(bytes_of):,.0f} bytes of the text, and row "
-            f"{bytes_of.index(max(bytes_of)) + 1} on {max(bytes_of):,.0f}: their difference is also one of text."
+    sizes = [row["bytes"] for row in rows]
+    if min(sizes) < 0.9 * max(sizes):
+        lines.append(
+            f"Row {sizes.index(min(sizes)) + 1} was scored on {min(sizes):,.0f} bytes of the text, and row "
+            f"{sizes.index(max(sizes)) + 1} on {max(sizes):,.0f}: their difference is also one of text."
         )
     uncounted = [str(run.path) for run in runs if run.certificate["format"] == 1]
     if uncounted and len({run.certificate["tokenizer_hash"] for run in runs}) > 1:
-        print(f"Unknown tokens were not counted yet in {', '.join(uncounted)}: evaluate again to have them charged.")
-    print(f"A difference is from {reference}, and below 0 better. The interval holds what other {paired}", end=" ")
-    print("and seeds would give." if several else "would give;\none run a side cannot say what another seed would.")
-    if len(rows) > 2 and not pairs:
-        print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
-    if pairs:
-        show_rows("All pairs", of_pairs, [shown_pair(row, paired) for row in pairs], words=2)
-        print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
-    keys = comparison.differing(sides)
-    if keys:
-        sided = ["key", *(f"row {number}" for number in range(1, len(sides) + 1))]
-        show_rows("Configs differ in", sided, ([key, *map(as_typed, found)] for key, found in keys.items()))
-    headings = ["begins", "row", "bits more", "per byte", f"of {reference.removesuffix(' row')}", "bytes"]
-    show_rows(f"{paired.capitalize()} that differ most from {reference}", headings, map(shown_document, furthest))
-    print(f"Written to {from_here(place.resolve())}: {', '.join(files)}")
+        lines.append(f"Unknown tokens were not counted yet in {', '.join(uncounted)}: evaluate again to charge them.")
+    several = any(row["runs"] > 1 for row in rows)
+    seeds = "and seeds would give." if several else "would give;\none run a side cannot say what another seed would."
+    lines.append(f"A difference is from {reference}, and below 0 better. The interval holds what other {unit} {seeds}")
+    return lines
 
 
-def shown(row: dict[str, Any], paired: str) -> list[str]:
-    """A row of the comparison for people; `paired` is what its rows of records are."""
-    from lmlab.evaluation.records import BOUND
-
-    bound = BOUND if row["unknown_bytes"] else ""
-    spread = f" ± {row['deviation_of_seeds']:.4f}" if row["deviation_of_seeds"] is not None else ""
-    return [
-        row["side"],
-        str(row["runs"]),
-        f"{row['bytes']:,.0f}",
-        f"{bound}{row['value']:.4f}{spread}",
-        *shown_difference(row, paired),
-    ]
+def side_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
+    """Returns a row of the table of sides for a person, by its columns."""
+    deviation = "" if row["deviation_of_seeds"] is None else f" ± {row['deviation_of_seeds']:.4f}"
+    return {
+        "": row["side"],
+        "runs": str(row["runs"]),
+        "bytes": f"{row['bytes']:,.0f}",
+        row["figure"]: f"{BOUND if row['unknown_bytes'] else ''}{row['value']:.4f}{deviation}",
+        **difference_texts(row, unit),
+    }
 
 
-def shown_pair(row: dict[str, Any], paired: str) -> list[str]:
-    """A row of the table of pairs for people."""
-    from lmlab.evaluation.comparison import shown_p
-
-    return [row["side"], row["from_side"], *shown_difference(row, paired), shown_p(row["p_holm"])]
+def pair_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
+    """Returns a row of the table of pairs for a person, by its columns."""
+    return {"": row["side"], "from": row["from_side"], **difference_texts(row, unit), "p (Holm)": p_text(row["p_holm"])}
 
 
-def shown_difference(row: dict[str, Any], paired: str) -> list[str]:
-    """The part of a row that says how two sides differ, for people."""
-    from lmlab.evaluation.comparison import shown_p
-
+def difference_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
+    """Returns the difference of two sides in a row for a person, by its columns."""
     if row["difference"] is None:
-        return ["", "", ""]
-    interval = f"too few {paired}" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
-    return [f"{row['difference']:+.4f}", interval, shown_p(row["p"])]
+        return {"difference": "", "95 % interval": "", "p": ""}
+    interval = interval_text(row["low"], row["high"]) or f"too few {unit}"
+    return {"difference": f"{row['difference']:+.4f}", "95 % interval": interval, "p": p_text(row["p"])}
 
 
-def shown_document(row: dict[str, Any]) -> list[str]:
-    per_byte = ("" if value is None else f"{value:.4f}" for value in (row["bits_per_byte"], row["of_the_other"]))
-    return [row["begins"], str(row["row"]), f"{row['bits_more']:+,.1f}", *per_byte, f"{row['bytes']:,}"]
+def document_texts(row: dict[str, Any], reference: str) -> dict[str, str]:
+    """Returns a row of the table of documents for a person, by its columns."""
+    own, other = ("" if row[name] is None else f"{row[name]:.4f}" for name in ("bits_per_byte", "of_the_other"))
+    return {
+        "begins": row["begins"],
+        "row": str(row["row"]),
+        "bits more": f"{row['bits_more']:+,.1f}",
+        "per byte": own,
+        f"of {reference.removesuffix(' row')}": other,
+        "bytes": f"{row['bytes']:,}",
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`python -m lmlab.dashboard ENTITY/PROJECT`: a W&B project's runs at a glance.
+"""The command `python -m lmlab.dashboard ENTITY/PROJECT`, which shows a W&B project's runs at a glance.
 
-Takes ordinary arguments. Makes a workspace and a report page. Causal and masked figures never
-share a panel or a ranking.
+Takes ordinary arguments. Makes a workspace and a report page. Metrics of causal and of masked models never share a
+panel or a ranking.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lmlab.distributed.signals import SIGNALS
@@ -13,16 +13,24 @@ from lmlab.errors import Arguments, UserError, first_line, shown_plainly, stoppe
 
 TOKENS = "data/tokens_seen"
 COLUMNS = ("optim.lr", "optim.weight_decay", "batch_size", "preprocess.block_size", "seed")
+THROUGHPUT = ("perf/tokens_per_s", "perf/step_ms", "perf/data_wait", "perf/peak_memory_gib")
+TRAINING = ("optim/lr", "optim/grad_norm")
 
 
 class Kind(NamedTuple):
-    """An objective, and what the names of its figures begin with."""
+    """An objective, and the prefix of the names of its metrics."""
 
     title: str
     objective: str
     prefix: str
     columns: tuple[str, ...]
     """Config keys of sweeps that others do not have."""
+
+    @property
+    def quality(self) -> list[str]:
+        """The metrics that say how well its models do."""
+        names = ("val/{}perplexity", "val/{}bits_per_byte", "train/{}perplexity")
+        return [name.format(self.prefix) for name in names]
 
 
 KINDS = (
@@ -32,18 +40,21 @@ KINDS = (
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's arguments."""
     p = Arguments(
         prog="python -m lmlab.dashboard",
         description="Make a workspace and a report page for the runs of a W&B project. Each call makes new ones.",
     )
-    p.add_argument("project", type=path, metavar="ENTITY/PROJECT", help="as in the address of the project's page")
+    p.add_argument(
+        "project", type=read_project, metavar="ENTITY/PROJECT", help="as in the address of the project's page"
+    )
     p.add_argument("--columns", nargs="+", default=COLUMNS, metavar="KEY", help=f"of sweeps ({' '.join(COLUMNS)})")
     p.add_argument("--dry-run", action="store_true", help="only say what would be made; needs no network and no key")
     return p
 
 
-def path(text: str) -> tuple[str, str]:
-    """Entity and project."""
+def read_project(text: str) -> tuple[str, str]:
+    """Returns entity and project of an argument, or refuses it."""
     parts = text.split("/")
     if len(parts) != 2 or not all(parts):
         raise argparse.ArgumentTypeError(f"entity/project, such as me/lmlab, not {text}")
@@ -51,23 +62,24 @@ def path(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
+    """Runs the command."""
     with shown_plainly(), SIGNALS.heeded():
         arguments = parser().parse_args()
-        entity, project = arguments.project
         if not arguments.dry_run:
             check_reachable()
-        views = [workspace(entity, project), report(entity, project, arguments.columns)]
+        entity, project = arguments.project
+        views = [make_workspace(entity, project), make_report(entity, project, arguments.columns)]
         if arguments.dry_run:
             for view in views:
                 print("\n".join(outline(view)))
             return
         with stopped_with(""):
             for view in views:
-                print(f"{type(view).__name__}: {saved(view)}")
+                print(f"{type(view).__name__}: {save(view)}")
 
 
 def check_reachable() -> None:
-    """Refuse to begin without a service that takes the key."""
+    """Refuses to begin without a service that takes the key."""
     from lmlab.doctor import checks
 
     try:
@@ -76,8 +88,8 @@ def check_reachable() -> None:
         raise UserError(f"W&B: {first_line(error)}\nTo see what would be made without it: --dry-run") from error
 
 
-def saved(view: Any) -> str:
-    """Make a workspace or report on the server; returns its address."""
+def save(view: Any) -> str:
+    """Makes a workspace or report on the server, and returns its address."""
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
@@ -88,29 +100,23 @@ def saved(view: Any) -> str:
         raise UserError(f"W&B made no {type(view).__name__.lower()}: {first_line(error)}") from error
 
 
-def workspace(entity: str, project: str) -> Any:
-    """The project's workspace: curves by what they are of."""
+def make_workspace(entity: str, project: str) -> Any:
+    """Returns the project's workspace: curves by what they are of."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    curves = [ws.Section(kind.title, panels=quality(kind), is_open=True) for kind in KINDS]
-    training = ("optim/lr", "optim/grad_norm")
-    return ws.Workspace(
-        entity,
-        project,
-        name="lmlab",
-        sections=[
-            *curves,
-            ws.Section("Throughput", panels=[*throughput()], is_open=True),
-            ws.Section("Training", panels=[wr.LinePlot(title=name, x=TOKENS, y=[name]) for name in training]),
-            ws.Section("Samples", panels=[wr.WeavePanelSummaryTable(table_name="samples")]),
-        ],
-        settings=ws.WorkspaceSettings(x_axis=TOKENS, max_runs=50),
-    )
+    sections = [ws.Section(kind.title, panels=line_plots(kind.quality), is_open=True) for kind in KINDS]
+    sections += [
+        ws.Section("Throughput", panels=line_plots(THROUGHPUT), is_open=True),
+        ws.Section("Training", panels=line_plots(TRAINING)),
+        ws.Section("Samples", panels=[wr.WeavePanelSummaryTable(table_name="samples")]),
+    ]
+    settings = ws.WorkspaceSettings(x_axis=TOKENS, max_runs=50)
+    return ws.Workspace(entity, project, name="lmlab", sections=sections, settings=settings)
 
 
-def report(entity: str, project: str, columns: list[str]) -> Any:
-    """The report page: each kind of model with runs of its own."""
+def make_report(entity: str, project: str, columns: Sequence[str]) -> Any:
+    """Returns the report page: each kind of model with runs of its own."""
     import wandb_workspaces.expr as expr
     import wandb_workspaces.reports.v2 as wr
 
@@ -127,18 +133,17 @@ def report(entity: str, project: str, columns: list[str]) -> Any:
             filters=[expr.Config("objective.value._target_") == kind.objective],  # as W&B's own pages write it
             order=[wr.OrderBy(best, ascending=True)],
         )
-        swept = [wr.ParallelCoordinatesPlotColumn(wr.Config(key), log=key == "optim.lr") for key in columns]
-        swept += [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in kind.columns]
+        keys = [*columns, *kind.columns]
+        swept = [wr.ParallelCoordinatesPlotColumn(wr.Config(key), log=key == "optim.lr") for key in keys]
+        swept.append(wr.ParallelCoordinatesPlotColumn(best, inverted=True))
         parts = {
-            "perplexity by tokens": quality(kind),
+            "perplexity by tokens": line_plots(kind.quality),
             "best runs": [wr.BarPlot(title=f"{best.name}, of the best weights", metrics=[best], max_bars_to_show=20)],
             "sweeps": [
-                wr.ParallelCoordinatesPlot(
-                    title="what was swept", columns=[*swept, wr.ParallelCoordinatesPlotColumn(best, inverted=True)]
-                ),
+                wr.ParallelCoordinatesPlot(title=", ".join([*keys, best.name]), columns=swept),
                 wr.ParameterImportancePlot(with_respect_to=best.name),
             ],
-            "throughput": throughput(),
+            "throughput": line_plots(THROUGHPUT),
             "samples": [wr.WeavePanelSummaryTable(table_name="samples")],
         }
         blocks.append(wr.H1(kind.title))
@@ -149,51 +154,31 @@ def report(entity: str, project: str, columns: list[str]) -> Any:
     return wr.Report(project, entity, title="lmlab", blocks=blocks, width="fluid")
 
 
-def quality(kind: Kind) -> list[Any]:
-    """Curves of how well models of a kind do."""
+def line_plots(names: Sequence[str]) -> list[Any]:
+    """Returns a panel of curves over the tokens seen for each metric."""
     import wandb_workspaces.reports.v2 as wr
 
-    names = [f"val/{kind.prefix}perplexity", f"val/{kind.prefix}bits_per_byte", f"train/{kind.prefix}perplexity"]
     return [
         wr.LinePlot(title=name, x=TOKENS, y=[name], title_x="tokens", log_y=name.endswith("perplexity"))
         for name in names
     ]
 
 
-def throughput() -> list[Any]:
-    """Curves of how fast runs are, and of what they need."""
-    import wandb_workspaces.reports.v2 as wr
-
-    names = ("perf/tokens_per_s", "perf/step_ms", "perf/data_wait", "perf/peak_memory_gib")
-    return [wr.LinePlot(title=name, x=TOKENS, y=[name], title_x="tokens") for name in names]
-
-
 def outline(view: Any) -> Iterator[str]:
-    """What a workspace or report has, line by line."""
-    entity, project = view.entity, view.project
-    yield f"{type(view).__name__} of {entity}/{project}: {getattr(view, 'name', None) or view.title}"
-    for section in getattr(view, "sections", ()):
-        yield f"  {section.name}"
-        yield from (f"    {shown(panel)}" for panel in section.panels)
-    for block in getattr(view, "blocks", ()):
-        if type(block).__name__ in ("H1", "H2"):
-            yield f"  {'  ' * (type(block).__name__ == 'H2')}{block.text}"
-        for panel in getattr(block, "panels", ()):
-            yield f"      {shown(panel)}"
+    """Yields the lines of what a workspace or report has."""
+    yield f"{type(view).__name__} of {view.entity}/{view.project}: {getattr(view, 'name', None) or view.title}"
+    for block in getattr(view, "sections", None) or view.blocks:
+        heading = getattr(block, "name", None) or getattr(block, "text", None)
+        if heading and type(block).__name__ != "P":
+            yield f"{'    ' if type(block).__name__ == 'H2' else '  '}{heading}"
+        yield from (f"      {describe_panel(panel)}" for panel in getattr(block, "panels", ()))
 
 
-def shown(panel: Any) -> str:
-    """A panel in words."""
-    kind = type(panel).__name__
-    if kind == "LinePlot":
-        return f"{kind}: {', '.join(panel.y)} by {panel.x}"
-    if kind == "ParallelCoordinatesPlot":
-        return f"{kind}: {', '.join(column.metric.name for column in panel.columns)}"
-    if kind == "BarPlot":
-        return f"{kind}: {', '.join(metric.name for metric in panel.metrics)}"
-    if kind == "ParameterImportancePlot":
-        return f"{kind}: with respect to {panel.with_respect_to}"
-    return f"{kind}: {panel.table_name}"
+def describe_panel(panel: Any) -> str:
+    """Returns a panel in words."""
+    names = (getattr(panel, attribute, None) for attribute in ("title", "table_name", "with_respect_to"))
+    axis = f" by {panel.x}" if type(panel).__name__ == "LinePlot" else ""
+    return f"{type(panel).__name__}: {next(filter(None, names))}{axis}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m lmlab.report DIR [DIR …]`: what runs came to, as a page with figures and tables.
+"""The command `python -m lmlab.report DIR [DIR …]`, which writes what runs came to as a page with charts and tables.
 
 Takes ordinary arguments. Each directory is a run, or holds several: a sweep, or all of them.
 """
@@ -18,9 +18,10 @@ EXAMPLES = """\
 
 
 def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's arguments."""
     p = Arguments(
         prog="python -m lmlab.report",
-        description="Write a page about runs (report.html, which needs no network), each figure as SVG, PNG and CSV "
+        description="Write a page about runs (report.html, which needs no network), each chart as SVG, PNG and CSV "
         "beside it, and the table of runs as CSV and LaTeX. Runs of different objectives are shown apart.",
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,34 +32,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Runs the command."""
     with shown_plainly(), SIGNALS.heeded():
         report(parser().parse_args())
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write the report, and print what it decides and where it is."""
+    """Writes the report, and prints what it decides and where it is."""
     from lmlab.console import show_rows
     from lmlab.io import from_here, write_out
-    from lmlab.reporting.gather import gather
+    from lmlab.reporting.load import load_runs
+    from lmlab.reporting.text import letter
 
-    groups, unread = gather(arguments.places)
+    runs, evaluations, unread = load_runs(arguments.places)
 
     from lmlab.reporting import page
-    from lmlab.reporting.words import letter
+    from lmlab.reporting.section import make_sections
 
-    sections = page.sections_of(groups)
-    place = arguments.out or Path("reports") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    sections = make_sections(runs, evaluations, page.POINTS)
+    out = arguments.out or Path(f"reports/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     with stopped_with("Nothing of the report is kept."):
-        write_out(place, page.files(sections, unread), page.earlier(place))
+        write_out(out, page.report_files(sections, unread), page.earlier_files(out))
     rows = []
     for section in sections:
-        states = ", ".join(f"{count} {state}" for state, count in section.states.most_common())
-        apart = [f"{letter(i)} is not compared with A: {why}" for i, why in enumerate(section.group.apart, 1)]
-        rows.append([section.title, states, "\n".join([*section.verdict, *apart])])
+        statuses = ", ".join(f"{count} {status}" for status, count in section.statuses.most_common())
+        apart = [f"{letter(number)} is not compared with A: {why}" for number, why in enumerate(section.apart, 1)]
+        rows.append([section.title, statuses, "\n".join([*section.verdict, *apart])])
     show_rows("Runs", ["objective", "states", "verdict"], rows, words=3)
     for line in unread:
         print(f"not read: {line}")
-    print(f"Written to {from_here((place / 'report.html').resolve())}, with figures and tables beside it.")
+    print(f"Written to {from_here((out / 'report.html').resolve())}, with charts and tables beside it.")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,10 +56,12 @@ def test_sides_scored_on_unlike_parts_of_the_text_are_named(
 ) -> None:
     runs = [train(*TINY, f"seed={seed}", run_dir=tmp_path / str(seed)) for seed in (1, 2)]
     assert "of text." not in said(*runs, "--out", tmp_path / "out")
-    rows = comparison.table
-    monkeypatch.setattr(
-        comparison, "table", lambda *args: [row | {"bytes": row["bytes"] / n} for n, row in enumerate(rows(*args), 1)]
-    )
+    rows = comparison.compare_sides
+
+    def unlike(*args: Any) -> list[dict[str, Any]]:
+        return [row | {"bytes": row["bytes"] / n} for n, row in enumerate(rows(*args), 1)]
+
+    monkeypatch.setattr(comparison, "compare_sides", unlike)
     assert re.search(
         "Row 2 was scored on [0-9,]+ bytes of the text, and row 1 on", said(*runs, "--out", tmp_path / "o")
     )

@@ -1,8 +1,7 @@
-"""Is the difference real? Evaluations paired by document, with the seed as a random effect.
+"""Whether the difference between two models is real: evaluations paired by document, with the seed as a random effect.
 
-A side is what is compared: one evaluation, or several of runs that differ in their seed only.
-
-Where documents are few, their stretches stand for them (data/documents.py).
+A *side* of a comparison is one evaluation, or the evaluations of several runs that differ in their seed only. Where
+documents are few, stretches of them stand for documents (data/documents.py).
 
 Shapes: D documents, R replicates.
 """
@@ -23,83 +22,88 @@ from lmlab.runs.choices import as_typed, config_choices
 from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
-FEWEST = 6  # documents; with fewer, no swap of sides is rarer than 5 in 100
-CELLS = 2**20  # replicates × documents that are held at once
+FEWEST = 6
+"""Documents that a test needs: with fewer, no exchange of the two sides is rarer than 5 in 100."""
+CELLS = 2**20
+"""Replicates × documents that are held in memory at once."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """Evaluations that stand for one thing."""
+    """The evaluations that stand for one thing that is compared."""
 
     name: str
     runs: list[Records]
 
     @cached_property
     def sums(self) -> np.ndarray:
-        """[D, 2]: bits and bytes of each document, means over the runs."""
-        return np.mean([run.bits_and_bytes for run in self.runs], axis=0)
+        """[D, 2]: bits and bytes of each document, as means over the runs."""
+        means: np.ndarray = np.mean([run.bits_and_bytes for run in self.runs], axis=0)
+        return means
 
     @cached_property
-    def figures(self) -> np.ndarray:
-        """[runs] bits per byte."""
+    def bits_per_byte(self) -> np.ndarray:
+        """[runs]: bits per byte of each run, over all documents."""
         return np.array([ratio(run.bits_and_bytes.sum(axis=0)) for run in self.runs])
 
     @property
     def bound(self) -> bool:
-        """Whether its bits per byte are an upper bound."""
+        """Whether the bits per byte are an upper bound, as some tokens were unknown."""
         return any(is_bound(run.certificate) for run in self.runs)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a side differs from another, in bits per byte."""
+    """The difference of one side from another, in bits per byte. Of a side from itself, every field is None."""
 
-    value: float | None
-    """None for a side from itself."""
-    low: float | None
-    """Of the 95 % interval; None where there are too few documents."""
-    high: float | None
-    p: float | None
-    """Probability of such a difference, either way, if there were none."""
-
-
-def aligned(runs: Sequence[Records]) -> list[Records]:
-    """Evaluations of one text with rows of the same kind: whole documents, unless all of them have stretches."""
-    return [*runs] if len({len(run.table) for run in runs}) == 1 else [run.by_document() for run in runs]
+    difference: float | None = None
+    low: float | None = None
+    """The lower end of the 95 % interval; None where there are fewer than `FEWEST` documents."""
+    high: float | None = None
+    p: float | None = None
+    """The probability of a difference at least as large, either way, if there were none."""
 
 
-def paired(runs: Sequence[Records]) -> str:
-    """What people are told that the rows of records are: all statistics here pair and resample them."""
-    return "stretches" if any(run.has_stretches for run in runs) else "documents"
+def read_evaluations(paths: Sequence[Path]) -> list[Records]:
+    """Reads the evaluations in directories; a directory without one stands for all those under it.
 
-
-def ratio(sums: np.ndarray) -> np.ndarray:
-    """Bits per byte [...] of sums [..., 2]."""
-    return sums[..., 0] / sums[..., 1]
-
-
-def evaluations(places: Sequence[Path]) -> list[Records]:
-    """The evaluations in directories; one that holds none itself stands for all those under it."""
+    Raises:
+        UserError: a directory holds no evaluation, one is named twice, or there is only one.
+    """
     found: list[Path] = []
-    for place in places:
-        certificate = RunDirectory(place).certificate
-        under = [place] if certificate.is_file() else sorted(file.parent for file in place.rglob(certificate.name))
+    for path in paths:
+        certificate = RunDirectory(path).certificate
+        under = [path] if certificate.is_file() else sorted(file.parent for file in path.rglob(certificate.name))
         if not under:
             raise UserError(
-                f"{place} holds no evaluation (no {certificate.name}).\n"
+                f"{path} holds no evaluation (no {certificate.name}).\n"
                 "A run writes one at its end; for any other model: python -m lmlab.evaluate model=…"
             )
         found += under
-    twice = next((place for i, place in enumerate(found) if place.resolve() in map(Path.resolve, found[:i])), None)
+    twice = next((path for i, path in enumerate(found) if path.resolve() in map(Path.resolve, found[:i])), None)
     if twice:
         raise UserError(f"{twice} is named twice.")
     if len(found) < 2:
         raise UserError(f"{found[0]} is the only evaluation. Name at least two directories.")
-    return [read(place) for place in found]
+    return [read(path) for path in found]
+
+
+def align(runs: Sequence[Records]) -> list[Records]:
+    """Returns evaluations of one text with rows of one kind: whole documents, unless all of them have stretches."""
+    return [*runs] if len({len(run.table) for run in runs}) == 1 else [run.by_document() for run in runs]
+
+
+def row_unit(runs: Sequence[Records]) -> str:
+    """Returns the name of what a row of the records is, and so of what is paired: "documents" or "stretches"."""
+    return "stretches" if any(run.has_stretches for run in runs) else "documents"
 
 
 def check_comparable(runs: Sequence[Records]) -> None:
-    """Refuse evaluations whose figures do not mean the same."""
+    """Refuses evaluations whose metrics do not mean the same.
+
+    Raises:
+        UserError: they differ in the metric, the text, the policy of evaluation, or the tokens that were drawn.
+    """
     first = runs[0]
     same = "Evaluate both in the same way: python -m lmlab.evaluate model=… data=… context=…"
     for other in runs[1:]:
@@ -115,9 +119,11 @@ def check_comparable(runs: Sequence[Records]) -> None:
                 f"{'is' if shared == 1 else 'are'} in both.\n{same}"
             )
         for key in one["policy"] | two["policy"]:
-            here, there = one["policy"].get(key), two["policy"].get(key)
-            if here != there:
-                raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{same}")
+            values = [certificate["policy"].get(key) for certificate in (one, two)]
+            if values[0] != values[1]:
+                raise UserError(
+                    f"{both} {key} is {as_typed(values[0])} in one and {as_typed(values[1])} in the other.\n{same}"
+                )
         # Which tokens are masked, or sampled, is drawn token by token.
         drawn = one["policy"]["masks_seed"] is not None or (one["policy"]["pseudo"] or {}).get("sample")
         if drawn and one["tokenizer_hash"] != two["tokenizer_hash"]:
@@ -127,37 +133,16 @@ def check_comparable(runs: Sequence[Records]) -> None:
             )
 
 
-def choices_of(run: Records) -> dict[str, Any]:
-    """What was chosen for the evaluated run, by dotted keys; the model's name where it is no run of lmlab."""
-    trained, measured = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
+def run_choices(run: Records) -> dict[str, Any]:
+    """Returns what was chosen for the evaluated run, by dotted keys; of a model that is no run of lmlab, its name."""
+    trained, precision = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
     if trained is None:
-        return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | measured
-    return config_choices(trained["config"]) | measured
+        return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | precision
+    return config_choices(trained["config"]) | precision
 
 
-def sides_of(runs: Sequence[Records]) -> list[Side]:
-    """Runs that differ in their seed only are one side, unless that would leave a single one."""
-    groups: dict[str, list[Records]] = {}
-    for run in runs:
-        groups.setdefault(repr(sorted((choices_of(run) | {"seed": None}).items())), []).append(run)
-    together = list(groups.values()) if len(groups) > 1 else [[run] for run in runs]
-    for group in together:
-        for one, other in combinations(group, 2):
-            same = same_draw(one, other)
-            if same:
-                raise UserError(
-                    f"{one.path} and {other.path} are evaluations of the same {same}: as runs of several seeds "
-                    "they would count twice.\nLeave one of them out."
-                )
-    keys = differing([Side("", group) for group in together])
-    names = [side_name(keys, i, group) for i, group in enumerate(together)]
-    if len(set(names)) < len(names):  # what they differ in is machinery
-        names = [side_name({}, i, group) for i, group in enumerate(together)]
-    return [Side(name, group) for name, group in zip(names, together, strict=True)]
-
-
-def same_draw(one: Records, other: Records) -> str | None:
-    """What two runs of one configuration share that makes them a single draw of its seed; None if nothing."""
+def shared_draw(one: Records, other: Records) -> str | None:
+    """Returns what makes two runs of one configuration a single draw: "weights", "seed", or None for two draws."""
     if one.certificate["weights_hash"] == other.certificate["weights_hash"]:
         return "weights"
     trained = [run.certificate["run"] for run in (one, other)]
@@ -165,51 +150,103 @@ def same_draw(one: Records, other: Records) -> str | None:
     return "seed" if len(seeds) == 2 and seeds[0] == seeds[1] is not None else None
 
 
-def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
-    """The keys in which the sides' configs differ, and the value of each side; None where one has no such key."""
-    choices = [choices_of(side.runs[0]) for side in sides]
+def make_sides(runs: Sequence[Records]) -> list[Side]:
+    """Takes runs that differ in their seed only together as one side, unless that would leave a single side.
+
+    Raises:
+        UserError: a side would count the same weights, or the same seed, twice.
+    """
+    groups: dict[str, list[Records]] = {}
+    for run in runs:
+        groups.setdefault(repr(sorted((run_choices(run) | {"seed": None}).items())), []).append(run)
+    together = list(groups.values()) if len(groups) > 1 else [[run] for run in runs]
+    for group in together:
+        for one, other in combinations(group, 2):
+            same = shared_draw(one, other)
+            if same:
+                raise UserError(
+                    f"{one.path} and {other.path} are evaluations of the same {same}: as runs of several seeds "
+                    "they would count twice.\nLeave one of them out."
+                )
+    keys = differing_keys([Side("", group) for group in together])
+    names = [", ".join(f"{key}={as_typed(values[i])}" for key, values in keys.items()) for i, _ in enumerate(together)]
+    if not 0 < len(keys) <= 3 or len(set(names)) < len(names):  # too long, or what they differ in is machinery
+        names = [f"{group[0].path}{f' and {len(group) - 1} more' if len(group) > 1 else ''}" for group in together]
+    return [Side(name, group) for name, group in zip(names, together, strict=True)]
+
+
+def differing_keys(sides: Sequence[Side]) -> dict[str, list[Any]]:
+    """Returns the keys in which the sides' configs differ, with the value of each side; None where one lacks it."""
+    choices = [run_choices(side.runs[0]) for side in sides]
+    keys = dict.fromkeys(key for side in choices for key in side)
     if any(len(side.runs) > 1 for side in sides):
-        choices = [{key: value for key, value in of_side.items() if key != "seed"} for of_side in choices]
-    keys = dict.fromkeys(key for of_side in choices for key in of_side)
-    values = {key: [of_side.get(key) for of_side in choices] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+        keys.pop("seed", None)
+    values = {key: [side.get(key) for side in choices] for key in keys}
+    return {key: of_sides for key, of_sides in values.items() if any(value != of_sides[0] for value in of_sides)}
 
 
-def side_name(keys: dict[str, list[Any]], index: int, group: Sequence[Records]) -> str:
-    """What makes a side, in few words; else its directory."""
-    if 0 < len(keys) <= 3:
-        return ", ".join(f"{key}={as_typed(found[index])}" for key, found in keys.items())
-    return str(group[0].path) if len(group) == 1 else f"{group[0].path} and {len(group) - 1} more"
+def find_side(sides: Sequence[Side], name: str) -> int:
+    """Returns the index of a side that is named by the number of its row, from 1, or as the table names it.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [side.name for side in sides]
+    if name.isdecimal() and 1 <= int(name) <= len(sides):
+        return int(name) - 1
+    if name in names:
+        return names.index(name)
+    raise UserError(
+        f"--against {name}: there is no such row.{nearest(name, names)}\n"
+        f"Rows are 1 to {len(sides)}, as the table shows them without --against."
+    )
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Returns bits per byte [...] of sums of bits and bytes [..., 2]."""
+    bits: np.ndarray = sums[..., 0] / sums[..., 1]
+    return bits
 
 
 def seed_error(one: Side, other: Side) -> tuple[float, float]:
-    """The standard error that the seeds bring into the difference of two sides, and its degrees of freedom.
+    """Returns the standard error that the seeds bring into the difference of two sides, and its degrees of freedom.
 
-    The seed is a random effect of its own variance on each side (Welch 1947). A side of a
-    single run is taken to vary as the other does; two such sides say nothing about seeds.
+    Another seed would give another bits per byte, so a difference between two runs is partly chance even on
+    infinitely many documents. The seed is taken as a random effect with a variance s² of its own on each side: the
+    mean of n runs then has the variance s²/n, the variances of the two means add up, and the degrees of freedom of
+    the sum are those of Welch (1947, "The generalization of Student's problem when several different population
+    variances are involved", Biometrika 34). A side of a single run is taken to vary as the other does. Two such sides
+    say nothing about seeds, and give (0, 0).
     """
-    sides = [side.figures for side in (one, other)]
-    known = [figures.var(ddof=1) for figures in sides if len(figures) > 1]
+    sides = [side.bits_per_byte for side in (one, other)]
+    known = [values.var(ddof=1) for values in sides if len(values) > 1]
     if not known or not any(known):
         return 0.0, 0.0
-    parts = [(figures.var(ddof=1) if len(figures) > 1 else known[0]) / len(figures) for figures in sides]
+    parts = [(values.var(ddof=1) if len(values) > 1 else known[0]) / len(values) for values in sides]
     if len(known) == 1:
         freedom = max(map(len, sides)) - 1.0
     else:
-        freedom = sum(parts) ** 2 / sum(
-            part**2 / (len(figures) - 1) for part, figures in zip(parts, sides, strict=True)
-        )
+        freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, sides, strict=True))
     return math.sqrt(sum(parts)), freedom
 
 
 def difference(side: Side, other: Side) -> Difference:
-    """How far `side` lies from `other`: paired bootstrap interval and permutation test over the documents.
+    """Returns how far `side` lies from `other`: a paired bootstrap interval and a permutation test over the documents.
 
-    The interval holds the middle 95 % of the differences of R resamples of the documents
-    (Efron and Tibshirani 1993, chapter 13), widened for few documents. The test swaps the
-    two sides document by document (Noreen 1989). Where sides have several runs, each replicate also gets a
-    difference that their seeds could have made: a draw from t with the standard error of
-    `seed_error`. Seen from the other side, all of it is the same with the other sign.
+    Both models were scored on the same documents, and a document that is hard for one is hard for the other. So the
+    documents are kept in pairs, which leaves only what the two models do not share:
+
+    - *Interval* (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13). The documents are drawn
+      anew with replacement, R times, and the difference is worked out each time: what it would have been had other
+      documents of the same kind been held out. The interval holds the middle 95 % of these differences, widened for
+      few documents (`expansion`).
+    - *p* (Noreen 1989, "Computer-Intensive Methods for Testing Hypotheses"). If the models did not differ, it would
+      not matter which of the two scores of a document belongs to which. So they are exchanged at random, document by
+      document, R times; p is the share of these that lie as far from 0 as what was measured, the measurement itself
+      counted as one of them.
+
+    Where sides have several runs, each replicate also gets a difference that their seeds could have made: a draw from
+    Student's t with the standard error of `seed_error`. `difference(a, b)` is `difference(b, a)` with the other sign.
     """
     sums = np.stack([side.sums, other.sums])  # [2, D, 2]
     value = float(np.subtract(*ratio(sums.sum(axis=1))))
@@ -221,75 +258,84 @@ def difference(side: Side, other: Side) -> Difference:
     sums = sums[:, scored]
     documents = sums.shape[1]
     if documents < FEWEST:
-        return Difference(value, None, None, None)
+        return Difference(value)
     random = np.random.default_rng(0)
     error, freedom = seed_error(side, other)
-    of_seeds = [error * random.standard_t(freedom, REPLICATES) if freedom else 0.0 for _ in range(2)]
+    from_seeds = [error * random.standard_t(freedom, REPLICATES) if freedom else 0.0 for _ in range(2)]
     columns = sums.transpose(1, 0, 2).reshape(documents, 4)
     middle, half = sums.mean(axis=0).sum(axis=0), (sums[0] - sums[1]) / 2
-    resampled, swapped = [], []
+    resampled, exchanged = [], []
     for count in chunks(REPLICATES, max(1, CELLS // documents)):
-        drawn = random.integers(documents, size=(count, documents)) + documents * np.arange(count)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=count * documents).reshape(count, documents)
-        both = ratio((counts @ columns).reshape(count, 2, 2))
+        both = ratio(resample(columns, count, random).reshape(count, 2, 2))
         resampled.append(both[:, 0] - both[:, 1])
         moved = (2.0 * random.integers(2, size=(count, documents)) - 1) @ half
-        swapped.append(ratio(middle + moved) - ratio(middle - moved))
-    spread = value + (np.concatenate(resampled) - value) * expansion(documents)
-    low, high = np.nanquantile(spread + of_seeds[0], [0.025, 0.975])
-    as_far = np.abs(np.concatenate(swapped) + of_seeds[1]) >= abs(value) * (1 - 1e-12)
+        exchanged.append(ratio(middle + moved) - ratio(middle - moved))
+    low, high = interval(value, np.concatenate(resampled), documents, from_seeds[0])
+    as_far = np.abs(np.concatenate(exchanged) + from_seeds[1]) >= abs(value) * (1 - 1e-12)
     return Difference(value, float(low), float(high), float((1 + as_far.sum()) / (1 + REPLICATES)))
 
 
+def resample(columns: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Returns the sums [count, K] of the columns [D, K] of as many documents, drawn with replacement `count` times."""
+    documents = len(columns)
+    drawn = random.integers(documents, size=(count, documents)) + documents * np.arange(count)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=count * documents).reshape(count, documents)
+    sums: np.ndarray = times @ columns
+    return sums
+
+
+def interval(value: Any, resampled: np.ndarray, documents: int, from_seeds: Any) -> np.ndarray:
+    """Returns the ends [2, ...] of 95 % intervals: of values resampled over documents [R, ...], plus draws of seeds."""
+    values = value + (resampled - value) * expansion(documents) + from_seeds
+    ends: np.ndarray = np.nanquantile(values, [0.025, 0.975], axis=0)
+    return ends
+
+
 def expansion(documents: int) -> float:
-    """What a percentile interval is too narrow by (Hesterberg 2015, section 3.2): t over z, and n over n - 1."""
+    """Returns by what factor a percentile interval of the bootstrap over so many documents is too narrow.
+
+    It takes the normal quantile z where Student's t belongs, and divides by n where n - 1 belongs (Hesterberg 2015,
+    "What Teachers Should Know About the Bootstrap", The American Statistician 69, section 3.2).
+    """
     z, freedom = 1.959964, documents - 1
-    # Abramowitz and Stegun 1964, 26.7.5.
+    # The quantile of t by its expansion around z: Abramowitz and Stegun 1964, 26.7.5.
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     return t / z * math.sqrt(documents / freedom)
 
 
 def chunks(count: int, size: int) -> Iterator[int]:
-    """`count` in pieces of at most `size`."""
+    """Yields the sizes of the pieces into which `count` is cut, each `size` at most."""
     for start in range(0, count, size):
         yield min(size, count - start)
 
 
-def table(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
-    """One row per side: its bits per byte, the deviation over its seeds, and how it differs from the side `against`."""
-    figures = sides[0].runs[0].certificate["figures"]
-    rows = []
-    for number, side in enumerate(sides):
-        found = Difference(None, None, None, None) if number == against else difference(side, sides[against])
-        rows.append(
-            {
-                "side": side.name,
-                "runs": len(side.runs),
-                "figure": next(name for name in figures if name.endswith("bits_per_byte")).replace("_", " "),
-                "bytes": float(side.sums[:, 1].sum()),
-                "unknown_bytes": max(run.certificate["totals"].get("unknown_bytes", 0) for run in side.runs),
-                "value": float(side.figures.mean()),
-                "deviation_of_seeds": float(side.figures.std(ddof=1)) if len(side.runs) > 1 else None,
-                **of_difference(found),
-            }
-        )
-    return rows
+def compare_sides(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
+    """Returns a row for each side: bits per byte, their deviation over seeds, the difference from side `against`."""
+    metrics = sides[0].runs[0].certificate["figures"]
+    return [
+        {
+            "side": side.name,
+            "runs": len(side.runs),
+            "figure": next(name for name in metrics if name.endswith("bits_per_byte")).replace("_", " "),
+            "bytes": float(side.sums[:, 1].sum()),
+            "unknown_bytes": max(run.certificate["totals"].get("unknown_bytes", 0) for run in side.runs),
+            "value": float(side.bits_per_byte.mean()),
+            "deviation_of_seeds": float(side.bits_per_byte.std(ddof=1)) if len(side.runs) > 1 else None,
+            **vars(Difference() if number == against else difference(side, sides[against])),
+        }
+        for number, side in enumerate(sides)
+    ]
 
 
-def of_difference(found: Difference) -> dict[str, float | None]:
-    """A difference as part of a table's row."""
-    return {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
-
-
-def pairs(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """One row per two sides: how the later one differs from the earlier, and p corrected for the number of pairs."""
+def compare_pairs(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """Returns a row for each two sides: the difference of the later from the earlier, and p corrected by `holm`."""
     rows: list[dict[str, Any]] = [
         {
             "row": later + 1,
             "side": sides[later].name,
             "from_row": earlier + 1,
             "from_side": sides[earlier].name,
-            **of_difference(difference(sides[later], sides[earlier])),
+            **vars(difference(sides[later], sides[earlier])),
         }
         for earlier, later in combinations(range(len(sides)), 2)
     ]
@@ -298,9 +344,12 @@ def pairs(sides: Sequence[Side]) -> list[dict[str, Any]]:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """p values corrected such that any of them is below 0.05 in 5 of 100 cases at most where nothing differs.
+    """Returns p values corrected for their number; None stays None.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on, none below one before it (Holm 1979).
+    Of twenty p values of models that do not differ, one is below 0.05 on average. After the correction the chance
+    that any is, is at most 5 in 100. The smallest of m values is multiplied by m, the next by m - 1, and so on, and
+    none is below one before it (Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian
+    Journal of Statistics 6).
     """
     known = sorted((p, i) for i, p in enumerate(values) if p is not None)
     corrected: list[float | None] = [None] * len(values)
@@ -311,25 +360,8 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def row_of(sides: Sequence[Side], wanted: str) -> int:
-    """The place of a side that is named by the number of its row, from 1, or as the table names it.
-
-    Raises:
-        UserError: there is none.
-    """
-    names = [side.name for side in sides]
-    if wanted.isdecimal() and 1 <= int(wanted) <= len(sides):
-        return int(wanted) - 1
-    if wanted in names:
-        return names.index(wanted)
-    raise UserError(
-        f"--against {wanted}: there is no such row.{nearest(wanted, names)}\n"
-        f"Rows are 1 to {len(sides)}, as the table shows them without --against."
-    )
-
-
-def furthest(sides: Sequence[Side], count: int, against: int = 0) -> list[dict[str, Any]]:
-    """Of each side, the documents that take it the most bits more, or fewer, than the side `against`."""
+def largest_differences(sides: Sequence[Side], count: int, against: int = 0) -> list[dict[str, Any]]:
+    """Returns a row for each of the `count` documents on which a side differs most, in bits, from side `against`."""
     reference = sides[against]
     names, starts = (reference.runs[0].table[column].to_pylist() for column in ("document", "start"))
     rows = []
@@ -340,6 +372,7 @@ def furthest(sides: Sequence[Side], count: int, against: int = 0) -> list[dict[s
         ranked = np.argsort(-np.abs(more), kind="stable")
         scored = (side.sums + reference.sums)[ranked].any(axis=1)
         for i in ranked[scored][:count].tolist():
+            own, other = (float(sums[0] / sums[1]) if sums[1] else None for sums in (side.sums[i], reference.sums[i]))
             rows.append(
                 {
                     "row": number,
@@ -347,16 +380,9 @@ def furthest(sides: Sequence[Side], count: int, against: int = 0) -> list[dict[s
                     "document": names[i],
                     "begins": starts[i],
                     "bits_more": float(more[i]),
-                    **{
-                        key: float(sums[0] / sums[1]) if sums[1] else None
-                        for key, sums in (("bits_per_byte", side.sums[i]), ("of_the_other", reference.sums[i]))
-                    },
+                    "bits_per_byte": own,
+                    "of_the_other": other,
                     "bytes": int(reference.sums[i, 1]),
                 }
             )
     return rows
-
-
-def shown_p(p: float | None) -> str:
-    """A p value for people; of so many replicates none may have gone as far."""
-    return "" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"

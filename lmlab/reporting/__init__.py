@@ -1,1 +1,1 @@
-"""A report of runs: what their directories say, as figures, tables and a page."""
+"""A report of runs: a page with charts and tables, made from what their directories hold."""

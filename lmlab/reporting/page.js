@@ -1,121 +1,81 @@
 "use strict";
 
-// The rows of each section, as its figures name them.
-const drawings = JSON.parse(document.getElementById("drawings").textContent).map(unpacked);
+// A chart that a filter leaves empty is no cause for warnings.
+const ERRORS = 1;
+const drawings = JSON.parse(document.getElementById("drawings").textContent);
 
-// A figure that a filter leaves empty is no cause for warnings.
-const LEVEL = { error: 1, warn: 2 };
-const ZOOM = {
-  name: "zoomed",
-  bind: "scales",
-  select: {
-    type: "interval",
-    zoom: "wheel![event.shiftKey]",
-    translate: "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!",
-  },
-};
-
-function unpacked(drawing) {
-  const { runs, curves } = drawing;
-  const rows = curves.run.map((number, i) => ({
-    ...runs[number],
-    split: curves.split[i],
-    step: curves.step[i],
-    tokens: curves.tokens[i],
-    seconds: curves.seconds[i],
-    loss: curves.loss[i],
-    speed: curves.speed[i],
-  }));
-  const of = (split) => rows.filter((row) => row.split === split);
-  return { ...drawing, validation: of("validation"), training: of("training") };
-}
-
-// What a section's figures show when some of its runs are left out.
-function shown(drawing, visible) {
-  const names = new Set(drawing.runs.filter((_, i) => visible.has(i)).map((run) => run.run));
-  return {
-    runs: drawing.runs.filter((run) => names.has(run.run)),
-    validation: drawing.validation.filter((row) => names.has(row.run)),
-    training: drawing.training.filter((row) => names.has(row.run)),
-    finals: drawing.finals.filter((row) => !row.members.length || row.members.some((i) => visible.has(i))),
-  };
-}
-
-async function draw(place, drawing, rows) {
-  const { spec, data } = drawing.specs[place.dataset.figure];
-  const least = spec.usermeta?.least ?? 0;
-  const narrow = place.clientWidth < 520;
-  const sized = {
-    ...spec,
-    width: place.clientWidth < least ? least : "container",
-    autosize: place.clientWidth < least ? "pad" : { type: "fit-x", contains: "padding" },
-    datasets: { [data]: rows[data] },
-    config: { ...spec.config, legend: { ...spec.config.legend, columns: narrow ? 1 : 3, labelLimit: narrow ? 300 : 320 } },
-  };
-  if (place.dataset.tokens) sized.layer = spec.layer.map((layer, i) => (i ? layer : { ...layer, params: [ZOOM] }));
-  if (narrow) sized.config.axisY = { labelLimit: 110 };
-  const longest = Math.max(0, ...rows[data].map((row) => (row.label ?? "").length));
-  if (spec.usermeta?.bars && 6 * longest > 0.4 * place.clientWidth) {
-    // Names stand above their bars: beside them they would leave no room.
-    const axis = { labelAlign: "left", labelPadding: -4, labelOffset: -12, labelLimit: place.clientWidth - 40, ticks: false };
-    sized.height = spec.height * 1.8;
-    sized.layer = spec.layer.map((layer) => (layer.encoding.y
-      ? { ...layer, encoding: { ...layer.encoding, y: { ...layer.encoding.y, axis: { ...layer.encoding.y.axis, ...axis } } } }
-      : layer));
-  }
-  const renderer = rows[data].length > 5000 ? "canvas" : "svg";
-  place.vega?.finalize();
-  place.vega = await vegaEmbed(place, sized, { actions: false, renderer, logLevel: LEVEL[rows === drawing ? "warn" : "error"] });
+// The rows of a table that comes as columns and lists of values.
+function rows(table) {
+  return table.data.map((values) => Object.fromEntries(values.map((value, i) => [table.columns[i], value])));
 }
 
 function wire(section) {
   const drawing = drawings[section.dataset.section];
-  const places = [...section.querySelectorAll(".chart")];
-  const rows = [...section.querySelectorAll(".runs tbody tr")];
-  let visible = new Set(rows.keys());
-  rows.forEach((row, number) => { row.number = number; });
+  const data = Object.fromEntries(Object.entries(drawing.data).map(([name, table]) => [name, rows(table)]));
+  const charts = [...section.querySelectorAll(".chart")];
+  const body = section.querySelector(".runs tbody");
+  const lines = [...(body?.rows ?? [])];
+  const visible = new Set(lines.keys());
+  lines.forEach((line, number) => { line.number = number; });
+  const belongs = (members) => !members.length || members.some((number) => visible.has(number));
 
-  const redraw = async () => {
-    const some = shown(drawing, visible);
-    for (const place of places) {
-      const { data } = drawing.specs[place.dataset.figure];
-      await place.vega.view.logLevel(LEVEL.error).data(data, some[data]).runAsync();
-    }
+  // What charts show when some runs are left out.
+  const shown = () => ({
+    ...data,
+    runs: data.runs.filter((_, number) => visible.has(number)),
+    finals: data.finals.filter((_, number) => belongs(drawing.members[number])),
+  });
+
+  const draw = async (chart) => {
+    const { spec, data: names } = drawing.specs[chart.dataset.chart];
+    const some = shown();
+    const width = chart.clientWidth;
+    const axisY = { ...spec.config.axisY, labelLimit: Math.max(90, 0.35 * width) };
+    const legend = { ...spec.config.legend, columns: width < 520 ? 1 : 3, labelLimit: Math.min(320, width - 60) };
+    chart.vega?.finalize();
+    chart.vega = await vegaEmbed(chart, {
+      ...spec,
+      width: "container",
+      autosize: { type: "fit-x", contains: "padding" },
+      datasets: Object.fromEntries(names.map((name) => [name, some[name]])),
+      config: { ...spec.config, axisY, legend },
+    }, { actions: false, renderer: some[names[0]].length > 5000 ? "canvas" : "svg", logLevel: visible.size < lines.length ? ERRORS : 2 });
   };
 
   const filter = async () => {
     const words = section.querySelector(".find").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const wanted = [...section.querySelectorAll(".filter")].filter((select) => select.value);
-    visible = new Set();
-    for (const row of rows) {
-      const run = drawing.runs[row.number];
-      const text = row.textContent.toLowerCase();
-      row.hidden = !(words.every((word) => text.includes(word))
-        && wanted.every((select) => row.dataset[select.dataset.field] === select.value));
-      if (!row.hidden) visible.add(row.number);
+    const selects = [...section.querySelectorAll(".filter")].filter((select) => select.value);
+    visible.clear();
+    for (const line of lines) {
+      const text = line.textContent.toLowerCase();
+      line.hidden = !words.every((word) => text.includes(word))
+        || !selects.every((select) => line.dataset[select.dataset.field] === select.value);
+      if (!line.hidden) visible.add(line.number);
     }
-    section.querySelector(".count").textContent =
-      visible.size === rows.length ? "" : `${visible.size} of ${rows.length} runs, in all that follows; `
-        + "final figures are those of whole configurations";
-    section.querySelectorAll("[data-members]").forEach((part) => {
-      const members = part.dataset.members.split(" ").filter(Boolean).map(Number);
-      part.hidden = members.length > 0 && !members.some((number) => visible.has(number));
-    });
-    await redraw();
+    section.querySelector(".count").textContent = visible.size === lines.length ? ""
+      : `${visible.size} of ${lines.length} runs, in all that follows; final metrics are those of whole configurations`;
+    for (const part of section.querySelectorAll("[data-members]")) {
+      part.hidden = !belongs(part.dataset.members.split(" ").filter(Boolean).map(Number));
+    }
+    const some = shown();
+    for (const chart of charts) {
+      const view = chart.vega.view.logLevel(ERRORS);
+      for (const name of drawing.specs[chart.dataset.chart].data) view.data(name, some[name]);
+      await view.runAsync();
+    }
   };
 
   const sort = (head, column) => {
     const down = head.getAttribute("aria-sort") === "ascending";
     section.querySelectorAll(".runs th").forEach((other) => other.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const value = (row) => row.cells[column].dataset.value;
-    const numbers = rows.every((row) => !Number.isNaN(Number(value(row))));
-    const ordered = [...rows].sort((a, b) => {
+    const value = (line) => line.cells[column].dataset.value;
+    const numbers = lines.every((line) => !Number.isNaN(Number(value(line))));
+    body.append(...[...lines].sort((a, b) => {
       const [x, y] = [value(a), value(b)];
       if (x === "" || y === "") return (x === "") - (y === "");  // what is not known comes last, either way
       return (down ? -1 : 1) * (numbers ? x - y : x.localeCompare(y, "en", { numeric: true }));
-    });
-    section.querySelector(".runs tbody").append(...ordered);
+    }));
   };
 
   section.querySelector(".find")?.addEventListener("input", filter);
@@ -123,18 +83,13 @@ function wire(section) {
   section.querySelectorAll(".runs th").forEach((head, column) =>
     head.querySelector("button").addEventListener("click", () => sort(head, column)));
   section.querySelector(".against")?.addEventListener("change", async (event) => {
-    const some = shown(drawing, visible);
-    for (const place of places.filter((place) => place.dataset.tokens)) {
-      place.dataset.figure = place.dataset[event.target.value];
-      await draw(place, drawing, some);
-      const links = place.parentElement.querySelectorAll(".files a");
-      const file = place.dataset.files === "tokens" ? place.dataset.tokens : place.dataset.figure;
-      links[0].href = `${file}.svg`;
-      links[1].href = `${file}.png`;
+    for (const chart of charts.filter((chart) => chart.dataset.tokens)) {
+      chart.dataset.chart = chart.dataset[event.target.value];
+      await draw(chart);
     }
   });
   return async () => {
-    for (const place of places) await draw(place, drawing, drawing);
+    for (const chart of charts) await draw(chart);
   };
 }
 

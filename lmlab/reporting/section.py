@@ -1,525 +1,445 @@
-"""What a report says of the runs of one objective: data, figures, tables and words."""
+"""The part of a report on the runs of one objective: its tables, its charts, and the data that these are drawn from."""
 
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from lmlab.evaluation.comparison import paired, shown_p
-from lmlab.evaluation.records import BOUND, is_bound
-from lmlab.reporting import figures
-from lmlab.reporting.figures import Figure, Key
-from lmlab.reporting.finals import BEST, Final, finals
-from lmlab.reporting.gather import Group
-from lmlab.reporting.reading import COUNTS, SPLITS, Run, number
-from lmlab.reporting.verdict import verdict
-from lmlab.reporting.words import brief, duration, figure, file_name, letter, next_command, parameters, shortened
-from lmlab.runs.choices import as_typed
+import numpy as np
+import pandas as pd
 
-FILE_POINTS = 4000
-"""Of curves, in a figure's files."""
+from lmlab.console import command
+from lmlab.evaluation.comparison import Difference
+from lmlab.evaluation.records import BOUND, Records, is_bound
+from lmlab.io import from_here
+from lmlab.reporting.charts import Chart, Key, draw_curve, draw_effect, draw_final
+from lmlab.reporting.load import COUNTS, SPLITS, Run, objective_of
+from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys, value_texts
+from lmlab.reporting.statistics import BEST, Final, final_metrics, split_comparable, verdict
+from lmlab.reporting.text import duration, interval_text, letter, number_text, p_text, perplexity_text, shorten
+
 KEYS = 8
 """Keys whose effect is drawn."""
-MANY = 100
-"""Runs beyond which files of curves are drawn against tokens only."""
 OPTIONS = 30
 """Values that a filter offers."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Of a table: what stands there, and what it is sorted by."""
+class Cell(NamedTuple):
+    """A value of a run in the table of runs."""
 
-    text: str
-    value: float | str | None = None
+    name: str
+    """The name of its column in the CSV file."""
+    value: Any
+    head: str = ""
+    """The title of its column on the page; empty where only the CSV file has it."""
+    text: str = ""
+    """What the page shows."""
+    meaning: str = ""
+    """What the column holds, in full."""
 
 
 class Section:
-    """The runs of one objective.
+    """The runs of one objective: nothing is compared beyond it.
 
     Args:
-        group: they.
-        slug: begins the names of its files.
-        points: of curves that the page has room for, in this section.
+        objective: the dotted name of its class.
+        runs: its runs.
+        evaluations: those of other models, by their names.
+        slug: what the names of its files begin with.
+        points: of curves that the report has room for, in this section.
     """
 
-    def __init__(self, group: Group, slug: str, points: int):
-        self.group, self.slug, self.points = group, slug, points
-        self.runs = group.runs
-        self.title = group.objective.rpartition(".")[2]
-        self.configured = group.configurations
-        self.configurations = list(dict.fromkeys(self.configured.values()))  # best first, as the runs
-        self.fields = {key: f"k{i}" for i, key in enumerate(group.keys)}
-        self.named = {run.place: self.configured[run.name] for run in self.runs} | group.others
-
-    @cached_property
-    def figure(self) -> str:
-        """What the perplexity is called."""
-        return next((run.figure for run in self.runs if run.figure), "perplexity").replace("_", " ")
-
-    @cached_property
-    def figures_measured(self) -> list[str]:
-        """Of each kind of evaluation what its perplexity is called."""
-        return [alike[0].certificate["figure"].replace("_", " ") for alike in self.group.evaluations]
-
-    @cached_property
-    def final(self) -> tuple[str, str]:
-        """The figure that charts show: perplexity, or bits per byte where tokenizers differ; and its name."""
-        tokenizers = {e.certificate["tokenizer_hash"] for alike in self.group.evaluations for e in alike}
-        if len(tokenizers) > 1:
-            return "bits_per_byte", bits_per_byte(self.figure)
-        return "perplexity", self.figure
-
-    @cached_property
-    def done(self) -> list[Run]:
-        """Those whose final figure is known."""
-        return [run for run in self.runs if run.state.name == "done" and finite(run.final[self.final[0]])]
-
-    @property
-    def unranked(self) -> int:
-        """How many have finished without an evaluation to rank them by."""
-        return sum(run.state.name == "done" and run.name not in self.group.ranks for run in self.runs)
-
-    @property
-    def many(self) -> bool:
-        """Whether curves are too many for a file against each of tokens, steps and time."""
-        return len(self.runs) > MANY
-
-    @property
-    def several(self) -> bool:
-        """Whether runs differ in their seed only."""
-        return len(self.configurations) < len(self.runs)
-
-    @property
-    def states(self) -> Counter[str]:
-        return Counter(run.state.name for run in self.runs)
-
-    @cached_property
-    def finals(self) -> list[list[Final]]:
-        """The configurations of each kind of evaluation, best first."""
-        return [finals(alike, self.named) for alike in self.group.evaluations]
-
-    @property
-    def paired(self) -> str:
-        """What the statistics are over: documents, or stretches of them."""
-        return paired([e for alike in self.group.evaluations for e in alike])
-
-    @cached_property
-    def keys(self) -> list[Key]:
-        """In which finished runs differ: as fields of the data."""
-        found = []
-        for key, field in self.fields.items():
-            values = [value for run in self.done if (value := self.by_key[key][run.name]) is not None]
-            if len(set(values)) > 1:
-                found.append(Key(field, shortened(self.group.heads[key], 40), sorted(set(values))))
-        return found
-
-    @cached_property
-    def by_key(self) -> dict[str, dict[str, Any]]:
-        """Of each key the value by run."""
-        return {key: self.values(key) for key in self.fields}
-
-    def values(self, key: str) -> dict[str, Any]:
-        """A key's value by run: numbers if all are, else words; None of a run that has not said."""
-        known = {run.name: run.chosen.get(key) for run in self.runs if run.begun or key in run.chosen}
-        if not all(number(value) for value in known.values()):
-            # Short, unless that would make two of them one.
-            short = {as_typed(value): brief(value) for value in known.values()}
-            one_to_one = len(set(short.values())) == len(short)
-            known = {name: short[as_typed(value)] if one_to_one else as_typed(value) for name, value in known.items()}
-        return {run.name: known.get(run.name) for run in self.runs}
-
-    @cached_property
-    def texts(self) -> dict[str, dict[str, str]]:
-        """The same in words, by key and run: of numbers no more digits than tell them apart."""
-        found = {}
-        for key, known in self.by_key.items():
-            values = {value for value in known.values() if value is not None}
-            digits = next((d for d in (4, 6, 9) if len({f"{v:.{d}g}" for v in values if number(v)}) == len(values)), 17)
-            broken = any(isinstance(value, float) for value in values)
-            found[key] = {
-                name: f"{value:.{digits}g}" if broken else str(value)
-                for name, value in known.items()
-                if value is not None
-            }
-        return found
-
-    @cached_property
-    def data(self) -> dict[str, list[dict[str, Any]]]:
-        """What the figures are drawn from, whole."""
-        done = {run.name for run in self.done}
-        of_runs = [
-            {
-                "run": run.name,
-                "configuration": self.configured[run.name],
-                "evaluation": letter(self.group.ranks[run.name][0]) if run.name in self.group.ranks else "none",
-                "state": run.state.name,
-                "final": run.final[self.final[0]] if run.name in done else None,
-                **{field: self.by_key[key][run.name] for key, field in self.fields.items()},
-            }
-            for run in self.runs
-        ]
-        of_curves = [
-            {"run": run.name, "configuration": self.configured[run.name], "split": split, **point}
-            for run in self.runs
-            for split in SPLITS
-            for point in run.curve(split)
-        ]
-        of_finals = [
-            {
-                "rank": rank,
-                "configuration": final.name,
-                "label": label,
-                "evaluation": letter(kind),
-                "runs": len(final.places),
-                **with_interval("bits_per_byte", final.bits_per_byte),
-                "upper_bound": final.bound,
-                **with_interval("perplexity", final.perplexity),
-                **with_interval(
-                    "difference",
-                    (final.difference.value, final.difference.low, final.difference.high)
-                    if final.difference
-                    else (0.0 if rank == 1 else None, None, None),
-                ),
-                "p": final.difference.p if final.difference else None,
-            }
-            for kind, alike in enumerate(self.finals)
-            for rank, (final, label) in enumerate(zip(alike, self.labels(alike), strict=True), 1)
-        ]
-        return {"runs": of_runs, "curves": of_curves, "finals": of_finals}
-
-    def thinned(self, points: int, configurations: list[str] | None = None) -> list[dict[str, Any]]:
-        """The rows of the curves at so many points at most, those of some configurations.
-
-        Runs of one configuration keep the same steps, so that their mean stays one of all of them.
-        """
-        rows = [row for row in self.data["curves"] if not configurations or row["configuration"] in configurations]
-        most = max(20, points // max(1, len({(row["run"], row["split"]) for row in rows})))
-        steps: dict[tuple[str, str], set[int]] = {}
-        for row in rows:
-            steps.setdefault((row["configuration"], row["split"]), set()).add(row["step"])
-        kept = {where: evenly(sorted(found), most) for where, found in steps.items()}
-        return [row for row in rows if row["step"] in kept[row["configuration"], row["split"]]]
-
-    @cached_property
-    def thin(self) -> list[dict[str, Any]]:
-        """The rows of the curves that the page has room for."""
-        return self.thinned(self.points)
-
-    @cached_property
-    def drawn(self) -> dict[str, list[dict[str, Any]]]:
-        """What the figures' files are drawn from: of curves no more than can be told apart."""
-        of_runs = {row["run"]: {key.field: row[key.field] for key in self.keys} for row in self.data["runs"]}
-        curves = self.thinned(FILE_POINTS, self.configurations[:BEST])
-        drawn = {split: [row | of_runs[row["run"]] for row in curves if row["split"] == split] for split in SPLITS}
-        return drawn | {name: self.data[name] for name in ("runs", "finals")}
-
-    @cached_property
-    def curves(self) -> dict[str, dict[str, Figure]]:
-        """By what is shown, and then by what it is shown against."""
-        if not self.data["curves"]:
-            return {}
-        numeric = [key for key in self.keys if key.numeric]
-        by = max(numeric, key=lambda key: len(key.values), default=None)
-        seconds = max(run.seconds[-1] for run in self.runs if run.seconds)
-        found: dict[str, dict[str, Figure]] = {}
-        shown = [(split, y) for split in SPLITS for y in ("loss", "perplexity")] + [("training", "speed")]
-        there = {(row["split"], y) for row in self.data["curves"] for y in ("loss", "speed") if row[y] is not None}
-        for split, y in shown:
-            name = "throughput" if y == "speed" else f"{split}_{y}"
-            title = "Throughput" if y == "speed" else f"{split.capitalize()} {self.figure if y == 'perplexity' else y}"
-            if (split, "speed" if y == "speed" else "loss") in there:
-                specs = figures.curves(split, y, self.figure, self.configurations, self.several, by, seconds)
-                found[name] = {
-                    x: Figure(
-                        f"{self.slug}_{name}" + ("" if x == "tokens" else f"_by_{x}"),
-                        title,
-                        spec,
-                        split,
-                        f"{self.slug}_{split}",
-                    )
-                    for x, spec in specs.items()
-                }
-        return found
-
-    @cached_property
-    def effects(self) -> list[Figure]:
-        """The final figure by each key's value, and by all of them at once."""
-        values = [value for run in self.done if (value := run.final[self.final[0]]) is not None]
-        kinds = {row["evaluation"] for row in self.data["runs"] if row["final"] is not None}
-        names, table = {field: key for key, field in self.fields.items()}, f"{self.slug}_effects"
-        found: list[Figure] = []
-        for key in self.keys[:KEYS]:
-            others = [other for other in self.keys if other is not key]
-            by = next((other for other in others if len(other.values) <= 8), None)
-            spec = figures.effect(key, self.final[1], values, sorted(kinds), by, [other.field for other in others])
-            title = f"{self.final[1].capitalize()} by {shortened(names[key.field], 60)}"
-            name = f"{self.slug}_effect_{file_name(names[key.field])}"
-            if name in {figure.name for figure in found}:
-                name += f"_{key.field}"
-            found.append(Figure(name, title, spec, "runs", table))
-        if len(self.keys) > 1:
-            spec = figures.parallel(self.keys[:KEYS], self.final[1], values)
-            found.append(Figure(f"{self.slug}_parallel", "All of them at once", spec, "runs", table))
-        return found
-
-    @cached_property
-    def intervals(self) -> list[tuple[str, str, str, list[Figure], list[tuple[list[int], list[Cell]]]]]:
-        """Of each kind of evaluation: its letter, why it stands apart, what its perplexity is called, charts, and a
-        table with each row's runs."""
-        found = []
-        field = self.final[0]
-        table = f"{self.slug}_finals"
-        for place, (alike, perplexity) in enumerate(zip(self.finals, self.figures_measured, strict=True)):
-            kind = letter(place)
-            shown = [row for row in self.data["finals"] if row["evaluation"] == kind][:BEST]
-            suffix = "" if len(self.finals) == 1 else f"_{kind}"
-            best = f", the {BEST} best of {len(alike)}" if len(alike) > BEST else ""
-            name = perplexity if field == "perplexity" else bits_per_byte(perplexity)
-            spec = figures.final(shown, field, name)
-            charts = [Figure(f"{self.slug}_final{suffix}", f"Final {name}{best}", spec, "finals", table)]
-            if len(alike) > 1:
-                title = f"difference from the best ({bits_per_byte(perplexity)})"
-                spec = figures.final(shown, "difference", title, 0.0)
-                heading = f"Difference from the best{best}"
-                charts.append(Figure(f"{self.slug}_difference{suffix}", heading, spec, "finals", table))
-            why = self.group.apart[place - 1] if place else ""
-            rows = [(self.members(final), final_cells(row)) for final, row in zip(alike[:BEST], shown, strict=True)]
-            found.append((kind, why, perplexity, charts, rows))
-        return found
-
-    def labels(self, alike: list[Final]) -> list[str]:
-        """What charts call configurations: by the keys in which these differ."""
-        of_place = {run.place: run for run in self.runs}
-        firsts = [next((of_place[place] for place in final.places if place in of_place), None) for final in alike]
-        there = [run.name for run in firsts if run]
-        keys = [key for key, known in self.by_key.items() if len({known[name] for name in there}) > 1]
-        pairs = zip(firsts, alike, strict=True)
-        labels = [
-            self.group.configuration(run, keys, len(final.places) > 1) if run and keys else final.name
-            for run, final in pairs
-        ]
-        return labels if len(set(labels)) == len(labels) else [final.name for final in alike]
-
-    def members(self, final: Final) -> list[int]:
-        """Its runs, by their place among those of the section; none where it evaluates what is no run of it."""
-        return [i for i, run in enumerate(self.runs) if run.place in final.places]
-
-    @property
-    def filed(self) -> list[Figure]:
-        """Those that have files."""
-        left_out = {v.name for variants in self.curves.values() for x, v in variants.items() if x != "tokens"}
-        return [figure for figure in self.figures if not self.many or figure.name not in left_out]
-
-    @property
-    def figures(self) -> list[Figure]:
-        """Every figure of the section."""
-        of_curves = [figure for variants in self.curves.values() for figure in variants.values()]
-        return of_curves + self.effects + [chart for _, _, _, charts, _ in self.intervals for chart in charts]
-
-    @property
-    def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """The data of the figures, whole, by the names of their files."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for split in SPLITS:
-            speed = ("speed",) if split == "training" else ()
-            found[split] = [
-                {name: row[name] for name in ("run", "configuration", "step", "tokens", "seconds", "loss", *speed)}
-                | {"perplexity": exp(row["loss"])}
-                for row in self.data["curves"]
-                if row["split"] == split
-            ]
-        found["effects"] = [
-            {"run": row["run"], "evaluation": row["evaluation"]}
-            | {key: row[field] for key, field in self.fields.items()}
-            | {self.final[1]: row["final"]}
-            for row in self.data["runs"]
-            if self.effects and row["final"] is not None
-        ]
-        found["finals"] = [{k: v for k, v in row.items() if k != "label"} for row in self.data["finals"]]
-        return {f"{self.slug}_{name}": rows for name, rows in found.items() if rows}
-
-    @cached_property
-    def columns(self) -> list[tuple[str, str]]:
-        """Of the main table: heads, and what they say in full."""
-        seeds = {repr(run.chosen.get("seed")) for run in self.runs}
-        keys = [*(["seed"] if len(seeds) > 1 else []), *self.group.keys]
-        return [
-            ("", "rank" if len(self.finals) < 2 else "evaluation and rank in it"),
-            ("run", "directory"),
-            *((shortened(self.group.heads.get(key, key), 40), key) for key in keys),
-            (
-                self.figure,
-                "of the best weights on the held-out text; so far, and from which step, where the run has not ended",
-            ),
-            ("bits/byte", bits_per_byte(self.figure)),
-            ("state", "state"),
-            ("steps", "optimizer steps"),
-            ("parameters", "of the model, and how many of them are trainable where not all are"),
-            ("tokens", "seen in training"),
-            ("FLOPs", "floating-point operations of training: forward and backward passes, over the whole run"),
-            ("tokens/s", "over the whole run; the median so far, where it has not ended"),
-            ("time", "wall clock, validation included, pauses left out"),
-        ]
+    def __init__(
+        self, objective: str, runs: Sequence[Run], evaluations: Mapping[str, Records], slug: str, points: int
+    ) -> None:
+        self.objective, self.slug, self.points = objective, slug, points
+        self.title = objective.rpartition(".")[2]
+        of_runs = [run.records for run in runs if run.records and run.status.name == "done"]
+        self.kinds, self.apart = split_comparable([*of_runs, *evaluations.values()])
+        self.ranks: dict[Path, tuple[int, int]] = {}
+        """The kind of evaluation of each run that has one, and its rank in that, from 1."""
+        for number, kind in enumerate(self.kinds):
+            paths = {records.path for records in kind}
+            ranked = sorted((run for run in runs if run.path in paths), key=by_bits_per_byte)
+            self.ranks |= {run.path: (number, rank) for rank, run in enumerate(ranked, 1)}
+        last = (len(runs), 0)
+        self.runs = sorted(runs, key=lambda run: (*self.ranks.get(run.path, last), by_bits_per_byte(run)))
+        self.heads = shorten_keys(differing_keys(self.runs))
+        self.texts = {key: value_texts(self.runs, key) for key in self.heads}
+        self.fields = {key: f"k{number}" for number, key in enumerate(self.heads)}
+        """The name of each key in data for charts: Vega takes a dot for a part of a thing."""
+        self.configurations = name_configurations(self.runs, self.heads)
+        names = self.configurations | name_evaluations(evaluations, self.runs)
+        self.finals = [final_metrics(kind, names) for kind in self.kinds]
+        self.several = len(set(self.configurations.values())) < len(self.runs)
+        """Whether there are runs that differ in their seed only."""
+        self.seeds = len({repr(run.chosen.get("seed")) for run in self.runs})
+        self.statuses = Counter(run.status.name for run in self.runs)
+        self.metric = next((run.metric for run in self.runs if run.metric), "perplexity").replace("_", " ")
+        """The name of the perplexity; of each kind of evaluation it is one of `kind_metrics`."""
+        self.kind_metrics = [kind[0].certificate["figure"].replace("_", " ") for kind in self.kinds]
+        # Where tokenizers differ, charts show bits per byte.
+        one_tokenizer = len({records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}) < 2
+        self.charted = ("perplexity", self.metric) if one_tokenizer else ("bits_per_byte", bits_name(self.metric))
 
     def cells(self, run: Run) -> list[Cell]:
-        """A row of the main table."""
-        rank = self.group.ranks.get(run.name)
-        apart = len(self.finals) > 1
-        keys = [full for _, full in self.columns if full == "seed" or full in self.group.keys]
+        """Returns the row of a run in the table of runs."""
+        kind, rank = self.ranks.get(run.path, (None, None))
+        evaluation = None if kind is None else letter(kind)
+        seed, status = run.chosen.get("seed"), run.status
+        value, bits, bits_head = run.final["perplexity"], run.final["bits_per_byte"], bits_name(self.metric)
         so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
-        perplexity, bits = run.final["perplexity"], run.final["bits_per_byte"]
+        value_text = perplexity_text(value) + so_far if value is not None else ""
         bound = BOUND if run.records and is_bound(run.records.certificate) else ""
-        state = run.state
-        of = f" of {state.steps:,}" if state.steps and state.steps != state.step else ""
+        bits_text = f"{bound}{bits:.4f}{so_far}" if bits is not None else ""
+        of_steps = f" of {status.steps:,}" if status.steps not in (None, status.step) else ""
+        steps, tokens = (f"{status.step:,}{of_steps}", f"{run.tokens:,}") if run.begun else ("", "")
+        size, trainable, flops = (run.summary.get(name) for name in COUNTS)
+        size_text = number_text(size) + (f" ({trainable:,})" if trainable != size else "")
         seconds = run.seconds[-1] if run.seconds else None
+        held_out = "of the best weights on the held-out text; so far, and from which step, where the run has not ended"
+        keys = [
+            Cell(key, run.chosen.get(key), head, self.texts[key].get(run.path, ""), key)
+            for key, head in self.heads.items()
+        ]
         return [
-            Cell(f"{letter(rank[0]) if apart else ''}{rank[1]}", rank[0] * 1e6 + rank[1]) if rank else Cell("", None),
-            Cell(run.name, run.name),
-            *(self.choice(run, key) for key in keys),
-            Cell("" if perplexity is None else f"{figure(perplexity)}{so_far}", perplexity),
-            Cell("" if bits is None else f"{bound}{bits:.4f}{so_far}", bits),
-            Cell(state.name + (f": {state.cause}" if state.cause else ""), state.name),
-            Cell(f"{state.step:,}{of}" if run.begun else "", state.step),
-            Cell(parameters(run), run.result.get("parameters")),
-            Cell(f"{run.tokens:,}" if run.begun else "", run.tokens),
-            Cell(f"{run.result['flops']:.3g}" if "flops" in run.result else "", run.result.get("flops")),
-            Cell("" if run.speed is None else f"{run.speed:,.0f}", run.speed),
-            Cell("" if seconds is None else duration(seconds), seconds),
+            Cell("objective", self.objective),
+            Cell("evaluation", evaluation, "evaluation" if self.apart else "", evaluation or "", "kind of evaluation"),
+            Cell("rank", rank, "rank", number_text(rank), "rank among evaluations of its kind"),
+            Cell("run", run.name, "run", run.name, "directory"),
+            Cell("run_id", run.manifest.get("run_id")),
+            Cell("seed", seed, "seed" if self.seeds > 1 else "", "" if seed is None else str(seed), "seed"),
+            *keys,
+            Cell(self.metric.replace(" ", "_"), value, self.metric, value_text, held_out),
+            Cell(bits_head.replace(" ", "_"), bits, "bits/byte", bits_text, bits_head),
+            Cell("so_far_at_step", run.so_far_at),
+            Cell("state", status.name, "state", ": ".join(filter(None, (status.name, status.cause))), "state"),
+            Cell("cause", status.cause),
+            Cell("step", status.step, "steps", steps, "optimizer steps"),
+            Cell("of_steps", status.steps),
+            Cell("parameters", size, "parameters", size_text, "how many of them are trainable, where not all are"),
+            Cell("trainable_parameters", trainable),
+            Cell("tokens", run.tokens, "tokens", tokens, "seen in training"),
+            Cell("flops", flops, "FLOPs", number_text(flops, ".3g"), "operations of training, over the whole run"),
+            Cell("tokens_per_s", run.speed, "tokens/s", number_text(run.speed, ",.0f"), "the median, before the end"),
+            Cell("seconds", seconds, "time", duration(seconds), "wall clock, validation included, pauses left out"),
+            Cell("directory", str(run.path)),
         ]
 
-    def choice(self, run: Run, key: str) -> Cell:
-        """What a run says of a key."""
-        if key in self.by_key:
-            return Cell(self.texts[key].get(run.name, ""), self.by_key[key][run.name])
-        return Cell(brief(run.chosen[key]) if key in run.chosen else "", run.chosen.get(key))
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The table of runs for other programs."""
+        return pd.DataFrame([{cell.name: cell.value for cell in self.cells(run)} for run in self.runs], dtype=object)
+
+    @cached_property
+    def rows(self) -> list[list[Cell]]:
+        """The table of runs for a person, a row for each run."""
+        return [[cell for cell in self.cells(run) if cell.head] for run in self.runs]
 
     @cached_property
     def numeric(self) -> list[bool]:
-        """Of each column of the main table: whether it holds numbers."""
-        columns = zip(*(self.cells(run) for run in self.runs), strict=True)
-        values = [[cell.value for cell in column if cell.value is not None] for column in columns]
-        return [bool(found) and all(isinstance(value, int | float) for value in found) for found in values]
+        """Whether each column of `rows` holds numbers."""
+        columns = zip(*self.rows, strict=True)
+        return [all(isinstance(cell.value, int | float | None) for cell in column) for column in columns]
 
-    def marks(self, run: Run) -> list[tuple[str, str]]:
-        """By what a row of the main table can be filtered."""
-        texts = [(field, self.texts[key].get(run.name)) for key, field in self.fields.items()]
-        return [("state", run.state.name), *((field, text) for field, text in texts if text is not None)]
-
-    def row(self, run: Run) -> dict[str, Any]:
-        """A row of the main table, for other programs."""
-        rank = self.group.ranks.get(run.name)
-        name = self.figure.replace(" ", "_")
-        return {
-            "objective": self.group.objective,
-            "evaluation": letter(rank[0]) if rank else None,
-            "rank": rank[1] if rank else None,
-            "run": run.name,
-            "run_id": run.manifest.get("run_id"),
-            "state": run.state.name,
-            "cause": run.state.cause,
-            "seed": run.chosen.get("seed"),
-            **{key: run.chosen.get(key) for key in self.group.keys},
-            name: run.final["perplexity"],
-            name.replace("perplexity", "bits_per_byte"): run.final["bits_per_byte"],
-            "so_far_at_step": run.so_far_at,
-            "step": run.state.step,
-            "of_steps": run.state.steps,
-            "tokens": run.tokens,
-            **{name: run.result.get(name) for name in COUNTS},
-            "tokens_per_s": run.speed,
-            "seconds": run.seconds[-1] if run.seconds else None,
-            "directory": str(run.place),
-        }
+    def marks(self, run: Run) -> dict[str, str]:
+        """Returns the values of a run by which its row can be filtered."""
+        texts = {field: self.texts[key].get(run.path, "") for key, field in self.fields.items()}
+        return {"state": run.status.name} | texts
 
     @property
-    def filters(self) -> list[tuple[str, str, list[str]]]:
-        """Of each key with few values: its field, its head, its values."""
-        found = []
+    def filters(self) -> dict[str, tuple[str, list[str]]]:
+        """The head and the values of each field of few values by which rows can be filtered."""
+        offered = {"state": ("state", [*self.statuses])}
         for key, field in self.fields.items():
-            pairs = {(self.by_key[key][name], text) for name, text in self.texts[key].items()}
-            options = [text for _, text in sorted(pairs)]
-            if 1 < len(options) <= OPTIONS:
-                found.append((field, shortened(self.group.heads[key], 40), options))
-        return found
+            pairs = zip(self.runs, self.run_data[field], strict=True)
+            values = {self.texts[key][run.path]: value for run, value in pairs if run.path in self.texts[key]}
+            offered[field] = self.heads[key], sorted(values, key=values.__getitem__)
+        return {field: (head, values) for field, (head, values) in offered.items() if 1 < len(values) <= OPTIONS}
+
+    @cached_property
+    def run_data(self) -> pd.DataFrame:
+        """The runs as charts show them: name, configuration, kind of evaluation, final metric, values of the keys."""
+        data = pd.DataFrame(
+            {
+                "run": [run.name for run in self.runs],
+                "configuration": [self.configurations[run.path] for run in self.runs],
+                "evaluation": [
+                    letter(self.ranks[run.path][0]) if run.path in self.ranks else "none" for run in self.runs
+                ],
+                "final": [run.final[self.charted[0]] if run.status.name == "done" else None for run in self.runs],
+            }
+        )
+        data["final"] = data["final"].astype(float).replace(math.inf, math.nan)
+        for key, field in self.fields.items():
+            values = [run.chosen.get(key) if run.path in self.texts[key] else None for run in self.runs]
+            numbers = all(type(value) in (int, float, type(None)) for value in values)
+            data[field] = values if numbers else [self.texts[key].get(run.path) for run in self.runs]
+        return data
+
+    @cached_property
+    def curve_data(self) -> pd.DataFrame:
+        """The curves, a row for each point of each."""
+        rows = (
+            {"run": run.name, "configuration": self.configurations[run.path], **point, "perplexity": exp(point["loss"])}
+            for run in self.runs
+            for point in run.curves()
+        )
+        columns = ["run", "configuration", "split", "step", "tokens", "seconds", "loss", "speed", "perplexity"]
+        return pd.DataFrame(rows, columns=columns)
+
+    @cached_property
+    def final_data(self) -> pd.DataFrame:
+        """The final metrics, a row for each configuration."""
+        rows = [
+            {
+                "rank": rank,
+                "configuration": final.name,
+                "evaluation": letter(number),
+                "runs": len(final.paths),
+                **with_ends("bits_per_byte", final.bits_per_byte),
+                "upper_bound": final.bound,
+                **with_ends("perplexity", final.perplexity),
+                **with_ends("difference", (gap.difference, gap.low, gap.high)),
+                "p": gap.p,
+            }
+            for number, finals in enumerate(self.finals)
+            for rank, final in enumerate(finals, 1)
+            for gap in [final.difference or Difference(0.0 if rank == 1 else None)]
+        ]
+        return pd.DataFrame(rows)
 
     @property
-    def samples(self) -> list[tuple[Run, str, list[dict[str, Any]]]]:
-        """Of each run with any: its configuration, and the last of them."""
+    def csv(self) -> dict[str, str]:
+        """The data of the charts, whole, by the names of their files."""
+        tables = {"finals": self.final_data}
+        for split in SPLITS:
+            left_out = ["split"] if split == "training" else ["split", "speed"]
+            tables[split] = self.curve_data[self.curve_data["split"] == split].drop(columns=left_out)
+        if self.effects:
+            names = {field: key for key, field in self.fields.items()} | {"final": self.charted[1]}
+            effects = self.run_data[["run", "evaluation", *self.fields.values(), "final"]]
+            tables["effects"] = effects[effects["final"].notna()].rename(columns=names)
+        return {f"{self.slug}_{name}": table.to_csv(index=False) for name, table in tables.items() if len(table)}
+
+    @cached_property
+    def chart_data(self) -> dict[str, pd.DataFrame]:
+        """What the charts are drawn from, by the names that they know it by; curves no denser than a screen shows."""
+        curves = self.curve_data.round(4)
+        most = max(20, self.points // max(1, len(curves[["run", "split"]].drop_duplicates())))
+
+        def select(steps: pd.Series) -> pd.Series:
+            # Runs of one configuration keep the same steps, so that their mean stays one of all of them.
+            known = np.unique(steps)
+            return steps.isin(known[np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int)])
+
+        if len(curves):
+            curves = curves[curves.groupby(["configuration", "split"])["step"].transform(select)]
+        columns = ["run", "step", "tokens", "seconds", "loss", "speed"]
+        by_split = {split: curves.loc[curves["split"] == split, columns] for split in SPLITS}
+        return by_split | {"runs": self.run_data, "finals": self.final_data}
+
+    @property
+    def thinned(self) -> bool:
+        """Whether charts show fewer points of curves than there are."""
+        return sum(len(self.chart_data[split]) for split in SPLITS) < len(self.curve_data)
+
+    @cached_property
+    def chart_keys(self) -> dict[str, Key]:
+        """The keys in which finished runs differ."""
+        done = self.run_data[self.run_data["final"].notna()]
+        values = {key: sorted(done[field].dropna().unique().tolist()) for key, field in self.fields.items()}
+        return {key: Key(self.fields[key], self.heads[key], of) for key, of in values.items() if len(of) > 1}
+
+    @cached_property
+    def curves(self) -> list[dict[str, Chart]]:
+        """The charts of curves: each against tokens, steps and time."""
+        configurations = list(dict.fromkeys(self.configurations.values()))  # best first, as the runs
+        numeric = [key for key in self.chart_keys.values() if key.numeric]
+        by = max(numeric, key=lambda key: len(key.values), default=None)
+        longest = self.curve_data["seconds"].max()
+        divisor, unit = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
+        against = {
+            "tokens": ("datum.tokens", "tokens seen in training"),
+            "steps": ("datum.step", "optimizer steps"),
+            "time": (f"datum.seconds / {divisor}", f"time ({unit})"),
+        }
+        loss = f"loss (nats per {'scored ' if 'masked' in self.metric else ''}token)"
+        shown = [
+            (f"{split}_{y}", f"{split.capitalize()} {title.partition(' (')[0]}", split, y, title)
+            for split in SPLITS
+            for y, title in (("loss", loss), ("perplexity", self.metric))
+        ]
+        shown.append(("throughput", "Throughput", "training", "speed", "tokens per second"))
+        drawn = []
+        for name, heading, split, y, title in shown:
+            if self.chart_data[split]["speed" if y == "speed" else "loss"].notna().any():
+                file, table = f"{self.slug}_{name}", f"{self.slug}_{split}"
+                specs = {
+                    x: draw_curve(split, axis, (y, title), configurations, self.several, by)
+                    for x, axis in against.items()
+                }
+                names = {x: file if x == "tokens" else f"{file}_by_{x}" for x in specs}
+                drawn.append({x: Chart(names[x], heading, spec, (split, "runs"), table) for x, spec in specs.items()})
+        return drawn
+
+    @cached_property
+    def effects(self) -> list[Chart]:
+        """The charts of the final metric by the value of each key."""
+        done, metric = self.run_data[self.run_data["final"].notna()], self.charted[1]
+        drawn: dict[str, Chart] = {}
+        for name, key in list(self.chart_keys.items())[:KEYS]:
+            others = [other for other in self.chart_keys.values() if other is not key]
+            spec = draw_effect(key, others, metric, done["final"].tolist(), sorted(done["evaluation"].unique()))
+            file = f"{self.slug}_effect_{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:80]}"
+            file = f"{file}_{key.field}" if file in drawn else file
+            title = f"{metric.capitalize()} by {shorten(name, 60)}"
+            drawn[file] = Chart(file, title, spec, ("runs",), f"{self.slug}_effects")
+        return list(drawn.values())
+
+    @cached_property
+    def intervals(self) -> list[list[Chart]]:
+        """The charts of the final metrics of each kind of evaluation."""
+        drawn = []
+        for number, perplexity in enumerate(self.kind_metrics):
+            data = self.final_data[self.final_data["evaluation"] == letter(number)]
+            best = f", the {BEST} best of {len(data)}" if len(data) > BEST else ""
+            field, bits = self.charted[0], bits_name(perplexity)
+            metric = perplexity if field == "perplexity" else bits
+            file, table = f"{self.slug}_{{}}{f'_{letter(number)}' if self.apart else ''}", f"{self.slug}_finals"
+            spec = draw_final(data[:BEST], field, metric)
+            kind = [Chart(file.format("final"), f"Final {metric}{best}", spec, ("finals",), table)]
+            if len(data) > 1:
+                spec = draw_final(data[:BEST], "difference", f"difference from the best ({bits})")
+                title = f"Difference from the best{best}"
+                kind.append(Chart(file.format("difference"), title, spec, ("finals",), table))
+            drawn.append(kind)
+        return drawn
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All charts that have files: curves are drawn against tokens there."""
+        curves = [variants["tokens"] for variants in self.curves]
+        return [*curves, *self.effects, *(chart for kind in self.intervals for chart in kind)]
+
+    def members(self, final: Final) -> list[int]:
+        """Returns the indices of the runs of a configuration; none where it evaluates what is no run of the section."""
+        return [i for i, run in enumerate(self.runs) if run.path in final.paths]
+
+    def final_texts(self, number: int) -> pd.DataFrame:
+        """Returns the table of the final metrics of a kind of evaluation for a person."""
+        ends = "95 % interval"
+        heads = [
+            "configuration",
+            "runs",
+            self.kind_metrics[number],
+            ends,
+            "bits/byte",
+            ends,
+            "from the best",
+            ends,
+            "p",
+        ]
+        rows = []
+        for final in self.finals[number][:BEST]:
+            gap = final.difference or Difference()
+            rows.append(
+                [
+                    final.name,
+                    str(len(final.paths)),
+                    perplexity_text(final.perplexity[0]),
+                    " to ".join(map(perplexity_text, final.perplexity[1:])) if final.perplexity[1] else "",
+                    f"{BOUND if final.bound else ''}{final.bits_per_byte[0]:.4f}",
+                    interval_text(*final.bits_per_byte[1:], ".4f"),
+                    number_text(gap.difference, "+.4f"),
+                    interval_text(gap.low, gap.high),
+                    p_text(gap.p),
+                ]
+            )
+        return pd.DataFrame(rows, columns=heads)
+
+    @property
+    def samples(self) -> list[tuple[int, Run, list[dict[str, Any]]]]:
+        """The index of each run with samples, the run, and the last of them."""
         return [
-            (run, self.configured[run.name], [s for s in run.samples if s["step"] == run.samples[-1]["step"]])
-            for run in self.runs
+            (i, run, [sample for sample in run.samples if sample["step"] == run.samples[-1]["step"]])
+            for i, run in enumerate(self.runs)
             if run.samples
         ]
 
     @property
-    def troubles(self) -> list[tuple[Run, str]]:
-        """Runs that have not come to their end or can't be read in full, each with the command that goes on with it."""
-        return [(run, next_command(run)) for run in self.runs if run.state.name not in ("done", "pruned") or run.faults]
+    def troubles(self) -> list[tuple[int, Run, str]]:
+        """The index of each run that has not ended, or can't be read in full, the run, and how to go on with it."""
+        return [
+            (i, run, next_command(run))
+            for i, run in enumerate(self.runs)
+            if run.status.name not in ("done", "pruned") or run.faults
+        ]
 
     @cached_property
     def verdict(self) -> list[str]:
-        """What the final figures decide, and last the best single run, which decides nothing."""
-        kinds = list(zip(map(bits_per_byte, self.figures_measured), self.finals, strict=True))
-        return [*verdict(kinds, self.states, self.unranked), *self.best]
-
-    @property
-    def best(self) -> list[str]:
-        """A sentence on the best single run, where one is ranked."""
+        """What the final metrics decide, and last the best single run, which decides nothing."""
+        unranked = sum(run.status.name == "done" and run.path not in self.ranks for run in self.runs)
+        kinds = list(zip(map(bits_name, self.kind_metrics), self.finals, strict=True))
+        sentences = verdict(kinds, self.statuses, unranked)
         run = self.runs[0] if self.runs else None
-        if run is None or run.name not in self.group.ranks:
-            return []
-        kind = self.group.ranks[run.name][0]
-        of = f" of {letter(kind)}" if len(self.finals) > 1 else ""
-        # Of many choices, a configuration goes by the name of a run.
-        choices = [self.configured[run.name]] if 0 < len(self.group.keys) <= 4 else []
-        which = ", ".join([run.name, *choices, f"seed {run.chosen.get('seed')}"])
-        value = figure(run.final["perplexity"] or math.nan)
-        return [f"The best single run{of} is {which}, with {self.figures_measured[kind]} {value}."]
+        if run and run.path in self.ranks:
+            kind = self.ranks[run.path][0]
+            of = f" of {letter(kind)}" if self.apart else ""
+            # With many choices, a configuration goes by the name of a run.
+            choices = [self.configurations[run.path]] if 0 < len(self.heads) <= 4 else []
+            which = ", ".join([run.name, *choices, f"seed {run.chosen.get('seed')}"])
+            value = perplexity_text(run.final["perplexity"])
+            sentences.append(f"The best single run{of} is {which}, with {self.kind_metrics[kind]} {value}.")
+        return sentences
 
 
-def final_cells(row: dict[str, Any]) -> list[Cell]:
-    """A row of the table of final figures."""
+def make_sections(runs: Sequence[Run], evaluations: Mapping[str, Records], points: int) -> list[Section]:
+    """Returns a section for each objective, each with a slug of its own for the names of its files.
 
-    def interval(name: str, form: str) -> str:
-        low, high = row[f"{name}_low"], row[f"{name}_high"]
-        return "" if low is None else f"{low:{form}} to {high:{form}}"
-
-    low, high = row["perplexity_low"], row["perplexity_high"]
-    return [
-        Cell(row["configuration"]),
-        Cell(str(row["runs"])),
-        Cell(figure(row["perplexity"])),
-        Cell("" if low is None else f"{figure(low)} to {figure(high)}"),
-        Cell(f"{BOUND if row['upper_bound'] else ''}{row['bits_per_byte']:.4f}"),
-        Cell(interval("bits_per_byte", ".4f")),
-        Cell("" if row["rank"] == 1 or row["difference"] is None else f"{row['difference']:+.4f}"),
-        Cell(interval("difference", "+.4f")),
-        Cell(shown_p(row["p"])),
-    ]
+    Args:
+        points: of curves that the report has room for in all.
+    """
+    sections: list[Section] = []
+    for objective in dict.fromkeys([*(run.objective for run in runs), *map(objective_of, evaluations.values())]):
+        module = ([*objective.split("."), ""][-3:-1] or [""])[0].lower()
+        slug = re.sub(r"\W", "-", module) or "runs"
+        if slug in {section.slug for section in sections}:
+            slug = f"{slug}{len(sections) + 1}"
+        own = [run for run in runs if run.objective == objective]
+        others = {name: records for name, records in evaluations.items() if objective_of(records) == objective}
+        sections.append(Section(objective, own, others, slug, points * len(own) // max(1, len(runs))))
+    return sections
 
 
-def bits_per_byte(perplexity: str) -> str:
-    """What bits per byte are called beside a perplexity of that name."""
-    return perplexity.replace("perplexity", "bits per byte")
+def by_bits_per_byte(run: Run) -> float:
+    """Returns what runs are ranked by: bits per byte compare across tokenizers too."""
+    value = run.final["bits_per_byte"]
+    return math.inf if value is None or math.isnan(value) else value
 
 
-def with_interval(name: str, values: tuple[float | None, float | None, float | None]) -> dict[str, float | None]:
+def with_ends(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    """Returns a value and the ends of its interval by the names of their columns."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
-def finite(value: float | None) -> bool:
-    return value is not None and abs(value) < float("inf")
+def bits_name(perplexity: str) -> str:
+    """Returns what bits per byte are called beside a perplexity of that name."""
+    return perplexity.replace("perplexity", "bits per byte")
 
 
 def exp(loss: float) -> float:
-    """Infinite where that is beyond a float."""
+    """Returns the exponential; infinity where that is beyond a float."""
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def evenly(values: list[int], most: int) -> set[int]:
-    """So many of them at most, the first and the last included."""
-    if len(values) <= most:
-        return set(values)
-    return {values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)}
+def next_command(run: Run) -> str:
+    """Returns the command that goes on with a run; empty where there is nothing to do."""
+    if run.status.name in ("done", "pruned", "running"):
+        return ""
+    if run.begun:
+        return command("python", "-m", "lmlab.resume", from_here(run.path))
+    return command("python", "-m", "lmlab.sweep", "resume", from_here(run.sweep)) if run.sweep else ""

@@ -36,8 +36,8 @@ STOPS = [
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.schema.check_choices"),
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.build.build_model"),
     ("predict", ["RUNS/1", "a"], "lmlab.models.generation.load"),
-    ("compare", ["RUNS", "--out", "OUT"], "lmlab.evaluation.comparison.evaluations"),
-    ("report", ["RUNS", "--out", "OUT"], "lmlab.reporting.gather.gather"),
+    ("compare", ["RUNS", "--out", "OUT"], "lmlab.evaluation.comparison.read_evaluations"),
+    ("report", ["RUNS", "--out", "OUT"], "lmlab.reporting.load.load_runs"),
     ("dashboard", ["me/lmlab"], "lmlab.dashboard.check_reachable"),
     ("sweep", ["status", "RUNS"], "lmlab.sweeps.points.read_points"),
 ]

@@ -16,8 +16,9 @@ import pytest
 
 from lmlab.evaluation import comparison, records
 from lmlab.reporting import page as pages
-from lmlab.reporting.finals import finals
-from lmlab.reporting.gather import gather
+from lmlab.reporting.load import load_runs
+from lmlab.reporting.section import Section, make_sections
+from lmlab.reporting.statistics import final_metrics
 from lmlab.runs.directory import RunDirectory
 
 from ..conftest import HOME, TINY, TINY_MLM, Refused, run_verb
@@ -105,15 +106,20 @@ def table(place: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def sections_of(folder: Path) -> list[Section]:
+    """The sections of a report on what lies in a folder."""
+    runs, evaluations, _ = load_runs([folder])
+    return make_sections(runs, evaluations, pages.POINTS)
+
+
 def test_files(report: Path, study: Path) -> None:
-    sections = pages.sections_of(gather([study])[0])
-    figures = [figure for section in sections for figure in section.figures]
-    assert len(figures) > 35
-    for figure in figures:
-        assert (report / f"{figure.name}.svg").read_text().count("<path") > 2
-        assert (report / f"{figure.name}.png").read_bytes().startswith(b"\x89PNG")
-        assert table(report / f"{figure.table}.csv")
-        alt.LayerChart.from_dict(figure.spec, validate=True)
+    charts = [chart for section in sections_of(study) for chart in section.charts]
+    assert len(charts) == 15
+    for chart in charts:
+        assert (report / f"{chart.name}.svg").read_text().count("<path") > 2
+        assert (report / f"{chart.name}.png").read_bytes().startswith(b"\x89PNG")
+        assert table(report / f"{chart.table}.csv")
+        alt.LayerChart.from_dict(chart.spec, validate=True)
     assert not list(report.glob(".*"))
 
 
@@ -155,14 +161,14 @@ def test_curves_are_whole(report: Path, study: Path) -> None:
 
 def test_intervals_are_those_of_compare(study: Path) -> None:
     read = [records.read(study / name) for name in ("0", "1", "2", "3")]
-    best, other = finals(read, {run.path: str(int(run.path.name) // 2) for run in read})
-    assert [place.name for place in best.places] == ["0", "1"]
-    sides = comparison.sides_of(read)
+    best, other = final_metrics(read, {run.path: str(int(run.path.name) // 2) for run in read})
+    assert [path.name for path in best.paths] == ["0", "1"]
+    sides = comparison.make_sides(read)
     expected = comparison.difference(sides[1], sides[0])
     assert other.difference == expected
     for side, found in zip(sides, (best, other), strict=True):
         value, low, high = found.bits_per_byte
-        assert value == pytest.approx(float(side.figures.mean()))
+        assert value == pytest.approx(float(side.bits_per_byte.mean()))
         assert low is not None
         assert high is not None
         assert low < value < high
@@ -181,7 +187,7 @@ def test_a_killed_run_was_down_for_no_time(trained: dict[str, Path], tmp_path: P
     manifest = json.loads((place / "manifest.json").read_text())
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(gone_on))
     (place / "manifest.json").write_text(json.dumps(manifest | {"went_on": [{"time": stamp, "step": 2}]}))
-    run = gather([place])[0][0].runs[0]
+    run = load_runs([place])[0][0]
     assert run.seconds[-1] < lines[-1]["time"] - lines[0]["time"] - 4990
 
 
@@ -350,16 +356,16 @@ def test_choices_of_any_length(trained: dict[str, Path], tmp_path: Path) -> None
     values = ["x" * 300 + "a", "x" * 300 + "b", "two\nlines", "x" * 150 + "a" + "x" * 150]
     for number, value in enumerate(values):
         made(trained["clm"], tmp_path / "runs" / str(number), {"data._target_": value, "optim.lr": 1 / (3 + number)})
-    sections = pages.sections_of(gather([tmp_path / "runs"])[0])
-    names = sections[0].configurations
+    sections = sections_of(tmp_path / "runs")
+    names = list(dict.fromkeys(sections[0].configurations.values()))
     assert len(set(names)) == 4
     assert max(map(len, names)) < 100
     assert "lr=0.3333" in names[0]
-    assert len(pages.latex(sections).splitlines()) == 4 + 7
+    assert len(pages.runs_latex(sections).splitlines()) == 4 + 7
     made(trained["clm"], tmp_path / "more" / "1", {f"optim.{'k' * 260}": 1})
     made(trained["clm"], tmp_path / "more" / "2", {f"optim.{'k' * 260}": 2})
-    for figure in pages.sections_of(gather([tmp_path / "more"])[0])[0].figures:
-        assert len(figure.name) < 150
+    for chart in sections_of(tmp_path / "more")[0].charts:
+        assert len(chart.name) < 150
 
 
 def test_into_a_folder_with_something_in_it(
@@ -447,7 +453,7 @@ def test_in_a_browser(report: Path, opened: Callable[..., Any]) -> None:
     assert charts.count() >= 13
     for i in range(charts.count()):
         marks = "g.mark-line > path, g.mark-symbol > path, g.mark-rule > line, g.mark-area > path"
-        assert charts.nth(i).locator(marks).count() > 0, charts.nth(i).get_attribute("data-figure")
+        assert charts.nth(i).locator(marks).count() > 0, charts.nth(i).get_attribute("data-chart")
 
 
 def test_sorting_and_filters(report: Path, opened: Callable[..., Any]) -> None:
@@ -464,8 +470,8 @@ def test_sorting_and_filters(report: Path, opened: Callable[..., Any]) -> None:
     head.click()
     assert shown()[0] == "9"
     assert shown()[-2:] == ["10", "11"]  # what is not known stays last
-    points = section.locator('[data-figure="clm_effect_optim.lr"] g.mark-symbol.role-mark path')
-    lines = section.locator('[data-figure="clm_validation_loss"] g.mark-line path')
+    points = section.locator('[data-chart="clm_effect_optim.lr"] g.mark-symbol.role-mark path')
+    lines = section.locator('[data-chart="clm_validation_loss"] g.mark-line path')
     before = points.count(), lines.count()
     assert before[0] == 9
     section.get_by_label("lr", exact=True).select_option("0.0003")
@@ -480,7 +486,7 @@ def test_sorting_and_filters(report: Path, opened: Callable[..., Any]) -> None:
     page.wait_for_function("document.querySelector('.count').textContent.includes('1 of 12')")
     assert shown() == ["4"]
     section.locator(".against").select_option("time")
-    section.locator('[data-figure="clm_validation_loss_by_time"] svg').wait_for()
+    section.locator('[data-chart="clm_validation_loss_by_time"] svg').wait_for()
     assert page.said == [f"file://{report / 'report.html'}"]
 
 

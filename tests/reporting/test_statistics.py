@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from lmlab.evaluation.comparison import Difference
-from lmlab.reporting.finals import Final
-from lmlab.reporting.verdict import verdict
+from lmlab.reporting.statistics import Final, verdict
 
 BITS = "bits per byte"
 

@@ -73,7 +73,7 @@ def simulated(seed: int, gap: float, documents: int, runs: int, of_seeds: float)
             tables.append(np.stack([own * sizes, sizes], axis=1))
         side = Side(name, [None] * runs)  # type: ignore[list-item]
         side.__dict__["sums"] = np.mean(tables, axis=0)
-        side.__dict__["figures"] = np.array([comparison.ratio(table.sum(axis=0)) for table in tables])
+        side.__dict__["bits_per_byte"] = np.array([comparison.ratio(table.sum(axis=0)) for table in tables])
         sides.append(side)
     return sides
 
@@ -102,7 +102,7 @@ def test_seeds_that_are_left_out_of_account_would_mislead() -> None:
     found = difference(sides[1], sides[0])
     alone = [Side(side.name, side.runs[:1]) for side in sides]
     for side, whole in zip(alone, sides, strict=True):
-        side.__dict__.update(sums=whole.sums, figures=whole.figures[:1])
+        side.__dict__.update(sums=whole.sums, bits_per_byte=whole.bits_per_byte[:1])
     narrow = difference(alone[1], alone[0])
     assert (found.high or 0) - (found.low or 0) > 5 * ((narrow.high or 0) - (narrow.low or 0))
 
@@ -116,10 +116,10 @@ def test_against_the_textbook() -> None:
     sides = [Side("first", [None]), Side("other", [None])]  # type: ignore[list-item]
     for side, own in zip(sides, (bits, bits + gaps), strict=True):
         side.__dict__["sums"] = np.stack([own, np.full(documents, 50.0)], axis=1)
-        side.__dict__["figures"] = np.array([own.mean() / 50])
+        side.__dict__["bits_per_byte"] = np.array([own.mean() / 50])
     found = difference(sides[1], sides[0])
     error = gaps.std(ddof=1) / math.sqrt(documents)
-    assert found.value == pytest.approx(gaps.mean() / 50)
+    assert found.difference == pytest.approx(gaps.mean() / 50)
     assert found.low == pytest.approx((gaps.mean() - 1.96 * error) / 50, abs=0.1 * error / 50)
     assert found.high == pytest.approx((gaps.mean() + 1.96 * error) / 50, abs=0.1 * error / 50)
     assert found.p == pytest.approx(math.erfc(abs(gaps.mean()) / error / math.sqrt(2)), abs=0.02)
@@ -128,7 +128,7 @@ def test_against_the_textbook() -> None:
 def test_few_documents_have_no_interval(write: Write) -> None:
     few = comparison.FEWEST - 1
     runs = [write(name, np.full(few, level), np.full(few, 100)) for name, level in (("a", 1.0), ("b", 1.25))]
-    row = comparison.table(comparison.sides_of(runs))[1]
+    row = comparison.compare_sides(comparison.make_sides(runs))[1]
     assert row["difference"] == pytest.approx(0.25)
     assert (row["low"], row["high"], row["p"]) == (None, None, None)
 
@@ -149,16 +149,16 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
                 },
             }
             write(f"{lr}/{seed}", np.full(40, lr + seed / 10), config=config)
-    sides = comparison.sides_of(comparison.evaluations([tmp_path]))
+    sides = comparison.make_sides(comparison.read_evaluations([tmp_path]))
     assert [(side.name, len(side.runs)) for side in sides] == [("optim.lr=1", 3), ("optim.lr=2", 3)]
-    assert comparison.differing(sides) == {"optim.lr": [1, 2]}
-    first, second = comparison.table(sides)
+    assert comparison.differing_keys(sides) == {"optim.lr": [1, 2]}
+    first, second = comparison.compare_sides(sides)
     assert (first["value"], second["value"]) == (pytest.approx(1.2), pytest.approx(2.2))
     assert first["deviation_of_seeds"] == pytest.approx(0.1)
     assert first["difference"] is None
     assert second["difference"] == pytest.approx(1.0)
     # Two seeds of one thing are compared as they are.
-    two = comparison.sides_of(comparison.evaluations([tmp_path / "1/1", tmp_path / "1/2"]))
+    two = comparison.make_sides(comparison.read_evaluations([tmp_path / "1/1", tmp_path / "1/2"]))
     assert [side.name for side in two] == ["seed=1", "seed=2"]
 
 
@@ -182,7 +182,7 @@ def test_the_documents_that_differ_most(write: Write) -> None:
     other[7] += 0.5
     other[20] -= 0.4
     runs = [write("a", level, np.full(40, 100)), write("b", other, np.full(40, 100))]
-    rows = comparison.furthest(comparison.sides_of(runs), 2)
+    rows = comparison.largest_differences(comparison.make_sides(runs), 2)
     assert [row["document"] for row in rows] == ["document-7", "document-20"]
     assert [row["bits_more"] for row in rows] == [pytest.approx(50), pytest.approx(-40)]
     assert rows[0]["of_the_other"] == pytest.approx(1)
@@ -223,7 +223,7 @@ def test_a_sample_of_other_tokens_is_not_comparable(write: Write) -> None:
 
 def test_models_of_one_name_are_not_seeds_of_one_thing(write: Write) -> None:
     runs = [write(place, np.ones(40), model="m") for place in ("a", "b")] + [write("c", np.ones(40))]
-    assert [len(side.runs) for side in comparison.sides_of(runs)] == [1, 1, 1]
+    assert [len(side.runs) for side in comparison.make_sides(runs)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("runs", [1, 3])
@@ -233,13 +233,13 @@ def test_from_the_other_side_the_sign_is_all_that_changes(runs: int) -> None:
     there, back = difference(one, other), difference(other, one)
     assert there.low is not None
     assert there.high is not None
-    assert (there.value, there.low, there.high, there.p) == (-back.value, -back.high, -back.low, back.p)
+    assert (there.difference, there.low, there.high, there.p) == (-back.difference, -back.high, -back.low, back.p)
 
 
 def test_a_third_side_moves_no_interval(write: Write) -> None:
     sides = simulated(5, 0.1, 40, 3, 0.05)
     wild = Side("wild", sides[0].runs)
-    wild.__dict__.update(sums=sides[0].sums * [2, 1], figures=sides[0].figures * np.array([1, 3, 9]))
+    wild.__dict__.update(sums=sides[0].sums * [2, 1], bits_per_byte=sides[0].bits_per_byte * np.array([1, 3, 9]))
     assert comparison.seed_error(sides[1], sides[0])[1] <= 4
     one, other = difference(sides[1], sides[0]), difference(wild, sides[0])
     assert difference(sides[1], sides[0]) == one != other
@@ -262,25 +262,25 @@ def test_one_draw_twice_is_no_two_seeds(write: Write, same: str) -> None:
         write("c", np.ones(40), config={"seed": 1, "lr": 2, "compile": False}),
     ]
     with pytest.raises(UserError, match=f"the same {same}: .* they would count twice"):
-        comparison.sides_of(runs)
+        comparison.make_sides(runs)
 
 
 def test_precision_is_a_difference(write: Write) -> None:
     runs = [write(kind, np.ones(40), config={"seed": 1, "trainer": {"precision": kind}}) for kind in ("32", "bf16")]
-    assert [side.name for side in comparison.sides_of(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
+    assert [side.name for side in comparison.make_sides(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
 
 
 def test_runs_that_differ_in_machinery_alone_go_by_their_directories(write: Write) -> None:
     runs = [write(name, np.ones(40), config={"seed": 1, "compile": name == "a"}) for name in "ab"]
-    assert [Path(side.name).name for side in comparison.sides_of(runs)] == ["a", "b"]
+    assert [Path(side.name).name for side in comparison.make_sides(runs)] == ["a", "b"]
 
 
 def test_directories(write: Write, tmp_path: Path) -> None:
     write("a", np.ones(40))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no evaluation"):
-        comparison.evaluations([tmp_path / "a", tmp_path / "empty"])
+        comparison.read_evaluations([tmp_path / "a", tmp_path / "empty"])
     with pytest.raises(UserError, match="is named twice"):
-        comparison.evaluations([tmp_path / "a", tmp_path / "a"])
+        comparison.read_evaluations([tmp_path / "a", tmp_path / "a"])
     with pytest.raises(UserError, match="only evaluation"):
-        comparison.evaluations([tmp_path / "a"])
+        comparison.read_evaluations([tmp_path / "a"])

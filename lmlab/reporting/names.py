@@ -1,0 +1,109 @@
+"""Names what a report shows: the keys in which runs differ, their values, and the configurations that these make.
+
+A *configuration* is what runs share that differ from each other in their seed only.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmlab.evaluation.comparison import run_choices
+from lmlab.evaluation.records import Records
+from lmlab.reporting.load import Run
+from lmlab.reporting.text import brief, shorten
+
+LABEL = 64
+"""Characters of the name of a configuration: no chart has room for more."""
+HEAD = 40
+"""Characters of a key at the top of a column, and on an axis."""
+
+
+def differing_keys(runs: Iterable[Run]) -> list[str]:
+    """Returns the keys in which runs differ, the seed left out."""
+    # A run that has not begun has only what its sweep varies.
+    begun = [run.chosen for run in runs if run.begun]
+    others = [run.chosen for run in runs if not run.begun]
+
+    def differs(key: str) -> bool:
+        values = [chosen.get(key) for chosen in begun] + [chosen[key] for chosen in others if key in chosen]
+        return any(value != values[0] for value in values)
+
+    keys = dict.fromkeys(key for chosen in [*begun, *others] for key in chosen)
+    return [key for key in keys if key not in ("seed", "objective") and differs(key)]
+
+
+def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Returns each dotted key by its last part, or by as many as tell it from the others."""
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        others = [f".{other}" for other in keys if other != key]
+        short[key] = shorten(next((e for e in ends if not any(o.endswith(f".{e}") for o in others)), key), HEAD)
+    return short
+
+
+def value_texts(runs: Sequence[Run], key: str) -> dict[Path, str]:
+    """Returns the value of a key in each run, as short as tells it from the others; none of a run that has not said."""
+    values = {run.path: run.chosen.get(key) for run in runs if run.begun or key in run.chosen}
+    texts: dict[Path, str] = {}
+    for digits in (4, 6, 9, 17):
+        for path, value in values.items():
+            texts[path] = f"{value:.{digits}g}" if isinstance(value, float) else brief(value, 10 * digits)
+        if len(set(texts.values())) == len(set(map(identity, values.values()))):
+            break
+    return texts
+
+
+def identity(value: Any) -> str:
+    """Returns what is equal for the same choices: 0 and 0.0 are, True and 1 are not."""
+    return repr(float(value)) if type(value) in (int, float) else repr(value)
+
+
+def name_configurations(runs: Sequence[Run], heads: Mapping[str, str]) -> dict[Path, str]:
+    """Returns the name of the configuration of each run, by the directory of the run.
+
+    Args:
+        heads: the keys in which the runs differ, and what each is called.
+    """
+    if not heads:
+        return dict.fromkeys((run.path for run in runs), "all runs")
+    alike: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        alike.setdefault(tuple(identity(run.chosen.get(key)) for key in heads), []).append(run)
+    names: dict[Path, str] = {}
+    for group in alike.values():
+        first = group[0]
+        name = f"{shorten(first.name, LABEL - 14)}{' and its seeds' if len(group) > 1 else ''}"
+        if len(heads) <= 4:
+            name = ", ".join(f"{head}={brief(first.chosen.get(key))}" for key, head in heads.items())
+        if len(name) > LABEL:
+            room = max(8, LABEL // (2 * len(heads)))
+            pairs = ((shorten(head, room), brief(first.chosen.get(key), room)) for key, head in heads.items())
+            name = ", ".join(map("=".join, pairs))
+        if name in names.values():  # what tells them apart was cut off
+            name = f"{name} ({shorten(first.name, 20)})"
+        names |= {run.path: name for run in group}
+    return names
+
+
+def name_evaluations(evaluations: Mapping[str, Records], runs: Sequence[Run]) -> dict[Path, str]:
+    """Returns the name of each evaluation that is not of a run's end: what was evaluated, and where this lies.
+
+    Those of several seeds that were evaluated alike have one name.
+
+    Args:
+        evaluations: by their names in the report.
+        runs: of the report; an evaluation of one of them goes by its name.
+    """
+    trained = {run.manifest["run_id"]: run.name for run in runs if run.begun}
+    names: dict[str, str] = {}
+    found = {}
+    for name, records in evaluations.items():
+        model, policy = records.certificate["model"], records.certificate["policy"]
+        run_id = (records.certificate["run"] or {}).get("run_id")
+        evaluated = trained.get(run_id) or (Path(model).name if Path(model).is_absolute() else model)
+        alike = repr([policy, sorted((run_choices(records) | {"seed": None}).items())])
+        text = f"{shorten(evaluated, LABEL // 2)}, evaluated in {shorten(name, LABEL // 2)}"
+        found[records.path] = names.setdefault(alike, text)
+    return found

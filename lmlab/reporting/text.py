@@ -1,0 +1,64 @@
+"""How a report and a comparison write numbers, values of a config, and tables for a person."""
+
+from typing import TYPE_CHECKING, Any
+
+from lmlab.runs.choices import as_typed
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SIGNS = {"±": r"$\pm$", "−": "$-$", "≤": r"$\le$"}
+"""Signs that LaTeX does not know, and what it knows for them."""
+
+
+def latex(table: "DataFrame", layout: str | None = None) -> str:
+    """Returns a table of texts as a `tabular` for the booktabs package; its first column is of words if no other is."""
+    text = table.to_latex(index=False, escape=True, column_format=layout or "l" + "r" * (table.shape[1] - 1))
+    for sign, macro in SIGNS.items():
+        text = text.replace(sign, macro)
+    return text
+
+
+def p_text(p: float | None) -> str:
+    """Returns a p value with four digits; of 10,000 replicates none may have gone as far, which is no p of 0."""
+    return "" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def interval_text(low: float | None, high: float | None, spec: str = "+.4f") -> str:
+    """Returns the ends of an interval by a format specification; empty where there is none."""
+    return "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
+
+
+def number_text(value: float | None, spec: str = ",") -> str:
+    """Returns a number by a format specification; empty where there is none."""
+    return "" if value is None else f"{value:{spec}}"
+
+
+def perplexity_text(value: float | None) -> str:
+    """Returns a perplexity with the digits that a person reads."""
+    return "" if value is None else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Returns a time in the largest two units that it fills; empty where there is none."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def brief(value: Any, most: int = 40) -> str:
+    """Returns a value of a config: four digits of a number, and long text without its middle."""
+    return f"{value:.4g}" if isinstance(value, float) else shorten(" ".join(as_typed(value).split()), most)
+
+
+def shorten(text: str, most: int) -> str:
+    """Returns text without its middle, as either end may be what tells it from others."""
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[-(most // 2) :]}"
+
+
+def letter(number: int) -> str:
+    """Returns the name of a kind of evaluation: A, B and so on."""
+    return chr(65 + number) if number < 26 else f"E{number + 1}"
