@@ -48,7 +48,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from lmlab.evaluation import comparison
     from lmlab.evaluation.records import BOUND
     from lmlab.io import from_here, write_out
-    from lmlab.runs.choices import said
+    from lmlab.runs.choices import as_typed
     from lmlab.runs.tables import as_csv, as_latex
 
     runs = comparison.evaluations(arguments.places)
@@ -109,7 +109,7 @@ def compare(arguments: argparse.Namespace) -> None:
     keys = comparison.differing(sides)
     if keys:
         sided = ["key", *(f"row {number}" for number in range(1, len(sides) + 1))]
-        show_rows("Configs differ in", sided, ([key, *map(said, found)] for key, found in keys.items()))
+        show_rows("Configs differ in", sided, ([key, *map(as_typed, found)] for key, found in keys.items()))
     headings = ["begins", "row", "bits more", "per byte", f"of {reference.removesuffix(' row')}", "bytes"]
     show_rows(f"{paired.capitalize()} that differ most from {reference}", headings, map(shown_document, furthest))
     print(f"Written to {from_here(place.resolve())}: {', '.join(files)}")

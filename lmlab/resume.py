@@ -1,23 +1,24 @@
 """`python -m lmlab.resume RUN_DIR [overrides]`: go on with a run, or run its experiment again."""
 
 import argparse
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from lmlab.config import build, changes, compose, schema, trust
+from lmlab.config.attempt import attempt
 from lmlab.config.compose import config_of
+from lmlab.config.rank import on_rank_zero
 from lmlab.console import command
-from lmlab.distributed import ranks
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.io import from_here, rows
-from lmlab.runs.directory import RunDirectory, differences, surroundings
+from lmlab.runs import lifecycle
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.manifest import environment, version_changes
 from lmlab.secrets import redacted_command
-from lmlab.train import check_all, finished, longer, run_or_go_on, train_rank
+from lmlab.train import train, train_rank
 
 EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00                           where it stopped
@@ -47,84 +48,78 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@on_rank_zero(others=train_rank)
 def main() -> None:
-    if ranks.rank():
-        from lmlab.config.rank import follow
-
-        follow(train_rank)
-        return
-    with shown_plainly(), SIGNALS.heeded(), ranks.leading():
+    with shown_plainly(), SIGNALS.heeded():
         given = parser().parse_intermixed_args()
         run = RunDirectory(given.run.resolve())
         if not run.begun():
             raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")
+        if given.into and not given.fresh:
+            raise UserError("--into is for --fresh: a run goes on in its own directory.")
+        directory = run.path
+        if given.fresh:
+            directory = (given.into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
+            if RunDirectory(directory).begun():
+                raise UserError(f"{directory} holds a run or an evaluation already. Choose another: --into DIR")
         kept = config_of(run)
         trusted, overrides = trust.split(given.overrides, given.config_dir)
+        cfg = changes.apply_overrides(kept, directory, overrides, given.config_dir)
+        trust.check_trusted(cfg, trusted)
+        compose.check_secrets(cfg)
         if given.fresh:
-            again(run, kept, given, overrides, trusted)
-        elif given.into:
-            raise UserError("--into is for --fresh: a run goes on in its own directory.")
-        else:
-            cfg = changes.continued(kept, run.path, overrides, given.config_dir)
-            trust.check_trusted(cfg, trusted)
-            compose.check_secrets(cfg)
-            if run.finished():
-                check_all(cfg, kept, run)
-                if not longer(cfg, kept, run):
-                    raise UserError(finished(run))
-            run_or_go_on(cfg, overrides)
+            repeat(run, cfg, kept, overrides)
+            return
+        if run.finished():
+            changes.check(cfg, kept, run)
+            if not changes.lengthens(cfg, kept, run):
+                raise UserError(lifecycle.finished(run))
+        attempt(train, cfg, overrides)
 
 
-def again(
-    run: RunDirectory, kept: DictConfig, given: argparse.Namespace, overrides: list[str], trusted: Sequence[str]
-) -> None:
-    """Run the experiment of a manifest in a new directory; say what differs, before and after."""
-    place = (given.into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
-    if RunDirectory(place).begun():
-        raise UserError(f"{place} holds a run or an evaluation already. Choose another directory: --into DIR")
-    cfg = changes.continued(kept, place, overrides, given.config_dir)
-    trust.check_trusted(cfg, trusted)
-    compose.check_secrets(cfg)
+def repeat(run: RunDirectory, cfg: DictConfig, kept: DictConfig, overrides: list[str]) -> None:
+    """Run an experiment again in the directory of `cfg`; print what differs from `run` before, and in the end."""
     schema.check_run(cfg)
-    then = run.read_manifest()
-    words = command("python", "-m", "lmlab.resume", from_here(run.path), "--fresh")
-    with changes.where_they_lie(words, changes.places(cfg, kept)):
-        data = build.prepare_data(cfg)
-    prepared = data.identity
-    differ = differences(then, surroundings())
-    differ += [f"{name.replace('_', ' ')}: not what it was" for name in prepared if then.get(name) != prepared[name]]
-    differ += [
-        f"length: it was made another at step {a['step']}" for a in then.get("went_on", ()) if "length_before" in a
+    manifest, path = run.read_manifest(), from_here(run.path)
+    again = command("python", "-m", "lmlab.resume", path, "--fresh")
+    with changes.hint_at_locations(again, changes.location_overrides(cfg, kept)):
+        identity = build.prepare_data(cfg).identity
+    differences = version_changes(manifest, environment())
+    differences += [
+        f"{key.replace('_', ' ')}: changed" for key, value in identity.items() if manifest.get(key) != value
     ]
+    lengthened = [attempt["step"] for attempt in manifest.get("went_on", ()) if "length_before" in attempt]
+    differences += [f"length: changed at step {step}" for step in lengthened]
     if overrides:
-        differ.append(f"config: {command(*redacted_command(overrides))}")
-    for line in differ:
-        print(f"differs from {from_here(run.path)}: {line}")
-    if not differ:
-        print(f"Code, versions, data and tokenizer are those of {from_here(run.path)}.")
-    run_or_go_on(cfg, overrides, repeats={"run_id": then["run_id"], "path": str(run.path), "differs": differ})
-    print(compared(curve(run), curve(RunDirectory(place))))
+        differences.append(f"config: {command(*redacted_command(overrides))}")
+    for line in differences:
+        print(f"differs from {path}: {line}")
+    if not differences:
+        print(f"Code, versions, data and tokenizer are those of {path}.")
+    repeats = {"run_id": manifest["run_id"], "path": str(run.path), "differs": differences}
+    attempt(train, cfg, overrides, repeats=repeats)
+    print(compare_curves(loss_curve(run), loss_curve(RunDirectory(cfg.run_dir))))
 
 
-def curve(run: RunDirectory) -> dict[tuple[int, str], float]:
-    """The losses of a run, by step and name."""
+def loss_curve(run: RunDirectory) -> dict[tuple[int, str], float]:
+    """Return the training and validation losses of a run by step and name."""
     names = ("train/loss", "val/loss")
     return {(row["step"], name): row[name] for row in rows(run.metrics) for name in names if name in row}
 
 
-def compared(then: dict[Any, float], now: dict[Any, float]) -> str:
-    """How two loss curves agree, where both have a point."""
+def compare_curves(then: dict[tuple[int, str], float], now: dict[tuple[int, str], float]) -> str:
+    """Say how two loss curves agree at the points that both have."""
     both = sorted(then.keys() & now.keys())
-    wrong = [at for at in both if then[at] != now[at]]
+    differing = [point for point in both if then[point] != now[point]]
     if not both:
         return "The loss curves have no step in common."
-    if not wrong:
+    if not differing:
         return f"The loss curve is the same, bit for bit: {len(both)} points, to step {both[-1][0]}."
-    step, name = wrong[0]
-    most = max(abs(now[at] / then[at] - 1) for at in wrong)
+    step, name = differing[0]
+    largest = max(abs(now[point] / then[point] - 1) for point in differing)
     return (
-        f"The loss curves differ from step {step} on: {name} {now[wrong[0]]:.10g} here, {then[wrong[0]]:.10g} there; "
-        f"by {most:.1e} at most (relative)."
+        f"The loss curves differ from step {step} on: {name} {now[step, name]:.10g} here, {then[step, name]:.10g} "
+        f"there; by {largest:.1e} at most (relative)."
     )
 
 

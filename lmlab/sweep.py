@@ -1,4 +1,4 @@
-"""`python -m lmlab.sweep status|resume DIR`: what ran of a sweep, what failed and why; and the rest of it."""
+"""`python -m lmlab.sweep status|resume DIR`: show the runs of a sweep and why some failed, or run the rest of it."""
 
 import argparse
 import json
@@ -31,9 +31,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("what", choices=("status", "resume"))
+    p.add_argument("action", choices=("status", "resume"))
     p.add_argument("folder", type=Path, metavar="DIR", help="directory of a sweep")
-    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of resume: changes to how, or how far, runs go")
+    p.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="with resume: changes to how, or how far, the runs go"
+    )
     return p
 
 
@@ -44,7 +46,7 @@ def main() -> None:
         points = read_points(folder)
         if not read_sweep(folder):
             raise UserError(f"{given.folder} holds no sweep (no {SWEEP_FILE}). Name the directory of one: multirun/…")
-        if given.what == "status":
+        if given.action == "status":
             if given.overrides:
                 raise UserError(f"{given.overrides[0]}: status takes a directory alone.")
             show(points)
@@ -53,43 +55,49 @@ def main() -> None:
 
 
 def resume(folder: Path, overrides: list[str]) -> None:
-    """Give the command of a sweep again, where it was given, with overrides added."""
-    facts, points = read_sweep(folder), read_points(folder)
-    names = {bare(word) for word in overrides} | {"hydra.sweep.dir"}
+    """Run the command of a sweep again in its working directory, with overrides added.
+
+    Points that have finished are left as they are; of a search, so many more trials are run as the command asks for.
+    """
+    content, points = read_sweep(folder), read_points(folder)
+    given = {bare(word) for word in overrides} | {"hydra.sweep.dir"}
     # Another launcher has keys of its own.
-    gone = ("hydra.launcher.",) if "hydra/launcher" in names else ()
-    words = [word for word in facts["arguments"] if not word.startswith(gone)]
-    kept = [word for word in words if bare(word) not in names]
-    lost = lost_of_command(kept)
-    if lost and not overrides and complete(facts, points):
+    dropped = ("hydra.launcher.",) if "hydra/launcher" in given else ()
+    arguments = [word for word in content["arguments"] if not word.startswith(dropped) and bare(word) not in given]
+    lost = lost_of_command(arguments)
+    if lost and not overrides and is_complete(content, points):
         show(points)
-        given = " ".join(f"{key}=…" for key in lost)
-        print(f"All have come to their end. To go on nevertheless, give the secrets again, which are not kept: {given}")
+        again = " ".join(f"{key}=…" for key in lost)
+        print(f"All runs have ended. To go on nevertheless, give the secrets again, which are not kept: {again}")
         return
-    # Another value of a key that was added is added too.
-    before = {bare(word): word[: word.index(bare(word))] for word in words}
-    overrides = [before.get(word.partition("=")[0], "") + word for word in overrides]
-    if Path(facts.get("directory", "")).is_dir():
-        os.chdir(facts["directory"])  # relative paths in it are of there
+    # A key that the command added, with a + before it, is added again with another value.
+    signs = {bare(word): word[: word.index(bare(word))] for word in content["arguments"]}
+    overrides = [signs.get(word.partition("=")[0], "") + word for word in overrides]
+    if Path(content.get("directory", "")).is_dir():
+        os.chdir(content["directory"])  # relative paths in the command are relative to it
     from lmlab import train
 
-    sys.argv[1:] = [*kept, *overrides, f"hydra.sweep.dir={json.dumps(str(folder))}"]
+    sys.argv[1:] = [*arguments, *overrides, f"hydra.sweep.dir={json.dumps(str(folder))}"]
     train.main()
 
 
-def complete(facts: Mapping[str, Any], points: Sequence[Point]) -> bool:
-    """Whether all points of a sweep have come to their end, as far as can be told without its secrets."""
+def is_complete(content: Mapping[str, Any], points: Sequence[Point]) -> bool:
+    """Return whether all points of a sweep have ended, as far as can be told without its secrets.
+
+    Args:
+        content: of the file of the sweep.
+    """
     from lmlab.config.compose import read_config
 
-    if facts.get("kind") != "grid" and len(points) < facts.get("trials", math.inf):
+    if content.get("kind") != "grid" and len(points) < content.get("trials", math.inf):
         return False
     if not points or any(status.read_status(point.run).name not in status.ENDED for point in points):
         return False
-    # A command that makes them longer may have been interrupted before it came to all.
-    last = dict(word.lstrip("+").split("=", 1) for word in facts["shared"])
-    configs = [read_config(point.run.path).trainer for point in points]
-    names = ("max_steps", "max_epochs")
-    return all(str(cfg[name]) == last.get(f"trainer.{name}", str(cfg[name])) for cfg in configs for name in names)
+    # A command that makes the runs longer may have been interrupted before it came to all of them.
+    last = dict(word.lstrip("+").split("=", 1) for word in content["shared"])
+    trainers = [read_config(point.run.path).trainer for point in points]
+    lengths = ("max_steps", "max_epochs")
+    return all(str(cfg[name]) == last.get(f"trainer.{name}", str(cfg[name])) for cfg in trainers for name in lengths)
 
 
 if __name__ == "__main__":

@@ -733,11 +733,11 @@ def test_free_mappings_take_any_key(tmp_path: Path) -> None:
             assert mapping in ("data.filter", "hydra.job.env_set") or len(block) > 1  # what was there stays
         kept = hydra.compose("train", [f"run_dir={tmp_path}"])
     words = ["callbacks.checkpoints={every_steps: 5}", "callbacks.mine={_target_: x}", "model.config={n_head: 2}"]
-    cfg = changes.continued(kept, tmp_path, words)
+    cfg = changes.apply_overrides(kept, tmp_path, words)
     assert (cfg.callbacks.checkpoints.every_steps, cfg.callbacks.checkpoints.keep_best) == (5, 1)
     assert cfg.callbacks.mine == {"_target_": "x"}
     with pytest.raises(UserError, match=r"model.config.n_head=2 \(it was 4\)"):
-        changes.check_same(cfg, kept)
+        changes.check(cfg, kept)
     params = {"model.config": "{new: 1},{new: 2}"}
     swept, _ = parameters.overrides(params, [], None)  # type: ignore[arg-type]
     assert {key: parameters.values(override) for key, override in swept.items()} == {

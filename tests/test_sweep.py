@@ -20,7 +20,7 @@ from lmlab.distributed import launch
 from lmlab.errors import Stopped
 from lmlab.runs import status
 from lmlab.runs.directory import RunDirectory
-from lmlab.sweeps.points import add_points, begin_sweep, read_points, read_sweep, updated_sweep
+from lmlab.sweeps.points import add_points, begin_sweep, name_run, read_points, read_sweep, updated_sweep
 from tests.conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from tests.test_conf import first_values
 
@@ -139,7 +139,7 @@ def test_a_secret_is_given_again(tmp_path: Path, refused: Refused, capsys: pytes
     run_verb("sweep", "resume", tmp_path)
     *_, counts, said = capsys.readouterr().out.splitlines()
     assert counts == "2 done"
-    assert said.startswith("All have come to their end.")
+    assert said.startswith("All runs have ended.")
     assert said.endswith("hydra.job.env_set.OF_TEST=…")
     with updated_sweep(tmp_path) as content:
         before = content["shared"]
@@ -189,18 +189,17 @@ def test_a_sweep_goes_on_for_longer(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_runs_of_a_sweep_share_a_group_in_wandb(tmp_path: Path) -> None:
-    from lmlab.train import name_in_sweep
 
     folder = tmp_path / "sweep"
     begin_sweep(folder)
     add_points(folder, [["optim.lr=0.1", "seed=1"], ["optim.lr=0.1", "seed=2"]])
-    cfg = OmegaConf.create({"logger": {"wandb": {"group": None, "name": None}}})
-    name_in_sweep(cfg, RunDirectory(folder / "1"))
+    cfg = OmegaConf.create({"run_dir": str(folder / "1"), "logger": {"wandb": {"group": None, "name": None}}})
+    name_run(cfg)
     assert cfg.logger.wandb == {"group": str(folder), "name": "optim.lr=0.1 seed=2"}
-    given = OmegaConf.create({"logger": {"wandb": {"group": "mine", "name": "this"}}})
-    name_in_sweep(given, RunDirectory(folder / "1"))
+    given = OmegaConf.create({"run_dir": str(folder / "1"), "logger": {"wandb": {"group": "mine", "name": "this"}}})
+    name_run(given)
     assert given.logger.wandb == {"group": "mine", "name": "this"}
-    name_in_sweep(OmegaConf.create({"logger": None}), RunDirectory(folder / "1"))
+    name_run(OmegaConf.create({"run_dir": str(folder / "1"), "logger": None}))
 
 
 def test_states(tmp_path: Path, whole: Path) -> None:

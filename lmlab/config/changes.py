@@ -1,4 +1,4 @@
-"""A run that goes on: what of its config may change, and what its batches are at another width."""
+"""What may change in the config of a run that goes on, and how its batches fit another number of ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lmlab.config import signatures
+from lmlab.config import build, schema, signatures
 from lmlab.config.compose import hydra_of, name_precision, without_secrets
 from lmlab.config.explain import dotted, explain
 from lmlab.config.files import CONF
@@ -21,29 +21,37 @@ from lmlab.config.schema import world
 from lmlab.console import command
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line, nearest
-from lmlab.runs.choices import MACHINERY, flat, said, under
+from lmlab.io import from_here
+from lmlab.runs.choices import MACHINERY, as_typed, flatten, is_in
+from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import MARK
 
 CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
 """Keys and blocks that a run that goes on may change: how it runs, its length, and its callbacks."""
 LOCATED = ("data", "tokenizer.name", "model.name")
-"""Keys and blocks that say where things lie. They may move, as the hashes in the manifest tell what lies there."""
-# Groups of which a run that goes on may choose another option.
+"""Keys and blocks that name files. These may move, as the hashes in the manifest tell whether they are the same."""
 GROUPS = ("trainer", "callbacks", "logger")
-NOT_THERE = "not there"
-# What another `trainer=` brings to a run that has one: where it runs.
-PLACES = ("accelerator", "devices", "num_nodes", "strategy")
+"""Groups of which a run that goes on may choose another option."""
+HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
+"""What another option of `trainer` changes in a run that goes on."""
+MISSING = "not there"
 
 
-def continued(kept: DictConfig, run_dir: Path, words: list[str], folder: Path | None = None) -> DictConfig:
-    """The composed config of a run, for a directory, with the overrides of a command and the options in a `folder`.
+def apply_overrides(kept: DictConfig, run_dir: Path, words: list[str], config_dir: Path | None = None) -> DictConfig:
+    """Apply the overrides of a command to the composed config of a run.
+
+    Args:
+        kept: the config of the run.
+        run_dir: the directory in which the run goes on, or is repeated.
+        words: the overrides.
+        config_dir: a folder with more options of the groups.
 
     Raises:
-        UserError: an override that can't be read, or of what a run does not change.
+        UserError: an override can't be read, or changes what a run keeps.
     """
-    cfg = moved(kept, run_dir)
-    overrides = [(word, parsed(word)) for word in readable(words)]
-    # Groups first: what is said of their keys is said on top.
+    cfg = with_run_dir(kept, run_dir)
+    overrides = [(word, parse_override(word)) for word in readable(words)]
+    # Groups first, so that an override of one of their keys changes the option that was chosen.
     for word, override in sorted(overrides, key=lambda pair: pair[1].key_or_group not in GROUPS):
         key, known = override.key_or_group, set(dotted(cfg))
         if key == "run_dir" or key.startswith("hydra."):
@@ -51,41 +59,41 @@ def continued(kept: DictConfig, run_dir: Path, words: list[str], folder: Path | 
         if override.is_delete():
             if key not in known or key in GROUPS:
                 raise UserError(f"{word}: there is nothing of that name to leave out.{nearest(key, known)}")
-            holder, _, leaf = key.rpartition(".")
-            OmegaConf.select(cfg, holder).pop(leaf) if holder else cfg.pop(leaf)
+            parent, _, name = key.rpartition(".")
+            (OmegaConf.select(cfg, parent) if parent else cfg).pop(name)
         elif key in GROUPS and not isinstance(override.value(), dict):
-            block = composed(key, word, run_dir, folder)
-            cfg[key] = OmegaConf.merge(cfg[key], {k: block[k] for k in PLACES}) if key == "trainer" else block
+            block = compose_group(key, word, run_dir, config_dir)
+            cfg[key] = OmegaConf.merge(cfg[key], {k: block[k] for k in HARDWARE}) if key == "trainer" else block
         elif isinstance(cfg.get(key), DictConfig) and key not in GROUPS:
             raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
         elif key not in known and not (override.is_add() or override.is_force_add()):
-            raise UserError(f'there is no key "{key}".{nearest(key, known)}{of_its_block(cfg, key, word)}')
+            raise UserError(f'there is no key "{key}".{nearest(key, known)}{how_to_add(cfg, key, word)}')
         else:
             OmegaConf.update(cfg, key, override.value(), force_add=True)
-            OmegaConf.update(cfg, key, resolved(cfg, key))
+            OmegaConf.update(cfg, key, resolve(cfg, key))
     # A pretrained model brings its tokenizer.
     if kept.model.get("name") and kept.model.name == kept.tokenizer.get("name") == cfg.tokenizer.get("name"):
         cfg.tokenizer.name = cfg.model.name
     return name_precision(cfg)
 
 
-def of_its_block(cfg: DictConfig, key: str, word: str) -> str:
-    """What to say of a key that is not in a config: how it is added where its block takes it, else the block's keys."""
-    holder, _, name = key.rpartition(".")
-    block = OmegaConf.select(cfg, holder) if holder else OmegaConf.load(CONF / "train.yaml")
+def how_to_add(cfg: DictConfig, key: str, word: str) -> str:
+    """How a key that a config lacks is added, if its block takes it; otherwise the keys of the block."""
+    parent, _, name = key.rpartition(".")
+    block = OmegaConf.select(cfg, parent) if parent else OmegaConf.load(CONF / "train.yaml")
     target = block.get("_target_") if isinstance(block, DictConfig) else None
-    if target and target.startswith(signatures.READ):  # another's would have to be imported, before it is trusted
+    if target and target.startswith(signatures.READ):  # another one would be imported before it is trusted
         takes = signatures.parameters(target)
-        new = name in takes or any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        can_be_added = name in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     else:
-        new = holder.split(".")[0] in ("callbacks", "logger") or (not holder and name in block)
-    if new:
+        can_be_added = parent.split(".")[0] in ("callbacks", "logger") or (not parent and name in block)
+    if can_be_added:
         return f" A new one is +{word}."
-    return f" Keys of {holder}: {', '.join(sorted({*map(str, block)} - {'_target_'}))}." if target else ""
+    return f" Keys of {parent}: {', '.join(sorted({*map(str, block)} - {'_target_'}))}." if target else ""
 
 
-def resolved(cfg: DictConfig, key: str) -> Any:
-    """The value of a key, with what it takes from the environment, or from elsewhere, in its place."""
+def resolve(cfg: DictConfig, key: str) -> Any:
+    """Return the value of a key with its interpolations resolved."""
     try:
         value = OmegaConf.select(cfg, key)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -93,8 +101,12 @@ def resolved(cfg: DictConfig, key: str) -> Any:
         raise UserError(f"{key} does not resolve: {first_line(error)}.") from error
 
 
-def parsed(word: str) -> Override:
-    """An override of a command."""
+def parse_override(word: str) -> Override:
+    """Parse an override that gives one value.
+
+    Raises:
+        UserError: it can't be read, or gives several values.
+    """
     try:
         override = OverridesParser.create().parse_overrides([word])[0]
     except HydraException as error:
@@ -104,10 +116,10 @@ def parsed(word: str) -> Override:
     return override
 
 
-def composed(group: str, word: str, run_dir: Path, folder: Path | None) -> Any:
-    """A group's block, as a new run would have it."""
+def compose_group(group: str, word: str, run_dir: Path, config_dir: Path | None) -> Any:
+    """Compose the block of a group as a new run would have it with this override."""
     try:
-        with hydra_of(folder=folder) as hydra:
+        with hydra_of(folder=config_dir) as hydra:
             words = [word, f"run_dir={run_dir}"]
             cfg = hydra.config_loader.load_configuration("train", words, RunMode.RUN)
     except (HydraException, ValueError) as error:
@@ -116,8 +128,8 @@ def composed(group: str, word: str, run_dir: Path, folder: Path | None) -> Any:
     return cfg[group]
 
 
-def moved(cfg: DictConfig, run_dir: Path) -> DictConfig:
-    """The same config for another run directory: where it was named, the new one is."""
+def with_run_dir(cfg: DictConfig, run_dir: Path) -> DictConfig:
+    """Copy a config for another run directory, which replaces the old one in every path."""
     old, new = str(cfg.run_dir), str(run_dir)
 
     def replace(node: Any) -> Any:
@@ -132,19 +144,21 @@ def moved(cfg: DictConfig, run_dir: Path) -> DictConfig:
     return OmegaConf.create(replace(OmegaConf.to_container(cfg)))
 
 
-def places(cfg: DictConfig, kept: DictConfig, scored: bool = False) -> list[str]:
-    """The overrides that say where what a run names lies now: as the config has it where that is new, else `PATH`.
+def location_overrides(cfg: DictConfig, kept: DictConfig, evaluation: bool = False) -> list[str]:
+    """Return the overrides that name the files of a run, as a person would type them.
 
     Args:
-        scored: only of the text that an evaluation scores.
+        cfg: the config now. A path in which it does not differ from `kept` is left for the person to fill in, `PATH`.
+        kept: the config that the run was begun with.
+        evaluation: return only that of the text which an evaluation scores.
     """
     names = ("path",) if kept.data.get("path") else ("train", "validation")
     keys = [f"data.{name}" for name in names if kept.data.get(name)]
-    if scored:
+    if evaluation:
         keys = keys[-1:]
     else:
-        same = kept.model.get("name") == kept.tokenizer.get("name")  # a pretrained model brings its tokenizer
-        keys += ["model.name"] if same else ["model.name", "tokenizer.name"]
+        brings_tokenizer = kept.model.get("name") == kept.tokenizer.get("name")
+        keys += ["model.name"] if brings_tokenizer else ["model.name", "tokenizer.name"]
     words = []
     for key in keys:
         now, then = OmegaConf.select(cfg, key), OmegaConf.select(kept, key)
@@ -155,61 +169,98 @@ def places(cfg: DictConfig, kept: DictConfig, scored: bool = False) -> list[str]
 
 
 @contextmanager
-def where_they_lie(again: str, words: list[str]) -> Iterator[None]:
-    """Add to what is wrong with data or a tokenizer the command that says where they lie, if that has a `PATH` to fill.
+def hint_at_locations(again: str, overrides: list[str]) -> Iterator[None]:
+    """Add to an error about data or a tokenizer the command that names where they lie, if a `PATH` is to be filled in.
 
     Args:
-        again: the command, without
-        words: the overrides that name places.
+        again: the command without those overrides.
+        overrides: as of `location_overrides`.
     """
     try:
         yield
     except UserError as error:
-        if "\n" in str(error) or not any(word.endswith("=PATH") for word in words):
+        if "\n" in str(error) or not any(word.endswith("=PATH") for word in overrides):
             raise
-        raise UserError(f"{error}\nIf they lie elsewhere now: {again} {' '.join(words)}", error.cause) from error
+        raise UserError(f"{error}\nIf they lie elsewhere now: {again} {' '.join(overrides)}", error.cause) from error
 
 
-def check_same(cfg: DictConfig, kept: DictConfig, located: bool = True) -> None:
-    """Refuse a config that is another experiment than the run that was begun.
+def check(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
+    """Refuse a config that can be seen to be wrong, or to be another experiment than the run that was begun.
 
     Args:
-        located: whether what `LOCATED` names may lie elsewhere, as its content will be compared.
-
-    Raises:
-        UserError: names the keys.
+        kept: the config that the run was begun with; None for a new run.
     """
-    free = (*CHANGEABLE, *LOCATED) if located else CHANGEABLE
-    changed = {key: words for key, words in differing(cfg, kept).items() if key == "data.text" or not under(key, free)}
+    fit_to_ranks(cfg, kept)
+    schema.check_run(cfg)
+    if kept is None:
+        return
+    # What LOCATED names may move, as its content is compared; without a checkpoint there is nothing to compare with.
+    free = (*CHANGEABLE, *LOCATED) if run.checkpoint_files() else CHANGEABLE
+    differing = changed_values(cfg, kept)
+    changed = [text for key, text in differing.items() if key == "data.text" or not is_in(key, free)]
     if changed:
         raise UserError(
-            f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed.values())}.\n"
+            f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed)}.\n"
             "Choose another directory by hydra.run.dir=DIR; "
             "to begin there with this run's weights: model=pretrained model.name=RUN/model"
         )
 
 
-def differing(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
-    """The keys in which a config differs from the one that a run was begun with, each with both values in words.
+def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint: Path | None) -> None:
+    """Refuse to go on with a run whose data or tokenizer has changed, or whose checkpoint does not fit the config."""
+    from lmlab.training.checkpoint import numbered
 
-    A secret that the run was begun with is not kept, and so may be another.
+    manifest = run.read_manifest()
+    again = command("python", "-m", "lmlab.resume", from_here(run.path))
+    with hint_at_locations(again, location_overrides(cfg, kept)):
+        data = build.prepare_data(cfg)
+    for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
+        if manifest.get(key, getattr(data, key)) != getattr(data, key):
+            changed = [text for key, text in changed_values(cfg, kept).items() if is_in(key, LOCATED)]
+            where = " ".join(location_overrides(kept, kept))
+            raise UserError(
+                f"the {name} of {run.path} is not what the run was begun with: "
+                f"{', '.join(changed) if changed else 'its files have changed'}.\n"
+                f"Bring it back,{f' name where it is now ({where}),' if where else ''} or begin another run."
+            )
+    if checkpoint is None:
+        return
+    steps, _ = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    if steps < run.step_of(checkpoint):
+        raise UserError(f"{run.path} is at step {run.step_of(checkpoint)} already, and {steps} steps are fewer.")
+    if schema.strategy(cfg.trainer) == "fsdp" and world(cfg.trainer) > 1 and numbered(checkpoint):
+        raise UserError(
+            f"{checkpoint} was written by an older lmlab, and can't be sharded as it is.\n"
+            "Go on without trainer=fsdp until the next checkpoint is there."
+        )
+
+
+def changed_values(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
+    """Return the keys in which a config differs from the one that a run was begun with, each with both values as text.
+
+    A secret is not kept, and so is never a change.
     """
-    now, then = (flat(OmegaConf.to_container(without_secrets(one))) for one in (cfg, moved(kept, Path(cfg.run_dir))))
+    now, then = (
+        flatten(OmegaConf.to_container(without_secrets(one))) for one in (cfg, with_run_dir(kept, Path(cfg.run_dir)))
+    )
     then |= {key: now[key] for key, value in then.items() if MARK in str(value) and now.get(key) is not None}
     return {
-        key: f"{key}={said(now.get(key, NOT_THERE))} (it was {said(then.get(key, NOT_THERE))})"
+        key: f"{key}={as_typed(now.get(key, MISSING))} (it was {as_typed(then.get(key, MISSING))})"
         for key in sorted(now.keys() | then.keys())
         if now.get(key) != then.get(key)
     }
 
 
-def settle_width(cfg: DictConfig, kept: DictConfig | None = None) -> None:
-    """Take the ranks that torchrun or srun started for the config's; accumulate as they need it.
+def fit_to_ranks(cfg: DictConfig, kept: DictConfig | None = None) -> None:
+    """Set the devices of a config to the ranks that torchrun or srun started, and accumulate as they need it.
 
-    A run that goes on keeps its batch of one device where it can, and never has a larger one.
+    A run that goes on never has a larger micro batch than before.
+
+    Args:
+        kept: the config that the run was begun with; None for a new run.
 
     Raises:
-        UserError: the config says another number of ranks, or the batch does not divide over them.
+        UserError: the config asks for another number of ranks, or the batch does not divide over them.
     """
     trainer = cfg.trainer
     if ranks.rank() is not None:
@@ -224,12 +275,12 @@ def settle_width(cfg: DictConfig, kept: DictConfig | None = None) -> None:
             )
     if kept is None or world(trainer) == world(kept.trainer):
         return
-    if trainer.accumulate_grad_batches != kept.trainer.accumulate_grad_batches:  # as the command says
+    if trainer.accumulate_grad_batches != kept.trainer.accumulate_grad_batches:  # the command sets it
         return
-    most = cfg.batch_size // (world(kept.trainer) * kept.trainer.accumulate_grad_batches)
+    largest = cfg.batch_size // (world(kept.trainer) * kept.trainer.accumulate_grad_batches)
     for accumulate in range(1, cfg.batch_size + 1):
-        share, rest = divmod(cfg.batch_size, world(trainer) * accumulate)
-        if not rest and share <= most:
+        micro_batch, rest = divmod(cfg.batch_size, world(trainer) * accumulate)
+        if not rest and micro_batch <= largest:
             trainer.accumulate_grad_batches = accumulate
             return
     divisors = [str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
@@ -239,6 +290,13 @@ def settle_width(cfg: DictConfig, kept: DictConfig | None = None) -> None:
     )
 
 
-def length(cfg: DictConfig) -> tuple[Any, Any]:
-    """How long a run is to be."""
+def lengthens(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
+    """Return whether a config asks for more steps than a finished run has made."""
+    if length(cfg) == length(kept):
+        return False
+    return not 0 < (cfg.trainer.max_steps or 0) <= run.read_summary()["steps"]
+
+
+def length(cfg: DictConfig) -> tuple[float | None, int | None]:
+    """Return the epochs and the steps that a config asks for."""
     return cfg.trainer.max_epochs, cfg.trainer.max_steps

@@ -35,7 +35,7 @@ from lmlab.config.overrides import readable
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import UserError, cause_of, first_line, plainly, shown_plainly
 from lmlab.io import empty_folders_removed, write_text
-from lmlab.runs.choices import current
+from lmlab.runs.choices import with_present_names
 from lmlab.runs.directory import RunDirectory
 
 BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
@@ -267,4 +267,4 @@ def read_config(run_dir: Path) -> DictConfig:
     for key in BLOCKS:
         if key in cfg and not isinstance(cfg[key], DictConfig):
             raise UserError(f"{place} is damaged: {key} is no mapping in it. Bring back what it was.")
-    return OmegaConf.create(secrets.taken_over(current(OmegaConf.to_container(cfg))))
+    return OmegaConf.create(secrets.taken_over(with_present_names(OmegaConf.to_container(cfg))))

@@ -1,25 +1,66 @@
-"""The part of one rank in a command: it reads the composed config of the run directory, never a command line."""
+"""The work of a command on several ranks: processes that read the composed config of its run directory."""
 
 import os
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from lmlab import secrets
-from lmlab.config.compose import read_config
+from lmlab.config.compose import handed_over, read_config
+from lmlab.config.schema import world
 from lmlab.distributed import launch, ranks
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Stopped, plainly
 from lmlab.runs.directory import RunDirectory
 
 
-def follow(work: Callable[..., Any]) -> None:
-    """Do the part of a rank that torchrun or srun started, once rank 0 has said what it is.
+def on_rank_zero(others: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that calls a function on rank 0 alone, where torchrun or srun started several ranks.
 
     Args:
-        work: called with the composed config and the arguments that rank 0 gives.
+        others: the work of the other ranks, called with the composed config and arguments that rank 0 gives by
+            `on_all_ranks`. They end when rank 0 fails, and return None.
     """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def on_this_rank(*arguments: Any, **options: Any) -> Any:
+            if ranks.rank():
+                return follow(others)
+            with ranks.leading():
+                return function(*arguments, **options)
+
+        return on_this_rank
+
+    return decorate
+
+
+def on_all_ranks(name: str, work: Callable[..., Any], cfg: DictConfig, *arguments: str, **options: Any) -> None:
+    """Call `work` with a config on each of its ranks: in this process, in new ones, or in those that were started.
+
+    Args:
+        name: of the command, by which `lmlab.worker` finds the work.
+        arguments: more arguments of the work.
+        options: `apart=True` starts a new process for a single rank too; others are those of `launch`.
+    """
+    run, apart = RunDirectory(cfg.run_dir), options.pop("apart", False)
+    words = [str(run.path), *arguments]
+    with run.staying():
+        if world(cfg.trainer) == 1 and not apart:
+            work(cfg, *arguments)
+        elif ranks.rank() is None:
+            launch.launch([name, *words], cfg.trainer.devices, run.rank_log, handed_over(cfg), **options)
+        else:
+            ranks.tell(words, handed_over(cfg))
+            work(cfg, *arguments)
+
+
+def follow(work: Callable[..., Any]) -> None:
+    """Do the work of a rank that torchrun or srun started, once rank 0 has given its arguments."""
     arguments = ranks.hear()
     if not arguments:
         return  # rank 0 says why, and its exit code is the run's

@@ -13,7 +13,7 @@ from typing import Any
 from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lmlab.config.changes import parsed
+from lmlab.config.changes import parse_override
 from lmlab.config.schema import SHARDED
 from lmlab.errors import UserError
 
@@ -110,7 +110,7 @@ def named_by_command(words: Iterable[str], folder: Path | None = None) -> list[s
 def split(words: Sequence[str], folder: Path | None) -> tuple[list[str], list[str]]:
     """The words of a command: what they or its --config-dir trust, by `trust=…` or by naming it, and the others."""
     others = [word for word in words if not word.startswith("trust=")]
-    given = [name for word in words if word not in others for name in packages(parsed(word).value())]
+    given = [name for word in words if word not in others for name in packages(parse_override(word).value())]
     return [*given, *named_by_command(others, folder)], others
 
 

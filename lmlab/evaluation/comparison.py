@@ -19,7 +19,7 @@ import numpy as np
 
 from lmlab.errors import UserError, nearest
 from lmlab.evaluation.records import Records, is_bound, read
-from lmlab.runs.choices import chosen, said
+from lmlab.runs.choices import as_typed, config_choices
 from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
@@ -117,7 +117,7 @@ def check_comparable(runs: Sequence[Records]) -> None:
         for key in one["policy"] | two["policy"]:
             here, there = one["policy"].get(key), two["policy"].get(key)
             if here != there:
-                raise UserError(f"{both} {key} is {said(here)} in one and {said(there)} in the other.\n{same}")
+                raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{same}")
         # Which tokens are masked, or sampled, is drawn token by token.
         drawn = one["policy"]["masks_seed"] is not None or (one["policy"]["pseudo"] or {}).get("sample")
         if drawn and one["tokenizer_hash"] != two["tokenizer_hash"]:
@@ -132,7 +132,7 @@ def choices_of(run: Records) -> dict[str, Any]:
     trained, measured = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
     if trained is None:
         return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | measured
-    return chosen(trained["config"]) | measured
+    return config_choices(trained["config"]) | measured
 
 
 def sides_of(runs: Sequence[Records]) -> list[Side]:
@@ -178,7 +178,7 @@ def differing(sides: Sequence[Side]) -> dict[str, list[Any]]:
 def side_name(keys: dict[str, list[Any]], index: int, group: Sequence[Records]) -> str:
     """What makes a side, in few words; else its directory."""
     if 0 < len(keys) <= 3:
-        return ", ".join(f"{key}={said(found[index])}" for key, found in keys.items())
+        return ", ".join(f"{key}={as_typed(found[index])}" for key, found in keys.items())
     return str(group[0].place) if len(group) == 1 else f"{group[0].place} and {len(group) - 1} more"
 
 

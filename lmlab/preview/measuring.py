@@ -42,7 +42,7 @@ def measure(cfg: DictConfig, steps: int, interval: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="lmlab-preview-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        alone = of_one_rank(changes.moved(cfg, folder))
+        alone = of_one_rank(changes.with_run_dir(cfg, folder))
         compose.write_config(alone, folder)
         write_json(folder / "report.json", {})
         env = os.environ | compose.handed_over(alone) | {"LMLAB_PARENT": str(os.getpid()), "TMPDIR": name}

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config import changes
 from lmlab.config.compose import hydra_of, job, name_directory
 from lmlab.config.files import CONF
-from lmlab.runs.choices import flat, said
+from lmlab.runs.choices import as_typed, flatten
 from lmlab.sweeps import parameters
 
 
@@ -94,9 +94,9 @@ def first(override: Override) -> str:
 
 def changed_keys(plan: Planned) -> dict[str, tuple[Any, Any]]:
     """Keys with another value than by default, with both."""
-    moved = changes.moved(plan.cfg, plan.default.run_dir)
-    now, default = (flat(OmegaConf.to_container(cfg)) for cfg in (moved, plan.default))
-    missing = changes.NOT_THERE
+    moved = changes.with_run_dir(plan.cfg, plan.default.run_dir)
+    now, default = (flatten(OmegaConf.to_container(cfg)) for cfg in (moved, plan.default))
+    missing = changes.MISSING
     pairs = {key: (now.get(key, missing), default.get(key, missing)) for key in now | default}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -110,6 +110,6 @@ def marked(plan: Planned) -> str:
         if not key.startswith("-"):
             path[indent:] = [key]
         name = ".".join(path)
-        lines.append(f"{line}   # default: {said(changed.pop(name)[1])}" if name in changed else line)
-    gone = (f"# default, and not here: {key}={said(pair[1])}" for key, pair in sorted(changed.items()))
+        lines.append(f"{line}   # default: {as_typed(changed.pop(name)[1])}" if name in changed else line)
+    gone = (f"# default, and not here: {key}={as_typed(pair[1])}" for key, pair in sorted(changed.items()))
     return "\n".join([*lines, *gone])

@@ -14,7 +14,7 @@ from lmlab.data.datamodule import Batch
 from lmlab.preview import job
 from lmlab.preview.cost import Term, lasting
 from lmlab.preview.planning import Planned, changed_keys
-from lmlab.runs.choices import said
+from lmlab.runs.choices import as_typed
 
 
 def show_config(plan: Planned) -> None:
@@ -27,7 +27,7 @@ def show_config(plan: Planned) -> None:
         return
     console().print(Text("Config, and in brackets the default; all of it: --cfg job", style="italic"))
     for key, (now, default) in changed.items():
-        console().print(Text.assemble("  ", (key, "bold"), f": {said(now)} ", (f"({said(default)})", "dim")))
+        console().print(Text.assemble("  ", (key, "bold"), f": {as_typed(now)} ", (f"({as_typed(default)})", "dim")))
 
 
 def show_parts(found: dict[str, Any]) -> None:

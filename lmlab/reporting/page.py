@@ -29,7 +29,7 @@ from lmlab.reporting.gather import Group
 from lmlab.reporting.reading import Run
 from lmlab.reporting.section import Section
 from lmlab.reporting.words import letter
-from lmlab.runs.directory import surroundings
+from lmlab.runs.manifest import environment
 from lmlab.runs.tables import as_csv, as_latex
 from lmlab.secrets import redacted_command
 
@@ -189,7 +189,7 @@ def plain(value: Any) -> Any:
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Where the report and its runs come from."""
-    here = surroundings()
+    here = environment()
     manifests = [run.manifest for run in runs if run.begun]
     began = [when(manifest["started"]) for manifest in sorted(manifests, key=lambda manifest: manifest["started"])]
     lines: list[tuple[str, list[str]]] = [

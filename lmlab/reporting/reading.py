@@ -14,7 +14,7 @@ from lmlab.errors import UserError, first_line
 from lmlab.evaluation.comparison import choices_of
 from lmlab.evaluation.records import Records, read
 from lmlab.io import rows
-from lmlab.runs.choices import MACHINERY, chosen, under
+from lmlab.runs.choices import MACHINERY, config_choices, is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import ENDED, Status, read_status
 from lmlab.sweeps.points import Point
@@ -182,7 +182,7 @@ def read_run(path: Path, name: str, sweep: Path | None, point: Point | None) -> 
         place=path,
         name=name,
         objective=config["objective"]["_target_"] if config else "",
-        chosen=chosen(config) if config else chosen_by(point.overrides if point else []),
+        chosen=config_choices(config) if config else chosen_by(point.overrides if point else []),
         state=state,
         manifest=manifest,
         rows=as_far_as_whole(
@@ -266,7 +266,7 @@ def as_far_as_whole(file: Path, right: Callable[[dict], bool], faults: list[str]
 def chosen_by(overrides: Sequence[str]) -> dict[str, Any]:
     """The choices of a run that has not begun, from the overrides that its sweep gives it."""
     pairs = (override.lstrip("+~").partition("=") for override in overrides)
-    return {key: yaml.load(value, LOADER) for key, _, value in pairs if not under(key, MACHINERY)}
+    return {key: yaml.load(value, LOADER) for key, _, value in pairs if not is_in(key, MACHINERY)}
 
 
 def objective_of(evaluation: Records) -> str:

@@ -15,7 +15,7 @@ from lmlab.reporting.gather import Group
 from lmlab.reporting.reading import COUNTS, SPLITS, Run, number
 from lmlab.reporting.verdict import verdict
 from lmlab.reporting.words import brief, duration, figure, file_name, letter, next_command, parameters, shortened
-from lmlab.runs.choices import said
+from lmlab.runs.choices import as_typed
 
 FILE_POINTS = 4000
 """Of curves, in a figure's files."""
@@ -125,9 +125,9 @@ class Section:
         known = {run.name: run.chosen.get(key) for run in self.runs if run.begun or key in run.chosen}
         if not all(number(value) for value in known.values()):
             # Short, unless that would make two of them one.
-            short = {said(value): brief(value) for value in known.values()}
+            short = {as_typed(value): brief(value) for value in known.values()}
             one_to_one = len(set(short.values())) == len(short)
-            known = {name: short[said(value)] if one_to_one else said(value) for name, value in known.items()}
+            known = {name: short[as_typed(value)] if one_to_one else as_typed(value) for name, value in known.items()}
         return {run.name: known.get(run.name) for run in self.runs}
 
     @cached_property

@@ -6,7 +6,7 @@ from typing import Any
 from lmlab.console import command
 from lmlab.io import from_here
 from lmlab.reporting.reading import Run
-from lmlab.runs.choices import said
+from lmlab.runs.choices import as_typed
 
 
 def next_command(run: Run) -> str:
@@ -53,7 +53,7 @@ def brief(value: Any, most: int = 40) -> str:
     """A value of a config for people: of numbers four digits that count, long text cut in its middle."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return shortened(" ".join(said(value).split()), most)
+    return shortened(" ".join(as_typed(value).split()), most)
 
 
 def shortened(text: str, most: int) -> str:

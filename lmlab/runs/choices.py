@@ -1,4 +1,4 @@
-"""What was chosen for a run: its config by dotted keys, without what says only where and how it ran."""
+"""The choices of a run: its config by dotted keys, without the keys that only say where and how it ran."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -32,58 +32,57 @@ MACHINERY = (
 )
 """Keys and blocks of a config that say where and how a run ran, not what was trained.
 
-Runs that differ in them alone train the same model, up to rounding and the draws of dropout. They are compared as
-runs of one thing, and a run that goes on may change them. The precision is none of them: it changes what is trained.
+Runs that differ in them alone train the same model, up to rounding and the random numbers of dropout. They are
+compared as runs of one configuration, and a run that goes on may change them. The precision is not among them: it
+changes what is trained.
 """
-
-
 RENAMED = errors.RENAMED | {
     "lmlab.training.optim.": "lmlab.optim.",
     "lmlab.training.pruning.": "lmlab.sweeps.pruning.",
 }
-"""Keys and targets of configs that lmlab 0.1 wrote, and their names since."""
+"""Keys and targets in configs of lmlab 0.1, and their names since."""
 
 
-def current(config: Any) -> Any:
-    """A composed config with keys and targets under their present names, whichever version wrote it."""
+def with_present_names(config: Any) -> Any:
+    """Copy a composed config, with the keys and targets of lmlab 0.1 under their present names."""
     if isinstance(config, dict):
-        return {RENAMED.get(key, key): current(value) for key, value in config.items()}
+        return {RENAMED.get(key, key): with_present_names(value) for key, value in config.items()}
     if isinstance(config, list):
-        return [current(value) for value in config]
+        return [with_present_names(value) for value in config]
     if isinstance(config, str):
-        before = next((name for name in RENAMED if name.endswith(".") and config.startswith(name)), "")
-        return RENAMED.get(before, "") + config.removeprefix(before)
+        old = next((name for name in RENAMED if name.endswith(".") and config.startswith(name)), "")
+        return RENAMED.get(old, "") + config.removeprefix(old)
     return config
 
 
-def under(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is one of some, or lies in a block that is."""
+def is_in(key: str, names: Iterable[str]) -> bool:
+    """Return whether a dotted key is one of `names`, or lies in a block that is."""
     return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a config by their dotted keys."""
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a config by their dotted keys; a list is one value."""
     if not isinstance(config, dict):
         return {prefix: config}
     return {
         name: value
         for key, inner in config.items()
-        for name, value in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        for name, value in flatten(inner, f"{prefix}.{key}" if prefix else str(key)).items()
     }
 
 
-def chosen(config: dict[str, Any]) -> dict[str, Any]:
-    """What was chosen for a run, by dotted keys; a path inside its directory by what follows that."""
-    directory, config = config["run_dir"], current(config)
+def config_choices(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what was chosen for a run by dotted keys. A path inside its directory is relative to that."""
+    directory = config["run_dir"]
     return {
         key: value.removeprefix(directory) if f"{value}/".startswith(f"{directory}/") else value
-        for key, value in flat(config).items()
-        if not under(key, MACHINERY)
+        for key, value in flatten(with_present_names(config)).items()
+        if not is_in(key, MACHINERY)
     }
 
 
-def said(value: Any) -> str:
-    """A value of a config as a person would type it."""
+def as_typed(value: Any) -> str:
+    """Return a value of a config as a person would type it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,30 +1,31 @@
-"""The ledger of a run on the terminal, and its warnings."""
+"""The ledger of a run on the terminal: where its data went, and what gives reason to doubt a metric."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lmlab.console import show_rows
+
+if TYPE_CHECKING:
+    from lmlab.data.preprocess import Ledger
 
 LOG = logging.getLogger(__name__)
 
 
-def show_ledger(ledger: Mapping[str, Any]) -> None:
-    """Print a row per count and a column per split, and what in them gives reason to doubt a metric."""
-    counts = [asdict(of_split) for of_split in ledger.values()]
-    names = {name: name.replace("_", " ") for name in counts[0]}
-    rows = ([said, *(shown(of_split[name]) for of_split in counts)] for name, said in names.items())
+def show_ledger(ledger: Mapping[str, "Ledger"]) -> None:
+    """Print a row for each count and a column for each split, and log the warnings of all splits."""
+    splits = [asdict(counts) for counts in ledger.values()]
+    rows = (
+        [name.replace("_", " "), *("" if counts[name] is None else f"{counts[name]:,}" for counts in splits)]
+        for name in splits[0]
+    )
     show_rows("Ledger", ["", *ledger], rows)
-    warn_of(ledger)
+    log_doubts(ledger)
 
 
-def shown(count: int | None) -> str:
-    return "" if count is None else f"{count:,}"
-
-
-def warn_of(ledger: Mapping[str, Any]) -> None:
-    """Say what in a `Ledger` of each split gives reason to doubt a metric."""
+def log_doubts(ledger: Mapping[str, "Ledger"]) -> None:
+    """Log a warning for whatever in the data of a split gives reason to doubt a metric."""
     for split, counts in ledger.items():
         for doubt in counts.doubts(split):
             LOG.warning("%s", doubt)

@@ -20,7 +20,7 @@ from lmlab.console import command
 from lmlab.errors import Stopped, UserError
 from lmlab.io import from_here
 from lmlab.runs import status
-from lmlab.runs.choices import under
+from lmlab.runs.choices import is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import shown_without_secrets
 from lmlab.secrets import MARK, bare, redacted_command
@@ -112,7 +112,7 @@ class GridSweeper(Sweeper):
         # A secret that is not kept may be another, and part of what stands beside it.
         differ = {*redacted_command(then.get("shared", shared))} ^ {*shared}
         changed = {bare(word) for word in differ if MARK not in word}
-        own = {key for key in changed if key in fixed or not under(key, (*GROUPS, *CHANGEABLE))}
+        own = {key for key in changed if key in fixed or not is_in(key, (*GROUPS, *CHANGEABLE))}
         own |= {name for name, value in facts.items() if then.get(name, value) != value}
         if own:
             raise UserError(

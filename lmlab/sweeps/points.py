@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from lmlab.errors import UserError
-from lmlab.io import locked, read_json, write_json
+from lmlab.io import from_here, locked, read_json, write_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import redacted_command
 
@@ -86,3 +88,15 @@ def updated_sweep(folder: Path) -> Iterator[dict[str, Any]]:
         content = read_sweep(folder)
         yield content
         write_json(folder / SWEEP_FILE, content)
+
+
+def name_run(cfg: DictConfig) -> None:
+    """Let W&B group the runs of a sweep, and name each after its point, unless the config says otherwise."""
+    run, block = RunDirectory(cfg.run_dir), (cfg.get("logger") or {}).get("wandb")
+    if not block:
+        return
+    if block.get("group") is None:
+        block.group = str(from_here(run.path.parent))
+    point = next((point for point in read_points(run.path.parent) if point.run.path == run.path), None)
+    if point and block.get("name") is None:
+        block.name = " ".join(point.overrides)

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.console import command
-from lmlab.data.datamodule import HeldOutData
+from lmlab.data.datamodule import BlocksDataModule, HeldOutData
 from lmlab.data.documents import UNITS
 from lmlab.distributed.signals import SIGNALS, requeue
 from lmlab.errors import UserError, disk_full, first_line
@@ -191,7 +191,7 @@ class Checkpoints(Checkpoint):
         step = checkpoint["global_step"]
         if trainer.is_global_zero:
             # Of steps that are still to come, since it is an earlier state that the run goes on from.
-            for place in [*self.run.checkpoint_files(), *self.run.best()]:
+            for place in [*self.run.checkpoint_files(), *self.run.best_files()]:
                 if self.run.step_of(place) > step:
                     place.unlink()
         if checkpoint["callbacks"][self.state_key]["early"] == module.steps:
@@ -279,7 +279,7 @@ class Checkpoints(Checkpoint):
             place.unlink()
         there = {NOW, *map(self.run.step_of, self.run.checkpoint_files())}
         needed = {at for step in there for at in kept.get(step, {})}
-        for place in self.run.best():
+        for place in self.run.best_files():
             if self.run.step_of(place) not in needed:
                 place.unlink()
 
@@ -434,6 +434,14 @@ def measure_whole(trainer: L.Trainer, module: LMModule, whole: Any, rows_at_once
         verbose=False,
         weights_only=True,
     )
+
+
+def score_all(trainer: L.Trainer, module: LMModule, data: BlocksDataModule) -> None:
+    """Score all held-out documents by the best weights, where validations have looked at a part of them only."""
+    if data.whole is not None or outdated(trainer):
+        whole: Any = data.whole or data.held_out
+        LOG.info("Scoring all %d held-out documents by the best weights.", len(whole.documents))
+        measure_whole(trainer, module, whole, data.rows_at_once, data.num_workers)
 
 
 def outdated(trainer: L.Trainer) -> bool:

@@ -18,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lmlab
 from lmlab.console import command
-from lmlab.errors import UserError, disk_full, first_line, nearest
+from lmlab.errors import Stopped, UserError, disk_full, first_line, nearest
 from lmlab.io import read_json, rows
-from lmlab.runs.directory import RunDirectory, git_state
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.manifest import git_state
 from lmlab.secrets import redacted_command
 
 LOG = logging.getLogger(__name__)
@@ -336,3 +337,14 @@ def close(
         ending.join(logger.patience + 5 * ANSWER)
         if ending.is_alive():
             logger.say_unsent(f"not done in {logger.patience:g} seconds")
+
+
+@contextmanager
+def closed_at_the_end(loggers: Iterable[Logger], run: RunDirectory) -> Iterator[None]:
+    """End W&B runs when the run is through, with its summary; as failed or pre-empted where an error ends it."""
+    try:
+        yield
+    except BaseException as error:
+        close(loggers, exit_code=1, will_go_on=isinstance(error, Stopped))
+        raise
+    close(loggers, result=run.read_summary() if run.finished() else None)

@@ -231,7 +231,7 @@ def test_cancelled_job_can_be_gone_on_with(
     assert ended(job, 30) == "CANCELLED"
     kept = list(run.glob("checkpoints/step-*.ckpt"))
     assert kept
-    assert "Stopped by SIGTERM. Kept: the state of step" in (run / "train.log").read_text()
+    assert "Stopped by SIGTERM. Kept: the checkpoint of step" in (run / "train.log").read_text()
     resume = start("python", "-m", "lmlab.resume", str(run), "trust=tests")
     said = resume.communicate(timeout=120)[0]
     assert resume.returncode == 0, said

@@ -85,7 +85,7 @@ INSTANTS = {
     "before a line of figures": ["lmlab.training.loggers.MetricsFile.log_metrics", 6],
     "before the certificate": ["lmlab.evaluation.records.write", 1],
     "before the export": [f"{CHECKPOINT}.export", 1],
-    "before the summary": ["lmlab.train.write_json", 2],
+    "before the summary": ["lmlab.training.summary.write_json", 1],
 }
 
 

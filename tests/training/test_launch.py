@@ -52,7 +52,7 @@ def test_a_signal_stops_a_run_that_can_go_on(name: str, whole: Path, tmp_path: P
     (state,) = (run / "checkpoints").glob("step-*.ckpt")
     step = int(state.stem.removeprefix("step-"))
     assert 3 <= step < 8
-    assert f"Stopped by {name}. Kept: the state of step {step}." in shown
+    assert f"Stopped by {name}. Kept: the checkpoint of step {step}." in shown
     assert f"python -m lmlab.resume {run}" in shown
     assert "Traceback" not in shown
     assert finish(*command, out=out) == 0
@@ -124,7 +124,7 @@ def test_the_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == 128 + signal.SIGINT, out.read_text()
     assert time.monotonic() - began < 10
-    assert "It had kept no state yet." in out.read_text()
+    assert "No checkpoint yet." in out.read_text()
 
 
 def start(*words: object, torchrun: bool = False, options: Sequence[str] = ()) -> subprocess.Popen[str]:

@@ -1,0 +1,69 @@
+"""An attempt at a run: it begins in its directory, or goes on there, on all of its ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lmlab import secrets
+from lmlab.config import build, changes, compose
+from lmlab.config.rank import on_all_ranks
+from lmlab.config.schema import world
+from lmlab.console import command
+from lmlab.distributed import ranks
+from lmlab.runs import lifecycle
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.log import kept_log
+
+
+def attempt(
+    train: Callable[..., None],
+    cfg: DictConfig,
+    overrides: list[str],
+    in_sweep: bool = False,
+    apart: bool = False,
+    **facts: Any,
+) -> float:
+    """Begin the run of a config in its directory, or go on with the run that is there.
+
+    Args:
+        train: called with the config and, to go on, the path of a checkpoint; on every rank.
+        overrides: those of the command.
+        in_sweep: record a failure in the directory even if the run was refused.
+        apart: train in a new process, so that the next run of a sweep bears neither its memory nor its end.
+        facts: more of a new run's manifest.
+
+    Returns:
+        The val/loss of the run.
+    """
+    run = RunDirectory(cfg.run_dir)
+    with lifecycle.locked(run, in_sweep):
+        kept = compose.config_of(run) if run.begun() else None
+        changes.check(cfg, kept, run)
+        if kept is not None and run.finished() and not changes.lengthens(cfg, kept, run):
+            print(lifecycle.finished(run))
+            ranks.tell([])
+            return run.read_summary()["val/loss"]
+        with kept_log(run.log), lifecycle.stop_reported(run):
+            config, checkpoint = OmegaConf.to_yaml(compose.without_secrets(cfg)), None
+            if kept is None:
+                seeds = {"run": cfg.seed, "split": cfg.preprocess.split_seed}
+                given = OmegaConf.to_yaml(secrets.redacted_command(overrides))
+                this = lifecycle.new(run, config, given, seeds, **facts)
+            else:
+                from lmlab.training.checkpoint import last_checkpoint
+
+                checkpoint = last_checkpoint(run)
+                changes.check_data(cfg, kept, run, checkpoint)
+                about: dict[str, Any] = {"devices": world(cfg.trainer)}
+                if changes.length(cfg) != changes.length(kept):
+                    about["length_before"] = changes.length(kept)
+                this = lifecycle.resumed(run, config, checkpoint, **about)
+            with this:
+                if world(cfg.trainer) > 1 or apart:
+                    build.prepare_data(cfg)  # once: the ranks find it in the cache
+                again = command("python", "-m", "lmlab.resume", run.path)
+                advice = f"\nThe run can go on from its last checkpoint: {again}"
+                arguments = [str(checkpoint)] if checkpoint else []
+                on_all_ranks("train", train, cfg, *arguments, apart=apart, advice=advice)
+    return run.read_summary()["val/loss"]

@@ -1,0 +1,182 @@
+"""The life of a run: new, resumed, lengthened, finished; and what stays of an attempt that fails.
+
+A run directory is in one of these states, which its files tell:
+
+    new        it holds no manifest
+    begun      it holds a manifest, and no summary: the run goes on, was stopped, or failed (see status.py)
+    finished   it holds a summary; a config that asks for more steps lengthens it
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmlab.console import command
+from lmlab.distributed.signals import SIGNALS
+from lmlab.errors import Stopped, UserError, cause_of
+from lmlab.io import from_here, replaced, take_back, write_beside, write_json, write_text
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.ledger import show_ledger
+from lmlab.runs.manifest import environment, version_changes
+from lmlab.runs.status import write_failure
+
+if TYPE_CHECKING:
+    from lmlab.data.preprocess import Prepared
+    from lmlab.training.module import LMModule
+
+LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(run: RunDirectory, in_sweep: bool = False) -> Iterator[None]:
+    """Hold the lock of a run directory, and record there how an attempt at the run failed.
+
+    An attempt that is refused before the run has begun leaves the directory as it was, unless the run is one of a
+    sweep, which reports why each of its runs failed.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    with run.lock() as before, SIGNALS.heeded():
+        had_begun = run.begun()
+        try:
+            yield
+        except (Exception, Stopped) as error:
+            refused = isinstance(error, UserError) and error.cause in ("error", "bad config")
+            crashed = cause_of(error) in ("crashed", "killed")  # its ranks have left logs
+            if not (in_sweep or crashed or run.begun()):
+                take_back(run.path, before)
+            elif not (had_begun and refused):  # otherwise the run is what it was
+                write_failure(run, error)
+            raise
+
+
+@contextmanager
+def new(run: RunDirectory, config: str, overrides: str, seeds: dict[str, int], **facts: Any) -> Iterator[None]:
+    """Begin a new run, by writing its config and its manifest. A run that is refused frees the directory again.
+
+    Args:
+        config: the composed config as YAML.
+        overrides: those of the command as YAML.
+        seeds: by what they decide.
+        facts: more of the manifest.
+    """
+    try:
+        write_text(run.config, config)
+        write_text(run.overrides, overrides)
+        run.start(seeds, **facts)
+        run.failure.unlink(missing_ok=True)
+        yield
+    except BaseException as error:
+        if cause_of(error) == "bad config":  # found by a callback or the objective, before the first step
+            run.ledger.unlink(missing_ok=True)
+        run.give_up()
+        raise
+
+
+@contextmanager
+def resumed(run: RunDirectory, config: str, checkpoint: Path | None, **attempt: Any) -> Iterator[None]:
+    """Go on with a run that has begun. A config that is refused leaves all files as they were.
+
+    Args:
+        config: the composed config as YAML, which replaces the one before.
+        checkpoint: what the run goes on from; None where it has none yet, and starts again.
+        attempt: what the manifest keeps of this attempt, beside time, step, host and versions.
+    """
+    manifest, now = run.read_manifest(), environment()
+    for line in version_changes(manifest, now):
+        LOG.warning("Changed since the run began: %s", line)
+    step = run.step_of(checkpoint) if checkpoint else 0
+    LOG.info("Going on with run %s from step %d.", manifest["run_id"], step)
+    about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "host": now["machine"]["host"]}
+    about |= {"packages": now["packages"], "git": now["git"], **attempt}
+    changed = (run.summary, run.failure, run.manifest, run.config)
+    before = {path: path.read_bytes() for path in changed if path.is_file()}
+    try:
+        # The summary goes first: without it the run is not finished, whatever becomes of this process.
+        run.summary.unlink(missing_ok=True)
+        run.failure.unlink(missing_ok=True)
+        run.update_manifest(went_on=[*manifest.get("went_on", ()), about])
+        write_text(run.config, config)
+        yield
+    except UserError:
+        if run.path.is_dir() and checkpoint == next(iter(run.checkpoint_files()[::-1]), None):
+            for path, content in before.items():  # refused before a step was made
+                write_beside(path, lambda beside, content=content: beside.write_bytes(content))  # type: ignore[misc]
+        raise
+
+
+@contextmanager
+def stop_reported(run: RunDirectory) -> Iterator[None]:
+    """Log, when a signal stops a run, what of it is kept and how it goes on."""
+    try:
+        yield
+    except Stopped as stop:
+        if run.begun():
+            stop.kept = kept(run)
+            LOG.warning("%s", stop)
+            stop.kept = None
+        raise
+
+
+def kept(run: RunDirectory) -> str:
+    """What a stopped run has kept, and the command that goes on with it."""
+    if run.finished():
+        return finished(run)
+    checkpoints = run.checkpoint_files()
+    newest = f"Kept: the checkpoint of step {run.step_of(checkpoints[-1])}." if checkpoints else "No checkpoint yet."
+    return f"{newest} To go on: {command('python', '-m', 'lmlab.resume', from_here(run.path))}"
+
+
+def finished(run: RunDirectory) -> str:
+    """The result of a finished run, and the command that trains it longer."""
+    path, summary = from_here(run.path), run.read_summary()
+    return (
+        f"{path} is finished: {summary['steps']} steps, val/loss {summary['val/loss']:.4f}.\n"
+        f"To train it longer: {command('python', '-m', 'lmlab.resume', path, 'trainer.max_steps=…')}"
+    )
+
+
+def write_data(run: RunDirectory, data: "Prepared", steps: int, vocab_size: int | None) -> None:
+    """Write what a run trains on: the hashes into its manifest, its tokenizer, and its ledger.
+
+    Args:
+        steps: optimizer steps of the run.
+        vocab_size: tokens that the config asks of a tokenizer which learns them from the text.
+    """
+    first_time = not run.ledger.is_file()
+    run.update_manifest(**data.identity, steps=steps)
+    if not run.tokenizer.is_dir():  # written once, so that the model can be used before the run has ended
+        replaced(run.tokenizer, data.tokenizer.save_pretrained)
+    write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
+    if first_time:
+        show_ledger(data.ledger)
+        if vocab_size and len(data.tokenizer) < vocab_size:
+            LOG.warning(
+                "the text gives %s tokens, fewer than tokenizer.vocab_size=%d.", f"{len(data.tokenizer):,}", vocab_size
+            )
+
+
+def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads: bool) -> None:
+    """Cut the rows of metrics.jsonl that come after a checkpoint: the run makes those steps again.
+
+    Args:
+        leads: whether this is the rank that writes the file.
+
+    Raises:
+        UserError: the checkpoint is not one of this model.
+    """
+    from lmlab.training import loggers
+    from lmlab.training.checkpoint import check_fits, load_checkpoint
+
+    size = 0
+    if checkpoint is not None:
+        content = load_checkpoint(Path(checkpoint))
+        check_fits(content, module, Path(checkpoint))
+        size = content["metrics"]
+    if leads:
+        loggers.rewind(run.metrics, size)
