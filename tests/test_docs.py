@@ -18,6 +18,7 @@ from lmlab import dashboard, evaluate, predict, report, resume, sweep, train
 from lmlab.config import changes, compose, evaluated, files, schema
 from lmlab.evaluation import records
 from lmlab.preview import planning
+from lmlab.runs.directory import RunDirectory
 
 from .conftest import TINY, run_verb
 
@@ -132,8 +133,7 @@ def test_resume_command(arguments: list[str]) -> None:
     given = resume.parser().parse_intermixed_args(arguments)
     cfg = compose.freeze(composed())
     changed = changes.apply_overrides(cfg, Path("/elsewhere"), given.overrides)
-    changes.check(changed, cfg)
-    schema.check_keys(changed, "train")
+    changes.check(changed, cfg, RunDirectory("/elsewhere"))
 
 
 def composed(*overrides: str) -> DictConfig:
