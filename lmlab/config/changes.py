@@ -192,10 +192,13 @@ def check(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
     """
     fit_to_ranks(cfg, kept)
     schema.check_run(cfg)
-    if kept is None:
-        return
-    # What LOCATED names may move, as its content is compared; without a checkpoint there is nothing to compare with.
-    free = (*CHANGEABLE, *LOCATED) if run.checkpoint_files() else CHANGEABLE
+    if kept is not None:
+        # What LOCATED names may move, as its content is compared. Before a checkpoint it may not be known yet.
+        check_same(cfg, kept, (*CHANGEABLE, *LOCATED) if run.checkpoint_files() else CHANGEABLE)
+
+
+def check_same(cfg: DictConfig, kept: DictConfig, free: tuple[str, ...]) -> None:
+    """Refuse a config that differs from the one that a run was begun with in other keys and blocks than `free`."""
     differing = changed_values(cfg, kept)
     changed = [text for key, text in differing.items() if key == "data.text" or not is_in(key, free)]
     if changed:
