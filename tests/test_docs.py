@@ -1,7 +1,11 @@
-"""Every command of the README composes, or parses; its Make targets and paths exist."""
+"""README.md and docs/: every command composes, parses or runs, every code block runs, and every path exists."""
 
+import json
 import re
 import shlex
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,21 +16,31 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab import compare as compare_verb
 from lmlab import dashboard, evaluate, predict, report, resume, sweep, train
 from lmlab.config import changes, compose, evaluated, files, schema
+from lmlab.evaluation import records
 from lmlab.preview.plan import plan_command
+from lmlab.runs.directory import RunDirectory
+
+from .conftest import TINY, run_verb
 
 VERBS = ("train", "preview", "resume", "evaluate", "compare", "predict", "doctor", "sweep", "report", "dashboard")
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-COMMANDS = [
-    shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip() and not line.startswith("#")
-]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+}
+SHELL = "\n".join(block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
+LINES = dict.fromkeys(line for line in SHELL.replace("\\\n", " ").splitlines() if line.strip())
+COMMANDS = [shlex.split(line, comments=True) for line in LINES]
 
 
-def verb(name: str) -> list[list[str]]:
+def of_extensions(words: list[str]) -> bool:
+    """Whether a command of docs/extend.md uses the files that the page writes."""
+    return bool({"mine", "outputs/mine"} & {*words}) or "my_lab" in " ".join(words)
+
+
+def verb(name: str, extensions: bool = False) -> list[list[str]]:
     """The arguments of each command that runs `python -m lmlab.<name>`."""
     prefix = ["python", "-m", f"lmlab.{name}"]
-    return [words[3:] for words in COMMANDS if words[:3] == prefix]
+    return [words[3:] for words in COMMANDS if words[:3] == prefix and of_extensions(words) == extensions]
 
 
 def one_point(arguments: list[str]) -> list[str]:
@@ -60,9 +74,6 @@ def test_train_command(
     if "-sc" in arguments:
         pytest.skip("prints a script for a shell; tests/test_completion.py has such shells")
     words = one_point(arguments)
-    # `--config-dir mine` is a folder of the reader's.
-    if "mine/" in words:
-        pytest.skip("names a folder of the reader's own; tests/test_train.py has such a folder")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lmlab.train", *words, "run_dir=/nowhere", "--cfg", "job"])
     train.main()
@@ -122,8 +133,7 @@ def test_resume_command(arguments: list[str]) -> None:
     given = resume.parser().parse_intermixed_args(arguments)
     cfg = compose.freeze(composed())
     changed = changes.apply_overrides(cfg, Path("/elsewhere"), given.overrides)
-    changes.check(changed, cfg)
-    schema.check_keys(changed, "train")
+    changes.check(changed, cfg, RunDirectory("/elsewhere"))
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -146,12 +156,79 @@ def test_every_command_is_known() -> None:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         elif words[:2] == ["python", "-m"]:
             assert words[2].removeprefix("lmlab.") in VERBS, words
+        elif words[0] == "pip":
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert {*re.findall(r"\w+", words[-1])} <= extras.keys(), words
         else:
-            assert words[0] in ("wandb", "git", "cd", "eval"), words
+            assert words[0] in ("wandb", "eval"), words
 
 
-def test_paths_exist() -> None:
-    for path in re.findall(r"`((?:conf|lmlab|sweeps|tests)/[\w./-]*)`", README):
-        if path.endswith("/x.yaml"):  # one that the reader would add
-            path = path.removesuffix("x.yaml")
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_exist(name: str) -> None:
+    for path in re.findall(r"`((?:conf|lmlab|sweeps|tests|benchmarks|docs)/[\w./-]*)`", PAGES[name]):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", PAGES[name]):
+        assert (ROOT / name).parent.joinpath(path).exists(), path
+
+
+def test_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_python_page(train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/python.md runs as it is printed, and certifies what `lmlab.evaluate` does."""
+    monkeypatch.chdir(tmp_path)
+    train(*TINY, run_dir=Path("outputs/first"))
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.DOTALL)
+    variables: dict = {}
+    exec(compile(code, "docs/python.md", "exec"), variables)
+    texts = [json.dumps({"text": text}) for text in variables["texts"]]
+    Path("texts.jsonl").write_text("\n".join(texts))
+    alike = ["data=files", "data.validation=texts.jsonl", "context=document", "preprocess.block_size=128"]
+    run_verb("evaluate", variables["name"], *alike, "hydra.run.dir=command")
+    certificates = [records.read(Path(place)).certificate for place in ("evaluations/texts", "command")]
+    for part in ("totals", "figures"):
+        assert certificates[0][part] == pytest.approx(certificates[1][part], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of docs/extend.md, and what its commands take for the reader's own."""
+    folder = tmp_path_factory.mktemp("extend")
+    files = defaultdict(str)
+    for path, content in re.findall(r'```\w+ title="(.*?)"\n(.*?)```', PAGES["docs/extend.md"], re.DOTALL):
+        files[path] += content
+    assert len(files) >= 9
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    (folder / "poems.txt").write_text("".join(f"poem {number}, of a few words\n" for number in range(50)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [(name, words) for name in ("train", "resume", "evaluate") for words in verb(name, extensions=True)],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_extension(
+    name: str,
+    arguments: list[str],
+    extensions: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The commands of docs/extend.md run, one after the other, with the files that the page shows."""
+    monkeypatch.chdir(extensions)
+    monkeypatch.syspath_prepend(str(extensions))
+    if "data=dialogues" in arguments:  # a data set of the hub
+        monkeypatch.setattr("sys.argv", ["lmlab.train", *arguments, "run_dir=/nowhere", "--cfg", "job"])
+        train.main()
+        schema.check_keys(compose.freeze(OmegaConf.create(capsys.readouterr().out)), "train")
+        return
+    few = {
+        "train": [override for override in TINY if not override.startswith("model.")],
+        "resume": ["trainer.max_steps=6"],
+        "evaluate": [],
+    }
+    run_verb(name, *arguments, *few[name])
