@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab import secrets
-from lmlab.config import build, changes, compose, evaluated, schema, trust
+from lmlab.config import build, changes, compose, evaluated, schema, targets, trust
 from lmlab.console import command
 from lmlab.distributed import launch, ranks
 from lmlab.errors import UserError, cause_of, stopped_with
@@ -167,7 +167,7 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.runs.ledger import warn_of
 
     run, evaluated = RunDirectory(cfg.run_dir), RunDirectory(Path(cfg.model.name).resolve().parent)
-    tokenizer = schema.build(cfg.tokenizer, "tokenizer")
+    tokenizer = targets.build(cfg.tokenizer, "tokenizer")
     objective, model = build.build_model(cfg, tokenizer)
     check_belongs(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them

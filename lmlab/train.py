@@ -188,7 +188,7 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
 
 def sharded(cfg: DictConfig) -> bool:
     """Whether a run's model is sharded over several ranks."""
-    return schema.strategy(cfg.trainer) == "fsdp" and schema.world(cfg.trainer) > 1
+    return cfg.trainer.strategy == "fsdp" and schema.world(cfg.trainer) > 1
 
 
 def longer(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:

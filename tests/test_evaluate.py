@@ -379,7 +379,7 @@ def test_logits_are_held_for_as_many_positions_as_asked_for(
     monkeypatch.setattr(scoring, "score", seen)
     same(evaluate(f"model={causal}", "logits_chunk_size=3"), causal)
     assert set(held) == {3}
-    assert "logits_chunk_size is a number of scored positions" in refused(
+    assert "logits_chunk_size=0: it has to be a whole number" in refused(
         capsys, lambda: evaluate(f"model={causal}", "logits_chunk_size=0")
     )
 

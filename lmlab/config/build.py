@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.compose import without_secrets
-from lmlab.config.schema import arguments, blocks, build, preprocessing, strategy, takes, uses_gpu, world
+from lmlab.config.schema import preprocessing, uses_gpu, world
+from lmlab.config.targets import arguments, blocks, build, takes
 from lmlab.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def build_training(
     tensors = 3 if isinstance(optimizer, AdamW) else 1
     half = str(cfg.trainer.precision) in ("bf16-true", "16-true")
     device = torch.device("cuda" if uses_gpu(cfg.trainer) else "cpu")
-    shards = world(cfg.trainer) if strategy(cfg.trainer) == "fsdp" else 1
+    shards = world(cfg.trainer) if cfg.trainer.strategy == "fsdp" else 1
     check_training(model, tensors, half, device, cfg.trainer.devices, shards)
     module = LMModule(
         model,
@@ -289,7 +290,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     # Lightning would start a process group for one rank, and leave its variables behind.
     if alone:
         options["strategy"] = "auto"
-    elif strategy(cfg.trainer) == "fsdp":
+    elif cfg.trainer.strategy == "fsdp":
         options["strategy"] = ModelParallelStrategy(world(cfg.trainer), 1, save_distributed_checkpoint=False)
     else:
         # Otherwise DDP orders its buckets anew after the first step of each process, and with them the sums

@@ -42,6 +42,8 @@ BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
 """What the config of a run and that of an evaluation both have, each a mapping."""
 SHORT_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 """Short names of precisions, as Lightning takes them."""
+SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
+"""How configs of older versions say trainer.strategy=fsdp."""
 
 # What a launcher asks a cluster for, per node.
 OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
@@ -267,4 +269,7 @@ def read_config(run_dir: Path) -> DictConfig:
     for key in BLOCKS:
         if key in cfg and not isinstance(cfg[key], DictConfig):
             raise UserError(f"{place} is damaged: {key} is no mapping in it. Bring back what it was.")
-    return OmegaConf.create(secrets.taken_over(current(OmegaConf.to_container(cfg))))
+    cfg = OmegaConf.create(secrets.taken_over(current(OmegaConf.to_container(cfg))))
+    if OmegaConf.select(cfg, "trainer.strategy._target_") == SHARDED:
+        cfg.trainer.strategy = "fsdp"
+    return cfg

@@ -7,7 +7,6 @@ from pathlib import Path
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from lmlab.console import command
-from lmlab.data.options import BUILDERS
 from lmlab.errors import UserError
 from lmlab.secrets import MARK, redacted_word
 
@@ -109,6 +108,8 @@ def no_override(words: Sequence[str], number: int) -> str:
 
 def is_file(text: str) -> bool:
     """Whether a text names a file, or several, of those that hold text."""
+    from lmlab.data.options import BUILDERS
+
     return text.endswith((*BUILDERS, ".gz")) or Path(text).is_file()
 
 

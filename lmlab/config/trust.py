@@ -14,7 +14,6 @@ from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lmlab.config.changes import parsed
-from lmlab.config.schema import SHARDED
 from lmlab.errors import UserError
 
 # What a block may name: a class that is one of a kind, or a function that says it returns one, out of these modules.
@@ -70,8 +69,6 @@ def is_own(key: str, name: str) -> bool:
         from lmlab.optim import SCHEDULES
 
         return name in SCHEDULES
-    if key == "trainer.strategy._target_":
-        return name == SHARDED
     block = key.partition(".")[0]
     if block not in OWN or not name.startswith(("lmlab.", "lightning.")):  # else looking for it could run it
         return False

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.config import compose, schema
+from lmlab.config import compose, schema, targets
 from lmlab.config.explain import explain
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import UserError, shown_plainly
@@ -58,7 +58,7 @@ def preview(plan: Planned) -> None:
     showing.show_config(plan)
 
     data = build.prepare_data(cfg)
-    objective = schema.build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    objective = targets.build(cfg.objective, "objective", tokenizer=data.tokenizer)
     steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     show_ledger(data.ledger)
     held_out, whole = build.build_validation(cfg, data, objective)

@@ -52,7 +52,7 @@ def show_measured(cfg: DictConfig, found: dict[str, Any], first: Batch) -> None:
     rows["state"] = f"{lasting(found['state'])} to write" if "state" in found else "no room here to write one"
     if world > 1:
         rows["devices"] = f"one of {world} measured, with its share of the batch; what they say to each other is not"
-        if schema.strategy(cfg.trainer) == "fsdp":
+        if cfg.trainer.strategy == "fsdp":
             rows["sharding"] = "not measured: sharded, a device holds less than this one did"
     show_result(rows, "Measured")
 
