@@ -7,7 +7,6 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -240,7 +239,7 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     preprocessing(cfg)
 
 
-def declared_arguments(name: str, block: DictConfig | Mapping[str, Any], key: str) -> dict[str, Any]:
+def declared_arguments(name: str, block: DictConfig | dict[str, Any], key: str) -> dict[str, Any]:
     """Returns the values of a config or a block whose keys stand in `DECLARED`, checked."""
     declared = DECLARED[name]
     return arguments(signatures.parameters(declared), block, key, signatures.meanings(declared))
