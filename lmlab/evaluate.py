@@ -40,7 +40,7 @@ def main() -> None:
 
         follow(measure)
     else:
-        compose.run_verb(start, "evaluate")
+        compose.run_command(start, "evaluate")
 
 
 def with_model(words: list[str]) -> list[str]:

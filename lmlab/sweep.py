@@ -12,7 +12,7 @@ from typing import Any
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs import status
-from lmlab.secrets import bare, lost_of_command
+from lmlab.secrets import override_key, redacted_keys_of_command
 from lmlab.sweeps.outcome import show
 from lmlab.sweeps.points import SWEEP_FILE, Point, read_points, read_sweep
 
@@ -55,19 +55,19 @@ def main() -> None:
 def resume(folder: Path, overrides: list[str]) -> None:
     """Give the command of a sweep again, where it was given, with overrides added."""
     facts, points = read_sweep(folder), read_points(folder)
-    names = {bare(word) for word in overrides} | {"hydra.sweep.dir"}
+    names = {override_key(word) for word in overrides} | {"hydra.sweep.dir"}
     # Another launcher has keys of its own.
     gone = ("hydra.launcher.",) if "hydra/launcher" in names else ()
     words = [word for word in facts["arguments"] if not word.startswith(gone)]
-    kept = [word for word in words if bare(word) not in names]
-    lost = lost_of_command(kept)
+    kept = [word for word in words if override_key(word) not in names]
+    lost = redacted_keys_of_command(kept)
     if lost and not overrides and complete(facts, points):
         show(points)
         given = " ".join(f"{key}=…" for key in lost)
         print(f"All have come to their end. To go on nevertheless, give the secrets again, which are not kept: {given}")
         return
     # Another value of a key that was added is added too.
-    before = {bare(word): word[: word.index(bare(word))] for word in words}
+    before = {override_key(word): word[: word.index(override_key(word))] for word in words}
     overrides = [before.get(word.partition("=")[0], "") + word for word in overrides]
     if Path(facts.get("directory", "")).is_dir():
         os.chdir(facts["directory"])  # relative paths in it are of there

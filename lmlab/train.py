@@ -39,7 +39,7 @@ def main() -> None:
 
         follow(train_rank)
     else:
-        compose.run_verb(start, "train")
+        compose.run_command(start, "train")
 
 
 def start(cfg: DictConfig) -> float | None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lmlab.config import signatures
-from lmlab.config.compose import hydra_of, name_precision, without_secrets
+from lmlab.config.compose import create_hydra, name_precision, without_secrets
 from lmlab.config.explain import dotted, explain
 from lmlab.config.files import CONF
 from lmlab.config.overrides import literal, readable
@@ -107,7 +107,7 @@ def parsed(word: str) -> Override:
 def composed(group: str, word: str, run_dir: Path, folder: Path | None) -> Any:
     """A group's block, as a new run would have it."""
     try:
-        with hydra_of(folder=folder) as hydra:
+        with create_hydra(folder=folder) as hydra:
             words = [word, f"run_dir={run_dir}"]
             cfg = hydra.config_loader.load_configuration("train", words, RunMode.RUN)
     except (HydraException, ValueError) as error:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab import secrets
 from lmlab.config import trust
-from lmlab.config.compose import read_config, refuse_lost
+from lmlab.config.compose import read_config, refuse_redacted
 from lmlab.config.files import CONF
 from lmlab.errors import UserError
 from lmlab.hub import check_directory, from_hub
@@ -69,7 +69,7 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
         taken += ["objective"] if trained is not None else []
     cfg.pop("trust")
     trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
-    refuse_lost(secrets.lost(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
+    refuse_redacted(secrets.redacted_keys(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
     if cfg.context is None:
         cfg.context = "document" if cfg.score == "pseudo" else "blocks"
     return cfg

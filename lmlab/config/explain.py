@@ -23,6 +23,8 @@ NO_FOLDER = "--config-dir {}: there is no such folder."
 
 def explain(error: Exception, name: str) -> str:
     """What Hydra found wrong, with the nearest right name."""
+    if isinstance(error, OSError):
+        return f"the run directory {error.filename} can't be made: {error.strerror}.\nChoose another: hydra.run.dir=DIR"
     override = getattr(error, "override", None)
     if override:
         return unreadable(override, error)

@@ -25,11 +25,11 @@ def main() -> None:
         if "--help" in sys.argv or "-h" in sys.argv:
             print(compose.help_text("preview"))
             return
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # as in run_verb
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # as in compose.run_command
         given = compose.read_command()
         part = given.cfg and (given.cfg != "job" or given.package or given.resolve)
         if given.shell_completion or given.info or given.hydra_help or part:  # for Hydra alone
-            compose.run_verb(lambda cfg: None, "train")
+            compose.run_command(lambda cfg: None, "train")
             return
         try:
             plan = planning.planned(given)

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import changes
-from lmlab.config.compose import hydra_of, job, name_directory
+from lmlab.config.compose import create_hydra, job_config, name_directory
 from lmlab.config.files import CONF
 from lmlab.runs.choices import flat, said
 from lmlab.sweeps import parameters
@@ -51,7 +51,7 @@ def planned(given: Namespace) -> Planned:
 def composed(given: Namespace, overrides: list[str]) -> Planned:
     """Compose as `lmlab.train` would."""
     name = given.config_name or "train"
-    with hydra_of(given.config_path or str(CONF), given.config_dir) as hydra:
+    with create_hydra(given.config_path or str(CONF), given.config_dir) as hydra:
         loader = hydra.config_loader
         swept = given.multirun or hydra.get_mode(name, overrides) is RunMode.MULTIRUN
         mode = RunMode.MULTIRUN if swept else RunMode.RUN
@@ -66,7 +66,7 @@ def composed(given: Namespace, overrides: list[str]) -> Planned:
         name_directory(one, swept)
         default = loader.load_configuration("train", [], RunMode.RUN)
         launcher: Any = OmegaConf.to_container(whole.hydra.launcher, resolve=True)
-        return Planned(job(one), job(default), points, swept, swept_to, jobs, launcher)
+        return Planned(job_config(one), job_config(default), points, swept, swept_to, jobs, launcher)
 
 
 def sweep(whole: DictConfig, loader: ConfigLoader) -> tuple[int, list[str], list[str], int | None]:

@@ -23,7 +23,7 @@ from lmlab.runs import status
 from lmlab.runs.choices import under
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import shown_without_secrets
-from lmlab.secrets import MARK, bare, redacted_command
+from lmlab.secrets import MARK, override_key, redacted_command
 from lmlab.sweeps.outcome import conclude
 from lmlab.sweeps.points import Point, add_points, begin_sweep, point_identity, read_points, read_sweep
 
@@ -90,7 +90,7 @@ class GridSweeper(Sweeper):
             if point_identity(point) not in begun:
                 compose.name_directory(cfg, swept=True)
                 try:
-                    schema.check_run(compose.job(cfg), here=not submitted)
+                    schema.check_run(compose.job_config(cfg), here=not submitted)
                 except UserError as error:
                     raise UserError(f"the point {' '.join(point)} is refused: {error}") from error
             yield cfg
@@ -111,7 +111,7 @@ class GridSweeper(Sweeper):
         facts["kind"] = type(self).__name__.lower()
         # A secret that is not kept may be another, and part of what stands beside it.
         differ = {*redacted_command(then.get("shared", shared))} ^ {*shared}
-        changed = {bare(word) for word in differ if MARK not in word}
+        changed = {override_key(word) for word in differ if MARK not in word}
         own = {key for key in changed if key in fixed or not under(key, (*GROUPS, *CHANGEABLE))}
         own |= {name for name, value in facts.items() if then.get(name, value) != value}
         if own:
