@@ -215,7 +215,7 @@ def prove(cfg: DictConfig) -> None:
     """Measure again at another batch size and number of devices; refuse totals that moved."""
     from lmlab.evaluation import records
 
-    again = evaluated.elsewhere(cfg, schema.other_width(cfg))
+    again = evaluated.elsewhere(cfg, evaluated.other_width(cfg))
     run, other = RunDirectory(cfg.run_dir), RunDirectory(again.run_dir)
     try:
         other.start({"masks": cfg.seed})

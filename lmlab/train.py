@@ -154,6 +154,7 @@ def go_on(cfg: DictConfig, run: RunDirectory, kept: DictConfig, apart: bool) -> 
                 f"{', '.join(words) if words else 'its files have changed'}.\n"
                 f"Bring it back,{f' name where it is now ({named}),' if named else ''} or begin another run."
             )
+    assert data.train is not None
     steps, _ = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     if state and sharded(cfg) and not sharded(kept) and numbered(state):
         raise UserError(
@@ -251,6 +252,7 @@ def train(cfg: DictConfig, state: Path | None = None) -> None:
     data = build.prepare_data(cfg)
     ranks.agree(config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash)
     objective, model = build.build_model(cfg, data.tokenizer)
+    assert data.train is not None
     steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
     kept = checkpoint.load_checkpoint(state) if state else {"global_step": 0, "metrics": 0}

@@ -1,4 +1,4 @@
-"""TAB in a shell: the script for its start file, and values of keys that Hydra knows by name only."""
+"""Completes command lines in a shell: the script for its start file, and values of keys that Hydra only has by name."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 
 def answer(name: str) -> bool:
-    """Answer what a shell asks of a verb; False for what is Hydra's to answer."""
+    """Prints the answer to what a shell asks of a command; returns False for what is Hydra's to answer."""
     if sys.argv[2:] in INSTALL:
         # Hydra's own scripts complete files and entry points, and no `python -m`; what they ask of it serves here too.
         print(Path(__file__).with_name(f"completion.{sys.argv[2].partition('=')[2]}").read_text(), end="")

@@ -252,7 +252,8 @@ def handed_over(cfg: DictConfig) -> dict[str, str]:
 
     They hold the secrets of the config, which are not there.
     """
-    values = list(secrets.secret_values(OmegaConf.to_container(cfg)))
+    config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    values = list(secrets.secret_values(config))
     return {SECRETS_VARIABLE: json.dumps(values)} if values else {}
 
 

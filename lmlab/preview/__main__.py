@@ -59,6 +59,7 @@ def preview(plan: Planned) -> None:
 
     data = build.prepare_data(cfg)
     objective = targets.build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    assert data.train is not None
     steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
     show_ledger(data.ledger)
     held_out, whole = build.build_validation(cfg, data, objective)

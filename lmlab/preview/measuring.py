@@ -123,7 +123,7 @@ def fit(cfg: DictConfig, steps: int, interval: int, began: float, report: Report
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
     trainer = build.build_trainer(cfg, interval, "preview")
     trainer.limit_val_batches = VALIDATION
-    trainer.callbacks.append(Watch(report, began, Path(cfg.run_dir)))
+    trainer.callbacks.append(Watch(report, began, Path(cfg.run_dir)))  # type: ignore[attr-defined]
     trainer.fit(module, datamodule)
 
 
