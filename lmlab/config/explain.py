@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.files import CONF, files_of
@@ -25,7 +26,7 @@ def explain(error: Exception, name: str) -> str:
     Args:
         name: of the root config, train or evaluate.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a missing option is both
         path, why = error.filename, error.strerror
         return f"the run directory {path} can't be made: {why}.\nChoose another: hydra.run.dir=DIR"
     override = getattr(error, "override", None)
