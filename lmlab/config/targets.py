@@ -121,7 +121,7 @@ def check_value(key: str, value: Any, annotation: Any, meaning: str = "") -> Non
         return
     close = nearest(str(value), choices(annotation))
     more = f"\nA mapping is, in a shell, '{key}={{KEY: VALUE}}'." if KINDS[dict] in kind else f"\n{meaning}".rstrip()
-    raise UserError(f"{key}={json.dumps(value, ensure_ascii=False)}: it has to be {kind}.{close}{more}")
+    raise UserError(f"{key}={json.dumps(value, ensure_ascii=False, default=str)}: it has to be {kind}.{close}{more}")
 
 
 def fits(value: Any, annotation: Any) -> bool:
