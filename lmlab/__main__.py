@@ -1,4 +1,4 @@
-"""`lmlab COMMAND …` and `python -m lmlab COMMAND …`: the same as `python -m lmlab.COMMAND …`."""
+"""Runs `lmlab COMMAND …` and `python -m lmlab COMMAND …` as `python -m lmlab.COMMAND …`."""
 
 import runpy
 import sys
@@ -10,7 +10,7 @@ COMMANDS = {
     "preview": "what a training command would do, and what it would take",
     "resume": "go on with a run, or run its experiment again",
     "sweep": "where a sweep stands; run the rest of it",
-    "evaluate": "measure a model, and certify the figures",
+    "evaluate": "measure a model, and certify its metrics",
     "compare": "whether the difference between evaluations is real",
     "predict": "let a model go on with a text, or fill its masks",
     "report": "a page about runs, with charts and tables",
@@ -20,6 +20,7 @@ COMMANDS = {
 
 
 def main() -> None:
+    """Runs the command that the first word names, or lists the commands."""
     early.heed()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):

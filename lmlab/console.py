@@ -1,6 +1,6 @@
-"""What commands print: tables, and commands to be copied into a shell.
+"""Prints tables, and quotes commands to be copied into a shell.
 
-rich is imported where a table is printed, as most of this is needed before anything is shown.
+rich is imported where a table is printed, as commands are quoted before that.
 """
 
 import re
@@ -16,7 +16,7 @@ SPECIAL = re.compile(r'["$`\\!\n]')
 
 
 def command(*words: object) -> str:
-    """A command as a POSIX shell reads it, quoted no more than it needs.
+    """Returns words as one command of a POSIX shell, quoted no more than it needs.
 
     >>> print(command("python", "-m", "lmlab.predict", "outputs/run", "What's it?"))
     python -m lmlab.predict outputs/run "What's it?"
@@ -25,6 +25,7 @@ def command(*words: object) -> str:
 
 
 def quoted(word: str) -> str:
+    """Returns a word as a POSIX shell reads it."""
     if PLAIN.fullmatch(word):
         return word
     if "'" in word and not SPECIAL.search(word):
@@ -33,7 +34,7 @@ def quoted(word: str) -> str:
 
 
 def show_result(rows: Mapping[str, str], title: str = "Result") -> None:
-    """Print a table of names and values."""
+    """Prints a table of names and values."""
     from rich.table import Table
     from rich.text import Text
 
@@ -46,20 +47,20 @@ def show_result(rows: Mapping[str, str], title: str = "Result") -> None:
 
 
 def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
-    """Print a table: the first columns, so many, of words, the others of figures."""
+    """Prints a table whose first columns, so many, hold words; the others hold numbers, and are aligned right."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place >= words else "left", overflow="fold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index >= words else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console().print(table)
 
 
 def console() -> "Console":
-    """The terminal, or a file as wide as tables need."""
+    """Returns the console to print on: the terminal, or a file as wide as tables need."""
     from rich.console import Console
 
     # Off a terminal rich would fold at 80 columns, in the middle of paths.

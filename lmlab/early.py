@@ -1,4 +1,7 @@
-"""A Ctrl-C while a command still imports what it needs to heed signals. Nothing else is imported here."""
+"""Ends a command that gets a Ctrl-C while it still imports what it needs to handle signals.
+
+Nothing else is imported here.
+"""
 
 import os
 import signal
@@ -8,12 +11,12 @@ NOTHING = "Nothing was begun."
 
 
 def end(number: int, frame: FrameType | None) -> None:
-    """A handler that ends this process without a traceback."""
+    """Ends this process without a traceback: a signal handler."""
     os.write(2, f"Stopped by {signal.Signals(number).name}. {NOTHING}\n".encode())
     os._exit(128 + number)
 
 
 def heed() -> None:
-    """Let a Ctrl-C end this process so, until somebody else heeds it. One that is ignored stays so."""
+    """Installs `end` for Ctrl-C, until another handler is installed. A Ctrl-C that is ignored stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)

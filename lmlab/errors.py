@@ -1,4 +1,4 @@
-"""Errors a person can cause, and how they are shown: one to three lines, exit code 1. Stops are shown in one."""
+"""Errors that a person can cause, and how they are shown: in one to three lines, with exit code 1."""
 
 import argparse
 import errno
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from lmlab.early import NOTHING
 from lmlab.secrets import redacted_command, redacted_text
 
-# What the file system says when the fault lies with the place written to.
+# Numbers of a system error whose cause is the path that was written to.
 UNWRITABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -31,7 +31,7 @@ UNWRITABLE = {
 
 
 class UserError(Exception):
-    """A fault its reader can mend. The message says what to do next; `cause` is one word or two for a table."""
+    """An error that its reader can mend. The message says what to do next; `cause` is one word or two for a table."""
 
     def __init__(self, message: str, cause: str = "error"):
         super().__init__(message)
@@ -49,7 +49,7 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
         self.kept: str | None = NOTHING
-        """What to say of what was stopped; None where it is said."""
+        """A sentence on what is kept of what was stopped; None once it was printed."""
 
     def __str__(self) -> str:
         return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()
@@ -60,11 +60,10 @@ RENAMED = {"loss_rows": "logits_chunk_size"}
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`' Did you mean "x"?'` for the closest of `names`, or the empty string.
+    """Returns `' Did you mean "x"?'` for the closest of `names`, or the empty string where none is close.
 
-    A key that was renamed is answered with its new name.
-    A dotted name is also compared by its last part: `data.block_size` finds
-    `preprocess.block_size`.
+    A key that was renamed is answered with its new name. A dotted name is also compared by its last part:
+    `data.block_size` finds `preprocess.block_size`.
     """
     if name in RENAMED:
         return f' It is called "{RENAMED[name]}" now.'
@@ -81,13 +80,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text, or its type's name."""
+    """Returns the first line of an error's text that is not empty, or the name of its type."""
     text = re.sub("\x1b\\[[0-9;]*m", "", str(error))  # torch prints in bold
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 def plainly(error: BaseException) -> str | None:
-    """What to show for an error a person can mend; None for a defect of lmlab."""
+    """Returns the message of an error that a person can mend; None for a defect of lmlab."""
     if isinstance(error, UserError):
         return str(error)
     if out_of_memory(error):
@@ -101,9 +100,9 @@ def plainly(error: BaseException) -> str | None:
         return None
     path = getattr(error, "filename", None)
     if isinstance(error, OSError) and path and number in (errno.EACCES, errno.EPERM):
-        there = nearest_there(path)
-        # Of what is there, it is reading that can be forbidden; of what is not, the way to it.
-        if not os.access(there, os.R_OK if there == Path(path).absolute() else os.X_OK):
+        existing = nearest_existing(path)
+        # A path that exists can be forbidden to read; one that does not, to enter the folder above it.
+        if not os.access(existing, os.R_OK if existing == Path(path).absolute() else os.X_OK):
             return cannot_read(path, error)
     return (
         f"cannot write{f' {path}' if path else ''}: {os.strerror(number)}.\n"
@@ -114,7 +113,7 @@ def plainly(error: BaseException) -> str | None:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turn a fault of the file system into a `UserError`: what a config or a command names can't be read."""
+    """Turns an error of the file system inside into a `UserError`: a path that the config names can't be read."""
     try:
         yield
     except OSError as error:
@@ -124,39 +123,39 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def cannot_read(path: str | Path, error: OSError) -> str:
-    """What to show for a file or folder that is there, and that a fault of the file system keeps from being read."""
+    """Returns the message for a path that exists, and that an error of the file system keeps from being read."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return f"cannot read {path}: {error.strerror}. Name another, or try again once it can be read."
-    there = nearest_there(path)
-    about = there.stat()
+    existing = nearest_existing(path)
+    about = existing.stat()
     owner = f"user {about.st_uid}"
     with suppress(KeyError):
         owner = pwd.getpwuid(about.st_uid).pw_name
-    whose = "Its permissions" if there == Path(path).absolute() else f"The permissions of {there}"
+    whose = "Its permissions" if existing == Path(path).absolute() else f"The permissions of {existing}"
     return (
         f"cannot read {path}: {error.strerror}. {whose} are {stat.filemode(about.st_mode)}, the owner is {owner}.\n"
         "Have them changed (chmod), or name another."
     )
 
 
-def nearest_there(path: str | Path) -> Path:
-    """A path, or where it is missing or can't be looked at, the nearest folder above that is neither."""
-    for there in (Path(path).absolute(), *Path(path).absolute().parents):
+def nearest_existing(path: str | Path) -> Path:
+    """Returns a path or, where it is missing or can't be looked at, the nearest folder above it that is neither."""
+    for candidate in (Path(path).absolute(), *Path(path).absolute().parents):
         with suppress(OSError):
-            there.stat()
-            return there
+            candidate.stat()
+            return candidate
     return Path("/")
 
 
 def cause_of(error: BaseException) -> str:
-    """What ended a run, in one word or two."""
+    """Returns the cause of an error in one word or two, for a table of runs."""
     if isinstance(error, UserError):
         return error.cause
     return "out of memory" if out_of_memory(error) else "disk full" if disk_full(error) else "error"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: of the device, or of the machine."""
+    """Returns whether memory ran out, that of the device or that of the machine."""
     # torch's own class is a RuntimeError, and what its allocator for CPUs raises has no class of its own.
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)) is not None
@@ -164,12 +163,12 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk, or a full quota, is what an error came from."""
+    """Returns whether an error came from a full disk, or a full quota."""
     return os_error(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def os_error(error: BaseException | None) -> int | None:
-    """The number of the system error that an error came from; torch and safetensors raise their own over it."""
+    """Returns the number of the system error that an error came from: torch and safetensors raise their own over it."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno:
             return cause.errno
@@ -179,14 +178,14 @@ def os_error(error: BaseException | None) -> int | None:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, the one that it came from, and so on."""
+    """Yields an error, the one that it came from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 class Arguments(argparse.ArgumentParser):
-    """Shows what is wrong with ordinary arguments as any other error."""
+    """An argument parser whose errors are shown as any other."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         if options.get("nargs") == "*":  # without a default argparse says that it is required
@@ -199,7 +198,7 @@ class Arguments(argparse.ArgumentParser):
 
 @contextmanager
 def stopped_with(kept: str | None) -> Iterator[None]:
-    """Say this of what was begun inside, if it is stopped by a signal."""
+    """Sets the sentence on what is kept of what is begun inside, if a signal stops it."""
     try:
         yield
     except Stopped as stop:
@@ -209,9 +208,9 @@ def stopped_with(kept: str | None) -> Iterator[None]:
 
 @contextmanager
 def shown_plainly(debug: bool = False) -> Iterator[None]:
-    """Print an error a person can mend without a traceback or a secret, and exit 1.
+    """Prints an error inside that a person can mend, without a traceback or a secret, and exits with code 1.
 
-    Anything else is a defect of lmlab and keeps its traceback; `debug` keeps all.
+    Any other error is a defect of lmlab and keeps its traceback, as all do where `debug` is true.
     """
     redacted_command(sys.argv[1:])  # to know its secrets
     try:

@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab import secrets
-from lmlab.config import build, changes, compose, evaluated, schema, trust
+from lmlab.config import build, changes, compose, evaluated, schema, targets, trust
 from lmlab.config.rank import on_all_ranks, on_rank_zero
 from lmlab.console import command, show_result
 from lmlab.distributed import ranks
@@ -44,7 +44,7 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.runs.ledger import log_doubts
 
     run, trained = RunDirectory(cfg.run_dir), trained_run(cfg)
-    tokenizer = schema.build(cfg.tokenizer, "tokenizer")
+    tokenizer = targets.build(cfg.tokenizer, "tokenizer")
     objective, model = build.build_model(cfg, tokenizer)
     check_tokenizer(model, tokenizer)
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
@@ -107,7 +107,7 @@ def check_invariance(cfg: DictConfig) -> None:
     """Measure again at another batch size and number of devices, and refuse totals that differ beyond rounding."""
     from lmlab.evaluation import records
 
-    again = evaluated.elsewhere(cfg, schema.other_width(cfg))
+    again = evaluated.elsewhere(cfg, evaluated.other_width(cfg))
     run, other = RunDirectory(cfg.run_dir), RunDirectory(again.run_dir)
     try:
         other.start({"masks": cfg.seed})
@@ -233,7 +233,7 @@ def main() -> None:
     if "COMP_LINE" in os.environ:  # a shell completes this line, of which all but the last word is as typed
         line, space, last = os.environ["COMP_LINE"].rpartition(" ")
         os.environ["COMP_LINE"] = " ".join(["lmlab", *with_model(line.split()[1:])]) + space + last
-    compose.run_verb(evaluate_job, "evaluate")
+    compose.run_command(evaluate_job, "evaluate")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: failed loads explained, and no waiting for a hub that does not answer."""
+"""Explains failed loads from the Hugging Face hub, and does not wait for a hub that does not answer."""
 
 import logging
 import os
@@ -11,12 +11,12 @@ from lmlab.errors import UNWRITABLE, UserError, first_line
 
 
 def check_directory(kind: str, name: str, key: str) -> None:
-    """Refuse the path of a directory that does not exist.
+    """Refuses the path of a directory that does not exist.
 
     A name that can be that of a hub repository, such as `gpt2` or `org/model`, is accepted.
 
     Args:
-        kind, name, key: as of `from_hub`.
+        kind, name, key: as for `from_hub`.
     """
     if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise UserError(f'could not load {kind} "{name}": no such directory. Give one that is there as {key}.')
@@ -24,7 +24,7 @@ def check_directory(kind: str, name: str, key: str) -> None:
 
 @contextmanager
 def from_hub(kind: str, name: str, key: str) -> Iterator[None]:
-    """Turn a failed load into a `UserError` that says what was asked for, and how to go on without the network.
+    """Turns a failed load inside into a `UserError` that says what was asked for, and how to go on without the network.
 
     Args:
         kind: what is loaded: model, tokenizer or data set.
@@ -59,22 +59,23 @@ def from_hub(kind: str, name: str, key: str) -> Iterator[None]:
             why = shorten(str(error), 300, placeholder=" …")
             raise UserError(f"could not load {what} from there: {why}\n{hint}") from error
         if was_offline:
-            raise UserError(
-                f"could not load {what} (as a local directory, or from the cache of the hub): {first_line(error)}\n"
-                f"Give a local directory as {key}, or unset HF_HUB_OFFLINE to load it from the hub."
-            ) from error
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            source = "the cache of the hub"
+            advice = f"Give a local directory as {key}, or unset HF_HUB_OFFLINE to load it from the hub."
+        else:
+            source = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            advice = (
+                f"Without a network, give a local directory as {key}, "
+                "or set HF_HUB_OFFLINE=1 to use what is cached already."
+            )
         raise UserError(
-            f"could not load {what} (as a local directory, or from {endpoint}): {first_line(error)}\n"
-            f"Without a network, give a local directory as {key}, "
-            "or set HF_HUB_OFFLINE=1 to use what is cached already."
+            f"could not load {what} (as a local directory, or from {source}): {first_line(error)}\n{advice}"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 
 
 def go_offline_if_cut_off() -> None:
-    """Use only the cache where the hub does not answer: its clients would ask again for minutes, file by file."""
+    """Has only the cache used if the hub does not answer: its clients would ask again for minutes, file by file."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
 

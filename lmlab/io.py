@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there (promise 6)."""
+"""Writes files and folders that are whole or not there (promise 6), and locks them."""
 
 import errno
 import fcntl
@@ -14,53 +14,58 @@ from typing import IO, Any
 from lmlab.errors import UserError, first_line
 
 PARTIAL = ".partial"
-"""In a folder that a command writes: where its files are until all of them are whole."""
+"""The folder, inside of one that a command writes, where its files are until all of them are whole."""
 UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
-"""What a file system without locks says, such as Lustre where it is mounted without them."""
+"""The errors of a file system without locks, such as Lustre where it is mounted without them."""
 
 
-def write_json(place: Path, content: Any) -> None:
-    write_text(place, json.dumps(content, indent=2) + "\n")
+def write_json(path: Path, content: Any) -> None:
+    """Writes a value as indented JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(place: Path) -> dict[str, Any]:
-    """Raises a `UserError` for a file that is not what `write_json` writes."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads the object of a JSON file.
+
+    Raises:
+        UserError: the file holds none.
+    """
     try:
-        content = json.loads(place.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{place} is damaged: {first_line(error)}") from error
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{place} is damaged: it holds no object.")
+        raise UserError(f"{path} is damaged: it holds no object.")
     return content
 
 
-def rows(place: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that has one a line; a line that a kill left unfinished is none."""
-    if place.is_file():
-        with place.open(encoding="utf-8") as lines:
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file that has one a line, without a last line that a kill left unfinished."""
+    if path.is_file():
+        with path.open(encoding="utf-8") as lines:
             yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 
-def write_text(place: Path, text: str) -> None:
-    write_beside(place, lambda beside: beside.write_text(text))
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file."""
+    write_beside(path, lambda beside: beside.write_text(text))
 
 
-def write_beside(place: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `place`, flush it, and put it in its place."""
-    beside = place.with_name(f".{place.name}.partial")
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file beside `path`, flushes it, and renames it to `path`."""
+    beside = path.with_name(f".{path.name}.partial")
     try:
         write(beside)
-        with beside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(beside, place)
-        flush_folder(place.parent)
+        flush(beside)
+        os.replace(beside, path)
+        flush(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def replaced(place: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a folder beside `place`, flush it, and put it in its place."""
-    beside = place.with_name(f".{place.name}.partial")
+def replaced(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` fill a folder beside `path`, flushes it, and renames it to `path`, in place of one that is there."""
+    beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
@@ -69,27 +74,25 @@ def replaced(place: Path, write: Callable[[Path], Any]) -> None:
         for file in beside.rglob("*"):
             if file.is_file():
                 file.chmod(readable)
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        old = place.with_name(f".{place.name}.old")
+                flush(file)
         shutil.rmtree(old, ignore_errors=True)
-        if place.exists():
-            os.replace(place, old)
-        os.replace(beside, place)
-        flush_folder(place.parent)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(beside, path)
+        flush(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_out(folder: Path, files: Iterable[tuple[str, str | bytes]], instead_of: Iterable[str] = ()) -> None:
-    """Write the files of a command's `--out` folder: all of them or, where one can't be written, none.
+    """Writes the files of a command's `--out` folder: all of them or, where one can't be written, none.
 
-    What else there is in the folder stays.
+    Other files in the folder stay.
 
     Args:
-        files: names and contents; what is written first takes its place first.
-        instead_of: names of earlier ones, which go once all the new ones are written.
+        files: names and contents; what is written first is renamed first.
+        instead_of: names of earlier files, which are removed once all the new ones are written.
 
     Raises:
         UserError: there is no room, or no permission.
@@ -102,24 +105,23 @@ def write_out(folder: Path, files: Iterable[tuple[str, str | bytes]], instead_of
             try:
                 names = []
                 for name, content in files:
-                    with (partial / name).open("wb") as stream:
-                        stream.write(content.encode() if isinstance(content, str) else content)
-                        os.fsync(stream.fileno())
+                    (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
+                    flush(partial / name)
                     names.append(name)
                 for name in set(instead_of) - set(names):
                     (folder / name).unlink(missing_ok=True)
                 for name in names:
                     os.replace(partial / name, folder / name)
-                flush_folder(folder)
+                flush(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror}.\nChoose another by --out DIR.") from error
 
 
-def flush_folder(folder: Path) -> None:
-    """Bring a rename to the disk: until then a power cut may undo it."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Brings a file, or the renames in a folder, to the disk: until then a power cut may undo them."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -127,7 +129,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def lock(file: IO, wait: bool = True) -> None:
-    """Keep other processes from an open file until it is closed, or this process ends, however that ends.
+    """Keeps other processes from an open file until it is closed, or this process ends, however that ends.
 
     POSIX locks hold over NFS too, and a forked worker does not inherit them.
 
@@ -147,31 +149,31 @@ def lock(file: IO, wait: bool = True) -> None:
 
 
 @contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """Wait until no other process has a lock file, and have it."""
-    with place.open("ab") as file:
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process has a lock file, and has it inside."""
+    with path.open("ab") as file:
         lock(file)
         yield
 
 
 @contextmanager
-def kept_locked(place: Path) -> Iterator[Path]:
-    """A file that other processes find `held` as long as this one lives."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("wb") as file:
+def kept_locked(path: Path) -> Iterator[Path]:
+    """Makes a file that other processes find `held` as long as this one is inside, and alive."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
         lock(file)
         try:
-            yield place
+            yield path
         finally:
-            place.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
-def held(place: Path) -> bool:
-    """Whether another process has a file locked. Not to be asked of one's own: to close it would free it."""
-    if not place.is_file():
+def held(path: Path) -> bool:
+    """Returns whether another process has a file locked. Not to be asked of one's own: to close it would free it."""
+    if not path.is_file():
         return False
     asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
-    with place.open("rb") as file:
+    with path.open("rb") as file:
         try:
             answer = fcntl.fcntl(file, fcntl.F_GETLK, asked)
         except OSError as error:
@@ -182,12 +184,12 @@ def held(place: Path) -> bool:
 
 
 def content(folder: Path) -> set[Path]:
-    """What lies in a folder; nothing where there is none."""
+    """Returns the paths of all that lies in a folder; none where there is no folder."""
     return {*folder.iterdir()} if folder.is_dir() else set()
 
 
 def take_back(folder: Path, before: Collection[Path]) -> None:
-    """Remove what has come to lie in a folder since `before` was its content."""
+    """Removes what has come to lie in a folder since `before` was its content."""
     for path in content(folder).difference(before):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -197,16 +199,16 @@ def take_back(folder: Path, before: Collection[Path]) -> None:
 
 @contextmanager
 def empty_folders_removed(folder: Path) -> Iterator[None]:
-    """Remove a folder, and those above it, if they are made inside and hold nothing at the end."""
-    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    """Removes a folder, and those above it, if they are made inside and hold nothing at the end."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         yield
     finally:
-        for place in missing:
+        for path in missing:
             with suppress(OSError):
-                place.rmdir()
+                path.rmdir()
 
 
 def from_here(path: Path) -> Path:
-    """A path as a person would type it."""
+    """Returns a path as a person would type it: relative to the working directory, if it lies there."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

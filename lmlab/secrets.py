@@ -1,21 +1,17 @@
-"""Secrets, which no file of a run may hold: redacted wherever a config, a command or a message is written.
+"""Redacts secrets, which no file of a run may hold, wherever a config, a command or a message is written.
 
 A secret is the value of a key that is named like one (`api_key`, `HF_TOKEN`, `dbPassword`), also in a text (`Pwd=…;`,
 `--password …`, `Authorization: Bearer …`), a password or a token in a URL, what `hydra.job.env_set` puts into the
 environment, and the lines of `hydra.launcher.setup`. What this process has redacted once is redacted in its messages
-too. A process that does its share of a run by the config on disk is handed the secrets in a variable of its
-environment.
+too.
 """
 
-import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MARK = "***secret***"
 """What stands for a secret. Hydra reads it as a string."""
-VARIABLE = "LMLAB_SECRETS"
 
 # Words in the name of a key, in snake case. A number is a secret under the first alone: elsewhere it counts something.
 PASSWORD = re.compile(r"(^|_)([a-z]*(password|passwd|passphrase|passcode|secret|credential)s?|pwds?|pw$)(?=_|$)")
@@ -86,52 +82,53 @@ _known = dict[str, str]()
 
 
 def redacted(config: Any, key: str = "", within: str | None = None) -> Any:
-    """A config of plain values, or what lies in it under a dotted key, with its secrets redacted.
+    """Returns a config of plain values, or a part of one, with its secrets redacted.
 
     Args:
-        within: the kind of the keys around, see `kind`.
+        key: the dotted key of the part.
+        within: the kind of secret that the keys around it name, see `secret_kind`.
     """
-    of = kind(key) or within
+    kind = secret_kind(key) or within
     if isinstance(config, Mapping):
-        of = None if "_target_" in config else of  # a block that is called so, and no secret in parts
-        return {name: redacted(value, f"{key}.{name}".lstrip("."), of) for name, value in config.items()}
+        kind = None if "_target_" in config else kind  # a block that is called so, and no secret in parts
+        return {name: redacted(value, f"{key}.{name}".lstrip("."), kind) for name, value in config.items()}
     if isinstance(config, list | tuple):
-        return [redacted(value, key, of) for value in config]
+        return [redacted(value, key, kind) for value in config]
     if isinstance(config, str):
-        return shown(config, of)
-    return MARK if of == "password" and type(config) in (int, float) else config
+        return redacted_string(config, kind)
+    return MARK if kind == "password" and type(config) in (int, float) else config
 
 
 def redacted_command(words: Iterable[str]) -> list[str]:
-    """The words of a command, overrides of Hydra's or others, with their secrets redacted."""
-    shown, of = list[str](), None
+    """Returns the words of a command, Hydra's overrides or others, with their secrets redacted."""
+    result, kind = list[str](), None
     for word in words:
-        shown.append(shown_value(word, of) if of and not word.startswith("-") else redacted_word(word))
+        result.append(redacted_literal(word, kind) if kind and not word.startswith("-") else redacted_word(word))
         flag = FLAG.fullmatch(word)
-        of = kind(flag[1]) if flag else None
-    return shown
+        kind = secret_kind(flag[1]) if flag else None
+    return result
 
 
 def redacted_text(text: str) -> str:
-    """A message without the secrets that this process knows, and without those of the URLs in it."""
+    """Returns a message without the secrets that this process knows, and without those that it has by its form."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, _known[secret])
-    return shown(text)
+    return redacted_string(text)
 
 
-def kind(key: str) -> str | None:
-    """`password` or `token` where a dotted key is named like one of them."""
+def secret_kind(key: str) -> str | None:
+    """Returns `password` or `token` where a dotted key is named like one of them, else None."""
     name = "_".join(WORD.findall(key.rpartition(".")[2])).lower()
     if PASSWORD.search(name):
         return "password"
     return "token" if WHOLLY.match(key) or TOKEN.search(NO_SECRET.sub("", name)) else None
 
 
-def shown(text: str, of: str | None = None) -> str:
-    """What is shown of a string under a key of that kind."""
-    if of is None:
+def redacted_string(text: str, kind: str | None = None) -> str:
+    """Returns `MARK` for a string under a key of a kind of secret, else the string without the secrets in it."""
+    if kind is None:
         for pattern in IN_TEXT:
-            text = pattern.sub(shown_found, text)
+            text = pattern.sub(redacted_match, text)
         return text
     if not text or text == MARK or INTERPOLATION.fullmatch(text):
         return text
@@ -140,59 +137,59 @@ def shown(text: str, of: str | None = None) -> str:
     return MARK
 
 
-def shown_found(found: re.Match[str]) -> str:
-    """What is shown of a part of a text that may have a secret in it."""
-    name = found.groupdict().get("name")
-    return found["before"] + shown_value(found["secret"], "password" if name is None else kind(name))
+def redacted_match(match: re.Match[str]) -> str:
+    """Returns what stands in the place of a match of `IN_TEXT`."""
+    name = match.groupdict().get("name")
+    return match["before"] + redacted_literal(match["secret"], "password" if name is None else secret_kind(name))
 
 
-def shown_value(typed: str, of: str | None) -> str:
-    """Redact a value in an override or a text, and keep the quotes that may stand around it."""
-    if NUMBER.fullmatch(typed):
-        return MARK if of == "password" else typed
-    if typed.lower() in ("null", "true", "false"):
-        return typed
-    quote = typed[0] if len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\"" else ""
-    return quote + shown(typed[1:-1] if quote else typed, of) + quote
+def redacted_literal(literal: str, kind: str | None) -> str:
+    """Redacts a value as it is typed in an override or a text, and keeps the quotes that may stand around it."""
+    if NUMBER.fullmatch(literal):
+        return MARK if kind == "password" else literal
+    if literal.lower() in ("null", "true", "false"):
+        return literal
+    quote = literal[0] if len(literal) > 1 and literal[0] == literal[-1] and literal[0] in "'\"" else ""
+    return quote + redacted_string(literal[1:-1] if quote else literal, kind) + quote
 
 
 def redacted_word(word: str) -> str:
-    """A word of a command with its secrets redacted; as it was where there are none."""
+    """Returns a word of a command with its secrets redacted; as it was where there are none."""
     override = OVERRIDE.fullmatch(word)
     if override is None:
-        return shown(word)
-    value = redacted_values(override["value"], bare(word))
+        return redacted_string(word)
+    value = redacted_values(override["value"], override_key(word))
     if MARK not in value:
         return word
-    redacted_override = f"{override['key']}={value}"
-    _known[word.lstrip("+~")] = redacted_override.lstrip("+~")
-    return redacted_override
+    result = f"{override['key']}={value}"
+    _known[word.lstrip("+~")] = result.lstrip("+~")
+    return result
 
 
 def redacted_values(typed: str, key: str, within: str | None = None) -> str:
-    """Redact each of the values, with commas between them, of an override."""
-    return ",".join(redacted_value(part, key, kind(key) or within) for part in parts(typed))
+    """Redacts each of the values of an override, which commas divide."""
+    return ",".join(redacted_value(part, key, secret_kind(key) or within) for part in split_at_commas(typed))
 
 
-def redacted_value(typed: str, key: str, of: str | None) -> str:
-    """Redact one value of an override: a mapping, a list, a call such as choice(…), or a plain one."""
+def redacted_value(typed: str, key: str, kind: str | None) -> str:
+    """Redacts one value of an override: a mapping, a list, a call such as choice(…), or a plain one."""
     container = CONTAINER.fullmatch(typed)
-    if container is None or (of and not container["close"]):
-        return shown_value(typed.strip(), of)
+    if container is None or (kind and not container["close"]):
+        return redacted_literal(typed.strip(), kind)
     if container["open"] != "{":
-        return container["open"] + redacted_values(container["inside"], key, of) + container["close"]
-    pairs = [part.partition(":") for part in parts(container["inside"])]
+        return container["open"] + redacted_values(container["inside"], key, kind) + container["close"]
+    pairs = [part.partition(":") for part in split_at_commas(container["inside"])]
     pairs = [(name.strip(" '\""), colon, value) for name, colon, value in pairs]
-    of = None if any(name == "_target_" for name, *_ in pairs) else of
+    kind = None if any(name == "_target_" for name, *_ in pairs) else kind
     inside = (
-        f"{name}: {redacted_values(value, f'{key}.{name}', of)}" if colon else redacted_value(name, key, of)
+        f"{name}: {redacted_values(value, f'{key}.{name}', kind)}" if colon else redacted_value(name, key, kind)
         for name, colon, value in pairs
     )
     return "{" + ",".join(inside) + container["close"]
 
 
-def parts(typed: str) -> Iterator[str]:
-    """What commas divide in a value of an override, those inside of quotes and brackets aside."""
+def split_at_commas(typed: str) -> Iterator[str]:
+    """Yields what commas divide in a value of an override, those inside of quotes and brackets aside."""
     depth, part = 0, ""
     for piece in PIECE.findall(typed):
         depth += (piece in "{[(") - (piece in "}])")
@@ -205,47 +202,34 @@ def parts(typed: str) -> Iterator[str]:
         yield part
 
 
-def bare(word: str) -> str:
-    """The key of an override, without what stands before it to add or leave it out."""
+def override_key(word: str) -> str:
+    """Returns the key of an override, without the signs before it that add it or leave it out."""
     return word.partition("=")[0].lstrip("+~")
 
 
-def lost(config: Any, key: str = "") -> list[str]:
-    """The dotted keys in a config of plain values whose secrets were redacted."""
+def redacted_keys(config: Any, key: str = "") -> list[str]:
+    """Returns the dotted keys in a config of plain values whose secrets were redacted."""
     if isinstance(config, Mapping):
-        return [name for inner, value in config.items() for name in lost(value, f"{key}.{inner}".lstrip("."))]
+        return [name for inner, value in config.items() for name in redacted_keys(value, f"{key}.{inner}".lstrip("."))]
     return [key] if MARK in str(config) else []
 
 
-def lost_of_command(words: Iterable[str]) -> list[str]:
-    """The keys of a command whose secrets were redacted, and that it does not give again."""
+def redacted_keys_of_command(words: Iterable[str]) -> list[str]:
+    """Returns the keys of a command whose secrets were redacted, and that it does not give again."""
     words = list(words)
-    given = [bare(word) for word in words if MARK not in word]
-    keys = [bare(word) for word in words if MARK in word]
+    given = [override_key(word) for word in words if MARK not in word]
+    keys = [override_key(word) for word in words if MARK in word]
     return [key for key in keys if not any(f"{other}.".startswith(f"{key}.") for other in given)]
 
 
-def handed_over(config: Any) -> dict[str, str]:
-    """Variables for a process that reads a config of plain values from disk, where its secrets are not."""
-    found = list(differing(config, redacted(config)))
-    return {VARIABLE: json.dumps(found)} if found else {}
+def secret_values(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the secrets in a config of plain values, each under the path of its keys; a list whole if it has one."""
 
+    def differing(value: Any, shown: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+        if isinstance(value, Mapping):
+            for key in value:
+                yield from differing(value[key], shown[key], (*path, key))
+        elif value != shown:
+            yield path, value
 
-def differing(config: Any, other: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Where a config is not like another of the same keys: the path of keys, and its value."""
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            yield from differing(value, other[key], (*path, key))
-    elif config != other:
-        yield path, config
-
-
-def taken_over(config: Any) -> Any:
-    """A config of plain values with the secrets that this process was handed over: they are taken once."""
-    for path, value in json.loads(os.environ.pop(VARIABLE, "[]")):
-        holder = config
-        for key in path[:-1]:
-            holder = holder[key]
-        holder[path[-1]] = value
-    redacted(config)  # to know them
-    return config
+    return differing(config, redacted(config), ())

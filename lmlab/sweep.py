@@ -12,7 +12,7 @@ from typing import Any
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs import status
-from lmlab.secrets import bare, lost_of_command
+from lmlab.secrets import override_key, redacted_keys_of_command
 from lmlab.sweeps.outcome import show
 from lmlab.sweeps.points import SWEEP_FILE, Point, read_points, read_sweep
 
@@ -60,18 +60,19 @@ def resume(folder: Path, overrides: list[str]) -> None:
     Points that have finished are left as they are; of a search, so many more trials are run as the command asks for.
     """
     content, points = read_sweep(folder), read_points(folder)
-    given = {bare(word) for word in overrides} | {"hydra.sweep.dir"}
+    given = {override_key(word) for word in overrides} | {"hydra.sweep.dir"}
     # Another launcher has keys of its own.
     dropped = ("hydra.launcher.",) if "hydra/launcher" in given else ()
-    arguments = [word for word in content["arguments"] if not word.startswith(dropped) and bare(word) not in given]
-    lost = lost_of_command(arguments)
+    arguments = [word for word in content["arguments"] if not word.startswith(dropped)]
+    arguments = [word for word in arguments if override_key(word) not in given]
+    lost = redacted_keys_of_command(arguments)
     if lost and not overrides and is_complete(content, points):
         show(points)
         again = " ".join(f"{key}=…" for key in lost)
         print(f"All runs have ended. To go on nevertheless, give the secrets again, which are not kept: {again}")
         return
     # A key that the command added, with a + before it, is added again with another value.
-    signs = {bare(word): word[: word.index(bare(word))] for word in content["arguments"]}
+    signs = {override_key(word): word[: word.index(override_key(word))] for word in content["arguments"]}
     overrides = [signs.get(word.partition("=")[0], "") + word for word in overrides]
     if Path(content.get("directory", "")).is_dir():
         os.chdir(content["directory"])  # relative paths in the command are relative to it

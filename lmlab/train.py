@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, compose, schema
+from lmlab.config import build, compose
 from lmlab.config.attempt import attempt
 from lmlab.config.rank import on_rank_zero
 from lmlab.distributed import ranks, slurm
@@ -37,7 +37,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash
     )
     objective, model = build.build_model(cfg, data.tokenizer)
-    steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    steps, interval = build.training_length(cfg, data)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
     trainer = build.build_trainer(cfg, interval, run.read_manifest()["run_id"])
     lifecycle.rewind(run, module, checkpoint, leads=trainer.is_global_zero)
@@ -80,7 +80,7 @@ def train_job(cfg: DictConfig) -> float:
 
 @on_rank_zero(others=train_rank)
 def main() -> None:
-    compose.run_verb(train_job, "train")
+    compose.run_command(train_job, "train")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lmlab.config import schema
+from lmlab.config import evaluated
 from lmlab.evaluation import records, scoring
 from lmlab.models.loss import Scores, score
 
@@ -379,7 +379,7 @@ def test_logits_are_held_for_as_many_positions_as_asked_for(
     monkeypatch.setattr(scoring, "score", seen)
     same(evaluate(f"model={causal}", "logits_chunk_size=3"), causal)
     assert set(held) == {3}
-    assert "logits_chunk_size is a number of scored positions" in refused(
+    assert "logits_chunk_size=0: it has to be a whole number" in refused(
         capsys, lambda: evaluate(f"model={causal}", "logits_chunk_size=0")
     )
 
@@ -441,7 +441,7 @@ def test_check_fails(
         return Scores(score(model, input_ids, *args).nll * (1 + 1e-3 * len(input_ids)), None)
 
     monkeypatch.setattr(scoring, "score", moved)
-    monkeypatch.setattr(schema, "other_width", lambda cfg: {"batch_size": 3})
+    monkeypatch.setattr(evaluated, "other_width", lambda cfg: {"batch_size": 3})
     place = tmp_path / "checked"
     command = [f"model={causal}", *files(text), "context=document"]
     shown = refused(capsys, lambda: evaluate(*command, "check=true", run_dir=place))
@@ -461,7 +461,7 @@ def test_check_fails_when_other_tokens_are_scored(
         return real(held_out, indices[:3])
 
     monkeypatch.setattr(scoring.HeldOut, "__getitem__", short)
-    monkeypatch.setattr(schema, "other_width", lambda cfg: {"batch_size": 3})
+    monkeypatch.setattr(evaluated, "other_width", lambda cfg: {"batch_size": 3})
     command = [f"model={causal}", *files(text), "context=document", "batch_size=4", "check=true"]
     assert "scored other tokens" in refused(capsys, lambda: evaluate(*command))
 

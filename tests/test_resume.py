@@ -253,10 +253,10 @@ def test_a_finished_run_refuses_what_one_that_goes_on_does(refused: Refused, who
         ("optim.lr=0.5",): "optim.lr=0.5 (it was 0.001)",
         ("optim.lr=0.5", "trainer.max_steps=8"): "optim.lr=0.5 (it was 0.001)",
         ("model.config={n_head: 1}",): "model.config.n_head=1 (it was 2)",
-        ("trainer.max_steps=abc",): "has to be int, not str",
-        ("trainer.max_steps=true",): "has to be int, not bool",
-        ("trainer.max_steps=1.5",): "has to be int, not float",
-        ("trainer.max_steps=-3",): "trainer.max_steps is a number of steps",
+        ("trainer.max_steps=abc",): '="abc": it has to be a whole number, 1 or more, or -1',
+        ("trainer.max_steps=true",): "=true: it has to be a whole number",
+        ("trainer.max_steps=1.5",): "=1.5: it has to be a whole number",
+        ("trainer.max_steps=-3",): "trainer.max_steps=-3: it has to be a whole number, 1 or more, or -1",
         ("optim.lr=[1",): "the [ is not closed",
         ("seed", "1"): "Did you mean seed=1?",
     }.items():
@@ -298,7 +298,7 @@ def test_what_is_refused_changes_nothing(refused: Refused, stopped: Path, whole:
         ("callbacks=nothing", "no such option"),
         ("callbacks=null", "must be a string"),
         ("trainer.max_steps=7,8", "one value"),
-        ("trainer.devices=null", "trainer.devices is a number of devices"),
+        ("trainer.devices=null", "trainer.devices=null: it has to be a whole number"),
         ("trainer.max_steps", "KEY=VALUE"),
     ):
         assert said in refused("resume", stopped, word)

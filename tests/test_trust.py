@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lmlab.config import trust
-from lmlab.config.schema import SHARDED
+from lmlab.config.compose import SHARDED, read_config
 from tests.conftest import TINY, Refused, run_verb
 
 OURS = """
@@ -145,8 +145,11 @@ def test_a_package_is_allowed_by_its_name(
     assert trust.named_by_command(["a"], tmp_path / "mine") == ["ours.load"]
 
 
-def test_what_older_versions_named_for_sharding_is_lmlabs_own() -> None:
-    trust.check_trusted(OmegaConf.create({"trainer": {"strategy": {"_target_": SHARDED}}}), ())
+def test_what_older_versions_named_for_sharding_is_lmlabs_own(tmp_path: Path) -> None:
+    OmegaConf.save({"trainer": {"strategy": {"_target_": SHARDED}}}, tmp_path / "config.yaml")
+    cfg = read_config(tmp_path)
+    trust.check_trusted(cfg, ())
+    assert cfg.trainer.strategy == "fsdp"
 
 
 def test_a_package_is_not_what_it_imports(received: Callable[..., Path], ours: Path, refused: Refused) -> None:

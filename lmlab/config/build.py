@@ -1,4 +1,4 @@
-"""From a checked config to the objects that it names."""
+"""Builds the objects that a checked config names: data, model, module, trainer."""
 
 import logging
 import warnings
@@ -9,17 +9,27 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.compose import without_secrets
-from lmlab.config.schema import arguments, blocks, build, preprocessing, strategy, takes, uses_gpu, world
+from lmlab.config.schema import preprocessing, training_steps, uses_gpu, world
+from lmlab.config.targets import arguments, blocks, build, takes
 from lmlab.errors import UserError, first_line
 
 if TYPE_CHECKING:
+    import lightning as L
     import numpy as np
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lmlab.data.datamodule import BlocksDataModule
+    from lmlab.data.preprocess import Prepared
+    from lmlab.evaluation.scoring import HeldOut, PseudoRows, WindowRows
+    from lmlab.evaluation.windows import Context
+    from lmlab.objectives import Objective
+    from lmlab.training.module import LMModule
 
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
 
 
-def prepare_data(cfg: DictConfig) -> Any:
-    """The `Prepared` data of a run: from the cache where it is there."""
+def prepare_data(cfg: DictConfig) -> "Prepared":
+    """Returns the data of a run, tokenized and cut into blocks: from the cache where it is there."""
     from lmlab.data.preprocess import prepare
 
     learned = "texts" in takes(cfg.tokenizer, "tokenizer")
@@ -32,15 +42,21 @@ def prepare_data(cfg: DictConfig) -> Any:
     )
 
 
-def prepare_held_out(cfg: DictConfig, tokenizer: Any) -> Any:
-    """The `Prepared` data of an evaluation."""
+def prepare_held_out(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "Prepared":
+    """Returns the held-out data of an evaluation, tokenized and cut into blocks: from the cache where it is there."""
     from lmlab.data.preprocess import prepare_validation
 
     return prepare_validation(build(cfg.data, "data"), preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
 
 
-def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
-    """The objective and the model of a config, checked against the tokenizer.
+def training_length(cfg: DictConfig, data: "Prepared") -> tuple[int, int]:
+    """Returns the optimizer steps of a run, and those from one of its validations to the next."""
+    assert data.train is not None
+    return training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+
+
+def build_model(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple[Objective, PreTrainedModel]":
+    """Returns the objective and the model of a config, checked against the tokenizer.
 
     A block size that the config leaves open becomes the longest that the model takes.
     """
@@ -69,60 +85,96 @@ def build_model(cfg: DictConfig, tokenizer: Any) -> tuple[Any, Any]:
     return objective, model
 
 
-def build_held_out(cfg: DictConfig, data: Any, objective: Any) -> Any:
-    """What is evaluated: by `context`, `score` and their like of evaluate.yaml; in training, blocks."""
-    from lmlab.data.documents import CONTINUES, FLAGS
-    from lmlab.evaluation.scoring import HeldOut, PseudoRows, WindowRows, check_targets
-    from lmlab.evaluation.windows import Context, windows
+def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "HeldOut":
+    """Returns the rows in which held-out text is scored, with all that their metrics depend on but the model.
 
-    scoring = held_out_objective(cfg)
-    if scoring != cfg.objective:
-        objective = build(scoring, "objective", tokenizer=data.tokenizer)
+    The keys `context`, `score` and their like of evaluate.yaml choose the rows; in training they are blocks.
+
+    Args:
+        objective: that of the run; held-out text may be scored by other masks, see `held_out_objective`.
+
+    Raises:
+        UserError: there is nothing to score.
+    """
+    from lmlab.evaluation.scoring import HeldOut, check_targets
+    from lmlab.evaluation.windows import Context
+
+    scored_by = held_out_objective(cfg)
+    if scored_by != cfg.objective:
+        objective = build(scored_by, "objective", tokenizer=data.tokenizer)
     context = Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride"))
-    # Masks do not follow a run's seed: runs of several seeds are scored on the same positions.
-    seed = cfg.seed if "score" in cfg else 0
-    tokenizer, documents = data.tokenizer, data.validation
-    check_targets(objective, documents.tokens[: context.block_size])
-    shown = windows(context, documents, data.bounds, objective, tokenizer)
-    pseudo = None
-    if cfg.get("score") == "pseudo":
-        pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
-        if cfg.within_word and not (documents.spans[:, FLAGS] & CONTINUES).any():
-            raise UserError(
-                "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
-                "Leave it out."
-            )
-        # An unknown word is a word.
-        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        rows: Any = PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
-    else:
-        rows = WindowRows(documents, shown, objective, seed)
+    check_targets(objective, data.validation.tokens[: context.block_size])
+    rows = build_rows(cfg, data, objective, context)
     if not any(len(rows.row(i).tokens) for i in range(len(rows))):
         raise UserError("there is nothing to score: the text has no token that this context lets the model predict.")
-    return HeldOut(
-        rows,
-        next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
-        {
-            "figure": "pseudo_perplexity" if pseudo else objective.metric,
-            "policy": {
-                "context": context.name,
-                "block_size": context.block_size,
-                "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
-                "drop_remainder_every": cfg.preprocess.drop_remainder_every if context.name == "blocks" else None,
-                **{key: cfg.preprocess[key] for key in ("end_of_text", "special_tokens", "truncation")},
-                "objective": None if pseudo else OmegaConf.to_container(scoring),
-                "masks_seed": seed if objective.bidirectional and not pseudo else None,
-                "pseudo": pseudo,
-            },
-            "units": cfg.get("units", "text"),
-            "data_hash": documents.hash,
-            "tokenizer_hash": data.tokenizer_hash,
-        },
-    )
+    pseudo = pseudo_options(cfg)
+    masked = objective.bidirectional and not pseudo
+    policy = {
+        "context": context.name,
+        "block_size": context.block_size,
+        "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
+        "drop_remainder_every": cfg.preprocess.drop_remainder_every if context.name == "blocks" else None,
+        **{key: cfg.preprocess[key] for key in ("end_of_text", "special_tokens", "truncation")},
+        "objective": None if pseudo else OmegaConf.to_container(scored_by),
+        "masks_seed": masks_seed(cfg) if masked else None,
+        "pseudo": pseudo,
+    }
+    facts = {
+        "figure": "pseudo_perplexity" if pseudo else objective.metric,
+        "policy": policy,
+        "units": cfg.get("units", "text"),
+        "data_hash": data.validation.hash,
+        "tokenizer_hash": data.tokenizer_hash,
+    }
+    pad_ids = (data.tokenizer.pad_token_id, data.tokenizer.eos_token_id, 0)
+    return HeldOut(rows, next(token for token in pad_ids if token is not None), facts)
 
 
-def build_validation(cfg: DictConfig, data: Any, objective: Any) -> tuple[Any, Any]:
-    """What validations in training look at and, where that is a part of the held-out documents, all of them."""
+def build_rows(
+    cfg: DictConfig, data: "Prepared", objective: "Objective", context: "Context"
+) -> "WindowRows | PseudoRows":
+    """Returns the rows of held-out text: one for each window or, by score=pseudo, one for each token."""
+    from lmlab.data.documents import CONTINUES, FLAGS
+    from lmlab.evaluation.scoring import PseudoRows, WindowRows
+    from lmlab.evaluation.windows import windows
+
+    tokenizer, documents = data.tokenizer, data.validation
+    shown = windows(context, documents, data.bounds, objective, tokenizer)
+    pseudo = pseudo_options(cfg)
+    if pseudo is None:
+        return WindowRows(documents, shown, objective, masks_seed(cfg))
+    if cfg.within_word and not (documents.spans[:, FLAGS] & CONTINUES).any():
+        raise UserError(
+            "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
+            "Leave it out."
+        )
+    # An unknown word is a word.
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
+
+
+def pseudo_options(cfg: DictConfig) -> dict[str, Any] | None:
+    """Returns the choices of score=pseudo; None where the objective says what is scored."""
+    if cfg.get("score") != "pseudo":
+        return None
+    return {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
+
+
+def masks_seed(cfg: DictConfig) -> int:
+    """Returns the seed of masks in held-out text: runs of several seeds are scored on the same positions."""
+    return cfg.seed if "score" in cfg else 0
+
+
+def held_out_objective(cfg: DictConfig) -> DictConfig:
+    """Returns the block of the objective by which held-out text is scored: `validation_x` stands in for `x`."""
+    block: dict[str, Any] = OmegaConf.to_container(cfg.objective)  # type: ignore[assignment]
+    own = {key: value for key, value in block.items() if key.startswith("validation_")}
+    instead = {key.removeprefix("validation_"): value for key, value in own.items() if value is not None}
+    return OmegaConf.create({key: value for key, value in block.items() if key not in own} | instead)
+
+
+def build_validation(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "tuple[HeldOut, HeldOut | None]":
+    """Returns what validations in training score and, where that is a part of the held-out documents, all of them."""
     from lmlab.data.preprocess import group_texts
     from lmlab.data.sampler import draw_subset
 
@@ -130,21 +182,19 @@ def build_validation(cfg: DictConfig, data: Any, objective: Any) -> tuple[Any, A
     most = (cfg.get("validation") or {}).get("max_documents")
     if most is None or most >= len(data.validation):
         return whole, None
-    seed = cfg.preprocess.split_seed
-    documents = data.validation.select(draw_subset(seed, most, len(data.validation)))
+    documents = data.validation.select(draw_subset(cfg.preprocess.split_seed, most, len(data.validation)))
     bounds = group_texts(documents.lengths, cfg.preprocess.block_size, cfg.preprocess.drop_remainder_every)
     if len(bounds) == 0:
         raise UserError(f"validation.max_documents={most}: those documents give no block. Raise it.")
-    part = build_held_out(cfg, replace(data, validation=documents, bounds=bounds), objective)
-    return part, whole
+    return build_held_out(cfg, replace(data, validation=documents, bounds=bounds), objective), whole
 
 
-def check_padding(model: Any, lengths: "np.ndarray", rows: int) -> None:
-    """Refuse a model whose metrics padding would move.
+def check_padding(model: "PreTrainedModel", lengths: "np.ndarray", rows: int) -> None:
+    """Refuses a model whose metrics padding would move.
 
     Args:
-        lengths: of all rows that are trained on or scored.
-        rows: of them in a batch.
+        lengths: [rows] positions of all rows that are trained on or scored.
+        rows: how many of them are in a batch.
 
     Raises:
         UserError: rows of several lengths would share a batch, and the model does not keep padding apart from text.
@@ -160,18 +210,15 @@ def check_padding(model: Any, lengths: "np.ndarray", rows: int) -> None:
         )
 
 
-def held_out_objective(cfg: DictConfig) -> DictConfig:
-    """The block of the objective as held-out text is scored: what is said of validation stands in for what it names."""
-    block: Any = OmegaConf.to_container(cfg.objective)
-    named = {key: value for key, value in block.items() if key.startswith("validation_")}
-    meant = {key.removeprefix("validation_"): value for key, value in named.items() if value is not None}
-    return OmegaConf.create({key: value for key, value in block.items() if key not in named} | meant)
-
-
 def build_training(
-    cfg: DictConfig, data: Any, objective: Any, model: Any, steps: int, interval: int
-) -> tuple[Any, Any]:
-    """The module and the data that a trainer fits, for a run of `steps` that validates every `interval` of them."""
+    cfg: DictConfig, data: "Prepared", objective: "Objective", model: "PreTrainedModel", steps: int, interval: int
+) -> "tuple[LMModule, BlocksDataModule]":
+    """Returns the module and the data that a trainer fits, checked against memory and padding.
+
+    Args:
+        steps: optimizer steps of the run.
+        interval: optimizer steps from one validation to the next.
+    """
     import numpy as np
     import torch
 
@@ -182,14 +229,15 @@ def build_training(
     from lmlab.optim import AdamW
     from lmlab.training.module import LMModule
 
+    assert data.train is not None
+    trainer, gpu = cfg.trainer, uses_gpu(cfg.trainer)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
     # AdamW keeps two moments; what another optimizer keeps is not known.
     tensors = 3 if isinstance(optimizer, AdamW) else 1
-    half = str(cfg.trainer.precision) in ("bf16-true", "16-true")
-    device = torch.device("cuda" if uses_gpu(cfg.trainer) else "cpu")
-    shards = world(cfg.trainer) if strategy(cfg.trainer) == "fsdp" else 1
-    check_training(model, tensors, half, device, cfg.trainer.devices, shards)
+    half = str(trainer.precision) in ("bf16-true", "16-true")
+    shards = world(trainer) if trainer.strategy == "fsdp" else 1
+    check_training(model, tensors, half, torch.device("cuda" if gpu else "cpu"), trainer.devices, shards)
     module = LMModule(
         model,
         optimizer,
@@ -199,12 +247,11 @@ def build_training(
         seed=cfg.seed,
         stretches=len(held_out.documents.names),
         metric=objective.metric,
-        logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, uses_gpu(cfg.trainer)),
+        logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu),
         val_interval=interval,
     )
-    rows = micro_batch_size(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
-    lengths = data.train.bounds[:, 1] - data.train.bounds[:, 0]
-    check_padding(model, np.concatenate([lengths, (whole or held_out).rows.lengths]), rows)
+    lengths = np.concatenate([np.diff(data.train.bounds)[:, 0], (whole or held_out).rows.lengths])
+    check_padding(model, lengths, micro_batch_size(cfg.batch_size, world(trainer), trainer.accumulate_grad_batches))
     datamodule = BlocksDataModule(
         data.train,
         held_out,
@@ -213,7 +260,7 @@ def build_training(
         batch_size=cfg.batch_size,
         steps=steps,
         seed=cfg.seed,
-        accumulate=cfg.trainer.accumulate_grad_batches,
+        accumulate=trainer.accumulate_grad_batches,
         num_workers=cfg.num_workers,
         tokenizer=data.tokenizer,
         whole=whole,
@@ -221,23 +268,24 @@ def build_training(
     return module, datamodule
 
 
-def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:
-    """The Lightning trainer of a run, with its callbacks and loggers.
+def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> "L.Trainer":
+    """Returns the Lightning trainer of a run, with its callbacks and loggers.
 
-    `interval` counts optimizer steps between validations.
+    Args:
+        interval: optimizer steps from one validation to the next.
+        run_id: the identity of the run, in W&B too.
     """
-    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.callbacks import Callback, Checkpoint
 
     from lmlab.training.callbacks import Profile
     from lmlab.training.checkpoint_io import AtomicCheckpointIO
     from lmlab.training.measure import Measure
 
-    callbacks: list[Any] = [Profile(cfg.run_dir)] if cfg.profile else []
+    callbacks: list[Callback] = [Profile(cfg.run_dir)] if cfg.profile else []
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     callbacks.append(Measure())  # behind those that may end the run; what keeps its state Lightning puts last
     # Last, since W&B begins a run.
-    shown = OmegaConf.to_container(without_secrets(cfg))
-    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": shown}
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(without_secrets(cfg))}
     loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     return lightning_trainer(
         cfg,
@@ -254,8 +302,8 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> Any:
     )
 
 
-def build_evaluation_trainer(cfg: DictConfig) -> Any:
-    """The Lightning trainer of an evaluation: for its devices and its precision."""
+def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":
+    """Returns the Lightning trainer of an evaluation: for its devices and its precision."""
     from lmlab.training.callbacks import ShowScoring
 
     return lightning_trainer(
@@ -263,8 +311,8 @@ def build_evaluation_trainer(cfg: DictConfig) -> Any:
     )
 
 
-def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
-    """A `lightning.Trainer` of the block `trainer`, `options` over it, that says nothing of its own."""
+def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
+    """Returns the trainer of the block `trainer`, with `options` over it, which prints nothing of its own."""
     import lightning as L
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -282,7 +330,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> Any:
     # Lightning would start a process group for one rank, and leave its variables behind.
     if alone:
         options["strategy"] = "auto"
-    elif strategy(cfg.trainer) == "fsdp":
+    elif cfg.trainer.strategy == "fsdp":
         options["strategy"] = ModelParallelStrategy(world(cfg.trainer), 1, save_distributed_checkpoint=False)
     else:
         # Otherwise DDP orders its buckets anew after the first step of each process, and with them the sums

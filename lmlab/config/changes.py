@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lmlab.config import build, schema, signatures
-from lmlab.config.compose import hydra_of, name_precision, without_secrets
+from lmlab.config.compose import create_hydra, name_precision, without_secrets
 from lmlab.config.explain import dotted, explain
 from lmlab.config.files import CONF
 from lmlab.config.overrides import literal, readable
@@ -119,7 +119,7 @@ def parse_override(word: str) -> Override:
 def compose_group(group: str, word: str, run_dir: Path, config_dir: Path | None) -> Any:
     """Compose the block of a group as a new run would have it with this override."""
     try:
-        with hydra_of(folder=config_dir) as hydra:
+        with create_hydra(folder=config_dir) as hydra:
             words = [word, f"run_dir={run_dir}"]
             cfg = hydra.config_loader.load_configuration("train", words, RunMode.RUN)
     except (HydraException, ValueError) as error:
@@ -228,10 +228,10 @@ def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint:
             )
     if checkpoint is None:
         return
-    steps, _ = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    steps, _ = build.training_length(cfg, data)
     if steps < run.step_of(checkpoint):
         raise UserError(f"{run.path} is at step {run.step_of(checkpoint)} already, and {steps} steps are fewer.")
-    if schema.strategy(cfg.trainer) == "fsdp" and world(cfg.trainer) > 1 and numbers_parameters(checkpoint):
+    if cfg.trainer.strategy == "fsdp" and world(cfg.trainer) > 1 and numbers_parameters(checkpoint):
         raise UserError(
             f"{checkpoint} was written by lmlab 0.1, which numbers parameters, and can't be sharded as it is.\n"
             "Go on without trainer=fsdp until the next checkpoint is there."

@@ -1,20 +1,14 @@
-"""TAB in a shell: the script for its start file, and values of keys that Hydra knows by name only."""
+"""Completes command lines in a shell: the script for its start file, and values of keys that Hydra only has by name."""
 
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
-
-from lmlab.config.files import CONF
 
 INSTALL = (["install=bash"], ["install=zsh"], ["install=fish"])
 
 
 def answer(name: str) -> bool:
-    """Answer what a shell asks of a verb; False for what is Hydra's to answer."""
+    """Prints the answer to what a shell asks of a command; returns False for what is Hydra's to answer."""
     if sys.argv[2:] in INSTALL:
         # Hydra's own scripts complete files and entry points, and no `python -m`; what they ask of it serves here too.
         print(Path(__file__).with_name(f"completion.{sys.argv[2].partition('=')[2]}").read_text(), end="")
@@ -27,16 +21,11 @@ def answer(name: str) -> bool:
     return bool(values)
 
 
-def known_values(name: str, key: str) -> Iterable[str]:
-    """All values of a key of a verb; none where there is no end of them."""
-    from lmlab.config import schema
+def known_values(name: str, key: str) -> list[str]:
+    """Returns all values of a key of a command; none where there is no end of them."""
+    from lmlab.config import schema, signatures, targets
 
-    root: Any = OmegaConf.load(CONF / f"{name}.yaml")
-    if type(root.get(key)) is bool:
-        return ("true", "false")
-    if key == "context" and key in root:
-        from lmlab.evaluation.windows import CONTEXTS
-
-        return CONTEXTS
-    found = {"trainer.precision": schema.PRECISIONS, "trainer.accelerator": schema.ACCELERATORS}
-    return (found | {"score": schema.SCORES} if "score" in root else found).get(key, ())
+    block, _, leaf = key.rpartition(".")
+    declared = schema.DECLARED.get(block or name)
+    parameter = signatures.parameters(declared).get(leaf) if declared else None
+    return targets.choices(parameter.annotation) if parameter else []

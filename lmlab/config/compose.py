@@ -1,9 +1,10 @@
-"""From a command line to a composed config, and what Hydra finds wrong with it in words.
+"""Composes the config of a command with Hydra; reads, writes and freezes composed configs.
 
-Nothing heavy is imported here at the top: `--help` and `--cfg job` come through.
+Nothing heavy is imported here at the top, as `--help` and `--cfg job` come through.
 """
 
 import copy
+import json
 import logging
 import os
 import sys
@@ -39,9 +40,13 @@ from lmlab.runs.choices import with_present_names
 from lmlab.runs.directory import RunDirectory
 
 BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
-"""What the config of a run and that of an evaluation both have, each a mapping."""
+"""Blocks that the config of a run and that of an evaluation both have."""
 SHORT_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 """Short names of precisions, as Lightning takes them."""
+SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
+"""How configs of older versions say trainer.strategy=fsdp."""
+SECRETS_VARIABLE = "LMLAB_SECRETS"
+"""The environment variable in which a process is handed the secrets of the config that it reads."""
 
 # What a launcher asks a cluster for, per node.
 OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
@@ -50,7 +55,7 @@ OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if acc
 class RunFolder(Callback):
     """Removes the folders that Hydra makes for a run if they are empty at the end, as those of a refused command are.
 
-    `made` belongs to the class, as Hydra makes the object and `run_verb` has to close it.
+    `made` belongs to the class, as Hydra makes the object and `run_command` has to close it.
     """
 
     made = ExitStack()
@@ -60,8 +65,8 @@ class RunFolder(Callback):
 
 
 @contextmanager
-def hydra_of(conf: str = str(CONF), folder: str | Path | None = None) -> Iterator[Hydra]:
-    """Hydra as a command of lmlab sets it up, with the `folder` of its --config-dir before `conf`.
+def create_hydra(conf: str = str(CONF), folder: str | Path | None = None) -> Iterator[Hydra]:
+    """Sets up Hydra as a command of lmlab does, with the `folder` of its --config-dir searched before `conf`.
 
     Raises:
         UserError: there is no such folder.
@@ -78,37 +83,20 @@ def hydra_of(conf: str = str(CONF), folder: str | Path | None = None) -> Iterato
         GlobalHydra.instance().clear()
 
 
-def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
-    """Compose `conf/<name>.yaml` with the command line and call `job` with it, plainly failing."""
+def run_command(job: Callable[[DictConfig], Any], name: str) -> None:
+    """Composes `conf/<name>.yaml` with the command line and calls `job` with it; errors are printed without traceback.
+
+    In a sweep, `job` is called with the config of each point.
+    """
     debug = "debug=true" in sys.argv
     # Hydra then raises instead of printing, and what it raises is explained here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-
     begun = False
 
-    def plain_job(cfg: DictConfig) -> Any:
+    def task(cfg: DictConfig) -> Any:
         nonlocal begun
         begun = True
-        # Hydra has set the root logger to INFO, at which libraries say much.
-        logging.getLogger().setLevel(logging.WARNING)
-        try:
-            return job(cfg)
-        except Exception as error:
-            message = plainly(error)
-            submitted = "SUBMITIT_EXECUTOR" in os.environ  # then the error alone gets to who submitted the job
-            if debug or message is None:
-                if submitted:
-                    traceback.print_exc()
-                raise
-            message = secrets.redacted_text(message)
-            print(f"error: {message}", file=sys.stderr)
-            if submitted:
-                raise UserError(message) from error
-            if HydraConfig.get().mode is not RunMode.MULTIRUN:
-                sys.exit(1)
-            # An exception, unlike an exit, lets the other jobs of the sweep go on.
-            said = "a job of the sweep failed; its error is above. The other jobs were run."
-            raise UserError(said, cause_of(error)) from error
+        return call_job(job, cfg, debug)
 
     with shown_plainly(debug), SIGNALS.heeded(), RunFolder.made:
         if "--help" in sys.argv or "-h" in sys.argv:
@@ -118,24 +106,41 @@ def run_verb(job: Callable[[DictConfig], Any], name: str) -> None:
             return
         read_command()
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(plain_job)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)()
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise UserError(explain(error, name)) from error
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             if begun:  # a defect; before that, Hydra's word on a group's option, or submitit's on a job
                 raise
             raise UserError(explain(error, name)) from error
-        except OSError as error:
-            if begun:
-                raise
-            raise UserError(
-                f"the run directory {error.filename} can't be made: {error.strerror}.\n"
-                "Choose another: hydra.run.dir=DIR"
-            ) from error
+
+
+def call_job(job: Callable[[DictConfig], Any], cfg: DictConfig, debug: bool) -> Any:
+    """Calls `job` within Hydra, which gets to know of an error as it needs to: a sweep goes on after it."""
+    # Hydra has set the root logger to INFO, at which libraries say much.
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        return job_config(cfg)
+    except Exception as error:
+        message = plainly(error)
+        submitted = "SUBMITIT_EXECUTOR" in os.environ  # then the error alone gets to who submitted the job
+        if debug or message is None:
+            if submitted:
+                traceback.print_exc()
+            raise
+        message = secrets.redacted_text(message)
+        print(f"error: {message}", file=sys.stderr)
+        if submitted:
+            raise UserError(message) from error
+        if HydraConfig.get().mode is not RunMode.MULTIRUN:
+            sys.exit(1)
+        # An exception, unlike an exit, lets the other jobs of the sweep go on.
+        told = "a job of the sweep failed; its error is above. The other jobs were run."
+        raise UserError(told, cause_of(error)) from error
 
 
 def read_command() -> Namespace:
-    """The command line as Hydra reads it, which gets it with its overrides made ready, and options behind them.
+    """Parses the command line, and puts it back with its overrides made ready for Hydra and the options behind them.
 
     Raises:
         UserError: an option that is none, or a word that is no override.
@@ -151,27 +156,29 @@ def read_command() -> Namespace:
         options.remove(word)
     given.overrides = readable(given.overrides, searches=given.config_name is not None)
     sys.argv[1:] = [*given.overrides, *options]
-    refuse_lost(secrets.lost_of_command(sys.argv[1:]))
+    refuse_redacted(secrets.redacted_keys_of_command(sys.argv[1:]))
     return given
 
 
 def wrong_option(message: str) -> NoReturn:
+    """Raises the error for an option that is none, as an argument parser words it."""
     raise UserError(
         f"{message}.\nAn override is KEY=VALUE, without dashes; options are such as -m and --config-dir DIR."
     )
 
 
 def help_text(name: str) -> str:
-    """What `--help` shows. Hydra would compose every file of conf/ twice only to list their names."""
+    """Returns the text of `--help`. Hydra would compose every file of conf/ twice only to list their names."""
     groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
     listed = [f"{group.name}: {', '.join(files_of(group.name))}" for group in groups]
     return (PACKAGE / f"{name}.txt").read_text().replace("{groups}", "\n".join(listed))
 
 
 def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
-    """The config with every interpolation resolved: what the run directory keeps and ranks read.
+    """Resolves every interpolation of a config, in place, and returns it: the run directory keeps it and ranks read it.
 
-    Unless it is the `whole` one, values may still be missing.
+    Args:
+        whole: refuse values that are still missing.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(cfg)) if whole else []
@@ -185,17 +192,17 @@ def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
 
 
 def name_directory(cfg: DictConfig, swept: bool) -> None:
-    """Set mode, number and output directory as Hydra does for a job, and let `${hydra:…}` resolve by this config."""
+    """Sets mode, number and output directory as Hydra does for a job, and lets `${hydra:…}` resolve by this config."""
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.mode = RunMode.MULTIRUN if swept else RunMode.RUN
         cfg.hydra.job.id, cfg.hydra.job.num = "0", 0
-        place = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) if swept else Path(cfg.hydra.run.dir)
-        cfg.hydra.runtime.output_dir = str(place.absolute())
+        path = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir) if swept else Path(cfg.hydra.run.dir)
+        cfg.hydra.runtime.output_dir = str(path.absolute())
     HydraConfig.instance().set_config(cfg)
 
 
-def job(cfg: DictConfig) -> DictConfig:
-    """What a job gets of a composed config."""
+def job_config(cfg: DictConfig) -> DictConfig:
+    """Returns the part of a composed config that a job gets, frozen."""
     cfg = copy.deepcopy(cfg)
     with read_write(cfg), open_dict(cfg):
         del cfg["hydra"]
@@ -203,7 +210,7 @@ def job(cfg: DictConfig) -> DictConfig:
 
 
 def name_precision(cfg: DictConfig) -> DictConfig:
-    """Give the precision of a config its full name, and return it."""
+    """Gives the precision of a config its full name, in place, and returns the config."""
     trainer = cfg.get("trainer")
     if isinstance(trainer, DictConfig) and "precision" in trainer:
         trainer.precision = SHORT_PRECISIONS.get(str(trainer.precision), trainer.precision)
@@ -211,14 +218,18 @@ def name_precision(cfg: DictConfig) -> DictConfig:
 
 
 def check_secrets(cfg: DictConfig) -> None:
-    """Refuse a config whose secrets were not kept. Those of any other are kept out of messages from now on."""
+    """Refuses a config whose secrets were not kept. Those of any other are kept out of messages from now on."""
     values = OmegaConf.to_container(cfg)
-    refuse_lost(secrets.lost(values))
+    refuse_redacted(secrets.redacted_keys(values))
     secrets.redacted(values)
 
 
-def refuse_lost(keys: list[str], prefix: str = "") -> None:
-    """Refuse what has these keys, whose secrets were not kept; they are given again with a prefix."""
+def refuse_redacted(keys: list[str], prefix: str = "") -> None:
+    """Refuses keys whose secrets were not kept.
+
+    Args:
+        prefix: `+` where the command has to add them to be able to give them again.
+    """
     if keys:
         raise UserError(
             f"{', '.join(keys)} held a secret, which was not kept.\n"
@@ -226,8 +237,59 @@ def refuse_lost(keys: list[str], prefix: str = "") -> None:
         )
 
 
+def without_secrets(cfg: DictConfig) -> DictConfig:
+    """Returns the same config with its secrets redacted."""
+    return OmegaConf.create(secrets.redacted(OmegaConf.to_container(cfg)))
+
+
+def write_config(cfg: DictConfig, run_dir: Path) -> None:
+    """Writes the composed config into a run directory, without its secrets."""
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(without_secrets(cfg)))
+
+
+def handed_over(cfg: DictConfig) -> dict[str, str]:
+    """Returns the environment variables for a process that reads the config where `write_config` wrote it.
+
+    They hold the secrets of the config, which are not there.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    values = list(secrets.secret_values(config))
+    return {SECRETS_VARIABLE: json.dumps(values)} if values else {}
+
+
+def read_config(run_dir: Path) -> DictConfig:
+    """Reads the composed config of a run directory, with the secrets that this process was handed over.
+
+    Keys of older versions come under their present names.
+
+    Raises:
+        UserError: the file can't be read, or is damaged.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        cfg = OmegaConf.load(path)
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {first_line(error)}") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} is damaged: it is not the config of a run or an evaluation.")
+    for key in BLOCKS:
+        if key in cfg and not isinstance(cfg[key], DictConfig):
+            raise UserError(f"{path} is damaged: {key} is no mapping in it. Bring back what it was.")
+    values = with_present_names(OmegaConf.to_container(cfg))
+    for keys, secret in json.loads(os.environ.pop(SECRETS_VARIABLE, "[]")):  # they are taken once
+        holder = values
+        for key in keys[:-1]:
+            holder = holder[key]
+        holder[keys[-1]] = secret
+    secrets.redacted(values)  # to know them
+    cfg = OmegaConf.create(values)
+    if OmegaConf.select(cfg, "trainer.strategy._target_") == SHARDED:
+        cfg.trainer.strategy = "fsdp"
+    return cfg
+
+
 def config_of(run: RunDirectory) -> DictConfig:
-    """The composed config of a run.
+    """Reads the composed config of a run.
 
     Raises:
         UserError: the directory holds an evaluation, or the file is damaged.
@@ -238,33 +300,3 @@ def config_of(run: RunDirectory) -> DictConfig:
     if "optim" not in cfg:
         raise UserError(f"{run.path} holds an evaluation.\nChoose another directory: hydra.run.dir=DIR")
     return cfg
-
-
-def without_secrets(cfg: DictConfig) -> DictConfig:
-    """The same config with its secrets redacted."""
-    return OmegaConf.create(secrets.redacted(OmegaConf.to_container(cfg)))
-
-
-def write_config(cfg: DictConfig, run_dir: Path) -> None:
-    """Keep the composed config in a run directory, without its secrets."""
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(without_secrets(cfg)))
-
-
-def handed_over(cfg: DictConfig) -> dict[str, str]:
-    """Variables for a process that reads the config where `write_config` wrote it."""
-    return secrets.handed_over(OmegaConf.to_container(cfg))
-
-
-def read_config(run_dir: Path) -> DictConfig:
-    """The composed config of a run directory, with the secrets that this process was handed over."""
-    place = run_dir / "config.yaml"
-    try:
-        cfg = OmegaConf.load(place)
-    except (OSError, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{place} can't be read: {first_line(error)}") from error
-    if not isinstance(cfg, DictConfig):
-        raise UserError(f"{place} is damaged: it is not the config of a run or an evaluation.")
-    for key in BLOCKS:
-        if key in cfg and not isinstance(cfg[key], DictConfig):
-            raise UserError(f"{place} is damaged: {key} is no mapping in it. Bring back what it was.")
-    return OmegaConf.create(secrets.taken_over(with_present_names(OmegaConf.to_container(cfg))))

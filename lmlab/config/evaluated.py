@@ -1,4 +1,4 @@
-"""The config of an evaluation: what its command leaves open, the evaluated run says."""
+"""Completes the config of an evaluation: what its command leaves open, the evaluated run says."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -8,75 +8,95 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab import secrets
 from lmlab.config import trust
-from lmlab.config.compose import read_config, refuse_lost
+from lmlab.config.compose import read_config, refuse_redacted
 from lmlab.config.files import CONF
+from lmlab.config.schema import uses_gpu, world
 from lmlab.errors import UserError
 from lmlab.hub import check_directory, from_hub
 from lmlab.runs.directory import RunDirectory
 
 
 def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = ()) -> DictConfig:
-    """The config of an evaluation, with what the run that it evaluates says where the command does not.
+    """Returns the config of an evaluation, with what the evaluated run says where the command does not.
 
     Args:
         overrides: of the command line, to tell a choice from a default.
         trusted: packages, modules or what is in them, that the config of the run may name.
     """
-    if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
-        raise UserError("model has to be given: add model=RUN_DIRECTORY, or an exported directory, or a hub id.")
-    run = RunDirectory(cfg.model.name)
-    trained = read_config(run.path) if run.manifest.is_file() and run.config.is_file() else None
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
-    if trained is not None:
-        if not run.model.is_dir():
-            raise UserError(f"{run.path} holds no model: it is an evaluation. Name a run: model=RUN_DIRECTORY")
-        cfg.model.name = str(run.model)
-    elif cfg.model.name.endswith(".ckpt"):
-        raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
-    else:
-        check_directory("model", cfg.model.name, "model")
-    taken = list[str]()  # from the run
+    run = take_model(cfg)
+    taken = list[str]()  # blocks of the run
     if "_target_" not in (cfg.get("data") or {}):
-        if trained is None:
-            name = cfg.model.name
-            raise UserError(
-                ("" if Path(name).exists() else f'there is no directory "{name}", which may be a hub id.\n')
-                + "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
-                "data=hub data.path=ID, or data=files data.validation=FILE to the command."
-            )
-        for word in overrides:
-            if word.lstrip("+~").startswith("preprocess") and not word.startswith("preprocess.block_size="):
-                raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
-        cfg.data = OmegaConf.merge(trained.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
-        cfg.preprocess = OmegaConf.merge(trained.preprocess, {"block_size": cfg.preprocess.block_size})
-        named = {word.lstrip("+").partition("=")[0] for word in overrides}
-        files = cfg.data._target_ == "lmlab.data.sources.load_files"
-        if files and cfg.data.train is not None and "data.validation" in named and "data.train" not in named:
-            from lmlab.data.sources import find_files
-
-            try:
-                find_files(cfg.data.train, "train")
-            except UserError:  # of what is scored it could only tell what was trained on
-                cfg.data.train = None
+        take_data(cfg, run, overrides)
         taken += ["data", "preprocess"]
-    if cfg.preprocess.block_size is None and trained is not None:
-        cfg.preprocess.block_size = trained.preprocess.block_size
+    if cfg.preprocess.block_size is None and run is not None:
+        cfg.preprocess.block_size = run.preprocess.block_size
     if OmegaConf.is_missing(cfg.data, "train"):
         cfg.data.train = None
     if "objective" not in cfg:
-        cfg.objective = trained.objective if trained is not None else objective_of(cfg)
-        taken += ["objective"] if trained is not None else []
+        cfg.objective = run.objective if run is not None else objective_of(cfg)
+        taken += ["objective"] if run is not None else []
     cfg.pop("trust")
     trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
-    refuse_lost(secrets.lost(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
+    refuse_redacted(secrets.redacted_keys(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
     if cfg.context is None:
         cfg.context = "document" if cfg.score == "pseudo" else "blocks"
     return cfg
 
 
+def take_model(cfg: DictConfig) -> DictConfig | None:
+    """Sets the model's name to its exported directory where it names a run; returns the config of that run, else None.
+
+    Raises:
+        UserError: no model is named, or what is named holds none.
+    """
+    if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
+        raise UserError("model has to be given: add model=RUN_DIRECTORY, or an exported directory, or a hub id.")
+    run = RunDirectory(cfg.model.name)
+    if run.manifest.is_file() and run.config.is_file():
+        trained = read_config(run.path)
+        if not run.model.is_dir():
+            raise UserError(f"{run.path} holds no model: it is an evaluation. Name a run: model=RUN_DIRECTORY")
+        cfg.model.name = str(run.model)
+        return trained
+    if cfg.model.name.endswith(".ckpt"):
+        raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
+    check_directory("model", cfg.model.name, "model")
+    return None
+
+
+def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> None:
+    """Sets the blocks data and preprocess to those of a run, but for what the command says of them.
+
+    Raises:
+        UserError: there is no run, or its text would be prepared in another way.
+    """
+    if run is None:
+        name = cfg.model.name
+        raise UserError(
+            ("" if Path(name).exists() else f'there is no directory "{name}", which may be a hub id.\n')
+            + "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
+            "data=hub data.path=ID, or data=files data.validation=FILE to the command."
+        )
+    for word in overrides:
+        if word.lstrip("+~").startswith("preprocess") and not word.startswith("preprocess.block_size="):
+            raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
+    cfg.data = OmegaConf.merge(run.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
+    cfg.preprocess = OmegaConf.merge(run.preprocess, {"block_size": cfg.preprocess.block_size})
+    given = {word.lstrip("+").partition("=")[0] for word in overrides}
+    files = cfg.data._target_ == "lmlab.data.sources.load_files"
+    if files and cfg.data.train is not None and "data.validation" in given and "data.train" not in given:
+        from lmlab.data.sources import find_files
+
+        try:
+            find_files(cfg.data.train, "train")
+        except UserError:  # of what is scored it could only tell what was trained on
+            cfg.data.train = None
+
+
 def objective_of(cfg: DictConfig) -> DictConfig:
-    """The objective that a model, by its own config, was trained with."""
+    """Returns the block of the objective that a model, by its own config, was trained with."""
     from lmlab.models.loading import auto_class_of
     from lmlab.objectives import OBJECTIVE_OF
 
@@ -89,7 +109,19 @@ def objective_of(cfg: DictConfig) -> DictConfig:
 
 
 def elsewhere(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
-    """The same config with some values changed, for a directory in its own."""
+    """Returns the same config with some values changed, for a directory inside its own."""
     other = OmegaConf.merge(cfg, changes, {"run_dir": f"{cfg.run_dir}/check"})
     assert isinstance(other, DictConfig)
     return other
+
+
+def other_width(cfg: DictConfig) -> dict[str, Any]:
+    """Returns another batch size for an evaluation and, where more than one process can run, another number of them."""
+    import torch
+
+    alone = world(cfg.trainer) > 1 or (uses_gpu(cfg.trainer) and torch.cuda.device_count() < 2)
+    return {
+        # Odd where it was even: halves of a batch may be computed alike to the last bit.
+        "batch_size": cfg.batch_size - 1 if cfg.batch_size > 1 else 2,
+        "trainer": {"devices": 1 if alone else 2, "strategy": "ddp"},
+    }

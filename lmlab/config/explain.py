@@ -1,99 +1,107 @@
-"""What Hydra finds wrong with a command line, in words."""
+"""Explains in words what Hydra finds wrong with a command line."""
 
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.files import CONF, files_of
-from lmlab.config.overrides import meant, unreadable
+from lmlab.config.overrides import explain_override, suggest
 from lmlab.errors import first_line, nearest
 
 LIMITS = (
     "a share of the batches would give a metric over an arbitrary part of the text.\n"
     "For cheaper validations: validation.max_documents=N. For a shorter run: trainer.max_steps=N."
 )
-"""What to say of the keys of Lightning's that leave batches out."""
-
-
+"""The reason why Lightning's keys that leave batches out are refused."""
 NO_FOLDER = "--config-dir {}: there is no such folder."
 
 
 def explain(error: Exception, name: str) -> str:
-    """What Hydra found wrong, with the nearest right name."""
+    """Returns the message for an error of Hydra's, with the nearest right name.
+
+    Args:
+        name: of the root config, train or evaluate.
+    """
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a missing option is both
+        path, why = error.filename, error.strerror
+        return f"the run directory {path} can't be made: {why}.\nChoose another: hydra.run.dir=DIR"
     override = getattr(error, "override", None)
     if override:
-        return unreadable(override, error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Ambiguous value"):
-        return f"{lines[0]}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
-    missing = getattr(error, "missing_cfg_file", None)
-    if "hydra/launcher/submitit" in str(missing):
+        return explain_override(override, error)
+    missing = str(getattr(error, "missing_cfg_file", None) or "")
+    if "hydra/launcher/submitit" in missing:
         return "submitting jobs to SLURM takes a plugin of Hydra's that is not installed:\npip install 'lmlab[slurm]'"
-    if missing and "/" in str(missing):
-        return no_option(str(missing), getattr(error, "options", None), name)
-    if lines and lines[0].startswith("Additional config directory"):
-        return NO_FOLDER.format(lines[0].split("'")[1])
-    if lines and lines[0].startswith(("Could not override", "Key '")):
+    if "/" in missing:
+        return no_option(missing, getattr(error, "options", None), name)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    _, quoted, *_ = [*first.split("'"), ""]
+    if first.startswith("Ambiguous value"):
+        return f"{first}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
+    if first.startswith("Additional config directory"):
+        return NO_FOLDER.format(quoted)
+    if first.startswith(("Could not override", "Key '")):
         # Of a mapping that was given as one, the key that is not in it.
-        wrong, inner = lines[0].split("'")[1], str(getattr(error.__cause__, "full_key", ""))
-        wrong = inner if inner.startswith(f"{wrong}.") else wrong
-        if wrong.startswith("trainer.limit_"):
-            return f"{wrong}: {LIMITS}"
-        return f'there is no key "{wrong}".{chosen_otherwise(wrong, name) or nearest_key(wrong, name)}'
-    if lines and lines[0].startswith("Error merging override") and error.__cause__:
-        return f"{lines[0]}: {first_line(error.__cause__)}"
+        inner = str(getattr(error.__cause__, "full_key", ""))
+        return no_key(inner if inner.startswith(f"{quoted}.") else quoted, name)
+    if first.startswith("Error merging override") and error.__cause__:
+        return f"{first}: {first_line(error.__cause__)}"
     return "\n".join(lines[:3]) or first_line(error.__cause__ or error)
 
 
+def no_key(key: str, name: str) -> str:
+    """Returns the message for a key that a command does not have: where it has it otherwise, or the nearest one."""
+    if key.startswith("trainer.limit_"):
+        return f"{key}: {LIMITS}"
+    hint = in_other_option(key, name) or nearest(key, known_keys(name))
+    return f'there is no key "{key}".{hint or f" For those there are: python -m lmlab.{name} --help"}'
+
+
 def no_option(missing: str, options: list[str] | None, name: str) -> str:
-    """What to say of an option that a group does not have, both in one path."""
+    """Returns the message for an option that a group does not have; `missing` is GROUP/OPTION."""
     given = (word.lstrip("+").partition("=") for word in sys.argv[1:])
     group, option = next(
         ((key, value) for key, _, value in given if f"{key}/{value}" == missing),
         (missing.rpartition("/")[0], missing.rpartition("/")[2]),
     )
     options = options or files_of(group)
-    said = f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
+    message = f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
+    hint = suggest(group, option, "data.validation" if name == "evaluate" else "data.train") or ""
     if group == "optim":
-        return f"{said}\nAnother optimizer is a class of yours, optim._target_=…: see lmlab/optim.py."
-    hint = meant(group, option, "data.validation" if name == "evaluate" else "data.train")
-    return f"{said}\n{hint}" if hint else said
+        hint = "Another optimizer is a class of yours, optim._target_=…: see lmlab/optim.py."
+    return f"{message}\n{hint}".rstrip()
 
 
-def chosen_otherwise(key: str, verb: str) -> str | None:
-    """Where a key is one of other options of a group that the command has: which, and how it is chosen."""
+def in_other_option(key: str, name: str) -> str | None:
+    """Returns which options of its group have a key, and how they are chosen; None where no option has it."""
     group, *path = key.split(".")
     leaf = path.pop() if path else ""
-    there = []
-    for option in files_of(group) if group in groups_of(verb) else ():
+    having = []
+    for option in files_of(group) if group in groups_of(name) else ():
         block: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-        for name in path:
-            block = block.get(name) if isinstance(block, dict) else None
+        for part in path:
+            block = block.get(part) if isinstance(block, dict) else None
         if isinstance(block, dict) and {"_target_", leaf} <= block.keys():
-            there.append(f"{group}={option}")
-    if not there:
+            having.append(f"{group}={option}")
+    if not having:
         return None
     value = next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith(f"{key}=")), "")
-    hint = meant(group, value, key) or "Choose that in the command."
-    return f" It is one of {' and of '.join(there)}.\n{hint}"
-
-
-def nearest_key(wrong: str, name: str) -> str:
-    """The key of a config that is nearest to a wrong one, or how to see all."""
-    return nearest(wrong, known_keys(name)) or f" For those there are: python -m lmlab.{name} --help"
+    hint = suggest(group, value, key) or "Choose that in the command."
+    return f" It is one of {' and of '.join(having)}.\n{hint}"
 
 
 def groups_of(name: str) -> set[str]:
-    """The groups of which a command chooses options."""
+    """Returns the groups of which a command chooses options."""
     listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
     return {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
 
 
 def known_keys(name: str) -> set[str]:
-    """Groups, and dotted keys of the config that the command line's group choices compose."""
+    """Returns the groups, and the dotted keys of the config that the group choices of the command line compose."""
     groups = groups_of(name)
     chosen = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -102,7 +110,7 @@ def known_keys(name: str) -> set[str]:
 
 
 def dotted(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys in a config."""
+    """Yields the dotted names of all keys in a config."""
     for key in map(str, node):
         yield f"{prefix}{key}"
         value = node._get_node(key)

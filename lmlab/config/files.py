@@ -1,4 +1,4 @@
-"""The YAML files that come with lmlab."""
+"""Finds the YAML files that come with lmlab."""
 
 from pathlib import Path
 
@@ -12,5 +12,5 @@ SWEEPS = PACKAGE / "sweep_files" if INSTALLED else PACKAGE.parent / "sweeps"
 
 
 def files_of(group: str) -> list[str]:
-    """The options of a group, lmlab's own."""
+    """Returns the options of a group that come with lmlab."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))

@@ -1,24 +1,155 @@
-"""What can be seen to be wrong in a config before anything is done."""
+"""The keys of the root configs, with type, range and meaning of each, and what else can be seen to be wrong early.
+
+A block that names a target has the keys that the target takes; see targets.py.
+"""
 
 import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from hydra._internal.utils import _locate  # hydra.utils.get_object also logs what it raises
+from annotated_types import Ge, Gt, Lt
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import signatures
 from lmlab.config.explain import LIMITS
-from lmlab.config.files import CONF, SWEEPS
+from lmlab.config.files import SWEEPS
+from lmlab.config.targets import arguments, blocks, takes, target
 from lmlab.console import command
 from lmlab.distributed import ranks
-from lmlab.errors import UserError, first_line, nearest
+from lmlab.errors import UserError
 from lmlab.io import from_here
 
+if TYPE_CHECKING:
+    from lmlab.data.options import Preprocessing
+
+
+@dataclass
+class Config:
+    """The keys that training and evaluation share."""
+
+    preprocess: dict[str, Any]
+    """How records become blocks, see data/options.py."""
+    tokenizer: dict[str, Any]
+    """A target that returns a tokenizer."""
+    model: dict[str, Any]
+    """A target that returns a model."""
+    trainer: dict[str, Any]
+    """Arguments of lightning.Trainer; `Trainer` declares those that lmlab reads."""
+    seed: Annotated[int, Ge(0), Lt(2**63)]
+    """Seed of weights, order, masks and dropout; that of the held-out split is preprocess.split_seed."""
+    batch_size: Annotated[int, Ge(1)]
+    """Training: blocks per optimizer step, over all devices. Evaluation: windows scored at once, per device."""
+    num_workers: Annotated[int, Ge(0)]
+    """Processes that make batches, per device."""
+    attention: str | None
+    """Name of an attention implementation, such as sdpa or eager; null leaves the choice to the model."""
+    logits_chunk_size: Annotated[int, Ge(1)] | None
+    """Scored positions whose logits are held at once; null chooses by the device."""
+    cache_dir: str
+    """Directory of prepared data, which all runs share."""
+    debug: bool
+    """Show tracebacks of errors that a person can cause."""
+    run_dir: str
+    """The run directory; hydra.run.dir sets it."""
+
+
+@dataclass
+class Train(Config):
+    """The keys of train.yaml."""
+
+    data: dict[str, Any]
+    """A target that returns a corpus."""
+    objective: dict[str, Any]
+    """A target that makes examples of blocks."""
+    optim: dict[str, Any]
+    """A target that makes an optimizer and its schedule."""
+    callbacks: dict[str, Any] | None = None
+    """Targets that return Lightning callbacks, by a name for each."""
+    logger: dict[str, Any] | None = None
+    """Targets that return Lightning loggers, by a name for each."""
+    validation: dict[str, Any] | None = None
+    """What validations during training look at, see `Validation`."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass, to take less memory."""
+    profile: bool = False
+    """Write a trace of torch's profiler for a few steps into the run directory."""
+
+
+@dataclass
+class Evaluate(Config):
+    """The keys of evaluate.yaml."""
+
+    data: dict[str, Any] | None = None
+    """A target that returns a corpus; null takes what the run held out."""
+    objective: dict[str, Any] | None = None
+    """A target that makes examples of windows; null takes what the model was trained with."""
+    context: Literal["blocks", "document", "sliding"] | None = None
+    """What a model sees at once: blocks as in training, each document alone, or overlapping windows of all text."""
+    stride: Annotated[int, Ge(1)] | None = None
+    """Tokens from one window to the next, of sliding and of long documents; null is half a block."""
+    score: Literal["labels", "pseudo"] = "labels"
+    """labels scores what the objective masks or predicts, pseudo each token hidden in turn."""
+    within_word: bool = False
+    """Of score=pseudo: hide the rest of the word too."""
+    sample: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Of score=pseudo: score only this share of the tokens; null scores all."""
+    units: Literal["text", "words"] = "text"
+    """What perplexity per word counts: words and ends of documents, or words and ends of all lines."""
+    trust: str | list[str] | None = None
+    """Packages whose code may run where the config of the run names it."""
+    check: bool = False
+    """Measure again at another batch size and number of devices, and fail if a total moves."""
+
+
+@dataclass
+class Trainer:
+    """The keys of the block trainer that lmlab reads itself; others are Lightning's."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "cpu"
+    """The kind of device."""
+    devices: Annotated[int, Ge(1)] = 1
+    """Ranks on each node, one a device."""
+    num_nodes: Annotated[int, Ge(1)] = 1
+    """Nodes; on more than one, SLURM or torchrun starts the ranks."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """auto and ddp keep a copy of the model on each device, fsdp shards it over them (trainer=fsdp)."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
+    """Numbers of weights and computation; 32, bf16 and 16 are short for the first three."""
+    max_epochs: int | None = None
+    """Passes over the training blocks."""
+    max_steps: Annotated[int, Ge(1)] | Literal[-1] | None = None
+    """Optimizer steps; -1 and null go by trainer.max_epochs."""
+    accumulate_grad_batches: Annotated[int, Ge(1)] = 1
+    """Batches per optimizer step; batch_size counts the blocks of all of them."""
+    gradient_clip_val: Annotated[float, Ge(0)] | None = None
+    """The largest norm of the gradients; null does not clip them."""
+    val_check_interval: Annotated[int, Ge(1)] | Annotated[float, Gt(0)] = 1.0
+    """From one validation to the next: a whole number counts optimizer steps (100), another one epochs (1.0)."""
+    log_every_n_steps: Annotated[int, Ge(1)] = 10
+    """Optimizer steps from one logged loss to the next."""
+
+
+@dataclass
+class Validation:
+    """The keys of the block validation."""
+
+    max_documents: Annotated[int, Ge(1)] | None = None
+    """Held-out documents that validations look at, always the same; null takes all. The last one looks at all."""
+
+
+DECLARED = {
+    "train": f"{__name__}.Train",
+    "evaluate": f"{__name__}.Evaluate",
+    "trainer": f"{__name__}.Trainer",
+    "validation": f"{__name__}.Validation",
+    "preprocess": "lmlab.data.options.Preprocessing",
+}
+"""Where the keys of the root configs, by the name of each, and those of blocks without a target of their own stand."""
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
 SUPPLIED = {
     "tokenizer": ("texts",),
@@ -42,119 +173,19 @@ SUPPLIED = {
         "use_distributed_sampler",
     ),
 }
-SCORES = ("labels", "pseudo")
-UNITS = ("text", "words")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-STRATEGIES = ("auto", "ddp", "fsdp")
-SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"  # how configs of older versions say fsdp
 OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.optim.AdamW does"
 
 
-def target(block: DictConfig, key: str, get: Callable[[str], Any] = _locate) -> Any:
-    """The object that a block's `_target_` names; `get` finds it by its dotted name, by default by importing it."""
-    name = block.get("_target_") if isinstance(block, DictConfig) else None
-    if name is None:
-        raise UserError(f"{key} has no _target_: it is a new block, or its name is misspelt.")
-    try:
-        return get(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        cause = error.__cause__
-        why = f"{type(cause).__name__}: {first_line(cause)}" if cause else first_line(error)
-        raise UserError(f"{key}._target_={name} can't be imported: {why}.") from error
-
-
-def takes(block: DictConfig, key: str) -> Mapping[str, inspect.Parameter]:
-    """What a block's target takes; where it can be, without importing it."""
-    return target(block, key, signatures.parameters)
-
-
-def arguments(parameters: Mapping[str, inspect.Parameter], block: DictConfig, key: str, **given: Any) -> dict[str, Any]:
-    """A block's values as arguments of what has these parameters, unknown keys refused.
-
-    `given` are those that lmlab supplies: passed on where there is a parameter for them.
-    """
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    values: dict[str, Any] = OmegaConf.to_container(block)  # type: ignore[assignment]
-    values.pop("_target_", None)
-    theirs = [name for name in parameters if name not in given]
-    for name in values:
-        if name in given or not (anything or name in parameters):
-            close = nearest(f"{key}.{name}", [f"{key}.{known}" for known in theirs])
-            raise UserError(f'there is no key "{key}.{name}".{close} Keys: {", ".join(theirs)}.')
-        if name in parameters and not fits(values[name], parameters[name].annotation):
-            wanted = inspect.formatannotation(parameters[name].annotation).replace("collections.abc.", "")
-            mapping = f"\nA mapping is, in a shell, '{key}.{name}={{KEY: VALUE}}'." if "dict" in wanted else ""
-            found = kind_of(values[name])
-            raise UserError(f"{key}.{name}={values[name]}: it has to be {wanted}, not {found}.{mapping}")
-    values |= {name: value for name, value in given.items() if anything or name in parameters}
-    for name, parameter in parameters.items():
-        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if named and parameter.default is parameter.empty and name not in values:
-            raise UserError(f"{key}.{name} has to be given: add {key}.{name}=… to the command.")
-    return values
-
-
-def kind_of(value: Any) -> str:
-    """The type of a value, and of those in it if it is a list."""
-    name = type(value).__name__
-    return f"{name}[{' | '.join(sorted({kind_of(item) for item in value}))}]" if type(value) is list and value else name
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of an annotated plain type; True where the annotation says more than that."""
-    kind, inner = get_origin(annotation) or annotation, get_args(annotation)
-    if kind in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
-    if kind in (list, Sequence):
-        return type(value) is list and all(fits(item, one) for one in inner for item in value)
-    if kind in (bool, int, str, NoneType, dict):
-        return type(value) is kind
-    return type(value) in (int, float) if kind is float else True
-
-
-def build(block: DictConfig, key: str, **given: Any) -> Any:
-    """Call a block's target with its values."""
-    function = target(block, key)
-    return function(**arguments(takes(block, key), block, key, **given))
-
-
-def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
-    """The blocks that name a target, with their dotted keys."""
-    for name in ("data", "tokenizer", "model", "objective", "optim", "trainer"):
-        if name in cfg:
-            yield name, cfg[name]
-    for group in ("callbacks", "logger"):
-        for name, block in (cfg.get(group) or {}).items():
-            if block:
-                yield f"{group}.{name}", block
-
-
 def check_run(cfg: DictConfig, here: bool = True) -> None:
-    """Refuse what can be seen to be wrong in the config of a run; of devices only if it is to run `here`."""
-    limits = [key for key in map(str, cfg.trainer) if key.startswith("limit_")]
-    if limits:
-        raise UserError(f"trainer.{limits[0]}: {LIMITS}")
+    """Refuses what can be seen to be wrong in the config of a run.
+
+    Args:
+        here: check the devices too, as the run is to be on this machine.
+    """
     check_keys(cfg, "train")
-    check_numbers(cfg)
-    check_validation(cfg)
-    for key in ("accumulate_grad_batches", "log_every_n_steps"):
-        value = cfg.trainer.get(key, 1)
-        if type(value) is not int or value < 1:
-            raise UserError(f"trainer.{key} is a whole number, 1 or more, not {value}.")
-    steps = cfg.trainer.get("max_steps")
-    if steps is not None and steps < 1 and steps != -1:
-        raise UserError(f"trainer.max_steps is a number of steps, or -1 to go by trainer.max_epochs, not {steps}.")
-    for key in ("compile", "activation_checkpointing", "profile"):
-        if type(cfg[key]) is not bool:
-            raise UserError(f"{key} is true or false, not {cfg[key]}.")
     compiler = os.environ.get("CXX") or "g++"
     if cfg.compile and not (shutil.which(compiler) or shutil.which("clang++")):
         raise UserError(f"compile=true needs a C++ compiler, and there is no {compiler}: install one, or set CXX.")
-    clip = cfg.trainer.get("gradient_clip_val")
-    if clip is not None and clip < 0:
-        raise UserError(f"trainer.gradient_clip_val is 0 or more, or null for no clipping, not {clip}.")
-    check_names(cfg.trainer)
     if here:
         check_devices(cfg.trainer)
 
@@ -163,80 +194,43 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     micro_batch_size(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
 
 
-def check_validation(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong in `validation`, which older configs do not have."""
-    block = cfg.get("validation", {"max_documents": None})
-    if not isinstance(block, Mapping | DictConfig):
-        raise UserError(f"validation={block}: it is a block of keys. Those of validations: validation.max_documents=N.")
-    wrong = [key for key in block if key != "max_documents"]
-    if wrong:
-        raise UserError(f'there is no key "validation.{wrong[0]}". Keys: max_documents.')
-    most = block["max_documents"]
-    if most is not None and (type(most) is not int or most < 1):
-        raise UserError(f"validation.max_documents is a whole number, 1 or more, or null for all, not {most}.")
-
-
 def check_choices(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong in the config of an evaluation, whatever is evaluated."""
+    """Refuses what can be seen to be wrong in the config of an evaluation, whatever is evaluated."""
     from lmlab.evaluation.windows import Context
 
     check_keys(cfg, "evaluate")
-    check_numbers(cfg)
-    if cfg.score not in SCORES:
-        raise UserError(f'score is one of {", ".join(SCORES)}, not "{cfg.score}".{nearest(str(cfg.score), SCORES)}')
-    if cfg.units not in UNITS:
-        raise UserError(f'units is one of {", ".join(UNITS)}, not "{cfg.units}".{nearest(str(cfg.units), UNITS)}')
-    for key in ("within_word", "check"):
-        if type(cfg[key]) is not bool:
-            raise UserError(f"{key} is true or false, not {cfg[key]}.")
-    if cfg.sample is not None and not (type(cfg.sample) is float and 0 < cfg.sample < 1):
-        raise UserError(f"sample is a share of the tokens between 0 and 1, or null for all, not {cfg.sample}.")
     if cfg.score != "pseudo" and (cfg.within_word or cfg.sample is not None):
         raise UserError("within_word and sample are for score=pseudo.")
-    if cfg.stride is not None and (type(cfg.stride) is not int or cfg.stride < 1):
-        raise UserError(f"stride is a number of tokens, 1 or more, or null for half a block, not {cfg.stride}.")
     if "texts" in takes(cfg.tokenizer, "tokenizer"):
         raise UserError(
             "a trained model has a tokenizer, and this one would have to learn it from text:\n"
             "leave tokenizer=… out, or name another by tokenizer.name=ID_OR_DIRECTORY."
         )
-    check_names(cfg.trainer)
     if cfg.context is not None:
         # A block size that is left open is for the model to say; any stride may fit it.
         Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
 
 
 def check_evaluation(cfg: DictConfig) -> None:
-    """Refuse what can be seen to be wrong in the whole config of an evaluation."""
+    """Refuses what can be seen to be wrong in the whole config of an evaluation."""
     check_choices(cfg)
     check_devices(cfg.trainer)
     if cfg.score == "pseudo" and not target(cfg.objective, "objective").bidirectional:
         raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
 
 
-def check_numbers(cfg: DictConfig) -> None:
-    """Refuse numbers of a root config that are none."""
-    for key in ("seed", "num_workers", "batch_size"):
-        least = 1 if key == "batch_size" else 0
-        if type(cfg[key]) is not int or not least <= cfg[key] < 2**63:
-            raise UserError(f"{key} is a whole number, {least} or more, not {cfg[key]}.")
-    if cfg.attention is not None and not isinstance(cfg.attention, str):
-        raise UserError(f"attention is a name, such as sdpa, or null for the model's own choice, not {cfg.attention}.")
-    if cfg.logits_chunk_size is not None and (type(cfg.logits_chunk_size) is not int or cfg.logits_chunk_size < 1):
-        raise UserError(
-            f"logits_chunk_size is a number of scored positions, 1 or more, or null, not {cfg.logits_chunk_size}."
-        )
-    if not isinstance(cfg.cache_dir, str):
-        raise UserError(f"cache_dir is a directory, not {cfg.cache_dir}.")
-
-
 def check_keys(cfg: DictConfig, name: str) -> None:
-    """Refuse keys that an experiment file made up: at the top, or in a block."""
-    known = set(OmegaConf.load(CONF / f"{name}.yaml")) - {"defaults", "hydra"}
-    known |= {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra", "experiment"}
-    for key in map(str, cfg):
-        if key not in known:
-            raise UserError(f'there is no key "{key}".{nearest(key, known)} Keys: {", ".join(sorted(known))}.')
+    """Refuses keys that are none and values that a key can't have, at the top and in each block.
+
+    Args:
+        name: of the root config, train or evaluate.
+    """
+    declared_arguments(name, cfg, "")
+    limits = [key for key in map(str, cfg.trainer) if key.startswith("limit_")]
+    if limits:
+        raise UserError(f"trainer.{limits[0]}: {LIMITS}")
+    check_trainer(cfg.trainer)
+    declared_arguments("validation", cfg.get("validation") or {}, "validation")
     for key, block in blocks(cfg):
         parameters = takes(block, key)
         if key == "optim":
@@ -245,8 +239,20 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     preprocessing(cfg)
 
 
+def declared_arguments(name: str, block: DictConfig | dict[str, Any], key: str) -> dict[str, Any]:
+    """Returns the values of a config or a block whose keys stand in `DECLARED`, checked."""
+    declared = DECLARED[name]
+    return arguments(signatures.parameters(declared), block, key, signatures.meanings(declared))
+
+
+def check_trainer(trainer: DictConfig) -> None:
+    """Refuses values of the block trainer that lmlab could not go by."""
+    own = signatures.parameters(DECLARED["trainer"])
+    declared_arguments("trainer", OmegaConf.masked_copy(trainer, [*own]), "trainer")
+
+
 def check_optimizer(block: DictConfig) -> None:
-    """Refuse a class whose objects can't be called for an optimizer, such as those of torch.optim."""
+    """Refuses a class whose objects can't be called for an optimizer, such as those of torch.optim."""
     if block._target_.startswith("lmlab.optim."):  # known without importing it
         return
     made = target(block, "optim")
@@ -257,19 +263,9 @@ def check_optimizer(block: DictConfig) -> None:
         )
 
 
-def check_names(trainer: DictConfig) -> None:
-    """Refuse names that are none."""
-    for key, known in (("precision", PRECISIONS), ("accelerator", ACCELERATORS)):
-        name = str(trainer[key])
-        if name not in known:
-            raise UserError(f'trainer.{key} is one of {", ".join(known)}, not "{name}".{nearest(name, known)}')
-    strategy(trainer)
-
-
 def check_devices(trainer: DictConfig) -> None:
-    """Refuse devices that are not there and precisions they do not have."""
-    devices = trainer.devices
-    nodes = world(trainer) // devices
+    """Refuses devices that are not there, and precisions that they do not have."""
+    nodes = world(trainer) // trainer.devices
     if nodes > 1 and ranks.rank() is None:
         submit = command("sbatch", from_here(SWEEPS / "train.sbatch"))
         raise UserError(
@@ -285,48 +281,23 @@ def check_devices(trainer: DictConfig) -> None:
             raise UserError(
                 f"trainer.accelerator={trainer.accelerator}: there is no GPU here{hidden}.\nUse trainer=cpu."
             )
-        if devices > gpus:
+        if trainer.devices > gpus:
             raise UserError(
-                f"trainer.devices={devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.\n"
+                f"trainer.devices={trainer.devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.\n"
                 f"Use trainer.devices={gpus}{' or less' if gpus > 1 else ''}."
             )
     elif trainer.precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
 
 
-def strategy(trainer: DictConfig) -> str:
-    """How several ranks share the work: `auto` and `ddp` replicate the model, `fsdp` shards it (FSDP2).
-
-    Raises:
-        UserError: another one, which would train otherwise than tests hold, or in silence something else.
-    """
-    given = trainer.strategy
-    if isinstance(given, DictConfig) and given.get("_target_") == SHARDED:
-        if given.get("tensor_parallel_size", 1) != 1:
-            raise UserError(
-                "trainer.strategy: lmlab has no tensor parallelism. Use trainer=fsdp, which shards the model."
-            )
-        if given.get("save_distributed_checkpoint", False):
-            raise UserError("trainer.strategy: lmlab keeps each checkpoint in one file. Use trainer=fsdp as it is.")
-        return "fsdp"
-    if given not in STRATEGIES:
-        raise UserError(
-            f'trainer.strategy is one of {", ".join(STRATEGIES)}, not "{given}".{nearest(str(given), STRATEGIES)}'
-        )
-    return given
-
-
 def world(trainer: DictConfig) -> int:
-    """Ranks of a run: devices of all nodes."""
-    for key in ("devices", "num_nodes"):
-        value = trainer.get(key, 1)
-        if type(value) is not int or value < 1:
-            raise UserError(f"trainer.{key} is a number of {key.removeprefix('num_')}, 1 or more, not {value}.")
+    """Returns the number of ranks of a run: the devices of all its nodes."""
+    check_trainer(trainer)
     return trainer.devices * trainer.get("num_nodes", 1)
 
 
 def uses_gpu(trainer: DictConfig) -> bool:
-    """Whether a trainer runs on GPUs of this machine."""
+    """Returns whether a trainer runs on GPUs of this machine."""
     if trainer.accelerator != "auto":
         return trainer.accelerator in ("gpu", "cuda")
     import torch
@@ -334,23 +305,11 @@ def uses_gpu(trainer: DictConfig) -> bool:
     return torch.cuda.device_count() > 0
 
 
-def other_width(cfg: DictConfig) -> dict[str, Any]:
-    """Another batch size for an evaluation and, where more than one process can run, another number of them."""
-    import torch
-
-    alone = world(cfg.trainer) > 1 or (uses_gpu(cfg.trainer) and torch.cuda.device_count() < 2)
-    return {
-        # Odd where it was even: halves of a batch may be computed alike to the last bit.
-        "batch_size": cfg.batch_size - 1 if cfg.batch_size > 1 else 2,
-        "trainer": {"devices": 1 if alone else 2, "strategy": "ddp"},
-    }
-
-
 def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[int, int]:
-    """Optimizer steps of the run, and between two validations.
+    """Returns the optimizer steps of a run, and those from one validation to the next.
 
-    Epochs run on into one another: a batch may hold the end of one and the start of the
-    next, so n epochs are ⌈n · blocks / batch_size⌉ full steps.
+    Epochs run on into one another: a batch may hold the end of one and the start of the next, so n epochs are
+    ⌈n · blocks / batch_size⌉ full steps.
     """
     steps = trainer.max_steps
     if steps is None or steps == -1:
@@ -358,18 +317,16 @@ def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[i
             raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
         steps = math.ceil(trainer.max_epochs * blocks / batch_size)
     interval = trainer.val_check_interval
-    if isinstance(interval, float) and interval > 0:
+    if isinstance(interval, float):
         interval = max(1, round(interval * blocks / batch_size))
-    if not isinstance(interval, int) or interval < 1:
-        raise UserError(f"trainer.val_check_interval counts epochs (1.0) or steps (100), not {interval}.")
     return steps, min(interval, steps)
 
 
-def preprocessing(cfg: DictConfig) -> Any:
-    """The choices of a config that turn records into blocks."""
+def preprocessing(cfg: DictConfig) -> "Preprocessing":
+    """Returns the choices of a config that turn records into blocks."""
     from lmlab.data.options import Preprocessing
 
     block = cfg.preprocess
     if block.block_size is None:  # in an evaluation; build_model then asks the model
         block = OmegaConf.merge(block, {"block_size": Preprocessing.block_size})
-    return Preprocessing(**arguments(inspect.signature(Preprocessing).parameters, block, "preprocess"))
+    return Preprocessing(**declared_arguments("preprocess", block, "preprocess"))

@@ -1,53 +1,102 @@
-"""What a target takes as arguments, read in its source: to import it may take seconds."""
+"""Reads in its source what a target takes as arguments: to import it may take seconds."""
 
 import ast
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
+from annotated_types import Ge, Gt, Le, Lt
 from hydra._internal.utils import _locate
 
-# Packages whose functions take what their source says; elsewhere decorators or metaclasses may change that.
 READ = ("lmlab.", "lightning.")
-PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence)}
-PLAIN |= {"Any": Any, "Optional": Optional, "Union": Union}
+"""Packages whose functions take what their source says; elsewhere decorators or metaclasses may change that."""
+PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence, Ge, Gt, Le, Lt)}
+PLAIN |= {"Annotated": Annotated, "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
+"""What an annotation may consist of to be evaluated."""
 
 
 def parameters(target: str) -> Mapping[str, Parameter]:
-    """The parameters of a function or a class, by its dotted name.
+    """Returns the parameters of a function or a class.
 
-    Annotations of plain types are as they are; others are empty where the target was not imported.
+    Annotations of plain types are evaluated; others are empty where the target was not imported. Nor are defaults
+    evaluated then: each stands as `...`.
+
+    Args:
+        target: its dotted name.
 
     Raises:
         ImportError, AttributeError, ValueError: there is no such thing.
     """
-    found = read(target) if target.startswith(READ) else None
-    return inspect.signature(_locate(target)).parameters if found is None else found
+    declared = read(target) if target.startswith(READ) else None
+    return inspect.signature(_locate(target)).parameters if declared is None else declared
 
 
-def read(target: str) -> dict[str, Parameter] | None:
-    """The parameters as the source of the target says them; None where it does not define the target."""
+@cache
+def read(target: str) -> Mapping[str, Parameter] | None:
+    """Returns the parameters as the source of the target declares them; None where it does not define the target."""
     node = definition(target)
     if isinstance(node, ast.FunctionDef):
-        return {parameter.name: parameter for parameter in declared(node.args)}
+        return compiled(node.args)
     if not isinstance(node, ast.ClassDef):
         return None
     if any(ast.unparse(decorator).startswith("dataclass") for decorator in node.decorator_list):
-        fields = [line for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
-        return {line.target.id: parameter(line.target.id, line.annotation, line.value) for line in fields}  # type: ignore[union-attr]
+        fields = [line for _, line in fields_of(target)]
+        names = [ast.arg(ast.unparse(line.target), line.annotation) for line in fields]
+        return compiled(ast.arguments([], names, None, [], [], None, [line.value for line in fields if line.value]))
     made = next((line for line in node.body if isinstance(line, ast.FunctionDef) and line.name == "__init__"), None)
     if made:
-        _, *others = declared(made.args)
-        return {parameter.name: parameter for parameter in others}
+        _, *others = compiled(made.args).items()
+        return dict(others)
     return None if node.bases else {}
 
 
+def compiled(arguments: ast.arguments) -> Mapping[str, Parameter]:
+    """Returns the parameters of a function that declares these arguments."""
+    module = ast.parse("def function(): ...")
+    function = module.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    function.args = copy.deepcopy(arguments)
+    for node in ast.walk(function.args):
+        if isinstance(node, ast.arg) and node.annotation and not is_plain(node.annotation):
+            node.annotation = None
+    function.args.defaults = [ast.Constant(...) for _ in arguments.defaults]
+    function.args.kw_defaults = [default and ast.Constant(...) for default in arguments.kw_defaults]
+    namespace: dict[str, Any] = {"__builtins__": {}, **PLAIN}
+    exec(compile(ast.fix_missing_locations(module), "", "exec"), namespace)
+    return inspect.signature(namespace["function"]).parameters
+
+
+def is_plain(annotation: ast.expr) -> bool:
+    """Returns whether an annotation names nothing but plain types."""
+    return {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} <= PLAIN.keys()
+
+
+def meanings(target: str) -> dict[str, str]:
+    """Returns what the fields of a dataclass mean, by the text below each."""
+    found = {}
+    for body, field in fields_of(target):
+        below = body[body.index(field) + 1 :][:1]
+        if below and isinstance(below[0], ast.Expr) and isinstance(below[0].value, ast.Constant):
+            found[ast.unparse(field.target)] = " ".join(str(below[0].value.value).split())
+    return found
+
+
+def fields_of(target: str) -> Iterator[tuple[list[ast.stmt], ast.AnnAssign]]:
+    """Yields the fields of a dataclass, those of its bases in the same module first, each with the body around it."""
+    node = definition(target)
+    if isinstance(node, ast.ClassDef):
+        for base in node.bases:
+            yield from fields_of(f"{target.rpartition('.')[0]}.{ast.unparse(base)}")
+        yield from ((node.body, line) for line in node.body if isinstance(line, ast.AnnAssign))
+
+
 def definition(target: str) -> ast.stmt | None:
-    """Where a thing is defined: in the module that its name says, or in the one that this has it from."""
+    """Returns the statement that defines a thing, in the module of its name or in the one that this has it from."""
     module, _, name = target.rpartition(".")
     for node in tree(module):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
@@ -61,35 +110,11 @@ def definition(target: str) -> ast.stmt | None:
 
 @cache
 def tree(module: str) -> list[ast.stmt]:
-    """The statements of a module, which is not imported; none if it can't be found."""
+    """Returns the statements of a module, which is not imported; none if it can't be found."""
     package, *parts = module.split(".")
     spec = find_spec(package) if package else None
     if spec is None or spec.origin is None:
         return []
-    place = Path(spec.origin).parent.joinpath(*parts)
-    file = next((file for file in (place.with_name(f"{place.name}.py"), place / "__init__.py") if file.is_file()), None)
+    path = Path(spec.origin).parent.joinpath(*parts)
+    file = next((file for file in (path.with_name(f"{path.name}.py"), path / "__init__.py") if file.is_file()), None)
     return ast.parse(file.read_text(encoding="utf-8")).body if file else []
-
-
-def declared(arguments: ast.arguments) -> Iterator[Parameter]:
-    """Parameters as a function declares them."""
-    positional = [*arguments.posonlyargs, *arguments.args]
-    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
-    for one, default in zip(positional, [*missing, *arguments.defaults], strict=True):
-        yield parameter(one.arg, one.annotation, default)
-    if arguments.vararg:
-        yield Parameter(arguments.vararg.arg, Parameter.VAR_POSITIONAL)
-    for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        yield parameter(one.arg, one.annotation, default, Parameter.KEYWORD_ONLY)
-    if arguments.kwarg:
-        yield Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD)
-
-
-def parameter(
-    name: str, annotation: ast.expr | None, default: ast.expr | None, kind: Any = Parameter.POSITIONAL_OR_KEYWORD
-) -> Parameter:
-    """A parameter from its nodes in the source; a default is not evaluated, and stands as `...`."""
-    meaning: Any = Parameter.empty
-    if annotation is not None and {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} <= {*PLAIN}:
-        meaning = eval(ast.unparse(annotation), {"__builtins__": {}}, PLAIN)
-    return Parameter(name, kind, default=Parameter.empty if default is None else ..., annotation=meaning)

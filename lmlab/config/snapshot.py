@@ -1,4 +1,4 @@
-"""A run that has not come to its end, as a run directory that commands for finished ones can read."""
+"""Makes of a run that has not ended a run directory that commands for finished runs can read."""
 
 import shutil
 from collections.abc import Collection
@@ -17,15 +17,15 @@ from lmlab.training.checkpoint_io import load_checkpoint
 
 
 def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
-    """Make a directory that of a run which ends with the best weights that `run` has kept so far.
+    """Writes the run directory of a run that ends with the best weights that `run` has kept so far.
 
-    It has what evaluation and prediction ask of a run: manifest, config, and the exported model.
+    It has what evaluation and prediction read of a run: manifest, config, and the exported model.
 
     Args:
         trusted: packages, modules or what is in them, that the config of the run may name.
 
     Returns:
-        what to say of those weights.
+        which weights these are, in words.
 
     Raises:
         UserError: the run has kept none yet, or its config names what is neither lmlab's own nor trusted.

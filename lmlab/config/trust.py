@@ -1,4 +1,4 @@
-"""What the config of a directory may name: the directory may come from elsewhere, and what is named there is called.
+"""Checks what the config of a directory names: the directory may come from elsewhere, and what it names is called.
 
 A config that a command has just composed is the user's own, and so are the names on the command line and in the
 files of its --config-dir.
@@ -14,10 +14,9 @@ from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lmlab.config.changes import parse_override
-from lmlab.config.schema import SHARDED
 from lmlab.errors import UserError
 
-# What a block may name: a class that is one of a kind, or a function that says it returns one, out of these modules.
+# What a block may name, out of these modules: a subclass of a class, or a function that is annotated to return one.
 OWN = {
     "data": ("lmlab.data.sources.Corpus", ["lmlab.data.sources"]),
     "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
@@ -33,10 +32,10 @@ NAMED = re.compile(r"\b(?:_target_|schedule)\b['\"]?\s*[:=]\s*['\"]?([\w.]+)")
 
 
 def check_trusted(cfg: DictConfig, trusted: Collection[str]) -> None:
-    """Refuse a config, read from a directory, that names what is neither lmlab's own for that block nor trusted.
+    """Refuses a config, read from a directory, that names what is neither lmlab's own for that block nor trusted.
 
     Args:
-        trusted: packages, modules or what is in them, by their dotted names.
+        trusted: dotted names of packages, of modules, or of what is in them.
     """
     for key, name in strings(OmegaConf.to_container(cfg)):
         if "${" in name:  # it could become anything
@@ -53,7 +52,7 @@ def check_trusted(cfg: DictConfig, trusted: Collection[str]) -> None:
 
 
 def strings(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The strings in a config of plain values, with their dotted keys."""
+    """Yields the strings in a config of plain values, with their dotted keys."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             yield from strings(value, f"{key}.{name}".lstrip("."))
@@ -65,30 +64,28 @@ def strings(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def is_own(key: str, name: str) -> bool:
-    """Whether lmlab itself uses what a key names for that block."""
+    """Returns whether lmlab itself uses what a key names for that block."""
     if key == SCHEDULE:
         from lmlab.optim import SCHEDULES
 
         return name in SCHEDULES
-    if key == "trainer.strategy._target_":
-        return name == SHARDED
     block = key.partition(".")[0]
     if block not in OWN or not name.startswith(("lmlab.", "lightning.")):  # else looking for it could run it
         return False
     kind, modules = OWN[block]
     try:
-        found, wanted = _locate(name), _locate(kind)
+        named, base = _locate(name), _locate(kind)
     except (ImportError, AttributeError, ValueError):
-        return True  # there is nothing to run, as what would need it says
-    if not any(f"{getattr(found, '__module__', '')}.".startswith(f"{module}.") for module in modules):
+        return True  # there is nothing to run, as the error of whatever needs it will say
+    if not any(f"{getattr(named, '__module__', '')}.".startswith(f"{module}.") for module in modules):
         return False
-    if inspect.isfunction(found) and wanted is not object:
-        found = inspect.signature(found).return_annotation
-    return inspect.isclass(found) and issubclass(found, wanted)
+    if inspect.isfunction(named) and base is not object:
+        named = inspect.signature(named).return_annotation
+    return inspect.isclass(named) and issubclass(named, base)
 
 
 def is_trusted(name: str, trusted: Collection[str]) -> bool:
-    """Whether a name is trusted, or lies in what is, and is not what that only imports, such as `mine.os.system`."""
+    """Returns whether a name is trusted, or lies in what is, and is not only imported there, as `mine.os.system` is."""
     if name in trusted:
         return True
     if not any(name.startswith(f"{package}.") for package in trusted):
@@ -101,21 +98,24 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
 
 
 def named_by_command(words: Iterable[str], folder: Path | None = None) -> list[str]:
-    """What the words of a command, and the files of its --config-dir, name to be imported."""
+    """Returns what the words of a command, and the files of its --config-dir, name to be imported."""
     files = folder.rglob("*.yaml") if folder else ()
     texts = [*words, *(file.read_text(errors="replace") for file in files)]
     return [name for text in texts for name in NAMED.findall(text)]
 
 
 def split(words: Sequence[str], folder: Path | None) -> tuple[list[str], list[str]]:
-    """The words of a command: what they or its --config-dir trust, by `trust=…` or by naming it, and the others."""
+    """Splits the words of a command into what they, or the files of its --config-dir, trust, and the other words.
+
+    Trusted is what `trust=…` says, and what is named to be imported.
+    """
     others = [word for word in words if not word.startswith("trust=")]
     given = [name for word in words if word not in others for name in packages(parse_override(word).value())]
     return [*given, *named_by_command(others, folder)], others
 
 
 def packages(value: Any) -> list[str]:
-    """The value of `trust`: a name, or several."""
+    """Returns the names in the value of `trust`, which is one or a list."""
     names = list(value) if isinstance(value, list | ListConfig) else [] if value is None else [value]
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"trust={value}: it is the name of a package, or a list of them, [a,b].")

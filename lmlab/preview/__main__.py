@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.config import compose, schema
+from lmlab.config import compose, schema, targets
 from lmlab.config.explain import explain
 from lmlab.distributed import slurm
 from lmlab.distributed.signals import SIGNALS
@@ -24,11 +24,11 @@ def main() -> None:
         if "--help" in sys.argv or "-h" in sys.argv:
             print(compose.help_text("preview"))
             return
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # as in run_verb
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # as in compose.run_command
         given = compose.read_command()
         part = given.cfg and (given.cfg != "job" or given.package or given.resolve)
         if given.shell_completion or given.info or given.hydra_help or part:  # for Hydra alone
-            compose.run_verb(lambda cfg: None, "train")
+            compose.run_command(lambda cfg: None, "train")
             return
         try:
             plan = plan_command(given)
@@ -58,8 +58,9 @@ def preview(plan: Plan) -> None:
         schema.check_devices(OmegaConf.create({**cfg.trainer, "devices": 1, "num_nodes": 1}))
     show_config(plan)
     data = build.prepare_data(cfg)
-    objective = schema.build(cfg.objective, "objective", tokenizer=data.tokenizer)
-    steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    objective = targets.build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    assert data.train is not None
+    steps, interval = build.training_length(cfg, data)
     show_ledger(data.ledger)
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)

@@ -39,7 +39,7 @@ def show_measured(cfg: DictConfig, measured: Measurement) -> None:
         rows["checkpoint"] = f"{duration(measured.checkpoint)} to write"
     if world > 1:
         rows["devices"] = f"one of {world} measured, with its share of the batch; what they say to each other is not"
-        if schema.strategy(cfg.trainer) == "fsdp":
+        if cfg.trainer.strategy == "fsdp":
             rows["sharding"] = "not measured: sharded, a device holds less than this one did"
     show_result(rows, "Measured")
 

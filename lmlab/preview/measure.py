@@ -125,12 +125,12 @@ def train_briefly(folder: str, began: str) -> None:
         objective, model = build.build_model(cfg, data.tokenizer)
         measured = Measurement(parameters=count_parameters(model))
         write_json(run.path / "measurement.json", asdict(measured))
-        steps, interval = schema.training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+        steps, interval = build.training_length(cfg, data)
         module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
         trainer = build.build_trainer(cfg, interval, "preview")
         trainer.fit(module, datamodule)
 
-        callbacks = {type(callback): callback for callback in trainer.callbacks}
+        callbacks = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]
         first, *steps_made, _ = rows(run.metrics)  # validations before the first step and after the last
         validation = callbacks[Timer].time_elapsed("validate")  # of the last one: the first allocates
         measured.start = first["time"] - float(began) - validation

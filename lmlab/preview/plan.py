@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import changes
-from lmlab.config.compose import hydra_of, job, name_directory
+from lmlab.config.compose import create_hydra, job_config, name_directory
 from lmlab.config.files import CONF
 from lmlab.console import console
 from lmlab.runs.choices import as_typed, flatten
@@ -50,7 +50,7 @@ def plan_command(given: Namespace) -> Plan:
         UserError: a sweep has no end of values, and there is no search to choose of them.
     """
     name = given.config_name or "train"
-    with hydra_of(given.config_path or str(CONF), given.config_dir) as hydra:
+    with create_hydra(given.config_path or str(CONF), given.config_dir) as hydra:
         loader = hydra.config_loader
         swept = given.multirun or hydra.get_mode(name, given.overrides) is RunMode.MULTIRUN
         mode = RunMode.MULTIRUN if swept else RunMode.RUN
@@ -69,7 +69,7 @@ def plan_command(given: Namespace) -> Plan:
         name_directory(cfg, swept)
         launcher = cast(dict[str, Any], OmegaConf.to_container(command.hydra.launcher, resolve=True))
         default = loader.load_configuration("train", [], RunMode.RUN)
-        return Plan(job(cfg), job(default), points, first, trials_at_once, launcher)
+        return Plan(job_config(cfg), job_config(default), points, first, trials_at_once, launcher)
 
 
 def first_value(override: Override) -> str:

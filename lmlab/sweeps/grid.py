@@ -27,7 +27,7 @@ from lmlab.runs import status
 from lmlab.runs.choices import is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import redact_logger
-from lmlab.secrets import MARK, bare, redacted_command
+from lmlab.secrets import MARK, override_key, redacted_command
 from lmlab.sweeps import parameters
 from lmlab.sweeps.outcome import conclude
 from lmlab.sweeps.points import Point, add_points, begin_sweep, point_identity, read_points, read_sweep
@@ -88,7 +88,7 @@ class GridSweeper(Sweeper):
             if point_identity(point) not in begun:
                 compose.name_directory(cfg, swept=True)
                 try:
-                    schema.check_run(compose.job(cfg), here=not submitted)
+                    schema.check_run(compose.job_config(cfg), here=not submitted)
                 except UserError as error:
                     raise UserError(f"the point {' '.join(point)} is refused: {error}") from error
             yield cfg
@@ -107,7 +107,7 @@ class GridSweeper(Sweeper):
         facts["kind"] = type(self).__name__.lower()
         # A secret that is not kept may be another, and part of what stands beside it.
         differ = {*redacted_command(before.get("shared", shared))} ^ {*shared}
-        keys = {bare(word) for word in differ if MARK not in word}
+        keys = {override_key(word) for word in differ if MARK not in word}
         changed = {key for key in keys if key in constant or not is_in(key, (*GROUPS, *CHANGEABLE))}
         changed |= {name for name, value in facts.items() if before.get(name, value) != value}
         if changed:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, concatenate_datasets
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -401,7 +402,7 @@ def test_nothing_to_train_or_measure_on(run: Callable[..., Prepared]) -> None:
     [("block_size", 1), ("test_size", 0), ("test_size", 1), ("drop_remainder_every", 0), ("max_records", 0)],
 )
 def test_senseless_choices(key: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"preprocess.{key} "):
+    with pytest.raises(ValidationError, match=key):
         Preprocessing(**{key: value})
 
 

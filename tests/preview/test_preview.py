@@ -21,7 +21,7 @@ import torch
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from lmlab.config import build, files, schema
+from lmlab.config import build, files, targets
 from lmlab.console import duration
 from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import Draw
@@ -121,7 +121,7 @@ def test_batch_is_the_one_that_training_begins_with(
     train(*words)
     cfg = plan_command(command(*words)).cfg
     data = build.prepare_data(cfg)
-    objective = schema.build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    objective = targets.build(cfg.objective, "objective", tokenizer=data.tokenizer)
     first = batches.first_batch(cfg, data, objective, 1, data.tokenizer.pad_token_id)
     assert first.number == seen[0].number == 0
     for name in ("input_ids", "positions", "targets"):

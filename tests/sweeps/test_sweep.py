@@ -258,7 +258,7 @@ def test_a_sweep_that_can_not_be_is_refused_before_it_begins(refused: Refused, t
         (["optim=adamw,sgd"], "optim=sgd: no such option."),
         (
             ["optim.lr=1e-3,abc", "seed=1,2"],
-            "the point optim.lr=abc seed=1 is refused: optim.lr=abc: it has to be float",
+            'the point optim.lr=abc seed=1 is refused: optim.lr="abc": it has to be a number',
         ),
         (
             ["seed=1,2", "+optim.lrr=1"],
