@@ -16,7 +16,7 @@ from benchmarks.arguments import Arguments
 from lmlab.console import show_rows
 from lmlab.errors import shown_plainly
 from lmlab.io import write_json
-from lmlab.runs.directory import PACKAGES, git_state
+from lmlab.runs.manifest import PACKAGES, git_state
 
 RESULTS = Path(__file__).parent / "results"
 EFFORT = ("pairs", "turn", "agree", "warmup", "runs", "rounds")  # how well is measured, not what

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from uuid import uuid4
 
 import hydra
 import pytest
@@ -231,4 +232,6 @@ def test_extension(
         "resume": ["trainer.max_steps=6"],
         "evaluate": [],
     }
+    if name == "train" and not any(word.startswith("hydra.run.dir=") for word in arguments):
+        arguments = [*arguments, f"hydra.run.dir=outputs/{uuid4().hex}"]  # two begin in one second
     run_verb(name, *arguments, *few[name])

@@ -57,6 +57,27 @@ def test_no_circle() -> None:
     assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # raises a CycleError that names one
 
 
+def test_each_file_has_its_line_in_the_plan() -> None:
+    listed = re.findall(r"^\| `([\w/]+\.py)` \| \S.*\. \|$", PLAN, re.MULTILINE)
+    files = {f"{name.replace('.', '/')}.py" for name in modules()} | {"objectives/__init__.py"}
+    assert sorted(listed) == sorted(files)
+
+
+FRAGMENT = re.compile(
+    r"(What|Of|By|As|How|Where|Whether|When|Who|Whose|In|On|At|From|Not|To|For|With|If|Else|So|That|Those|Some|Because)\b"
+)
+
+
+def test_docstrings_begin_with_a_sentence() -> None:
+    """A first line says what a thing is or does, and does not begin like half of a sentence."""
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
+                first = text.partition("\n\n")[0]
+                assert not FRAGMENT.match(first), f"{module}: {first}"
+                assert first.endswith((".", ":")), f"{module}: {first}"
+
+
 def test_only_commands_config_and_sweeps_know_hydra() -> None:
     for module, path in modules().items():
         tree = ast.parse(path.read_text())

@@ -86,6 +86,17 @@ def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFi
     assert log.index("step 2/6") < log.index("Going on with run") < log.rindex("step 6/6")
 
 
+def test_a_run_of_lmlab_0_1_goes_on(whole: Path, stopped: Path) -> None:
+    """Its config has keys and targets of before, and goes on under their present names."""
+    config = (stopped / "config.yaml").read_text()
+    old = config.replace("logits_chunk_size:", "loss_rows:").replace("lmlab.optim.AdamW", "lmlab.training.optim.AdamW")
+    assert old.count("loss_rows") == old.count("lmlab.training.optim.AdamW") == 1
+    (stopped / "config.yaml").write_text(old)
+    resumed(stopped)
+    assert equal(stopped, whole)
+    assert (stopped / "config.yaml").read_text() == config
+
+
 def test_goes_on_where_it_was_moved_to(whole: Path, stopped: Path, tmp_path: Path) -> None:
     stopped.rename(tmp_path / "elsewhere")
     resumed(tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""What may change in the config of a run that goes on, and how its batches fit another number of ranks."""
+"""The changes that a run which goes on may make to its config, and its batches at another number of ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ def apply_overrides(kept: DictConfig, run_dir: Path, words: list[str], config_di
 
 
 def how_to_add(cfg: DictConfig, key: str, word: str) -> str:
-    """How a key that a config lacks is added, if its block takes it; otherwise the keys of the block."""
+    """Say how a key that a config lacks is added, if its block takes it; otherwise list the keys of the block."""
     parent, _, name = key.rpartition(".")
     block = OmegaConf.select(cfg, parent) if parent else OmegaConf.load(CONF / "train.yaml")
     target = block.get("_target_") if isinstance(block, DictConfig) else None

@@ -120,7 +120,7 @@ def call_job(job: Callable[[DictConfig], Any], cfg: DictConfig, debug: bool) -> 
     # Hydra has set the root logger to INFO, at which libraries say much.
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        return job_config(cfg)
+        return job(cfg)
     except Exception as error:
         message = plainly(error)
         submitted = "SUBMITIT_EXECUTOR" in os.environ  # then the error alone gets to who submitted the job

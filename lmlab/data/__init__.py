@@ -1,1 +1,1 @@
-"""From a source of records to batches of blocks."""
+"""Data: sources of records, their texts, tokens and blocks, and the batches made of them."""

@@ -156,7 +156,7 @@ def read_object(file: Path) -> dict[str, Any] | None:
 
 
 def has_json_lines(file: Path) -> bool:
-    """Whether each line of a json file is a record, by its suffix or by the first of several lines."""
+    """Returns whether each line of a json file is a record, by its suffix or by the first of several lines."""
     if suffix_of(file) == ".jsonl":
         return True
     with suppress(ValueError), open_file(file) as stream:

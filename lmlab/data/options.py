@@ -1,4 +1,4 @@
-"""What can be chosen of data. A config is checked by it without importing torch or transformers."""
+"""The choices of data preparation. A config is checked by them without importing torch or transformers."""
 
 from typing import Annotated
 

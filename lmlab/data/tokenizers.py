@@ -107,7 +107,7 @@ def encode(
 
 
 def calls_rust_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether calling a tokenizer only calls the Rust library: those of a few models do something of their own."""
+    """Returns whether calling a tokenizer only calls the Rust library: those of a few models do more."""
     kind = type(tokenizer)
     return (
         tokenizer.is_fast

@@ -1,4 +1,4 @@
-"""Whether the difference between two models is real: evaluations paired by document, with the seed as a random effect.
+"""Tests of the difference between two models: evaluations paired by document, with the seed as a random effect.
 
 A *side* of a comparison is one evaluation, or the evaluations of several runs that differ in their seed only. Where
 documents are few, stretches of them stand for documents (data/documents.py).
@@ -48,7 +48,7 @@ class Side:
 
     @property
     def bound(self) -> bool:
-        """Whether the bits per byte are an upper bound, as some tokens were unknown."""
+        """True if the bits per byte are an upper bound, as some tokens were unknown."""
         return any(is_bound(run.certificate) for run in self.runs)
 
 

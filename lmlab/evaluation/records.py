@@ -93,7 +93,7 @@ class Records:
 
     @property
     def has_stretches(self) -> bool:
-        """Whether its rows are stretches of documents, rather than whole ones."""
+        """True if its rows are stretches of documents, rather than whole ones."""
         return bool(self.table["stretch"].to_numpy().any())
 
     def by_document(self) -> "Records":

@@ -64,7 +64,7 @@ def preview(plan: Plan) -> None:
     show_ledger(data.ledger)
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
-    batch.show_samples(first, data.tokenizer, objective.causal, console())
+    batch.show_samples(first, data.tokenizer, not objective.bidirectional, console())
 
     if gpus_elsewhere:
         print("Nothing was measured: the run is for GPUs, and this machine has none. Give the command on a node.")

@@ -50,7 +50,7 @@ class Key:
 
     @property
     def numeric(self) -> bool:
-        """Whether the values are numbers."""
+        """True if the values are numbers."""
         return not isinstance(self.values[0], str)
 
 

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Whether it has begun to train."""
+        """True if it has begun to train."""
         return bool(self.manifest)
 
     @cached_property
@@ -313,7 +313,7 @@ def local_time(time: str | None = None) -> str:
 
 
 def are_numbers(row: Mapping[str, Any]) -> bool:
-    """Whether the metrics of a row that a report shows are numbers; those of a validation may be None."""
+    """Returns whether the metrics of a row that a report shows are numbers; those of a validation may be None."""
     return all(
         type(value) in (int, float) or not (name in METRICS or (name.startswith("val/") and value is not None))
         for name, value in row.items()

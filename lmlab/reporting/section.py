@@ -141,7 +141,7 @@ class Section:
 
     @cached_property
     def numeric(self) -> list[bool]:
-        """Whether each column of `rows` holds numbers."""
+        """Returns whether each column of `rows` holds numbers."""
         columns = zip(*self.rows, strict=True)
         return [all(isinstance(cell.value, int | float | None) for cell in column) for column in columns]
 
@@ -227,7 +227,7 @@ class Section:
 
     @cached_property
     def chart_data(self) -> dict[str, pd.DataFrame]:
-        """What the charts are drawn from, by the names that they know it by; curves no denser than a screen shows."""
+        """The data of the charts, by the names that they know it by; curves no denser than a screen shows."""
         curves = self.curve_data.round(4)
         most = max(20, self.points // max(1, len(curves[["run", "split"]].drop_duplicates())))
 
@@ -244,7 +244,7 @@ class Section:
 
     @property
     def thinned(self) -> bool:
-        """Whether charts show fewer points of curves than there are."""
+        """True if charts show fewer points of curves than there are."""
         return sum(len(self.chart_data[split]) for split in SPLITS) < len(self.curve_data)
 
     @cached_property
@@ -381,7 +381,7 @@ class Section:
 
     @cached_property
     def verdict(self) -> list[str]:
-        """What the final metrics decide, and last the best single run, which decides nothing."""
+        """The sentences that say what the final metrics decide, and last the best single run, which decides nothing."""
         unranked = sum(run.status.name == "done" and run.path not in self.ranks for run in self.runs)
         kinds = list(zip(map(bits_name, self.kind_metrics), self.finals, strict=True))
         sentences = verdict(kinds, self.statuses, unranked)

@@ -1,4 +1,4 @@
-"""How a report and a comparison write numbers, values of a config, and tables for a person."""
+"""Numbers, values of a config and tables, as a report and a comparison write them for a person."""
 
 from typing import TYPE_CHECKING, Any
 

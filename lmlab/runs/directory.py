@@ -129,6 +129,13 @@ class RunDirectory:
         """Return whether the directory holds a run or an evaluation."""
         return self.manifest.is_file()
 
+    def check_unused(self) -> None:
+        """Refuse a directory that holds a run or an evaluation already."""
+        if self.begun():
+            raise UserError(
+                f"{self.path} holds a run or an evaluation already.\nChoose another directory: hydra.run.dir=DIR"
+            )
+
     def start(self, seeds: dict[str, int], **facts: Any) -> None:
         """Make this the directory of a new run, by writing its manifest.
 
@@ -139,11 +146,8 @@ class RunDirectory:
         Raises:
             UserError: the directory holds a run or an evaluation already.
         """
+        self.check_unused()
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.begun():
-            raise UserError(
-                f"{self.path} holds a run or an evaluation already.\nChoose another directory: hydra.run.dir=DIR"
-            )
         by_wandb = "WANDB_SWEEP_ID" in os.environ  # W&B's own agent starts this run, and has named it
         manifest = {
             "run_id": (by_wandb and os.environ.get("WANDB_RUN_ID")) or uuid.uuid4().hex[:8],

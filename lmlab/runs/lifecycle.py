@@ -64,7 +64,11 @@ def new(run: RunDirectory, config: str, overrides: str, seeds: dict[str, int], *
         overrides: those of the command as YAML.
         seeds: by what they decide.
         facts: more of the manifest.
+
+    Raises:
+        UserError: the directory holds a run or an evaluation already.
     """
+    run.check_unused()
     try:
         write_text(run.config, config)
         write_text(run.overrides, overrides)
@@ -124,7 +128,7 @@ def stop_reported(run: RunDirectory) -> Iterator[None]:
 
 
 def kept(run: RunDirectory) -> str:
-    """What a stopped run has kept, and the command that goes on with it."""
+    """Say what a stopped run has kept, and the command that goes on with it."""
     if run.finished():
         return finished(run)
     checkpoints = run.checkpoint_files()

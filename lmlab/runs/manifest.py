@@ -1,4 +1,4 @@
-"""What a manifest records of the software and the machine that made a run."""
+"""The software and the machine that made a run, as its manifest records them."""
 
 import os
 import platform

@@ -201,7 +201,7 @@ def test_parameters_by_part() -> None:
             return vocabulary
 
     shape = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": positions}
-    gpt = loading.from_scratch(Tokenizer(), True, "gpt2", shape)  # type: ignore[arg-type]
+    gpt = loading.from_scratch(Tokenizer(), "AutoModelForCausalLM", "gpt2", shape)  # type: ignore[arg-type]
     embeddings = (vocabulary + positions) * width
     layer = 12 * width**2 + 13 * width
     assert [(name, *counts) for name, counts in count_parameters(gpt).items()] == [
@@ -210,7 +210,7 @@ def test_parameters_by_part() -> None:
         ("rest of the body", 2 * width, 2 * width),
         ("head, tied to the embeddings", 0, 0),
     ]
-    untied = loading.from_scratch(Tokenizer(), True, "gpt2", {**shape, "tie_word_embeddings": False})  # type: ignore[arg-type]
+    untied = loading.from_scratch(Tokenizer(), "AutoModelForCausalLM", "gpt2", {**shape, "tie_word_embeddings": False})  # type: ignore[arg-type]
     untied.base_model.wte.weight.requires_grad = False
     rows = count_parameters(untied)
     assert rows["head"] == (vocabulary * width, vocabulary * width)
@@ -360,19 +360,19 @@ def test_gpus_of_another_machine(shown: Callable[..., str]) -> None:
     assert "unknown  time: 4 h 00 min; the run's is not measured" in text
 
 
-def too_large(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+def too_large(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
     """A model that asks for more memory than there is, once it trains."""
 
     def allocate(module: torch.nn.Module, *args: Any) -> None:
         if module.training:
             torch.empty(2**50)
 
-    model = loading.from_scratch(tokenizer, causal, architecture, config)
+    model = loading.from_scratch(tokenizer, auto_class, architecture, config)
     model.register_forward_pre_hook(allocate)
     return model
 
 
-def killed(tokenizer: Any, causal: bool, architecture: str, config: dict[str, Any]) -> Any:
+def killed(tokenizer: Any, auto_class: str, architecture: str, config: dict[str, Any]) -> Any:
     """A model whose process the system kills, as it does when memory ends."""
     os.kill(os.getpid(), signal.SIGKILL)
 
