@@ -33,12 +33,9 @@ if TYPE_CHECKING:
 
 def measure(cfg: DictConfig) -> None:
     """Score held-out text with the model of a config, and write its records and certificate; every rank calls this."""
-    import numpy as np
-
-    from lmlab.data.datamodule import HeldOutData
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
-    from lmlab.evaluation.scoring import Scorer
+    from lmlab.evaluation.certify import certify
     from lmlab.models.loading import check_tokenizer
     from lmlab.models.loss import logits_chunk_size
     from lmlab.runs.ledger import log_doubts
@@ -55,24 +52,22 @@ def measure(cfg: DictConfig) -> None:
         log_doubts(data.ledger)
     held_out = build.build_held_out(cfg, data, objective)
     build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
-    chunk = logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer))
-    scorer = Scorer(model, len(data.validation.names), chunk)
-    trainer = build.build_evaluation_trainer(cfg)
-    trainer.validate(scorer, HeldOutData(held_out, cfg.batch_size, cfg.num_workers), verbose=False)
-    if not np.isfinite(scorer.result[0]).all():
-        raise UserError(
-            "the model gives targets no finite nll: its weights have diverged, "
-            f"or trainer.precision={cfg.trainer.precision} is too narrow for them."
-        )
-    if trainer.is_global_zero:
-        facts = held_out.facts | {
-            "precision": trainer.precision,
-            "weights_hash": weights,
-            "model": trained.read_manifest().get("snapshot", cfg.model.name) if trained else cfg.model.name,
-            "run": trained and trained.trained_as(),
-            **run.provenance(),
-        }
-        records.write(run.path, data.validation, *scorer.result, facts)
+    facts = {
+        "weights_hash": weights,
+        "model": trained.read_manifest().get("snapshot", cfg.model.name) if trained else cfg.model.name,
+        "run": trained and trained.trained_as(),
+        **run.provenance(),
+    }
+    certify(
+        model,
+        held_out,
+        run.path,
+        trainer=build.build_evaluation_trainer(cfg),
+        batch_size=cfg.batch_size,
+        num_workers=cfg.num_workers,
+        chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer)),
+        facts=facts,
+    )
 
 
 def trained_run(cfg: DictConfig) -> RunDirectory | None:

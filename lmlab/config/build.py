@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.preprocess import Prepared
-    from lmlab.evaluation.scoring import HeldOut, PseudoRows, WindowRows
-    from lmlab.evaluation.windows import Context
+    from lmlab.evaluation.scoring import HeldOut
     from lmlab.objectives import Objective
     from lmlab.training.module import LMModule
 
@@ -96,73 +95,25 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
     Raises:
         UserError: there is nothing to score.
     """
-    from lmlab.evaluation.scoring import HeldOut, check_targets
+    from lmlab.evaluation.certify import hold_out
     from lmlab.evaluation.windows import Context
 
-    scored_by = held_out_objective(cfg)
-    if scored_by != cfg.objective:
-        objective = build(scored_by, "objective", tokenizer=data.tokenizer)
-    context = Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride"))
-    check_targets(objective, data.validation.tokens[: context.block_size])
-    rows = build_rows(cfg, data, objective, context)
-    if not any(len(rows.row(i).tokens) for i in range(len(rows))):
-        raise UserError("there is nothing to score: the text has no token that this context lets the model predict.")
-    pseudo = pseudo_options(cfg)
-    masked = objective.bidirectional and not pseudo
-    policy = {
-        "context": context.name,
-        "block_size": context.block_size,
-        "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
-        "drop_remainder_every": cfg.preprocess.drop_remainder_every if context.name == "blocks" else None,
-        **{key: cfg.preprocess[key] for key in ("end_of_text", "special_tokens", "truncation")},
-        "objective": None if pseudo else OmegaConf.to_container(scored_by),
-        "masks_seed": masks_seed(cfg) if masked else None,
-        "pseudo": pseudo,
-    }
-    facts = {
-        "figure": "pseudo_perplexity" if pseudo else objective.metric,
-        "policy": policy,
-        "units": cfg.get("units", "text"),
-        "data_hash": data.validation.hash,
-        "tokenizer_hash": data.tokenizer_hash,
-    }
-    pad_ids = (data.tokenizer.pad_token_id, data.tokenizer.eos_token_id, 0)
-    return HeldOut(rows, next(token for token in pad_ids if token is not None), facts)
-
-
-def build_rows(
-    cfg: DictConfig, data: "Prepared", objective: "Objective", context: "Context"
-) -> "WindowRows | PseudoRows":
-    """Returns the rows of held-out text: one for each window or, by score=pseudo, one for each token."""
-    from lmlab.data.documents import CONTINUES, FLAGS
-    from lmlab.evaluation.scoring import PseudoRows, WindowRows
-    from lmlab.evaluation.windows import windows
-
-    tokenizer, documents = data.tokenizer, data.validation
-    shown = windows(context, documents, data.bounds, objective, tokenizer)
-    pseudo = pseudo_options(cfg)
-    if pseudo is None:
-        return WindowRows(documents, shown, objective, masks_seed(cfg))
-    if cfg.within_word and not (documents.spans[:, FLAGS] & CONTINUES).any():
-        raise UserError(
-            "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
-            "Leave it out."
-        )
-    # An unknown word is a word.
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    return PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
-
-
-def pseudo_options(cfg: DictConfig) -> dict[str, Any] | None:
-    """Returns the choices of score=pseudo; None where the objective says what is scored."""
-    if cfg.get("score") != "pseudo":
-        return None
-    return {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
-
-
-def masks_seed(cfg: DictConfig) -> int:
-    """Returns the seed of masks in held-out text: runs of several seeds are scored on the same positions."""
-    return cfg.seed if "score" in cfg else 0
+    block = held_out_objective(cfg)
+    if block != cfg.objective:
+        objective = build(block, "objective", tokenizer=data.tokenizer)
+    pseudo = None
+    if cfg.get("score") == "pseudo":
+        pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
+    return hold_out(
+        data,
+        objective,
+        Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride")),
+        preprocessing(cfg),
+        block=OmegaConf.to_container(block),  # type: ignore[arg-type]
+        masks_seed=cfg.seed if "score" in cfg else 0,  # in training the same masks for runs of all seeds
+        pseudo=pseudo,
+        units=cfg.get("units", "text"),
+    )
 
 
 def held_out_objective(cfg: DictConfig) -> DictConfig:

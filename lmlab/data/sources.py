@@ -84,6 +84,14 @@ def load_sample(text: str = "answers.text") -> Corpus:
     return Corpus(records, None, text, fingerprint("sample", hashlib.sha256(content).hexdigest()))
 
 
+def load_texts(texts: Sequence[str]) -> Corpus:
+    """Makes a corpus of held-out texts that are at hand, each of them a document."""
+    import datasets
+
+    records = datasets.Dataset.from_dict({"text": list(texts)})
+    return Corpus(None, records, "text", fingerprint("texts", list(texts)))
+
+
 # --- The hub ---
 
 

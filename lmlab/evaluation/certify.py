@@ -1,0 +1,130 @@
+"""Evaluates a model on held-out text: lays out the rows to score, scores them, and writes records and certificate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from transformers import PreTrainedModel
+
+from lmlab.data.datamodule import HeldOutData
+from lmlab.data.documents import CONTINUES, FLAGS
+from lmlab.data.options import Preprocessing
+from lmlab.data.preprocess import Prepared
+from lmlab.errors import UserError
+from lmlab.evaluation import records
+from lmlab.evaluation.scoring import HeldOut, PseudoRows, Scorer, WindowRows, check_targets
+from lmlab.evaluation.windows import Context, windows
+from lmlab.objectives import Objective
+
+
+def hold_out(
+    data: Prepared,
+    objective: Objective,
+    context: Context,
+    choices: Preprocessing,
+    *,
+    block: dict[str, Any] | None = None,
+    masks_seed: int = 0,
+    pseudo: dict[str, Any] | None = None,
+    units: str = "text",
+) -> HeldOut:
+    """Returns the rows in which held-out text is scored, with all that their metrics depend on but the model.
+
+    Args:
+        data: with the held-out documents.
+        context: what the model sees at once.
+        choices: by which the data was prepared.
+        block: the objective's class and arguments for the certificate, `_target_` and keys; the class alone by default.
+        masks_seed: decides the masks of a masked objective.
+        pseudo: arguments of `PseudoRows`, for a row for each token (pseudo-perplexity) rather than for each window.
+        units: what metrics per word are of, see `records.WORDS`.
+
+    Raises:
+        UserError: there is nothing to score.
+    """
+    tokenizer, documents = data.tokenizer, data.validation
+    check_targets(objective, documents.tokens[: context.block_size])
+    shown = windows(context, documents, data.bounds, objective, tokenizer)
+    rows: WindowRows | PseudoRows
+    if pseudo is None:
+        rows = WindowRows(documents, shown, objective, masks_seed)
+    else:
+        if pseudo["within_word"] and not (documents.spans[:, FLAGS] & CONTINUES).any():
+            raise UserError(
+                "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
+                "Leave it out."
+            )
+        # An unknown word is a word.
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        rows = PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
+    if not any(len(rows.row(i).tokens) for i in range(len(rows))):
+        raise UserError("there is nothing to score: the text has no token that this context lets the model predict.")
+    target = {"_target_": f"{type(objective).__module__}.{type(objective).__qualname__}"}
+    policy = {
+        "context": context.name,
+        "block_size": context.block_size,
+        "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
+        "drop_remainder_every": choices.drop_remainder_every if context.name == "blocks" else None,
+        **{key: getattr(choices, key) for key in ("end_of_text", "special_tokens", "truncation")},
+        "objective": None if pseudo else block or target,
+        "masks_seed": masks_seed if objective.bidirectional and not pseudo else None,
+        "pseudo": pseudo,
+    }
+    facts = {
+        "figure": "pseudo_perplexity" if pseudo else objective.metric,
+        "policy": policy,
+        "units": units,
+        "data_hash": documents.hash,
+        "tokenizer_hash": data.tokenizer_hash,
+    }
+    pad_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return HeldOut(rows, next(token for token in pad_ids if token is not None), facts)
+
+
+def certify(
+    model: PreTrainedModel,
+    held_out: HeldOut,
+    path: Path,
+    *,
+    trainer: L.Trainer | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    chunk_size: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Scores held-out text and writes its records and certificate into a directory; `records.read` reads them.
+
+    Args:
+        model: in float32, or the dtype in which it is to be measured.
+        path: of the directory, which is made.
+        trainer: decides devices and precision; by default the CPU and float32.
+        batch_size: rows at once on each rank, which moves no metric.
+        num_workers: processes that make batches, beside each rank.
+        chunk_size: scored positions whose logits are held at once; None for all.
+        facts: more of the certificate; by default the name and the hash of the model.
+
+    Raises:
+        UserError: the model gives a target no finite nll.
+    """
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = trainer or L.Trainer(accelerator="cpu", **quiet)  # type: ignore[arg-type]
+    if facts is None:
+        facts = {"model": model.name_or_path, "run": None, "weights_hash": records.weights_hash(model.state_dict())}
+    scorer = Scorer(model, len(held_out.documents.names), chunk_size)
+    trainer.validate(scorer, HeldOutData(held_out, batch_size, num_workers), verbose=False)
+    if not np.isfinite(scorer.result[0]).all():
+        raise UserError(
+            "the model gives targets no finite nll: its weights have diverged, "
+            f"or trainer.precision={trainer.precision} is too narrow for them."
+        )
+    if trainer.is_global_zero:
+        path.mkdir(parents=True, exist_ok=True)
+        facts = {**held_out.facts, **facts, "precision": trainer.precision}
+        records.write(path, held_out.documents, *scorer.result, facts)
