@@ -1,4 +1,4 @@
-"""Objectives whose targets are not where lmlab looks for them."""
+"""Objectives whose targets are not where lmlab looks for them, or that lack what lmlab asks for."""
 
 import numpy as np
 
@@ -20,3 +20,12 @@ class Parity(MaskedLM):
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
         inputs, positions, targets = super().__call__(ids, key, first)
         return Example(inputs, positions, targets % 2)
+
+
+class Causal:
+    """An objective of lmlab 0.1."""
+
+    causal, figure = True, "perplexity"
+
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int]) -> Example:
+        return Example(ids, np.arange(len(ids) - 1), ids[1:])

@@ -844,6 +844,7 @@ MODELS = {
         "model.config.attention_type=original_full",
     ],
     f"objective=mlm model=scratch {SMALL_FNET}": ["padding changes what fnet makes", "batch_size=1"],
+    "objective._target_=tests.broken_objective.Causal": ["no metric and no auto_class", "lmlab/objectives/__init__.py"],
     "objective._target_=tests.broken_objective.SecondNext": [
         "SecondNext asks for token",
         "the token after it is another",

@@ -64,11 +64,18 @@ def build_model(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple
 
     from lmlab.models import efficiency
     from lmlab.models.loading import check_model, max_positions
+    from lmlab.objectives import Objective
 
     # What a run has to say, it says itself.
     disable_progress_bar()
     set_verbosity_error()
     objective = build(cfg.objective, "objective", tokenizer=tokenizer)
+    missing = [name for name in (*Objective.__annotations__, "sample") if not hasattr(objective, name)]
+    if missing:
+        raise UserError(
+            f"objective._target_={cfg.objective._target_}: its objects have no {' and no '.join(missing)}.\n"
+            "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
+        )
     torch.manual_seed(cfg.seed)
     model = build(cfg.model, "model", tokenizer=tokenizer, auto_class=objective.auto_class)
     if cfg.preprocess.block_size is None:
