@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def measure(cfg: DictConfig) -> None:
-    """Score held-out text with the model of a config, and write its records and certificate; every rank calls this."""
+    """Scores held-out text with the model of a config, and writes records and certificate. Every rank calls this."""
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
     from lmlab.evaluation.certify import certify
@@ -71,13 +71,13 @@ def measure(cfg: DictConfig) -> None:
 
 
 def trained_run(cfg: DictConfig) -> RunDirectory | None:
-    """Return the run whose exported model is evaluated; None for any other model, also one that lies beside it."""
+    """Returns the run whose exported model is evaluated; None for any other model, also one that lies beside it."""
     run = RunDirectory(Path(cfg.model.name).resolve().parent)
     return run if run.model == Path(cfg.model.name).resolve() and run.trained_as() else None
 
 
 def held_out_data(cfg: DictConfig, tokenizer: Any, trained: RunDirectory | None) -> "Prepared":
-    """Prepare the text of an evaluation.
+    """Prepares the text of an evaluation.
 
     Raises:
         UserError: it is the text that the model was trained with, and has changed since.
@@ -99,7 +99,7 @@ def held_out_data(cfg: DictConfig, tokenizer: Any, trained: RunDirectory | None)
 
 
 def check_invariance(cfg: DictConfig) -> None:
-    """Measure again at another batch size and number of devices, and refuse totals that differ beyond rounding."""
+    """Measures again at another batch size and number of devices, and refuses totals that differ beyond rounding."""
     from lmlab.evaluation import records
 
     again = evaluated.elsewhere(cfg, evaluated.other_width(cfg))
@@ -117,7 +117,7 @@ def check_invariance(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig, overrides: list[str], config_dir: Path | None = None) -> float:
-    """Evaluate the model of a config in a run directory of its own.
+    """Evaluates the model of a config in a run directory of its own.
 
     Args:
         cfg: as Hydra composed it; what it leaves open, the evaluated run says.
@@ -151,7 +151,7 @@ def evaluate(cfg: DictConfig, overrides: list[str], config_dir: Path | None = No
 
 @contextmanager
 def snapshot_of_unfinished(cfg: DictConfig, trusted: Sequence[str]) -> Iterator[None]:
-    """Let a config that names an unfinished run name a snapshot of its best weights so far, for the time inside."""
+    """Lets a config that names an unfinished run name a snapshot of its best weights so far, for the time inside."""
     named = not OmegaConf.is_missing(cfg.model, "name") and cfg.model.get("name")
     if not named or not RunDirectory(cfg.model.name).unfinished():
         yield
@@ -168,7 +168,7 @@ def snapshot_of_unfinished(cfg: DictConfig, trusted: Sequence[str]) -> Iterator[
 
 
 def certify(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
-    """Measure on all ranks, check and show the result. Metrics whose check failed are not kept."""
+    """Measures on all ranks, checks and shows the result. Metrics whose check failed are not kept."""
     from lmlab.evaluation import records
 
     config = OmegaConf.to_yaml(compose.without_secrets(cfg))
@@ -192,14 +192,14 @@ def certify(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
 
 @on_rank_zero(others=measure)
 def evaluate_job(cfg: DictConfig) -> float:
-    """Evaluate as Hydra composed it: one evaluation, or one of a multirun."""
+    """Evaluates as Hydra composed it: one evaluation, or one of a multirun."""
     hydra = HydraConfig.get()
     folders = (source.path for source in hydra.runtime.config_sources if source.provider == "command-line")
     return evaluate(cfg, list(hydra.overrides.task), next(map(Path, folders), None))
 
 
 def with_model(words: list[str]) -> list[str]:
-    """Turn the model of a command into overrides: Hydra would take `model=NAME` for a file of conf/model.
+    """Turns the model of a command into overrides: Hydra would take `model=NAME` for a file of conf/model.
 
     The model is the value of `model=`, or a first word that is no override.
     """

@@ -23,7 +23,7 @@ class Process(subprocess.Popen[bytes]):
             super().__init__(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True)
 
     def end(self, seconds: float | None = None) -> tuple[int, str]:
-        """Wait for the end, and kill the process after so many seconds; returns the exit code and the output."""
+        """Waits for the end, and kills the process after so many seconds; returns the exit code and the output."""
         try:
             self.wait(seconds if seconds is None else max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -60,7 +60,7 @@ def processes(threads: int | None = None) -> Iterator[tuple[Path, Callable[..., 
 
 
 def run(command: list[str], seconds: float, **variables: str) -> tuple[int, str]:
-    """Run a command for so many seconds at most; returns what `Process.end` does."""
+    """Runs a command for so many seconds at most; returns what `Process.end` does."""
     with processes(threads=1) as (_, start):
         return start(command, **variables).end(seconds)
 

@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def repeat(run: RunDirectory, cfg: DictConfig, kept: DictConfig, overrides: list[str]) -> None:
-    """Run an experiment again in the directory of `cfg`; print what differs from `run` before, and in the end."""
+    """Runs an experiment again in the directory of `cfg`; prints what differs from `run` before, and in the end."""
     schema.check_run(cfg)
     manifest, path = run.read_manifest(), from_here(run.path)
     again = command("python", "-m", "lmlab.resume", path, "--fresh")
@@ -102,13 +102,13 @@ def repeat(run: RunDirectory, cfg: DictConfig, kept: DictConfig, overrides: list
 
 
 def loss_curve(run: RunDirectory) -> dict[tuple[int, str], float]:
-    """Return the training and validation losses of a run by step and name."""
+    """Returns the training and validation losses of a run by step and name."""
     names = ("train/loss", "val/loss")
     return {(row["step"], name): row[name] for row in rows(run.metrics) for name in names if name in row}
 
 
 def compare_curves(then: dict[tuple[int, str], float], now: dict[tuple[int, str], float]) -> str:
-    """Say how two loss curves agree at the points that both have."""
+    """Says how two loss curves agree at the points that both have."""
     both = sorted(then.keys() & now.keys())
     differing = [point for point in both if then[point] != now[point]]
     if not both:

@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def resume(folder: Path, overrides: list[str]) -> None:
-    """Run the command of a sweep again in its working directory, with overrides added.
+    """Runs the command of a sweep again in its working directory, with overrides added.
 
     Points that have finished are left as they are; of a search, so many more trials are run as the command asks for.
     """
@@ -83,7 +83,7 @@ def resume(folder: Path, overrides: list[str]) -> None:
 
 
 def is_complete(content: Mapping[str, Any], points: Sequence[Point]) -> bool:
-    """Return whether all points of a sweep have ended, as far as can be told without its secrets.
+    """Returns whether all points of a sweep have ended, as far as can be told without its secrets.
 
     Args:
         content: of the file of the sweep.

@@ -21,7 +21,7 @@ from lmlab.sweeps.points import name_run
 
 
 def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
-    """Train the model of a config in its run directory. Every rank calls this with the same arguments.
+    """Trains the model of a config in its run directory. Every rank calls this with the same arguments.
 
     Args:
         checkpoint: the path of the checkpoint to go on from; None for the start.
@@ -58,7 +58,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
 
 
 def train_rank(cfg: DictConfig, checkpoint: str | None = None) -> None:
-    """Train as one rank in a process of its own, which logs to a file."""
+    """Trains as one rank in a process of its own, which logs to a file."""
     run, rank = RunDirectory(cfg.run_dir), int(os.environ["RANK"])
     with log_to(run.rank_log(rank) if rank else run.log):
         train(cfg, checkpoint)
@@ -66,7 +66,7 @@ def train_rank(cfg: DictConfig, checkpoint: str | None = None) -> None:
 
 @on_rank_zero(others=train_rank)
 def train_job(cfg: DictConfig) -> float:
-    """Train as Hydra composed it: one run, or one of a sweep, whose search gets the val/loss that is returned."""
+    """Trains as Hydra composed it: one run, or one of a sweep, whose search gets the val/loss that is returned."""
     hydra = HydraConfig.get()
     swept = hydra.mode is RunMode.MULTIRUN
     if swept:

@@ -24,7 +24,7 @@ def attempt(
     apart: bool = False,
     **facts: Any,
 ) -> float:
-    """Begin the run of a config in its directory, or go on with the run that is there.
+    """Begins the run of a config in its directory, or goes on with the run that is there.
 
     Args:
         train: called with the config and, to go on, the path of a checkpoint; on every rank.

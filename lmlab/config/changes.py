@@ -38,7 +38,7 @@ MISSING = "not there"
 
 
 def apply_overrides(kept: DictConfig, run_dir: Path, words: list[str], config_dir: Path | None = None) -> DictConfig:
-    """Apply the overrides of a command to the composed config of a run.
+    """Applies the overrides of a command to the composed config of a run.
 
     Args:
         kept: the config of the run.
@@ -78,7 +78,7 @@ def apply_overrides(kept: DictConfig, run_dir: Path, words: list[str], config_di
 
 
 def how_to_add(cfg: DictConfig, key: str, word: str) -> str:
-    """Say how a key that a config lacks is added, if its block takes it; otherwise list the keys of the block."""
+    """Says how a key that a config lacks is added, if its block takes it; otherwise lists the keys of the block."""
     parent, _, name = key.rpartition(".")
     block = OmegaConf.select(cfg, parent) if parent else OmegaConf.load(CONF / "train.yaml")
     target = block.get("_target_") if isinstance(block, DictConfig) else None
@@ -93,7 +93,7 @@ def how_to_add(cfg: DictConfig, key: str, word: str) -> str:
 
 
 def resolve(cfg: DictConfig, key: str) -> Any:
-    """Return the value of a key with its interpolations resolved."""
+    """Returns the value of a key with its interpolations resolved."""
     try:
         value = OmegaConf.select(cfg, key)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -102,7 +102,7 @@ def resolve(cfg: DictConfig, key: str) -> Any:
 
 
 def parse_override(word: str) -> Override:
-    """Parse an override that gives one value.
+    """Parses an override that gives one value.
 
     Raises:
         UserError: it can't be read, or gives several values.
@@ -117,7 +117,7 @@ def parse_override(word: str) -> Override:
 
 
 def compose_group(group: str, word: str, run_dir: Path, config_dir: Path | None) -> Any:
-    """Compose the block of a group as a new run would have it with this override."""
+    """Composes the block of a group as a new run would have it with this override."""
     try:
         with create_hydra(folder=config_dir) as hydra:
             words = [word, f"run_dir={run_dir}"]
@@ -129,7 +129,7 @@ def compose_group(group: str, word: str, run_dir: Path, config_dir: Path | None)
 
 
 def with_run_dir(cfg: DictConfig, run_dir: Path) -> DictConfig:
-    """Copy a config for another run directory, which replaces the old one in every path."""
+    """Copies a config for another run directory, which replaces the old one in every path."""
     old, new = str(cfg.run_dir), str(run_dir)
 
     def replace(node: Any) -> Any:
@@ -145,7 +145,7 @@ def with_run_dir(cfg: DictConfig, run_dir: Path) -> DictConfig:
 
 
 def location_overrides(cfg: DictConfig, kept: DictConfig, evaluation: bool = False) -> list[str]:
-    """Return the overrides that name the files of a run, as a person would type them.
+    """Returns the overrides that name the files of a run, as a person would type them.
 
     Args:
         cfg: the config now. A path in which it does not differ from `kept` is left for the person to fill in, `PATH`.
@@ -170,7 +170,7 @@ def location_overrides(cfg: DictConfig, kept: DictConfig, evaluation: bool = Fal
 
 @contextmanager
 def hint_at_locations(again: str, overrides: list[str]) -> Iterator[None]:
-    """Add to an error about data or a tokenizer the command that names where they lie, if a `PATH` is to be filled in.
+    """Adds to an error about data or a tokenizer the command that names where they lie, if a `PATH` is to be filled in.
 
     Args:
         again: the command without those overrides.
@@ -185,7 +185,7 @@ def hint_at_locations(again: str, overrides: list[str]) -> Iterator[None]:
 
 
 def check(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
-    """Refuse a config that can be seen to be wrong, or to be another experiment than the run that was begun.
+    """Refuses a config that can be seen to be wrong, or to be another experiment than the run that was begun.
 
     Args:
         kept: the config that the run was begun with; None for a new run.
@@ -198,7 +198,7 @@ def check(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
 
 
 def check_same(cfg: DictConfig, kept: DictConfig, free: tuple[str, ...]) -> None:
-    """Refuse a config that differs from the one that a run was begun with in other keys and blocks than `free`."""
+    """Refuses a config that differs from the one that a run was begun with in other keys and blocks than `free`."""
     differing = changed_values(cfg, kept)
     changed = [text for key, text in differing.items() if key == "data.text" or not is_in(key, free)]
     if changed:
@@ -210,7 +210,7 @@ def check_same(cfg: DictConfig, kept: DictConfig, free: tuple[str, ...]) -> None
 
 
 def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint: Path | None) -> None:
-    """Refuse to go on with a run whose data or tokenizer has changed, or whose checkpoint does not fit the config."""
+    """Refuses to go on with a run whose data or tokenizer has changed, or whose checkpoint does not fit the config."""
     from lmlab.training.checkpoint import numbers_parameters
 
     manifest = run.read_manifest()
@@ -239,7 +239,7 @@ def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint:
 
 
 def changed_values(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
-    """Return the keys in which a config differs from the one that a run was begun with, each with both values as text.
+    """Returns the keys in which a config differs from the one that a run was begun with, each with both values as text.
 
     A secret is not kept, and so is never a change.
     """
@@ -255,7 +255,7 @@ def changed_values(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
 
 
 def fit_to_ranks(cfg: DictConfig, kept: DictConfig | None = None) -> None:
-    """Set the devices of a config to the ranks that torchrun or srun started, and accumulate as they need it.
+    """Sets the devices of a config to the ranks that torchrun or srun started, and accumulates as they need it.
 
     A run that goes on never has a larger micro batch than before.
 
@@ -294,12 +294,12 @@ def fit_to_ranks(cfg: DictConfig, kept: DictConfig | None = None) -> None:
 
 
 def lengthens(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
-    """Return whether a config asks for more steps than a finished run has made."""
+    """Returns whether a config asks for more steps than a finished run has made."""
     if length(cfg) == length(kept):
         return False
     return not 0 < (cfg.trainer.max_steps or 0) <= run.read_summary()["steps"]
 
 
 def length(cfg: DictConfig) -> tuple[float | None, int | None]:
-    """Return the epochs and the steps that a config asks for."""
+    """Returns the epochs and the steps that a config asks for."""
     return cfg.trainer.max_epochs, cfg.trainer.max_steps

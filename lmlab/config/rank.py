@@ -40,7 +40,7 @@ def on_rank_zero(others: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
 
 
 def on_all_ranks(name: str, work: Callable[..., Any], cfg: DictConfig, *arguments: str, **options: Any) -> None:
-    """Call `work` with a config on each of its ranks: in this process, in new ones, or in those that were started.
+    """Calls `work` with a config on each of its ranks: in this process, in new ones, or in those that were started.
 
     Args:
         name: of the command, by which `lmlab.worker` finds the work.
@@ -60,7 +60,7 @@ def on_all_ranks(name: str, work: Callable[..., Any], cfg: DictConfig, *argument
 
 
 def follow(work: Callable[..., Any]) -> None:
-    """Do the work of a rank that torchrun or srun started, once rank 0 has given its arguments."""
+    """Does the work of a rank that torchrun or srun started, once rank 0 has given its arguments."""
     arguments = ranks.receive_arguments()
     if not arguments:
         return  # rank 0 says why, and its exit code is the run's
@@ -76,7 +76,7 @@ def follow(work: Callable[..., Any]) -> None:
 
 
 def run_rank(work: Callable[..., Any], run_dir: str, *arguments: str) -> None:
-    """Call `work` with the config of a run directory; report its error to the process that started this one."""
+    """Calls `work` with the config of a run directory; reports its error to the process that started this one."""
     import torch.distributed as dist
 
     cfg, leads = read_config(Path(run_dir)), os.environ["RANK"] == "0"

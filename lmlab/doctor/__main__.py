@@ -62,7 +62,7 @@ def table_of(arguments: argparse.Namespace) -> dict[str, Callable[[], str]]:
 
 
 def examine(arguments: argparse.Namespace) -> bool:
-    """Make all checks and print each result as it comes; returns whether one failed."""
+    """Makes all checks and prints each result as it comes; returns whether one failed."""
     print(f"lmlab {lmlab.__version__}, Python {platform.python_version()}, {platform.platform()}", flush=True)
     began = time.monotonic()
     counts = {"pass": 0, "fail": 0, "skip": 0}
@@ -88,7 +88,7 @@ def examine(arguments: argparse.Namespace) -> bool:
 
 
 def print_wrapped(text: str) -> None:
-    """Print a row of the table, wrapped to a terminal of 100 columns; words that can be copied stay whole."""
+    """Prints a row of the table, wrapped to a terminal of 100 columns; words that can be copied stay whole."""
     print(fill(text, 100, subsequent_indent=" " * 19, break_long_words=False, break_on_hyphens=False), flush=True)
 
 

@@ -43,7 +43,7 @@ class Skip(Exception):  # noqa: N818
 
 
 def check_folder(folder: Path, another: str) -> str:
-    """Check that a file can be written, flushed, renamed and locked in a folder, and that there is room.
+    """Checks that a file can be written, flushed, renamed and locked in a folder, and that there is room.
 
     Args:
         another: the options that choose another folder.
@@ -68,13 +68,13 @@ def check_folder(folder: Path, another: str) -> str:
 
 
 def lock(path: str) -> None:
-    """Lock a file in a process of its own, as a process is never kept out by its own lock."""
+    """Locks a file in a process of its own, as a process is never kept out by its own lock."""
     with open(path, "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def check_compiler() -> str:
-    """Check that a C++ compiler can make what torch.compile asks of it."""
+    """Checks that a C++ compiler can make what torch.compile asks of it."""
     name = os.environ.get("CXX") or "g++"
     compiler = shutil.which(name) or shutil.which("clang++")
     install = "apt install g++ python3-dev, or set CXX to a compiler"
@@ -92,7 +92,7 @@ def check_compiler() -> str:
 
 
 def check_slurm() -> str:
-    """Check that the controller of a SLURM cluster answers; returns its partitions and how it ends jobs."""
+    """Checks that the controller of a SLURM cluster answers; returns its partitions and how it ends jobs."""
     if not shutil.which("sinfo"):
         raise Skip("not a SLURM machine")
     # Nodes are counted as allocated/idle/other/total.
@@ -121,7 +121,7 @@ def ask_slurm(*command: str) -> str:
 
 
 def check_hub() -> str:
-    """Check that the Hugging Face hub answers as a run would ask it.
+    """Checks that the Hugging Face hub answers as a run would ask it.
 
     It is asked in a process that can be ended, as looking up a host's name has no time limit.
     """
@@ -137,7 +137,7 @@ def check_hub() -> str:
 
 
 def ask_hub() -> None:
-    """Print the hub's address and one of `answers`, `silent` and `unasked`."""
+    """Prints the hub's address and one of `answers`, `silent` and `unasked`."""
     from huggingface_hub import constants
 
     told = constants.is_offline_mode()
@@ -146,7 +146,7 @@ def ask_hub() -> None:
 
 
 def check_wandb() -> str:
-    """Check that Weights & Biases accepts a key that is configured, which is never shown."""
+    """Checks that Weights & Biases accepts a key that is configured, which is never shown."""
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled"):
         raise Skip(f"WANDB_MODE={mode}: nothing is sent")
@@ -162,7 +162,7 @@ def check_wandb() -> str:
 
 
 def ask_wandb() -> None:
-    """Print the address that accepts the key, or what is wrong."""
+    """Prints the address that accepts the key, or what is wrong."""
     from urllib.error import HTTPError
     from urllib.request import urlopen
 
@@ -186,7 +186,7 @@ def ask_wandb() -> None:
 
 
 def check_devices() -> str:
-    """Check that each GPU multiplies a small matrix right; returns cores, memory and GPUs."""
+    """Checks that each GPU multiplies a small matrix right; returns cores, memory and GPUs."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -224,7 +224,7 @@ def hidden_gpus(cuda: str | None) -> str:
 
 
 def check_bf16() -> str:
-    """Check that products in bfloat16 are right; returns whether the device has units for them."""
+    """Checks that products in bfloat16 are right; returns whether the device has units for them."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -252,7 +252,7 @@ def bf16_error(device: str) -> float:
 
 
 def check_collectives() -> str:
-    """Check that ranks in processes of their own agree on a sum, by gloo, and by NCCL where there are GPUs for it."""
+    """Checks that ranks in processes of their own agree on a sum, by gloo, and by NCCL where there are GPUs for it."""
     import torch
 
     sum_over_ranks("gloo", 2, "let it use the loopback: export GLOO_SOCKET_IFNAME=lo")
@@ -265,7 +265,7 @@ def check_collectives() -> str:
 
 
 def sum_over_ranks(backend: str, world: int, fix: str) -> None:
-    """Start ranks as a run does, let them add up, and raise the error of the first that fails."""
+    """Starts ranks as a run does, lets them add up, and raises the error of the first that fails."""
     from torch.distributed import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -282,7 +282,7 @@ def sum_over_ranks(backend: str, world: int, fix: str) -> None:
 
 
 def add_up(backend: str) -> None:
-    """Take part in the sum of `sum_over_ranks` as one rank."""
+    """Takes part in the sum of `sum_over_ranks` as one rank."""
     from datetime import timedelta
 
     import torch
@@ -300,7 +300,7 @@ def add_up(backend: str) -> None:
 
 
 def check_resume(seconds: float) -> str:
-    """Check that a run that is killed and resumed ends with the same bits as one that nobody disturbed."""
+    """Checks that a run that is killed and resumed ends with the same bits as one that nobody disturbed."""
     until = time.monotonic() + seconds
     with processes(threads=1) as (folder, start):
         whole, killed = (RunDirectory(folder / name) for name in ("whole", "killed"))

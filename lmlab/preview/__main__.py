@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def preview(plan: Plan) -> None:
-    """Print what differs from the default, the data, the first batch, and the memory and time of a short run."""
+    """Prints what differs from the default, the data, the first batch, and the memory and time of a short run."""
     cfg, submitted = plan.cfg, plan.launcher["_target_"] == slurm.SLURM
     schema.check_run(cfg, here=not submitted)
 

@@ -94,7 +94,7 @@ def render(pieces: list[Piece], unmarked: str) -> Text:
 
 
 def show_samples(batch: Batch, tokenizer: Any, causal: bool, console: Console, count: int = 3) -> None:
-    """Print the first samples of a batch, under a legend of the kinds of their tokens."""
+    """Prints the first samples of a batch, under a legend of the kinds of their tokens."""
     size, unmarked = len(batch.input_ids), "target" if causal else "input"
     samples = [sample_pieces(batch, row, tokenizer, causal) for row in range(min(count, size))]
     console.print(Text("First batch", style="italic"))

@@ -13,7 +13,7 @@ from lmlab.preview.plan import Plan
 
 
 def show_parameters(measured: Measurement) -> None:
-    """Print a row for each part of the model, with its share."""
+    """Prints a row for each part of the model, with its share."""
     parts = measured.parameters
     total, trainable = (sum(counts) for counts in zip(*parts.values(), strict=True))
     rows = [(name, f"{n:,}", f"{n / (total or 1):.1%}", f"{trained:,}") for name, (n, trained) in parts.items()]
@@ -22,7 +22,7 @@ def show_parameters(measured: Measurement) -> None:
 
 
 def show_measured(cfg: DictConfig, measured: Measurement) -> None:
-    """Print the memory and the time of the steps of a short run."""
+    """Prints the memory and the time of the steps of a short run."""
     world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
     whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"
     least, most = duration(min(later)), duration(max(later))
@@ -45,7 +45,7 @@ def show_measured(cfg: DictConfig, measured: Measurement) -> None:
 
 
 def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, held_out: int, whole: int) -> float:
-    """Print the time of a run, of a sweep, and when it would end.
+    """Prints the time of a run, of a sweep, and when it would end.
 
     Args:
         interval: steps between two validations.

@@ -102,7 +102,7 @@ def check_time(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement,
 
 
 def show_job(plan: Plan, measured: Measurement, seconds: float | None) -> None:
-    """Print the script of a SLURM job, and its limits against its run."""
+    """Prints the script of a SLURM job, and its limits against its run."""
     print("Job, as it would be submitted:\n")
     print(indent(script(plan.launcher, plan.jobs), "    "))
     print("\nIts limits:")

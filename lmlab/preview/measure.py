@@ -73,7 +73,7 @@ class Measurement:
 
 
 def measure(cfg: DictConfig, steps: int) -> Measurement:
-    """Train a few of the `steps` of a run as one of its ranks would, and take its time from its own metrics.
+    """Trains a few of the `steps` of a run as one of its ranks would, and takes its time from its own metrics.
 
     Raises:
         UserError: as the run would.
@@ -112,7 +112,7 @@ def short_run(cfg: DictConfig, steps: int, folder: Path) -> DictConfig:
 
 
 def train_briefly(folder: str, began: str) -> None:
-    """Make a short run in its process, and write its `Measurement` into its folder.
+    """Makes a short run in its process, and writes its `Measurement` into its folder.
 
     Args:
         began: when the process was started, in Unix seconds.

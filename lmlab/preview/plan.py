@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 def plan_command(given: Namespace) -> Plan:
-    """Compose the runs of a command line, as Hydra's parser reads it, like `lmlab.train` would.
+    """Composes the runs of a command line, as Hydra's parser reads it, like `lmlab.train` would.
 
     Raises:
         UserError: a sweep has no end of values, and there is no search to choose of them.
@@ -103,7 +103,7 @@ def annotated_yaml(plan: Plan) -> str:
 
 
 def show_config(plan: Plan) -> None:
-    """Print which run of a sweep is shown, and the keys that differ from the default."""
+    """Prints which run of a sweep is shown, and the keys that differ from the default."""
     from rich.text import Text
 
     if plan.first is not None:

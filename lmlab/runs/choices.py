@@ -44,7 +44,7 @@ RENAMED = errors.RENAMED | {
 
 
 def with_present_names(config: Any) -> Any:
-    """Copy a composed config, with the keys and targets of lmlab 0.1 under their present names."""
+    """Copies a composed config, with the keys and targets of lmlab 0.1 under their present names."""
     if isinstance(config, dict):
         return {RENAMED.get(key, key): with_present_names(value) for key, value in config.items()}
     if isinstance(config, list):
@@ -56,12 +56,12 @@ def with_present_names(config: Any) -> Any:
 
 
 def is_in(key: str, names: Iterable[str]) -> bool:
-    """Return whether a dotted key is one of `names`, or lies in a block that is."""
+    """Returns whether a dotted key is one of `names`, or lies in a block that is."""
     return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config by their dotted keys; a list is one value."""
+    """Returns the values of a config by their dotted keys; a list is one value."""
     if not isinstance(config, dict):
         return {prefix: config}
     return {
@@ -72,7 +72,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_choices(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what was chosen for a run by dotted keys. A path inside its directory is relative to that."""
+    """Returns what was chosen for a run by dotted keys. A path inside its directory is relative to that."""
     directory = config["run_dir"]
     return {
         key: value.removeprefix(directory) if f"{value}/".startswith(f"{directory}/") else value
@@ -82,7 +82,7 @@ def config_choices(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_typed(value: Any) -> str:
-    """Return a value of a config as a person would type it."""
+    """Returns a value of a config as a person would type it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

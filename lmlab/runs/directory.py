@@ -55,26 +55,26 @@ class RunDirectory:
         return self.logs / f"rank{rank}.log"
 
     def checkpoint_files(self) -> list[Path]:
-        """Return the checkpoints that are there, in the order of their steps."""
+        """Returns the checkpoints that are there, in the order of their steps."""
         return self.numbered("step")
 
     def best_files(self) -> list[Path]:
-        """Return the best weights that are there, in the order of their steps."""
+        """Returns the best weights that are there, in the order of their steps."""
         return self.numbered("best")
 
     def numbered(self, name: str) -> list[Path]:
-        """Return the files `name-STEP.ckpt` in the order of their steps. Others are somebody else's."""
+        """Returns the files `name-STEP.ckpt` in the order of their steps. Others are somebody else's."""
         paths = (p for p in self.checkpoints.glob(f"{name}-*.ckpt") if p.stem.removeprefix(f"{name}-").isdecimal())
         return sorted(paths, key=self.step_of)
 
     @staticmethod
     def step_of(checkpoint: Path) -> int:
-        """Return the step in the name of a checkpoint."""
+        """Returns the step in the name of a checkpoint."""
         return int(checkpoint.stem.rpartition("-")[2])
 
     @contextmanager
     def lock(self) -> Iterator[set[Path]]:
-        """Keep other processes from writing to this directory. The lock ends with this process, however that ends.
+        """Keeps other processes from writing to this directory. The lock ends with this process, however that ends.
 
         Yields:
             The paths that lay in it before. All others may be removed inside, and a new directory is then removed too.
@@ -103,7 +103,7 @@ class RunDirectory:
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """Explain an error inside by the directory's having been moved or deleted, where it has been.
+        """Explains an error inside by the directory's having been moved or deleted, where it has been.
 
         Raises:
             UserError: the directory holds no run any more.
@@ -122,22 +122,22 @@ class RunDirectory:
             ) from error
 
     def held(self) -> bool:
-        """Return whether another process holds the lock of this directory."""
+        """Returns whether another process holds the lock of this directory."""
         return held(self.locked)
 
     def begun(self) -> bool:
-        """Return whether the directory holds a run or an evaluation."""
+        """Returns whether the directory holds a run or an evaluation."""
         return self.manifest.is_file()
 
     def check_unused(self) -> None:
-        """Refuse a directory that holds a run or an evaluation already."""
+        """Refuses a directory that holds a run or an evaluation already."""
         if self.begun():
             raise UserError(
                 f"{self.path} holds a run or an evaluation already.\nChoose another directory: hydra.run.dir=DIR"
             )
 
     def start(self, seeds: dict[str, int], **facts: Any) -> None:
-        """Make this the directory of a new run, by writing its manifest.
+        """Makes this the directory of a new run, by writing its manifest.
 
         Args:
             seeds: the seeds of the run, by what each decides.
@@ -160,42 +160,42 @@ class RunDirectory:
         write_json(self.manifest, manifest)
 
     def give_up(self) -> None:
-        """Free the directory of a run that was refused before it began to train, or of an evaluation that failed."""
+        """Frees the directory of a run that was refused before it began to train, or of an evaluation that failed."""
         if not self.ledger.exists() and not self.certificate.exists():
             for file in (self.manifest, self.config, self.overrides):
                 file.unlink(missing_ok=True)
 
     def finished(self) -> bool:
-        """Return whether the directory holds a run that has finished."""
+        """Returns whether the directory holds a run that has finished."""
         return self.summary.is_file()
 
     def unfinished(self) -> bool:
-        """Return whether the directory holds a run that has begun to train and has not finished."""
+        """Returns whether the directory holds a run that has begun to train and has not finished."""
         return self.begun() and self.config.is_file() and self.ledger.is_file() and not self.model.is_dir()
 
     def read_failure(self) -> dict[str, Any] | None:
-        """Return how the last attempt at an unfinished run ended (see status.py), if it did."""
+        """Returns how the last attempt at an unfinished run ended (see status.py), if it did."""
         return read_json(self.failure) if self.failure.is_file() else None
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return what the run is: its id, command, seeds, data, software and machine."""
+        """Returns what the run is: its id, command, seeds, data, software and machine."""
         return read_json(self.manifest)
 
     def update_manifest(self, **facts: Any) -> None:
-        """Add facts to the manifest."""
+        """Adds facts to the manifest."""
         write_json(self.manifest, self.read_manifest() | facts)
 
     def read_summary(self) -> dict[str, Any]:
-        """Return the metrics and counts that a finished run ended with."""
+        """Returns the metrics and counts that a finished run ended with."""
         return read_json(self.summary)
 
     def trained_as(self) -> dict[str, Any] | None:
-        """Return the run's id and composed config, as a certificate names them; None if this is no run."""
+        """Returns the run's id and composed config, as a certificate names them; None if this is no run."""
         if not (self.manifest.is_file() and self.config.is_file()):
             return None
         return {"run_id": self.read_manifest()["run_id"], "config": yaml.safe_load(self.config.read_text())}
 
     def provenance(self) -> dict[str, Any]:
-        """Return the command, the versions and the machine by which the directory was made."""
+        """Returns the command, the versions and the machine by which the directory was made."""
         manifest = self.read_manifest()
         return {key: manifest[key] for key in ("command", "lmlab", "git", "python", "packages", "machine")}

@@ -14,7 +14,7 @@ LOG = logging.getLogger(__name__)
 
 
 def show_ledger(ledger: Mapping[str, "Ledger"]) -> None:
-    """Print a row for each count and a column for each split, and log the warnings of all splits."""
+    """Prints a row for each count and a column for each split, and logs the warnings of all splits."""
     splits = [asdict(counts) for counts in ledger.values()]
     rows = (
         [name.replace("_", " "), *("" if counts[name] is None else f"{counts[name]:,}" for counts in splits)]
@@ -25,7 +25,7 @@ def show_ledger(ledger: Mapping[str, "Ledger"]) -> None:
 
 
 def log_doubts(ledger: Mapping[str, "Ledger"]) -> None:
-    """Log a warning for whatever in the data of a split gives reason to doubt a metric."""
+    """Logs a warning for whatever in the data of a split gives reason to doubt a metric."""
     for split, counts in ledger.items():
         for doubt in counts.doubts(split):
             LOG.warning("%s", doubt)

@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 
 @contextmanager
 def locked(run: RunDirectory, in_sweep: bool = False) -> Iterator[None]:
-    """Hold the lock of a run directory, and record there how an attempt at the run failed.
+    """Holds the lock of a run directory, and records there how an attempt at the run failed.
 
     An attempt that is refused before the run has begun leaves the directory as it was, unless the run is one of a
     sweep, which reports why each of its runs failed.
@@ -57,7 +57,7 @@ def locked(run: RunDirectory, in_sweep: bool = False) -> Iterator[None]:
 
 @contextmanager
 def new(run: RunDirectory, config: str, overrides: str, seeds: dict[str, int], **facts: Any) -> Iterator[None]:
-    """Begin a new run, by writing its config and its manifest. A run that is refused frees the directory again.
+    """Begins a new run, by writing its config and its manifest. A run that is refused frees the directory again.
 
     Args:
         config: the composed config as YAML.
@@ -84,7 +84,7 @@ def new(run: RunDirectory, config: str, overrides: str, seeds: dict[str, int], *
 
 @contextmanager
 def resumed(run: RunDirectory, config: str, checkpoint: Path | None, **attempt: Any) -> Iterator[None]:
-    """Go on with a run that has begun. A config that is refused leaves all files as they were.
+    """Goes on with a run that has begun. A config that is refused leaves all files as they were.
 
     Args:
         config: the composed config as YAML, which replaces the one before.
@@ -116,7 +116,7 @@ def resumed(run: RunDirectory, config: str, checkpoint: Path | None, **attempt: 
 
 @contextmanager
 def stop_reported(run: RunDirectory) -> Iterator[None]:
-    """Log, when a signal stops a run, what of it is kept and how it goes on."""
+    """Logs, when a signal stops a run, what of it is kept and how it goes on."""
     try:
         yield
     except Stopped as stop:
@@ -128,7 +128,7 @@ def stop_reported(run: RunDirectory) -> Iterator[None]:
 
 
 def kept(run: RunDirectory) -> str:
-    """Say what a stopped run has kept, and the command that goes on with it."""
+    """Says what a stopped run has kept, and the command that goes on with it."""
     if run.finished():
         return finished(run)
     checkpoints = run.checkpoint_files()
@@ -146,7 +146,7 @@ def finished(run: RunDirectory) -> str:
 
 
 def write_data(run: RunDirectory, data: "Prepared", steps: int, vocab_size: int | None) -> None:
-    """Write what a run trains on: the hashes into its manifest, its tokenizer, and its ledger.
+    """Writes what a run trains on: the hashes into its manifest, its tokenizer, and its ledger.
 
     Args:
         steps: optimizer steps of the run.
@@ -166,7 +166,7 @@ def write_data(run: RunDirectory, data: "Prepared", steps: int, vocab_size: int 
 
 
 def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads: bool) -> None:
-    """Cut the rows of metrics.jsonl that come after a checkpoint: the run makes those steps again.
+    """Cuts the rows of metrics.jsonl that come after a checkpoint: the run makes those steps again.
 
     Args:
         leads: whether this is the rank that writes the file.

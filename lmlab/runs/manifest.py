@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions, the git commit and the machine that this process runs with."""
+    """Returns the versions, the git commit and the machine that this process runs with."""
     return {
         "lmlab": lmlab.__version__,
         "git": git_state(Path(lmlab.__file__).parent),
@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def version_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the versions and the commit in which two environments differ, such as `torch 2.12.0 → 2.13.0`."""
+    """Returns the versions and the commit in which two environments differ, such as `torch 2.12.0 → 2.13.0`."""
     pairs = {name: (then[name], now[name]) for name in ("lmlab", "python")}
     pairs["commit"] = tuple((one["git"] or {}).get("commit", "none")[:12] for one in (then, now))
     for name in sorted(then["packages"].keys() | now["packages"].keys()):
@@ -50,7 +50,7 @@ def version_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return the commit of the checkout in which a package lies, and whether it has changes; None outside of one."""
+    """Returns the commit of the checkout in which a package lies, and whether it has changes; None outside of one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -32,7 +32,7 @@ class Status:
 
 
 def read_status(run: RunDirectory) -> Status:
-    """Return the status of a run, whether it has begun or not. Damaged files are a failure."""
+    """Returns the status of a run, whether it has begun or not. Damaged files are a failure."""
     try:
         if run.finished():
             summary = run.read_summary()
@@ -52,14 +52,14 @@ def read_status(run: RunDirectory) -> Status:
 
 
 def last_step(run: RunDirectory) -> int:
-    """Return the step of the last whole row of a run's metrics."""
+    """Returns the step of the last whole row of a run's metrics."""
     lines = run.metrics.read_bytes().splitlines(keepends=True) if run.metrics.is_file() else []
     whole = [line for line in lines[-2:] if line.endswith(b"\n")]
     return json.loads(whole[-1])["step"] if whole else 0
 
 
 def write_failure(run: RunDirectory, error: BaseException) -> None:
-    """Write how an attempt at a run ended into its directory, unless the directory is gone."""
+    """Writes how an attempt at a run ended into its directory, unless the directory is gone."""
     if not run.path.is_dir():
         return
     if isinstance(error, Stopped):

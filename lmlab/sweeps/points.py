@@ -90,7 +90,7 @@ def updated_sweep(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def name_run(cfg: DictConfig) -> None:
-    """Let W&B group the runs of a sweep, and name each after its point, unless the config says otherwise."""
+    """Makes W&B group the runs of a sweep, and name each after its point, unless the config says otherwise."""
     run, block = RunDirectory(cfg.run_dir), (cfg.get("logger") or {}).get("wandb")
     if not block:
         return

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best: int | None) -> dict[str, Any]:
-    """Write the summary of a run, which finishes it, and return it.
+    """Writes the summary of a run, which finishes it, and returns it.
 
     Args:
         best: the step of the exported weights; None for the last ones.
@@ -39,7 +39,7 @@ def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best: int | N
 
 
 def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule", data: Any, best: bool) -> None:
-    """Print the summary of a run, what its model generates, and the command that lets it generate more.
+    """Prints the summary of a run, what its model generates, and the command that lets it generate more.
 
     Args:
         data: the `BlocksDataModule` that the module was trained on.
