@@ -87,7 +87,7 @@ def score(
     if chunk_size is None:
         logits = output.logits[0]  # [N, V]
         return Scores(F.cross_entropy(logits.float(), targets, reduction="none"), auxiliary)
-    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, torch.is_grad_enabled())
+    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return Scores(nll, auxiliary)
 
 
