@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
         description="Compare evaluations document by document: each with the first, or with another of them. "
         "Runs that differ only in their seed, and in where and how they ran, are taken together.",
     )
-    p.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, an evaluation, or a directory of them")
+    p.add_argument(
+        "directories", nargs="+", type=Path, metavar="DIR", help="a run, an evaluation, or a directory of them"
+    )
     p.add_argument(
         "--against", default="1", metavar="ROW", help="what the others are compared with, by its number or name (1)"
     )
@@ -50,7 +52,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Prints the comparison, and writes it as CSV and LaTeX."""
-    runs = comparison.read_evaluations(arguments.places)
+    runs = comparison.read_evaluations(arguments.directories)
     comparison.check_comparable(runs)
     runs = comparison.align(runs)
     unit = comparison.row_unit(runs)

@@ -71,7 +71,7 @@ def measure(cfg: DictConfig) -> None:
 
 
 def trained_run(cfg: DictConfig) -> RunDirectory | None:
-    """Returns the run whose exported model is evaluated; None for any other model, also one that lies beside it."""
+    """Returns the run whose exported model is evaluated; None for any other model, even in the directory of a run."""
     run = RunDirectory(Path(cfg.model.name).resolve().parent)
     return run if run.model == Path(cfg.model.name).resolve() and run.trained_as() else None
 
@@ -142,9 +142,9 @@ def evaluate(cfg: DictConfig, overrides: list[str], config_dir: Path | None = No
                 cfg = compose.freeze(evaluated.completed(cfg, overrides, trusted))
                 changes.fit_to_ranks(cfg)
                 schema.check_evaluation(cfg)
-                return certify(cfg, run, overrides)
+                return evaluate_on_all_ranks(cfg, run, overrides)
         except BaseException as error:
-            if cause_of(error) not in ("crashed", "killed"):  # then its ranks have left logs
+            if cause_of(error) not in ("crashed", "killed"):  # if they did, the logs of the ranks stay
                 take_back(run.path, before)
             raise
 
@@ -167,7 +167,7 @@ def snapshot_of_unfinished(cfg: DictConfig, trusted: Sequence[str]) -> Iterator[
         shutil.rmtree(path, ignore_errors=True)
 
 
-def certify(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
+def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
     """Measures on all ranks, checks and shows the result. Metrics whose check failed are not kept."""
     from lmlab.evaluation import records
 

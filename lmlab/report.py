@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("places", nargs="+", type=Path, metavar="DIR", help="a run, or a folder with runs in it")
+    p.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="a run, or a folder with runs in it")
     p.add_argument("--out", type=Path, help="where the report goes (reports/DATE/TIME)")
     return p
 
@@ -44,7 +44,7 @@ def report(arguments: argparse.Namespace) -> None:
     from lmlab.reporting.load import load_runs
     from lmlab.reporting.text import letter
 
-    runs, evaluations, unread = load_runs(arguments.places)
+    runs, evaluations, unread = load_runs(arguments.directories)
 
     from lmlab.reporting import page
     from lmlab.reporting.section import make_sections

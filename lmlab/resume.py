@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from lmlab.config import build, changes, compose, schema, trust
 from lmlab.config.attempt import attempt
-from lmlab.config.compose import config_of
 from lmlab.config.rank import on_rank_zero
 from lmlab.console import command
 from lmlab.distributed.signals import SIGNALS
@@ -62,33 +61,33 @@ def main() -> None:
             directory = (given.into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
             if RunDirectory(directory).begun():
                 raise UserError(f"{directory} holds a run or an evaluation already. Choose another: --into DIR")
-        kept = config_of(run)
+        previous = compose.config_of(run)
         trusted, overrides = trust.split(given.overrides, given.config_dir)
-        cfg = changes.apply_overrides(kept, directory, overrides, given.config_dir)
+        cfg = changes.apply_overrides(previous, directory, overrides, given.config_dir)
         trust.check_trusted(cfg, trusted)
         compose.check_secrets(cfg)
         if given.fresh:
-            repeat(run, cfg, kept, overrides)
+            repeat(run, cfg, previous, overrides)
             return
         if run.finished():
-            changes.check(cfg, kept, run)
-            if not changes.lengthens(cfg, kept, run):
-                raise UserError(lifecycle.finished(run))
+            changes.check(cfg, previous, run)
+            if not changes.lengthens(cfg, previous, run):
+                raise UserError(lifecycle.describe_finished(run))
         attempt(train, cfg, overrides)
 
 
-def repeat(run: RunDirectory, cfg: DictConfig, kept: DictConfig, overrides: list[str]) -> None:
+def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: list[str]) -> None:
     """Runs an experiment again in the directory of `cfg`; prints what differs from `run` before, and in the end."""
     schema.check_run(cfg)
     manifest, path = run.read_manifest(), from_here(run.path)
     again = command("python", "-m", "lmlab.resume", path, "--fresh")
-    with changes.hint_at_locations(again, changes.location_overrides(cfg, kept)):
+    with changes.hint_at_locations(again, changes.location_overrides(cfg, previous)):
         identity = build.prepare_data(cfg).identity
     differences = version_changes(manifest, environment())
     differences += [
         f"{key.replace('_', ' ')}: changed" for key, value in identity.items() if manifest.get(key) != value
     ]
-    lengthened = [attempt["step"] for attempt in manifest.get("went_on", ()) if "length_before" in attempt]
+    lengthened = [one["step"] for one in manifest.get("went_on", ()) if "length_before" in one]
     differences += [f"length: changed at step {step}" for step in lengthened]
     if overrides:
         differences.append(f"config: {command(*redacted_command(overrides))}")

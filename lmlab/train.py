@@ -66,7 +66,7 @@ def train_rank(cfg: DictConfig, checkpoint: str | None = None) -> None:
 
 @on_rank_zero(others=train_rank)
 def train_job(cfg: DictConfig) -> float:
-    """Trains as Hydra composed it: one run, or one of a sweep, whose search gets the val/loss that is returned."""
+    """Trains as Hydra composed it, one run or one of a sweep; returns its val/loss, for sweepers other than lmlab's."""
     hydra = HydraConfig.get()
     swept = hydra.mode is RunMode.MULTIRUN
     if swept:

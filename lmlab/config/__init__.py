@@ -1,1 +1,1 @@
-"""The only room that sees a config: composes it, checks it, and builds objects from it."""
+"""The config of a command: composes it, checks it, and builds objects from it."""

@@ -38,15 +38,15 @@ def attempt(
     """
     run = RunDirectory(cfg.run_dir)
     with lifecycle.locked(run, in_sweep):
-        kept = compose.config_of(run) if run.begun() else None
-        changes.check(cfg, kept, run)
-        if kept is not None and run.finished() and not changes.lengthens(cfg, kept, run):
-            print(lifecycle.finished(run))
-            ranks.send_arguments([])
+        previous = compose.config_of(run) if run.begun() else None
+        changes.check(cfg, previous, run)
+        if previous is not None and run.finished() and not changes.lengthens(cfg, previous, run):
+            print(lifecycle.describe_finished(run))
+            ranks.send_arguments([])  # the other ranks have nothing to do
             return run.read_summary()["val/loss"]
         with log_to(run.log), lifecycle.stop_reported(run):
             config, checkpoint = OmegaConf.to_yaml(compose.without_secrets(cfg)), None
-            if kept is None:
+            if previous is None:
                 seeds = {"run": cfg.seed, "split": cfg.preprocess.split_seed}
                 given = OmegaConf.to_yaml(secrets.redacted_command(overrides))
                 this = lifecycle.new(run, config, given, seeds, **facts)
@@ -54,10 +54,10 @@ def attempt(
                 from lmlab.training.checkpoint import last_checkpoint
 
                 checkpoint = last_checkpoint(run)
-                changes.check_data(cfg, kept, run, checkpoint)
+                changes.check_data(cfg, previous, run, checkpoint)
                 about: dict[str, Any] = {"devices": world(cfg.trainer)}
-                if changes.length(cfg) != changes.length(kept):
-                    about["length_before"] = changes.length(kept)
+                if changes.length(cfg) != changes.length(previous):
+                    about["length_before"] = changes.length(previous)
                 this = lifecycle.resumed(run, config, checkpoint, **about)
             with this:
                 if world(cfg.trainer) > 1 or apart:

@@ -116,7 +116,7 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         objective,
         Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride")),
         preprocessing(cfg),
-        block=OmegaConf.to_container(block),  # type: ignore[arg-type]
+        objective_config=OmegaConf.to_container(block),  # type: ignore[arg-type]
         masks_seed=cfg.seed if "score" in cfg else 0,  # in training the same masks for runs of all seeds
         pseudo=pseudo,
         units=cfg.get("units", "text"),

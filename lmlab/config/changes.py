@@ -29,7 +29,8 @@ from lmlab.secrets import MARK
 CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
 """Keys and blocks that a run that goes on may change: how it runs, its length, and its callbacks."""
 LOCATED = ("data", "tokenizer.name", "model.name")
-"""Keys and blocks that name files. These may move, as the hashes in the manifest tell whether they are the same."""
+"""Keys and blocks that name files, which may move: hashes in the manifest tell whether data and tokenizer are the same,
+and the weights of a model come from the checkpoint."""
 GROUPS = ("trainer", "callbacks", "logger")
 """Groups of which a run that goes on may choose another option."""
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
@@ -37,11 +38,13 @@ HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
 MISSING = "not there"
 
 
-def apply_overrides(kept: DictConfig, run_dir: Path, words: list[str], config_dir: Path | None = None) -> DictConfig:
+def apply_overrides(
+    previous: DictConfig, run_dir: Path, words: list[str], config_dir: Path | None = None
+) -> DictConfig:
     """Applies the overrides of a command to the composed config of a run.
 
     Args:
-        kept: the config of the run.
+        previous: the config of the run.
         run_dir: the directory in which the run goes on, or is repeated.
         words: the overrides.
         config_dir: a folder with more options of the groups.
@@ -49,7 +52,7 @@ def apply_overrides(kept: DictConfig, run_dir: Path, words: list[str], config_di
     Raises:
         UserError: an override can't be read, or changes what a run keeps.
     """
-    cfg = with_run_dir(kept, run_dir)
+    cfg = with_run_dir(previous, run_dir)
     overrides = [(word, parse_override(word)) for word in readable(words)]
     # Groups first, so that an override of one of their keys changes the option that was chosen.
     for word, override in sorted(overrides, key=lambda pair: pair[1].key_or_group not in GROUPS):
@@ -72,7 +75,9 @@ def apply_overrides(kept: DictConfig, run_dir: Path, words: list[str], config_di
             OmegaConf.update(cfg, key, override.value(), force_add=True)
             OmegaConf.update(cfg, key, resolve(cfg, key))
     # A pretrained model brings its tokenizer.
-    if kept.model.get("name") and kept.model.name == kept.tokenizer.get("name") == cfg.tokenizer.get("name"):
+    if previous.model.get("name") and previous.model.name == previous.tokenizer.get("name") == cfg.tokenizer.get(
+        "name"
+    ):
         cfg.tokenizer.name = cfg.model.name
     return name_precision(cfg)
 
@@ -144,24 +149,24 @@ def with_run_dir(cfg: DictConfig, run_dir: Path) -> DictConfig:
     return OmegaConf.create(replace(OmegaConf.to_container(cfg)))
 
 
-def location_overrides(cfg: DictConfig, kept: DictConfig, evaluation: bool = False) -> list[str]:
+def location_overrides(cfg: DictConfig, previous: DictConfig, evaluation: bool = False) -> list[str]:
     """Returns the overrides that name the files of a run, as a person would type them.
 
     Args:
-        cfg: the config now. A path in which it does not differ from `kept` is left for the person to fill in, `PATH`.
-        kept: the config that the run was begun with.
+        cfg: the config now. A path in which it does not differ from `previous` is left to fill in, `PATH`.
+        previous: the config in the run directory, that of the last attempt.
         evaluation: return only that of the text which an evaluation scores.
     """
-    names = ("path",) if kept.data.get("path") else ("train", "validation")
-    keys = [f"data.{name}" for name in names if kept.data.get(name)]
+    names = ("path",) if previous.data.get("path") else ("train", "validation")
+    keys = [f"data.{name}" for name in names if previous.data.get(name)]
     if evaluation:
         keys = keys[-1:]
     else:
-        brings_tokenizer = kept.model.get("name") == kept.tokenizer.get("name")
+        brings_tokenizer = previous.model.get("name") == previous.tokenizer.get("name")
         keys += ["model.name"] if brings_tokenizer else ["model.name", "tokenizer.name"]
     words = []
     for key in keys:
-        now, then = OmegaConf.select(cfg, key), OmegaConf.select(kept, key)
+        now, then = OmegaConf.select(cfg, key), OmegaConf.select(previous, key)
         if None not in (now, then):
             value = f"[{','.join(map(literal, now))}]" if isinstance(now, ListConfig) else literal(str(now))
             words.append(command(f"{key}={'PATH' if now == then else value}"))
@@ -184,22 +189,22 @@ def hint_at_locations(again: str, overrides: list[str]) -> Iterator[None]:
         raise UserError(f"{error}\nIf they lie elsewhere now: {again} {' '.join(overrides)}", error.cause) from error
 
 
-def check(cfg: DictConfig, kept: DictConfig | None, run: RunDirectory) -> None:
+def check(cfg: DictConfig, previous: DictConfig | None, run: RunDirectory) -> None:
     """Refuses a config that can be seen to be wrong, or to be another experiment than the run that was begun.
 
     Args:
-        kept: the config that the run was begun with; None for a new run.
+        previous: the config in the run directory, that of the last attempt; None for a new run.
     """
-    fit_to_ranks(cfg, kept)
+    fit_to_ranks(cfg, previous)
     schema.check_run(cfg)
-    if kept is not None:
-        # What LOCATED names may move, as its content is compared. Before a checkpoint it may not be known yet.
-        check_same(cfg, kept, (*CHANGEABLE, *LOCATED) if run.checkpoint_files() else CHANGEABLE)
+    if previous is not None:
+        # What LOCATED names may move once a checkpoint is there: before it, the manifest may have no hashes yet.
+        check_same(cfg, previous, (*CHANGEABLE, *LOCATED) if run.checkpoint_files() else CHANGEABLE)
 
 
-def check_same(cfg: DictConfig, kept: DictConfig, free: tuple[str, ...]) -> None:
-    """Refuses a config that differs from the one that a run was begun with in other keys and blocks than `free`."""
-    differing = changed_values(cfg, kept)
+def check_same(cfg: DictConfig, previous: DictConfig, free: tuple[str, ...]) -> None:
+    """Refuses a config that differs from the one of the last attempt in other keys and blocks than `free`."""
+    differing = changed_values(cfg, previous)
     changed = [text for key, text in differing.items() if key == "data.text" or not is_in(key, free)]
     if changed:
         raise UserError(
@@ -209,18 +214,18 @@ def check_same(cfg: DictConfig, kept: DictConfig, free: tuple[str, ...]) -> None
         )
 
 
-def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint: Path | None) -> None:
+def check_data(cfg: DictConfig, previous: DictConfig, run: RunDirectory, checkpoint: Path | None) -> None:
     """Refuses to go on with a run whose data or tokenizer has changed, or whose checkpoint does not fit the config."""
     from lmlab.training.checkpoint import numbers_parameters
 
     manifest = run.read_manifest()
     again = command("python", "-m", "lmlab.resume", from_here(run.path))
-    with hint_at_locations(again, location_overrides(cfg, kept)):
+    with hint_at_locations(again, location_overrides(cfg, previous)):
         data = build.prepare_data(cfg)
     for key, name in (("data_fingerprint", "data"), ("tokenizer_hash", "tokenizer")):
         if manifest.get(key, getattr(data, key)) != getattr(data, key):
-            changed = [text for key, text in changed_values(cfg, kept).items() if is_in(key, LOCATED)]
-            where = " ".join(location_overrides(kept, kept))
+            changed = [text for key, text in changed_values(cfg, previous).items() if is_in(key, LOCATED)]
+            where = " ".join(location_overrides(previous, previous))
             raise UserError(
                 f"the {name} of {run.path} is not what the run was begun with: "
                 f"{', '.join(changed) if changed else 'its files have changed'}.\n"
@@ -238,13 +243,14 @@ def check_data(cfg: DictConfig, kept: DictConfig, run: RunDirectory, checkpoint:
         )
 
 
-def changed_values(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
-    """Returns the keys in which a config differs from the one that a run was begun with, each with both values as text.
+def changed_values(cfg: DictConfig, previous: DictConfig) -> dict[str, str]:
+    """Returns the keys in which a config differs from that of the last attempt, each with both values as text.
 
     A secret is not kept, and so is never a change.
     """
     now, then = (
-        flatten(OmegaConf.to_container(without_secrets(one))) for one in (cfg, with_run_dir(kept, Path(cfg.run_dir)))
+        flatten(OmegaConf.to_container(without_secrets(one)))
+        for one in (cfg, with_run_dir(previous, Path(cfg.run_dir)))
     )
     then |= {key: now[key] for key, value in then.items() if MARK in str(value) and now.get(key) is not None}
     return {
@@ -254,13 +260,13 @@ def changed_values(cfg: DictConfig, kept: DictConfig) -> dict[str, str]:
     }
 
 
-def fit_to_ranks(cfg: DictConfig, kept: DictConfig | None = None) -> None:
+def fit_to_ranks(cfg: DictConfig, previous: DictConfig | None = None) -> None:
     """Sets the devices of a config to the ranks that torchrun or srun started, and accumulates as they need it.
 
     A run that goes on never has a larger micro batch than before.
 
     Args:
-        kept: the config that the run was begun with; None for a new run.
+        previous: the config in the run directory, that of the last attempt; None for a new run.
 
     Raises:
         UserError: the config asks for another number of ranks, or the batch does not divide over them.
@@ -276,11 +282,11 @@ def fit_to_ranks(cfg: DictConfig, kept: DictConfig | None = None) -> None:
                 f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.get('num_nodes', 1)}.\n"
                 "Leave both out to take those that were started."
             )
-    if kept is None or world(trainer) == world(kept.trainer):
+    if previous is None or world(trainer) == world(previous.trainer):
         return
-    if trainer.accumulate_grad_batches != kept.trainer.accumulate_grad_batches:  # the command sets it
+    if trainer.accumulate_grad_batches != previous.trainer.accumulate_grad_batches:  # the command sets it
         return
-    largest = cfg.batch_size // (world(kept.trainer) * kept.trainer.accumulate_grad_batches)
+    largest = cfg.batch_size // (world(previous.trainer) * previous.trainer.accumulate_grad_batches)
     for accumulate in range(1, cfg.batch_size + 1):
         micro_batch, rest = divmod(cfg.batch_size, world(trainer) * accumulate)
         if not rest and micro_batch <= largest:
@@ -293,9 +299,9 @@ def fit_to_ranks(cfg: DictConfig, kept: DictConfig | None = None) -> None:
     )
 
 
-def lengthens(cfg: DictConfig, kept: DictConfig, run: RunDirectory) -> bool:
+def lengthens(cfg: DictConfig, previous: DictConfig, run: RunDirectory) -> bool:
     """Returns whether a config asks for more steps than a finished run has made."""
-    if length(cfg) == length(kept):
+    if length(cfg) == length(previous):
         return False
     return not 0 < (cfg.trainer.max_steps or 0) <= run.read_summary()["steps"]
 

@@ -93,7 +93,7 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
     try:
         home = getattr(_locate(name), "__module__", "")
     except (ImportError, AttributeError, ValueError):
-        return True  # as above
+        return True  # there is nothing to run
     return any(f"{home}.".startswith(f"{package.partition('.')[0]}.") for package in trusted)
 
 

@@ -25,7 +25,7 @@ def hold_out(
     context: Context,
     choices: Preprocessing,
     *,
-    block: dict[str, Any] | None = None,
+    objective_config: dict[str, Any] | None = None,
     masks_seed: int = 0,
     pseudo: dict[str, Any] | None = None,
     units: str = "text",
@@ -36,7 +36,7 @@ def hold_out(
         data: with the held-out documents.
         context: what the model sees at once.
         choices: by which the data was prepared.
-        block: the objective's class and arguments for the certificate, `_target_` and keys; the class alone by default.
+        objective_config: the objective's class (`_target_`) and arguments, for the certificate; by default the class.
         masks_seed: decides the masks of a masked objective.
         pseudo: arguments of `PseudoRows`, for a row for each token (pseudo-perplexity) rather than for each window.
         units: what metrics per word are of, see `records.WORDS`.
@@ -68,7 +68,7 @@ def hold_out(
         "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
         "drop_remainder_every": choices.drop_remainder_every if context.name == "blocks" else None,
         **{key: getattr(choices, key) for key in ("end_of_text", "special_tokens", "truncation")},
-        "objective": None if pseudo else block or target,
+        "objective": None if pseudo else objective_config or target,
         "masks_seed": masks_seed if objective.bidirectional and not pseudo else None,
         "pseudo": pseudo,
     }

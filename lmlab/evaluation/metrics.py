@@ -19,7 +19,7 @@ WORDS = {
     "words": "A word is what stands between white space. The end of a line, as that of a document, counts as one, as "
     "its nll does: the count of the literature on PTB and WikiText.",
 }
-"""What is counted as a word, by the config key `units` (README.md, "What a word is")."""
+"""What is counted as a word, by the config key `units` (docs/measure.md, "Words")."""
 
 
 def perplexity(nll: float) -> float:

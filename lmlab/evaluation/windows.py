@@ -1,6 +1,6 @@
 """Lays windows over held-out documents: which tokens a model is shown at once, and which of them it is scored on.
 
-The documents' tokens are laid end to end; a window is a stretch of them. Each token is a target in one window at most.
+The documents' tokens are laid end to end; a window is a slice of them. Each token is a target in one window at most.
 
 Shapes: W windows, D documents.
 """

@@ -1,7 +1,7 @@
 """Loads Hugging Face models with trained weights, makes them from scratch, and checks them before use."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -16,10 +16,7 @@ from lmlab.hub import from_hub
 from lmlab.models.loss import check_scoring
 from lmlab.models.memory import check_weights
 from lmlab.models.probe import probe, run_probe
-from lmlab.objectives import OBJECTIVE_OF
-
-if TYPE_CHECKING:
-    from lmlab.objectives import Objective
+from lmlab.objectives import OBJECTIVE_OF, Objective
 
 
 def pretrained(
@@ -174,7 +171,7 @@ def config_values(values: dict[str, Any] | None, config: PreTrainedConfig) -> di
 
 
 def check_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, objective: "Objective"
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, objective: Objective
 ) -> None:
     """Refuses a model that cannot score this tokenizer's blocks as the objective requires.
 

@@ -20,6 +20,7 @@ from lmlab.reporting.load import COUNTS, SPLITS, Run, objective_of
 from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys, value_texts
 from lmlab.reporting.statistics import BEST, Final, final_metrics, split_comparable, verdict
 from lmlab.reporting.text import duration, interval_text, letter, number_text, p_text, perplexity_text, shorten
+from lmlab.runs.status import ENDED
 
 KEYS = 8
 """Keys whose effect is drawn."""
@@ -374,9 +375,7 @@ class Section:
     def troubles(self) -> list[tuple[int, Run, str]]:
         """The index of each run that has not ended, or can't be read in full, the run, and how to go on with it."""
         return [
-            (i, run, next_command(run))
-            for i, run in enumerate(self.runs)
-            if run.status.name not in ("done", "pruned") or run.faults
+            (i, run, next_command(run)) for i, run in enumerate(self.runs) if run.status.name not in ENDED or run.faults
         ]
 
     @cached_property

@@ -1,1 +1,1 @@
-"""The run directory: identity, manifest, where every file lies."""
+"""Runs: their directory, manifest and status, their log, and how they begin, go on and end."""

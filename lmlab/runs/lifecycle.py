@@ -1,6 +1,6 @@
 """The life of a run: new, resumed, lengthened, finished; and what stays of an attempt that fails.
 
-A run directory is in one of these states, which its files tell:
+A run directory is in one of three phases, which its files tell:
 
     new        it holds no manifest
     begun      it holds a manifest, and no summary: the run goes on, was stopped, or failed (see status.py)
@@ -121,23 +121,23 @@ def stop_reported(run: RunDirectory) -> Iterator[None]:
         yield
     except Stopped as stop:
         if run.begun():
-            stop.kept = kept(run)
+            stop.kept = describe_kept(run)
             LOG.warning("%s", stop)
             stop.kept = None
         raise
 
 
-def kept(run: RunDirectory) -> str:
+def describe_kept(run: RunDirectory) -> str:
     """Says what a stopped run has kept, and the command that goes on with it."""
     if run.finished():
-        return finished(run)
+        return describe_finished(run)
     checkpoints = run.checkpoint_files()
     newest = f"Kept: the checkpoint of step {run.step_of(checkpoints[-1])}." if checkpoints else "No checkpoint yet."
     return f"{newest} To go on: {command('python', '-m', 'lmlab.resume', from_here(run.path))}"
 
 
-def finished(run: RunDirectory) -> str:
-    """The result of a finished run, and the command that trains it longer."""
+def describe_finished(run: RunDirectory) -> str:
+    """Returns what a finished run came to, and the command that trains it longer."""
     path, summary = from_here(run.path), run.read_summary()
     return (
         f"{path} is finished: {summary['steps']} steps, val/loss {summary['val/loss']:.4f}.\n"

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from lmlab.training.module import LMModule
 
 
-def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best: int | None) -> dict[str, Any]:
+def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best_step: int | None) -> dict[str, Any]:
     """Writes the summary of a run, which finishes it, and returns it.
 
     Args:
-        best: the step of the exported weights; None for the last ones.
+        best_step: the step of the exported weights; None for the last ones.
 
     Returns:
         The metrics of the exported weights on held-out text, those before training, and what training took.
@@ -28,7 +28,7 @@ def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best: int | N
     pruned = [step for callback in trainer.callbacks if (step := getattr(callback, "pruned", None)) is not None]
     metric = f"val/{module.metric}"
     summary = {
-        **(module.final or module.validations[trainer.global_step if best is None else best]),
+        **(module.final or module.validations[trainer.global_step if best_step is None else best_step]),
         f"{metric}_before": module.validations[0][metric],
         "steps": trainer.global_step,
         **measure.result(),
