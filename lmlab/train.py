@@ -39,8 +39,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     objective, model = build.build_model(cfg, data.tokenizer)
     steps, interval = build.training_length(cfg, data)
     module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
+    lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
     trainer = build.build_trainer(cfg, interval, run.read_manifest()["run_id"])
-    lifecycle.rewind(run, module, checkpoint, leads=trainer.is_global_zero)
     with closed_at_the_end(trainer.loggers, run):
         if trainer.is_global_zero:
             lifecycle.write_data(run, data, steps, cfg.tokenizer.get("vocab_size"))
