@@ -110,8 +110,8 @@ def compare_curves(then: dict[tuple[int, str], float], now: dict[tuple[int, str]
     """Says how two loss curves agree at the points that both have."""
     both = sorted(then.keys() & now.keys())
     differing = [point for point in both if then[point] != now[point]]
-    if not both:
-        return "The loss curves have no step in common."
+    if not [step for step, _ in both if step > 0]:
+        return "The loss curves have no step in common, after the validation before training."
     if not differing:
         return f"The loss curve is the same, bit for bit: {len(both)} points, to step {both[-1][0]}."
     step, name = differing[0]

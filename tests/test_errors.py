@@ -579,6 +579,7 @@ COMMANDS = {
     "seed=99999999999999999999": ["seed=99999999999999999999: it has to be a whole number, 0 or more, less than"],
     "batch_size=0": ["batch_size=0: it has to be a whole number, 1 or more"],
     "cache_dir=null": ["cache_dir"],
+    "trainer.max_steps=null trainer.max_epochs=null": ["the run has no end"],
     "trainer.max_steps=-1 trainer.max_epochs=0": ["trainer.max_epochs", "trainer.max_steps"],
     "trainer.max_steps=-1 trainer.max_epochs=x": ["trainer.max_epochs"],
     "trainer.val_check_interval=0": ["trainer.val_check_interval=0: ", "steps (100), another one epochs (1.0)"],

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lmlab.config import build, schema, signatures
-from lmlab.config.compose import create_hydra, name_precision, without_secrets
+from lmlab.config.compose import create_hydra, normalize_trainer, without_secrets
 from lmlab.config.explain import dotted, explain
 from lmlab.config.files import CONF
 from lmlab.config.overrides import literal, readable
@@ -79,7 +79,7 @@ def apply_overrides(
         "name"
     ):
         cfg.tokenizer.name = cfg.model.name
-    return name_precision(cfg)
+    return normalize_trainer(cfg)
 
 
 def how_to_add(cfg: DictConfig, key: str, word: str) -> str:
@@ -209,7 +209,7 @@ def check_same(cfg: DictConfig, previous: DictConfig, free: tuple[str, ...]) -> 
     if changed:
         raise UserError(
             f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed)}.\n"
-            "Choose another directory by hydra.run.dir=DIR; "
+            "Choose another directory: hydra.run.dir=DIR, or of lmlab.resume --fresh --into DIR; "
             "to begin there with this run's weights: model=pretrained model.name=RUN/model"
         )
 

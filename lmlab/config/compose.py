@@ -188,7 +188,7 @@ def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} does not resolve: {first_line(error)}.") from error
     check_secrets(cfg)
-    return name_precision(cfg)
+    return normalize_trainer(cfg)
 
 
 def name_directory(cfg: DictConfig, swept: bool) -> None:
@@ -209,11 +209,13 @@ def job_config(cfg: DictConfig) -> DictConfig:
     return freeze(cfg)
 
 
-def name_precision(cfg: DictConfig) -> DictConfig:
-    """Gives the precision of a config its full name, in place, and returns the config."""
+def normalize_trainer(cfg: DictConfig) -> DictConfig:
+    """Gives precision and number of steps their full names as Lightning has them, in place, and returns the config."""
     trainer = cfg.get("trainer")
     if isinstance(trainer, DictConfig) and "precision" in trainer:
         trainer.precision = SHORT_PRECISIONS.get(str(trainer.precision), trainer.precision)
+    if isinstance(trainer, DictConfig) and trainer.get("max_steps", 0) is None:
+        trainer.max_steps = -1
     return cfg
 
 
