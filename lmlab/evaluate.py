@@ -17,7 +17,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab import secrets
 from lmlab.config import build, changes, compose, evaluated, schema, targets, trust
 from lmlab.config.rank import on_all_ranks, on_rank_zero
 from lmlab.console import command, show_result
@@ -73,7 +72,7 @@ def measure(cfg: DictConfig) -> None:
 def trained_run(cfg: DictConfig) -> RunDirectory | None:
     """Returns the run whose exported model is evaluated; None for any other model, even in the directory of a run."""
     run = RunDirectory(Path(cfg.model.name).resolve().parent)
-    return run if run.model == Path(cfg.model.name).resolve() and run.trained_as() else None
+    return run if run.model == Path(cfg.model.name).resolve() and run.has_config() else None
 
 
 def held_out_data(cfg: DictConfig, tokenizer: Any, trained: RunDirectory | None) -> "Prepared":
@@ -171,8 +170,7 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
     """Measures on all ranks, checks and shows the result. Metrics whose check failed are not kept."""
     from lmlab.evaluation import records
 
-    config = OmegaConf.to_yaml(compose.without_secrets(cfg))
-    given = OmegaConf.to_yaml(secrets.redacted_command(overrides))
+    config, given = compose.config_yaml(cfg), compose.overrides_yaml(overrides)
     with lifecycle.new(run, config, given, {"masks": cfg.seed}), stopped_with("Nothing of the evaluation is kept."):
         try:
             began = time.perf_counter()

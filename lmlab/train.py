@@ -37,13 +37,12 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash
     )
     objective, model = build.build_model(cfg, data.tokenizer)
-    steps, interval = build.training_length(cfg, data)
-    module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
+    module, datamodule = build.build_training(cfg, data, objective, model)
     lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
-    trainer = build.build_trainer(cfg, interval, run.read_manifest()["run_id"])
+    trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
     with closed_at_the_end(trainer.loggers, run):
         if trainer.is_global_zero:
-            lifecycle.write_data(run, data, steps, cfg.tokenizer.get("vocab_size"))
+            lifecycle.write_data(run, data, module.steps, cfg.tokenizer.get("vocab_size"), show=checkpoint is None)
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         if checkpoints.rescoring_due(trainer):
             checkpoints.score_best_weights(trainer, module)

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from lmlab import secrets
 from lmlab.config import build, changes, compose
 from lmlab.config.rank import on_all_ranks
 from lmlab.config.schema import world
@@ -45,11 +44,10 @@ def attempt(
             ranks.send_arguments([])  # the other ranks have nothing to do
             return run.read_summary()["val/loss"]
         with log_to(run.log), lifecycle.stop_reported(run):
-            config, checkpoint = OmegaConf.to_yaml(compose.without_secrets(cfg)), None
+            config, checkpoint = compose.config_yaml(cfg), None
             if previous is None:
                 seeds = {"run": cfg.seed, "split": cfg.preprocess.split_seed}
-                given = OmegaConf.to_yaml(secrets.redacted_command(overrides))
-                this = lifecycle.new(run, config, given, seeds, **facts)
+                this = lifecycle.new(run, config, compose.overrides_yaml(overrides), seeds, **facts)
             else:
                 from lmlab.training.checkpoint import last_checkpoint
 

@@ -169,14 +169,9 @@ def check_padding(model: "PreTrainedModel", lengths: "np.ndarray", rows: int) ->
 
 
 def build_training(
-    cfg: DictConfig, data: "Prepared", objective: "Objective", model: "PreTrainedModel", steps: int, interval: int
+    cfg: DictConfig, data: "Prepared", objective: "Objective", model: "PreTrainedModel"
 ) -> "tuple[LMModule, BlocksDataModule]":
-    """Returns the module and the data that a trainer fits, checked against memory and padding.
-
-    Args:
-        steps: optimizer steps of the run.
-        interval: optimizer steps from one validation to the next.
-    """
+    """Returns the module and the data that a trainer fits, checked against memory and padding."""
     import numpy as np
     import torch
 
@@ -189,6 +184,7 @@ def build_training(
 
     assert data.train is not None
     trainer, gpu = cfg.trainer, uses_gpu(cfg.trainer)
+    steps, interval = training_length(cfg, data)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
     # AdamW keeps two moments; what another optimizer keeps is not known.

@@ -269,9 +269,12 @@ def fit_to_ranks(cfg: DictConfig, previous: DictConfig | None = None) -> None:
         previous: the config in the run directory, that of the last attempt; None for a new run.
 
     Raises:
-        UserError: the config asks for another number of ranks, or the batch does not divide over them.
+        UserError: the block trainer can't be read, the config asks for another number of ranks, or the batch does not
+            divide over them.
     """
     trainer = cfg.trainer
+    for one in (trainer, *([] if previous is None else [previous.trainer])):
+        schema.check_trainer(one)
     if ranks.rank() is not None:
         started = ranks.width()
         if world(trainer) == 1:

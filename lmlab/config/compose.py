@@ -244,9 +244,19 @@ def without_secrets(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create(secrets.redacted(OmegaConf.to_container(cfg)))
 
 
+def config_yaml(cfg: DictConfig) -> str:
+    """Returns a composed config as its run directory keeps it, without its secrets."""
+    return OmegaConf.to_yaml(without_secrets(cfg))
+
+
+def overrides_yaml(overrides: list[str]) -> str:
+    """Returns the overrides of a command as a run directory keeps them, without their secrets."""
+    return OmegaConf.to_yaml(secrets.redacted_command(overrides))
+
+
 def write_config(cfg: DictConfig, run_dir: Path) -> None:
-    """Writes the composed config into a run directory, without its secrets."""
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(without_secrets(cfg)))
+    """Writes the composed config into a run directory."""
+    write_text(RunDirectory(run_dir).config, config_yaml(cfg))
 
 
 def handed_over(cfg: DictConfig) -> dict[str, str]:
@@ -267,7 +277,7 @@ def read_config(run_dir: Path) -> DictConfig:
     Raises:
         UserError: the file can't be read, or is damaged.
     """
-    path = run_dir / "config.yaml"
+    path = RunDirectory(run_dir).config
     try:
         cfg = OmegaConf.load(path)
     except (OSError, YAMLError, UnicodeDecodeError) as error:

@@ -54,7 +54,7 @@ def take_model(cfg: DictConfig) -> DictConfig | None:
     if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
         raise UserError("model has to be given: add model=RUN_DIRECTORY, or an exported directory, or a hub id.")
     run = RunDirectory(cfg.model.name)
-    if run.manifest.is_file() and run.config.is_file():
+    if run.has_config():
         trained = read_config(run.path)
         if not run.model.is_dir():
             raise UserError(f"{run.path} holds no model: it is an evaluation. Name a run: model=RUN_DIRECTORY")

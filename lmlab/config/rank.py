@@ -39,21 +39,24 @@ def on_rank_zero(others: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
     return decorate
 
 
-def on_all_ranks(name: str, work: Callable[..., Any], cfg: DictConfig, *arguments: str, **options: Any) -> None:
+def on_all_ranks(
+    name: str, work: Callable[..., Any], cfg: DictConfig, *arguments: str, apart: bool = False, advice: str = ""
+) -> None:
     """Calls `work` with a config on each of its ranks: in this process, in new ones, or in those that were started.
 
     Args:
         name: of the command, by which `lmlab.worker` finds the work.
         arguments: more arguments of the work.
-        options: `apart=True` starts a new process for a single rank too; others are those of `launch`.
+        apart: start a new process for a single rank too.
+        advice: what to do after a rank was killed or crashed, added to the message.
     """
-    run, apart = RunDirectory(cfg.run_dir), options.pop("apart", False)
+    run = RunDirectory(cfg.run_dir)
     words = [str(run.path), *arguments]
     with run.staying():
         if world(cfg.trainer) == 1 and not apart:
             work(cfg, *arguments)
         elif ranks.rank() is None:
-            launch.launch([name, *words], cfg.trainer.devices, run.rank_log, handed_over(cfg), **options)
+            launch.launch([name, *words], cfg.trainer.devices, run.rank_log, handed_over(cfg), advice)
         else:
             ranks.send_arguments(words, handed_over(cfg))
             work(cfg, *arguments)

@@ -125,9 +125,8 @@ def train_briefly(folder: str, began: str) -> None:
         objective, model = build.build_model(cfg, data.tokenizer)
         measured = Measurement(parameters=count_parameters(model))
         write_json(run.path / "measurement.json", asdict(measured))
-        steps, interval = build.training_length(cfg, data)
-        module, datamodule = build.build_training(cfg, data, objective, model, steps, interval)
-        trainer = build.build_trainer(cfg, interval, "preview")
+        module, datamodule = build.build_training(cfg, data, objective, model)
+        trainer = build.build_trainer(cfg, module.val_interval, "preview")
         trainer.fit(module, datamodule)
 
         callbacks = {type(callback): callback for callback in trainer.callbacks}  # type: ignore[attr-defined]

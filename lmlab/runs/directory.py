@@ -129,6 +129,10 @@ class RunDirectory:
         """Returns whether the directory holds a run or an evaluation."""
         return self.manifest.is_file()
 
+    def has_config(self) -> bool:
+        """Returns whether the directory holds a run or an evaluation, with its composed config."""
+        return self.begun() and self.config.is_file()
+
     def check_unused(self) -> None:
         """Refuses a directory that holds a run or an evaluation already."""
         if self.begun():
@@ -171,7 +175,7 @@ class RunDirectory:
 
     def unfinished(self) -> bool:
         """Returns whether the directory holds a run that has begun to train and has not finished."""
-        return self.begun() and self.config.is_file() and self.ledger.is_file() and not self.model.is_dir()
+        return self.has_config() and self.ledger.is_file() and not self.model.is_dir()
 
     def read_failure(self) -> dict[str, Any] | None:
         """Returns how the last attempt at an unfinished run ended (see status.py), if it did."""
@@ -191,7 +195,7 @@ class RunDirectory:
 
     def trained_as(self) -> dict[str, Any] | None:
         """Returns the run's id and composed config, as a certificate names them; None if this is no run."""
-        if not (self.manifest.is_file() and self.config.is_file()):
+        if not self.has_config():
             return None
         return {"run_id": self.read_manifest()["run_id"], "config": yaml.safe_load(self.config.read_text())}
 

@@ -145,19 +145,19 @@ def describe_finished(run: RunDirectory) -> str:
     )
 
 
-def write_data(run: RunDirectory, data: "Prepared", steps: int, vocab_size: int | None) -> None:
+def write_data(run: RunDirectory, data: "Prepared", steps: int, vocab_size: int | None, show: bool) -> None:
     """Writes what a run trains on: the hashes into its manifest, its tokenizer, and its ledger.
 
     Args:
         steps: optimizer steps of the run.
         vocab_size: tokens that the config asks of a tokenizer which learns them from the text.
+        show: print the ledger, and warn of a smaller vocabulary.
     """
-    first_time = not run.ledger.is_file()
     run.update_manifest(**data.identity, steps=steps)
     if not run.tokenizer.is_dir():  # written once, so that the model can be used before the run has ended
         replaced(run.tokenizer, data.tokenizer.save_pretrained)
     write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
-    if first_time:
+    if show:
         show_ledger(data.ledger)
         if vocab_size and len(data.tokenizer) < vocab_size:
             LOG.warning(

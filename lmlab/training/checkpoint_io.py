@@ -33,16 +33,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     and can't run a job, such as the removal of older files, once a checkpoint is written.
     """
 
-    def __init__(self, background: bool = False):
-        """Sets up the writing of checkpoints.
-
-        Args:
-            background: whether training goes on while a file is written. It then waits only for a copy to main memory
-                and for earlier saves but the last one.
-        """
+    def __init__(self) -> None:
         self.checked = False
         """Whether the states of the callbacks are known to load again."""
-        self.thread = ThreadPoolExecutor(1) if background else None
+        self.thread: ThreadPoolExecutor | None = None
+        """Writes files while training goes on, which waits only for a copy to main memory and for earlier saves but the
+        last one. None writes them where training waits."""
         self.pending: list[Future[None]] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
