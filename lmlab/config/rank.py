@@ -59,7 +59,8 @@ def on_all_ranks(
             launch.launch([name, *words], cfg.trainer.devices, run.rank_log, handed_over(cfg), advice)
         else:
             ranks.send_arguments(words, handed_over(cfg))
-            work(cfg, *arguments)
+            with ranks.groups_ended():
+                work(cfg, *arguments)
 
 
 def follow(work: Callable[..., Any]) -> None:
@@ -80,21 +81,16 @@ def follow(work: Callable[..., Any]) -> None:
 
 def run_rank(work: Callable[..., Any], run_dir: str, *arguments: str) -> None:
     """Calls `work` with the config of a run directory; reports its error to the process that started this one."""
-    import torch.distributed as dist
-
     cfg, leads = read_config(Path(run_dir)), os.environ["RANK"] == "0"
-    try:
-        with SIGNALS.heeded(), RunDirectory(run_dir).staying():
-            work(cfg, *arguments)
-    except Exception as error:
-        message = None if cfg.debug else plainly(error)
-        message = message and secrets.redacted_text(message)
-        shown = f"error: {message}" if message else secrets.redacted_text(launch.traced(error))
-        # Rank 0 shares the terminal with the process that will show it.
-        if not launch.report(message or shown, error, message is not None) or not leads:
-            print(shown, file=sys.stderr)
-        sys.exit(1)
-    finally:
-        # Lightning leaves gloo's threads running, and a process that ends over them may abort.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with ranks.groups_ended():
+        try:
+            with SIGNALS.heeded(), RunDirectory(run_dir).staying():
+                work(cfg, *arguments)
+        except Exception as error:
+            message = None if cfg.debug else plainly(error)
+            message = message and secrets.redacted_text(message)
+            shown = f"error: {message}" if message else secrets.redacted_text(launch.traced(error))
+            # Rank 0 shares the terminal with the process that will show it.
+            if not launch.report(message or shown, error, message is not None) or not leads:
+                print(shown, file=sys.stderr)
+            sys.exit(1)

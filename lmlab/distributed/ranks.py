@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # DDP warns of what config/build.py asks of it on purpose. Read when torch is imported.
 LOG_LEVEL = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 STORE_TIMEOUT = 2 * 24 * 60 * 60  # seconds; a large corpus is tokenized meanwhile
+FREED_WITHIN = 0.5  # seconds in which threads of gloo have freed their last tensors
 WAIT_FOR_RECEIVERS = 30.0  # seconds that rank 0 waits for the others before it ends, and the store with it
 
 
@@ -149,6 +150,23 @@ def leading() -> Iterator[None]:
     except BaseException:
         send_arguments([])
         raise
+
+
+@contextmanager
+def groups_ended() -> Iterator[None]:
+    """Destroys the process groups that were made inside, which Lightning leaves open.
+
+    A thread of gloo frees the tensors of its last collective after that has ended. It needs Python's lock for this, and
+    aborts the process if Python is being finalized by then (torch 2.13; under FSDP2 the threads outlive their group).
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            time.sleep(FREED_WITHIN)
 
 
 def send_arguments(arguments: list[str], variables: dict[str, str] | None = None) -> None:
