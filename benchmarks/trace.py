@@ -10,7 +10,7 @@ Keys, with their defaults:
   batch_size=32         blocks of a step
   block_size=0          positions of a block; 0: 16, 64, 128 or 1024, by size
   accumulate=1          micro batches of a step
-  chunk=0               scored positions whose logits are held at once; 0: all
+  chunk=0               scored positions whose logits are held at once; 0: lmlab's choice
   checkpointing=false   compute activations again in the backward pass
 
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
@@ -48,7 +48,7 @@ from lmlab.console import duration, show_rows
 from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.preprocess import Blocks, group_texts
 from lmlab.errors import shown_plainly
-from lmlab.models import efficiency
+from lmlab.models import efficiency, loss
 from lmlab.models.flops import Flops
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
@@ -188,6 +188,17 @@ class Watch(TorchDispatchMode):
         self.flops[kind] += flops
         self.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
 
+    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, train: bool) -> Any:
+        """Stands in for the compiled function, which no trace sees into: it reads the logits twice, and writes once."""
+        on, self.on = self.on, False
+        result = loss.nll_and_slope(logits, targets, train)
+        self.on = on
+        if on:
+            moved = (2 + train) * logits.numel() * logits.element_size()
+            self.bytes["loss"] += moved
+            self.seconds["loss"] += moved / BYTES_PER_SECOND
+        return result
+
     def are_logits(self, value: torch.Tensor) -> bool:
         """Returns whether a tensor holds a number for each token of the vocabulary at some positions."""
         return value.ndim > 1 and self.vocabulary in value.shape and self.width not in value.shape
@@ -253,6 +264,7 @@ def flash_attention(
 @contextmanager
 def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
     """Makes torch believe that it has a GPU, for the rest of the process; the arguments are those of `Watch`."""
+    watch = Watch(vocabulary, width)
     kept = install_hooks()
     replaced: list[tuple[Any, str, Any]] = [
         *((torch.cuda, name, lambda *args, answer=answer, **options: answer) for name, answer in ANSWERS.items()),
@@ -264,8 +276,9 @@ def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
         (torch.nn.Module, "_apply", apply),
         (torch.Tensor, "pin_memory", pin_memory),
         (torch.nn.functional, "scaled_dot_product_attention", flash_attention),
+        (loss, "has_triton", lambda: True),
+        (loss, "compiled_nll_and_slope", lambda: watch.compiled_nll_and_slope),
     ]
-    watch = Watch(vocabulary, width)
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
@@ -286,7 +299,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
     blocks = Blocks(path, group_texts(np.array([len(ids)]), settings.positions))
     with fake_cuda(vocabulary, SIZES[settings.size][1]) as watch:
         objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
-        model = make_model(tokenizer, settings.size, settings.causal, settings.positions)
+        model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
         efficiency.fuse_activations(model)
         if settings.checkpointing == "true":
             efficiency.checkpoint_activations(model)
@@ -299,7 +312,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             seed=0,
             stretches=1,
             metric=objective.metric,
-            logits_chunk_size=settings.chunk or None,
+            logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True, "bf16-mixed"),
         )
         datamodule = BlocksDataModule(
             blocks, [], objective, 1, settings.batch_size, STEPS + 1, 0, accumulate=settings.accumulate
