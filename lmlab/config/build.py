@@ -268,10 +268,12 @@ def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":
 def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     """Returns the trainer of the block `trainer`, with `options` over it, which prints nothing of its own."""
     import lightning as L
+    import torch
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
     # Lightning's greetings and hints; what a run has to say, it says itself.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

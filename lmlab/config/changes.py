@@ -261,9 +261,10 @@ def changed_values(cfg: DictConfig, previous: DictConfig) -> dict[str, str]:
 
 
 def fit_to_ranks(cfg: DictConfig, previous: DictConfig | None = None) -> None:
-    """Sets the devices of a config to the ranks that torchrun or srun started, and accumulates as they need it.
+    """Sets what a config leaves to the machine: devices to the ranks that torchrun or srun started, and precision.
 
-    A run that goes on never has a larger micro batch than before.
+    A run that goes on keeps its precision, and accumulates as its ranks need it: it never has a larger micro batch than
+    before.
 
     Args:
         previous: the config in the run directory, that of the last attempt; None for a new run.
@@ -275,6 +276,8 @@ def fit_to_ranks(cfg: DictConfig, previous: DictConfig | None = None) -> None:
     trainer = cfg.trainer
     for one in (trainer, *([] if previous is None else [previous.trainer])):
         schema.check_trainer(one)
+    if trainer.precision is None:
+        trainer.precision = previous.trainer.precision if previous is not None else schema.best_precision(trainer)
     if ranks.rank() is not None:
         started = ranks.width()
         if world(trainer) == 1:
