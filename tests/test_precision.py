@@ -34,7 +34,9 @@ def test_the_best_of_the_device(
         assert cfg.trainer.precision == begun
 
 
-def test_a_certificate_says_what_float32_products_are(train: Callable[..., Path], evaluate: Callable[..., Path]) -> None:
+def test_a_certificate_says_what_float32_products_are(
+    train: Callable[..., Path], evaluate: Callable[..., Path]
+) -> None:
     try:
         run = train(*TINY, "float32_matmul_precision=high")
         assert OmegaConf.load(run / "config.yaml").trainer.precision == "32-true"

@@ -133,7 +133,8 @@ def test_the_derivative_of_a_chunk_is_that_of_autograd(dtype: torch.dtype) -> No
     expected = F.cross_entropy(reference, targets, reduction="none")
     expected.sum().backward()
     nll, slope = nll_and_slope(logits.clone(), targets, True)
-    assert slope is not None and slope.dtype == dtype
+    assert slope is not None
+    assert slope.dtype == dtype
     torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(slope.double(), reference.grad, rtol=tolerance, atol=tolerance**2)
