@@ -43,7 +43,7 @@ class Signals:
             return
         before = {number: signal.getsignal(number) for number in HEEDED}
         if before[signal.SIGINT] is early.end:
-            before[signal.SIGINT] = signal.default_int_handler
+            before[signal.SIGINT] = signal.SIG_DFL  # a Ctrl-C while Python shuts down prints no traceback
         self.ignored = {number for number, handler in before.items() if handler is signal.SIG_IGN}
         self.received, self.patient, self.ending, self.process = 0, False, False, os.getpid()
         self.heed()
