@@ -184,4 +184,4 @@ def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads:
         check_fits(content, module, Path(checkpoint))
         size = content["metrics"]
     if leads:
-        loggers.rewind(run.metrics, size)
+        loggers.truncate(run.metrics, size)

@@ -110,4 +110,4 @@ def test_sampling_is_no_part_of_the_speed(train: Train, monkeypatch: pytest.Monk
 
 def test_a_count_that_is_none(refused: Refused, tmp_path: Path) -> None:
     said = refused("train", *TINY, "callbacks.samples.count=-1", f"hydra.run.dir={tmp_path / 'run'}")
-    assert "callbacks.samples.count is a whole number, 0 or more, not -1." in said
+    assert "callbacks.samples.count=-1: it has to be a whole number, 0 or more." in said
