@@ -3,7 +3,10 @@
 Shapes: T positions of one text, N scored positions in it.
 """
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Gt, Le
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
@@ -29,10 +32,10 @@ class MaskedLM:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        mask_probability: float = 0.15,
+        mask_probability: Annotated[float, Gt(0), Le(1)] = 0.15,
         replace_mask: float = 0.8,
         replace_random: float = 0.1,
-        validation_mask_probability: float | None = None,
+        validation_mask_probability: Annotated[float, Gt(0), Le(1)] | None = None,
     ):
         """Checks the shares and the tokenizer.
 
@@ -44,9 +47,6 @@ class MaskedLM:
             validation_mask_probability: `mask_probability` of held-out text (config/build.py builds another objective
                 with it), so that runs which train with different ones can be compared. None: the same as in training.
         """
-        for name, value in (("", mask_probability), ("validation_", validation_mask_probability)):
-            if value is not None and not 0 < value <= 1:
-                raise UserError(f"objective.{name}mask_probability must be over 0 and at most 1, not {value}.")
         if min(replace_mask, replace_random) < 0 or replace_mask + replace_random > 1:
             raise UserError(
                 "objective.replace_mask and objective.replace_random are shares of the masked tokens: "

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from lmlab import secrets
 from lmlab.distributed.signals import BEFORE_THE_LIMIT
 from lmlab.errors import Stopped, UserError, cause_of, first_line, plainly
-from lmlab.io import write_json
+from lmlab.io import read_json, write_json
 from lmlab.runs.directory import RunDirectory
 
 ENDED = ("done", "pruned")
@@ -37,7 +37,7 @@ def read_status(run: RunDirectory) -> Status:
         if run.finished():
             summary = run.read_summary()
             return Status("pruned" if "pruned" in summary else "done", step=summary["steps"], steps=summary["steps"])
-        failure = run.read_failure()
+        failure = read_json(run.failure) if run.failure.is_file() else None
         step, steps = last_step(run), run.read_manifest().get("steps") if run.begun() else None
         if run.held():
             return Status("running", None, None, step, steps)
