@@ -49,7 +49,7 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
         self.kept: str | None = NOTHING
-        """A sentence on what is kept of what was stopped; None once it was printed."""
+        """The sentence on what is kept of what was stopped; None once it was printed."""
 
     def __str__(self) -> str:
         return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()

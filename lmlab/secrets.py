@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MARK = "***secret***"
-"""What stands for a secret. Hydra reads it as a string."""
+"""The string that is shown in place of a secret. Hydra reads it as a string."""
 
 # Words in the name of a key, in snake case. A number under the name of a token is no secret: it counts something.
 PASSWORD = re.compile(r"(^|_)([a-z]*(password|passwd|passphrase|passcode|secret|credential)s?|pwds?|pw$)(?=_|$)")
@@ -50,7 +50,7 @@ IN_TEXT = [
         r"(?::| ?=)[ \t]+" + VALUE,
     )
 ]
-"""Where a secret stands in a text: under a name, if there is one, that is to be that of a secret."""
+"""The patterns of a secret in a text; where one has a name, only a name of a secret makes it one."""
 FLAG = re.compile(r"--?([a-z][\w.-]*)", re.IGNORECASE)
 
 OVERRIDE = re.compile(r"(?P<key>(?:\+\+?|~)?[\w./@:$-]+)=(?P<value>.*)", re.DOTALL)
@@ -64,7 +64,7 @@ NUMBER = re.compile(r"(\w+\()?[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d+)?\)?
 SHORTEST = 8  # characters of a secret that is looked for in messages: a shorter one might be a word of theirs
 
 _known = dict[str, str]()
-"""Secrets, and overrides with some, and what is shown in place of them."""
+"""The secrets that were redacted, and the overrides with one, each with what is shown in its place."""
 
 
 def redacted(config: Any, key: str = "", within: str | None = None) -> Any:
@@ -124,7 +124,7 @@ def redacted_string(text: str, kind: str | None = None) -> str:
 
 
 def redacted_match(match: re.Match[str]) -> str:
-    """Returns what stands in the place of a match of `IN_TEXT`."""
+    """Returns the replacement of a match of `IN_TEXT`."""
     name = match.groupdict().get("name")
     before = match[0].removesuffix(match["secret"])
     return before + redacted_literal(match["secret"], "password" if name is None else secret_kind(name))

@@ -16,7 +16,7 @@ from lmlab.models.loading import auto_class_of, max_positions
 SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
 """The guide's options for `generate`."""
 MASKS = ("<mask>", "[MASK]", "<|mask|>")
-"""Masks people write, whatever the tokenizer calls its own."""
+"""The masks that people write, whatever the tokenizer calls its own."""
 
 
 def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -43,15 +43,15 @@ class RunDirectory:
         self.lock_file = self.path / ".lock"
 
     def checkpoint_at(self, step: int) -> Path:
-        """The checkpoint after `step` optimizer steps."""
+        """Returns the path of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step}.ckpt"
 
     def best_at(self, step: int) -> Path:
-        """The weights after `step` optimizer steps, kept because they are among the best."""
+        """Returns the path of the weights after `step` optimizer steps, kept because they are among the best."""
         return self.checkpoints / f"best-{step}.ckpt"
 
     def rank_log(self, rank: int) -> Path:
-        """The output of a rank other than 0."""
+        """Returns the path of the output of a rank other than 0."""
         return self.logs / f"rank{rank}.log"
 
     def checkpoint_files(self) -> list[Path]:
@@ -103,7 +103,7 @@ class RunDirectory:
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """Explains an error inside by the directory's having been moved or deleted, where it has been.
+        """Explains an error inside that comes of the directory being moved or deleted.
 
         Raises:
             UserError: the directory holds no run any more.

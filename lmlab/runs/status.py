@@ -19,16 +19,16 @@ class Status:
     """The status of a run, which does not depend on what became of its process."""
 
     name: str
-    """waiting, running, done, pruned, stopped (by a signal, with a checkpoint) or failed."""
+    """One of waiting, running, done, pruned, stopped (by a signal, with a checkpoint) and failed."""
     cause: str | None = None
-    """Why it failed: out of memory, non-finite loss, killed, crashed, bad config, disk full, gone (its directory),
-    damaged or error; or why it stopped: timed out, or the signal."""
+    """The cause of a failure: out of memory, non-finite loss, killed, crashed, bad config, disk full, gone (the
+    directory), damaged or error; or that of a stop: timed out, or the signal."""
     message: str | None = None
-    """The message that was shown then."""
+    """The message that was shown when the run failed or stopped."""
     step: int = 0
-    """Optimizer steps that were made, as far as the directory knows."""
+    """The number of optimizer steps that were made, as far as the directory knows."""
     steps: int | None = None
-    """Optimizer steps of the whole run."""
+    """The number of optimizer steps of the whole run."""
 
 
 def read_status(run: RunDirectory) -> Status:

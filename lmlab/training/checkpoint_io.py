@@ -35,10 +35,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.checked = False
-        """Whether the states of the callbacks are known to load again."""
+        """True once the states of the callbacks are known to load again."""
         self.thread: ThreadPoolExecutor | None = None
-        """Writes files while training goes on, which waits only for a copy to main memory and for earlier saves but the
-        last one. None writes them where training waits."""
+        """The thread that writes files while training goes on; that waits only for a copy to main memory and for
+        earlier saves but the last one. If None, training waits until they are written."""
         self.pending: list[Future[None]] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

@@ -29,7 +29,8 @@ LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
 AXES = {"steps": "trainer/global_step", "tokens": "data/tokens_seen"}
 SUMMARIES = {"val": "min", "train": "min", "perf": "mean", "perf/peak_memory_gib": "max"}
-"""What W&B's summary keeps of a metric, by its name or the part before the slash; of others, the last value."""
+"""The statistic that W&B's summary keeps of a metric, by its name or the part before the slash; of others, the last
+value."""
 ANSWER = 5  # seconds that W&B waits for its service when it is handed a table or an artifact, which it asks about first
 COLUMNS = ("step", "text", "said")  # of samples.jsonl
 

@@ -30,7 +30,7 @@ class Samples(Callback):
         self.run, self.count = RunDirectory(run_dir), count
         self.lines = JSONLines(self.run.samples, "samples")
         self.size = 0
-        """Bytes of the file at the checkpoint that the run goes on from."""
+        """The size of the file, in bytes, at the checkpoint that the run goes on from."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"size": flushed_size(self.run.samples)}
