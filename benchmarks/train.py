@@ -107,7 +107,7 @@ def long_enough(sides: tuple[Side, Side], settings: Settings) -> int:
 
 
 def compare_memory(settings: Settings, sides: tuple[Side, Side]) -> dict[str, Any]:
-    """Runs one side, then the other, so that both fit: a step without dropout, whose losses must agree, and one with."""
+    """Runs each side alone, so that both fit: a step without dropout, whose losses have to agree, one with it."""
     losses, memory = {}, {}
     for side in sides:
         with side:
