@@ -68,7 +68,7 @@ class Objective(Protocol):
         ...
 
     def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
-        """Returns a prompt made of a block's ids, and what the model writes when it is given that.
+        """Returns a prompt made of the ids of a text, and what the model writes when it is given that.
 
         Args:
             model: in evaluation mode.

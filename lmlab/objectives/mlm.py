@@ -79,10 +79,16 @@ class MaskedLM:
         return Example(inputs, positions, ids[positions])
 
     def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
-        """Returns a text with a mask in its middle, and the tokens that the model fills it with."""
-        from lmlab.models.generation import fill_block
+        """Returns a block's beginning as text with a mask in its middle, and the three best tokens for it, on lines."""
+        from lmlab.models.generation import beginning, fill_mask
 
-        return fill_block(model, tokenizer, ids)
+        tokens = beginning(model, tokenizer, ids)
+        half = len(tokens) // 2
+        before, hidden, after = map(tokenizer.decode, (tokens[:half], tokens[half : half + 1], tokens[half + 1 :]))
+        space = " " if hidden.startswith(" ") else ""
+        text = " ".join(f"{before}{space}{tokenizer.mask_token}{after}".split())
+        candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
+        return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
 
 
 def random_words(key: tuple[int, int, int], first: int, count: int) -> np.ndarray:
