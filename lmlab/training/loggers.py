@@ -276,7 +276,7 @@ def weights_and_biases(
 
     if getattr(rank_zero_only, "rank", 0) != 0:
         return WandbLogger(offline=True)  # which logs on rank 0 only
-    chosen = os.environ.get("WANDB_MODE", mode)
+    chosen: Any = os.environ.get("WANDB_MODE", mode)
     if chosen not in MODES:
         raise UserError(f'WANDB_MODE is one of {", ".join(MODES)}, not "{chosen}".{nearest(chosen, MODES)}')
     code = Path(lmlab.__file__).parent
