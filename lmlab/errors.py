@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from lmlab.early import NOTHING
 from lmlab.secrets import redacted_command, redacted_text
 
-# Numbers of a system error whose cause is the path that was written to.
 UNWRITABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -28,6 +27,7 @@ UNWRITABLE = {
     errno.EEXIST,
     errno.ENAMETOOLONG,
 }
+"""The numbers of system errors whose cause is the path that was written to."""
 
 
 class UserError(Exception):
@@ -49,7 +49,7 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
         self.kept: str | None = NOTHING
-        """A sentence on what is kept of what was stopped; None once it was printed."""
+        """The sentence on what is kept of what was stopped; None once it was printed."""
 
     def __str__(self) -> str:
         return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()

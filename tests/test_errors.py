@@ -578,6 +578,7 @@ COMMANDS = {
     "seed=x": ['seed="x": it has to be a whole number'],
     "seed=99999999999999999999": ["seed=99999999999999999999: it has to be a whole number, 0 or more, less than"],
     "batch_size=0": ["batch_size=0: it has to be a whole number, 1 or more"],
+    "objective=mlm objective.mask_probability=1.1": ["it has to be a number, more than 0, 1 at most"],
     "cache_dir=null": ["cache_dir"],
     "trainer.max_steps=null trainer.max_epochs=null": ["the run has no end"],
     "trainer.max_steps=-1 trainer.max_epochs=0": ["trainer.max_epochs", "trainer.max_steps"],

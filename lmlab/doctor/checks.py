@@ -56,7 +56,7 @@ def check_folder(folder: Path, another: str) -> str:
                 write_text(Path(own, "file"), "lmlab")
                 directory = RunDirectory(own)
                 with directory.lock():
-                    held = "BlockingIOError" in run(python_call(lock, str(directory.locked)), 10)[1]
+                    held = "BlockingIOError" in run(python_call(lock, str(directory.lock_file)), 10)[1]
                 free = shutil.disk_usage(own).free / 2**30
     except OSError as error:
         raise UserError(f"{error.filename or folder} is not writable: {error.strerror or error}\n{fix}") from error

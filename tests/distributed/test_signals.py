@@ -100,3 +100,22 @@ def test_what_a_finalizer_drops_is_sent_again() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heeding)
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, NOTHING)
+
+
+def test_after_the_command() -> None:
+    """A Ctrl-C while Python shuts down ends the process, and says no more than the first one did."""
+    code = (
+        "import atexit, os, signal, time\n"
+        "from lmlab import early\n"
+        "early.heed()\n"
+        "from lmlab.errors import shown_plainly\n"
+        "from lmlab.distributed.signals import SIGNALS\n"
+        "@atexit.register\n"
+        "def end():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(10)\n"
+        "with shown_plainly(), SIGNALS.heeded():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heeding)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, NOTHING)

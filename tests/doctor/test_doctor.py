@@ -165,7 +165,7 @@ def test_too_little_disk(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_locks_that_keep_nobody_out(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def lock(run: RunDirectory) -> Iterator[None]:
-        run.locked.touch()
+        run.lock_file.touch()
         yield
 
     monkeypatch.setattr(RunDirectory, "lock", lock)
