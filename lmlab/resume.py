@@ -7,17 +7,15 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lmlab.config import build, changes, compose, schema, trust
-from lmlab.config.attempt import attempt
 from lmlab.config.rank import on_rank_zero
 from lmlab.console import command
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.io import from_here, rows
-from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.manifest import environment, version_changes
 from lmlab.secrets import redacted_command
-from lmlab.train import train, train_rank
+from lmlab.train import attempt, train_rank
 
 EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00                           where it stopped
@@ -69,11 +67,7 @@ def main() -> None:
         if given.fresh:
             repeat(run, cfg, previous, overrides)
             return
-        if run.finished():
-            changes.check(cfg, previous, run)
-            if not changes.lengthens(cfg, previous, run):
-                raise UserError(lifecycle.describe_finished(run))
-        attempt(train, cfg, overrides)
+        attempt(cfg, overrides)
 
 
 def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: list[str]) -> None:
@@ -96,7 +90,7 @@ def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: 
     if not differences:
         print(f"Code, versions, data and tokenizer are those of {path}.")
     repeats = {"run_id": manifest["run_id"], "path": str(run.path), "differs": differences}
-    attempt(train, cfg, overrides, repeats=repeats)
+    attempt(cfg, overrides, repeats=repeats)
     print(compare_curves(loss_curve(run), loss_curve(RunDirectory(cfg.run_dir))))
 
 

@@ -5,14 +5,16 @@ Takes Hydra overrides; `--help` lists them.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, compose
-from lmlab.config.attempt import attempt
-from lmlab.config.rank import on_rank_zero
+from lmlab.config import build, changes, compose
+from lmlab.config.rank import on_all_ranks, on_rank_zero
+from lmlab.config.schema import world
+from lmlab.console import command
 from lmlab.distributed import ranks, slurm
 from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
@@ -63,6 +65,56 @@ def train_rank(cfg: DictConfig, checkpoint: str | None = None) -> None:
         train(cfg, checkpoint)
 
 
+def attempt(
+    cfg: DictConfig,
+    overrides: list[str],
+    in_sweep: bool = False,
+    apart: bool = False,
+    **facts: Any,
+) -> float:
+    """Begins the run of a config in its directory, or goes on with the run that is there.
+
+    Args:
+        overrides: those of the command.
+        in_sweep: record a failure in the directory even if the run was refused.
+        apart: train in a new process, so that the next run of a sweep bears neither its memory nor its end.
+        facts: more of a new run's manifest.
+
+    Returns:
+        The val/loss of the run.
+    """
+    run = RunDirectory(cfg.run_dir)
+    with lifecycle.locked(run, in_sweep):
+        previous = compose.config_of(run) if run.begun() else None
+        changes.check(cfg, previous, run)
+        if previous is not None and run.finished() and not changes.lengthens(cfg, previous, run):
+            print(lifecycle.describe_finished(run))
+            ranks.send_arguments([])  # the other ranks have nothing to do
+            return run.read_summary()["val/loss"]
+        with log_to(run.log), lifecycle.stop_reported(run):
+            config, checkpoint = compose.config_yaml(cfg), None
+            if previous is None:
+                seeds = {"run": cfg.seed, "split": cfg.preprocess.split_seed}
+                this = lifecycle.new(run, config, compose.overrides_yaml(overrides), seeds, **facts)
+            else:
+                from lmlab.training.checkpoint import last_checkpoint
+
+                checkpoint = last_checkpoint(run)
+                changes.check_data(cfg, previous, run, checkpoint)
+                about: dict[str, Any] = {"devices": world(cfg.trainer)}
+                if changes.length(cfg) != changes.length(previous):
+                    about["length_before"] = changes.length(previous)
+                this = lifecycle.resumed(run, config, checkpoint, **about)
+            with this:
+                if world(cfg.trainer) > 1 or apart:
+                    build.prepare_data(cfg)  # once: the ranks find it in the cache
+                again = command("python", "-m", "lmlab.resume", run.path)
+                advice = f"\nThe run can go on from its last checkpoint: {again}"
+                arguments = [str(checkpoint)] if checkpoint else []
+                on_all_ranks("train", train, cfg, *arguments, apart=apart, advice=advice)
+    return run.read_summary()["val/loss"]
+
+
 @on_rank_zero(others=train_rank)
 def train_job(cfg: DictConfig) -> float:
     """Trains as Hydra composed it, one run or one of a sweep; returns its val/loss, for sweepers other than lmlab's."""
@@ -74,7 +126,7 @@ def train_job(cfg: DictConfig) -> float:
     if made != Path(cfg.run_dir):
         made.rmdir()  # Hydra's, for this attempt of torchrun
     apart = swept and not hydra.launcher._target_.startswith(slurm.SUBMITIT)
-    return attempt(train, compose.freeze(cfg), list(hydra.overrides.task), swept, apart)
+    return attempt(compose.freeze(cfg), list(hydra.overrides.task), swept, apart)
 
 
 @on_rank_zero(others=train_rank)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,6 +43,8 @@ def explain(error: Exception, name: str) -> str:
     _, quoted, *_ = [*first.split("'"), ""]
     if first.startswith("Ambiguous value"):
         return f"{first}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
+    if first.startswith("Config group override"):
+        return no_name(name)
     if first.startswith("Additional config directory"):
         return NO_FOLDER.format(quoted)
     if first.startswith(("Could not override", "Key '")):
@@ -74,6 +77,15 @@ def no_option(missing: str, options: list[str] | None, name: str) -> str:
     if group == "optim":
         hint = "Another optimizer is a class of yours, optim._target_=…: see lmlab/optim.py."
     return f"{message}\n{hint}".rstrip()
+
+
+def no_name(name: str) -> str:
+    """Returns the message for a word of the command that gives a group a value which names no option, such as null."""
+    given = {word.partition("=")[0]: word for word in sys.argv[1:]}
+    words = {group: given[group] for group in groups_of(name) & given.keys()}
+    values = OverridesParser.create().parse_overrides([*words.values()])
+    group = next(value.key_or_group for value in values if not isinstance(value.value(), str | list))
+    return f"{words[group]}: it has to be the name of an option. Options: {', '.join(files_of(group))}."
 
 
 def in_other_option(key: str, name: str) -> str | None:

@@ -225,35 +225,28 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     Args:
         name: of the root config, train or evaluate.
     """
-    declared_arguments(name, cfg, "")
+    arguments(cfg, "", DECLARED[name])
     limits = [key for key in map(str, cfg.trainer) if key.startswith("limit_")]
     if limits:
         raise UserError(f"trainer.{limits[0]}: {LIMITS}")
     check_trainer(cfg.trainer)
-    declared_arguments("validation", cfg.get("validation") or {}, "validation")
+    arguments(cfg.get("validation") or OmegaConf.create(), "validation", DECLARED["validation"])
     for key, block in blocks(cfg):
-        parameters = takes(block, key)
         if key == "optim":
             check_optimizer(block)
-        arguments(parameters, block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
+        arguments(block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
     preprocessing(cfg)
-
-
-def declared_arguments(name: str, block: DictConfig | dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns the values of a config or a block whose keys stand in `DECLARED`, checked."""
-    declared = DECLARED[name]
-    return arguments(signatures.parameters(declared), block, key, signatures.meanings(declared))
 
 
 def check_trainer(trainer: DictConfig) -> None:
     """Refuses values of the block trainer that lmlab could not go by."""
     own = signatures.parameters(DECLARED["trainer"])
-    declared_arguments("trainer", OmegaConf.masked_copy(trainer, [*own]), "trainer")
+    arguments(OmegaConf.masked_copy(trainer, [*own]), "trainer", DECLARED["trainer"])
 
 
 def check_optimizer(block: DictConfig) -> None:
     """Refuses a class whose objects can't be called for an optimizer, such as those of torch.optim."""
-    if block._target_.startswith("lmlab.optim."):  # known without importing it
+    if target(block, "optim", str).startswith("lmlab.optim."):  # known without importing it
         return
     made = target(block, "optim")
     called = not inspect.isclass(made) or any("__call__" in vars(base) for base in made.__mro__)
@@ -328,4 +321,4 @@ def preprocessing(cfg: DictConfig) -> "Preprocessing":
     block = cfg.preprocess
     if block.block_size is None:  # in an evaluation; build_model then asks the model
         block = OmegaConf.merge(block, {"block_size": Preprocessing.block_size})
-    return Preprocessing(**declared_arguments("preprocess", block, "preprocess"))
+    return Preprocessing(**arguments(block, "preprocess", DECLARED["preprocess"]))

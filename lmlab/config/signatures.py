@@ -10,12 +10,13 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from hydra._internal.utils import _locate
 
 READ = ("lmlab.", "lightning.")
 """Packages whose functions take what their source says; elsewhere decorators or metaclasses may change that."""
-PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence, Ge, Gt, Le, Lt)}
+PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence)}
+PLAIN |= {kind.__name__: kind for kind in (Ge, Gt, Le, Len, Lt)}
 PLAIN |= {"Annotated": Annotated, "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
 """What an annotation may consist of to be evaluated."""
 
@@ -77,9 +78,9 @@ def is_plain(annotation: ast.expr) -> bool:
 
 
 def meanings(target: str) -> dict[str, str]:
-    """Returns what the fields of a dataclass mean, by the text below each."""
+    """Returns what the fields of a dataclass mean, by the text below each; {} for a target that is not to be read."""
     found = {}
-    for body, field in fields_of(target):
+    for body, field in fields_of(target) if target.startswith(READ) else ():
         below = body[body.index(field) + 1 :][:1]
         if below and isinstance(below[0], ast.Expr) and isinstance(below[0].value, ast.Constant):
             found[ast.unparse(field.target)] = " ".join(str(below[0].value.value).split())
