@@ -61,7 +61,7 @@ class AdamW:
     warmup_steps: Annotated[int, Ge(0)] | None = None
     """The number of steps from 0 up to lr; null leaves it to warmup_ratio."""
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
-    """The same as a share of all steps."""
+    """The share of all steps that go from 0 up to lr, where warmup_steps is null."""
     decay_ratio: Annotated[float, Ge(0), Le(1)] = 0.2
     """For warmup_stable_decay, the share of the steps after warm-up that decays."""
 

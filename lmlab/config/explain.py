@@ -44,7 +44,7 @@ def explain(error: Exception, name: str) -> str:
     if first.startswith("Ambiguous value"):
         return f"{first}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
     if first.startswith("Config group override"):
-        return no_name(name)
+        return no_name(name) or first
     if first.startswith("Additional config directory"):
         return NO_FOLDER.format(quoted)
     if first.startswith(("Could not override", "Key '")):
@@ -79,13 +79,15 @@ def no_option(missing: str, options: list[str] | None, name: str) -> str:
     return f"{message}\n{hint}".rstrip()
 
 
-def no_name(name: str) -> str:
-    """Returns the message for a word of the command that gives a group a value which names no option, such as null."""
-    given = {word.partition("=")[0]: word for word in sys.argv[1:]}
-    words = {group: given[group] for group in groups_of(name) & given.keys()}
-    values = OverridesParser.create().parse_overrides([*words.values()])
-    group = next(value.key_or_group for value in values if not isinstance(value.value(), str | list))
-    return f"{words[group]}: it has to be the name of an option. Options: {', '.join(files_of(group))}."
+def no_name(name: str) -> str | None:
+    """Returns the message for a group that the command gives a number or null; None where it gives none one."""
+    groups = groups_of(name)
+    for word in sys.argv[1:]:
+        group = word.partition("=")[0]
+        value = OverridesParser.create().parse_override(word).value() if group in groups else ""
+        if value is None or isinstance(value, int | float):
+            return f"{word}: it has to be the name of an option. Options: {', '.join(files_of(group))}."
+    return None
 
 
 def in_other_option(key: str, name: str) -> str | None:
