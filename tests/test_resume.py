@@ -454,7 +454,7 @@ def test_where_two_files_lie_now(
     shown = refused("resume", "run", "tokenizer.name=x")
     assert 'no key "tokenizer.name"' in shown
     assert "+tokenizer.name" not in shown
-    assert "A new one is +trainer.profiler=simple" in refused("resume", "run", "trainer.profiler=simple")
+    assert "A key that is to be added: +KEY=VALUE" in refused("resume", "run", "trainer.profiler=simple")
     place = f"hydra.run.dir={tmp_path}/evaluation"
     for more in ([], given[:1]):
         shown = refused("evaluate", "whole", *more, place)

@@ -46,7 +46,7 @@ BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
 SHORT_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 """Short names of precisions, as Lightning takes them."""
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
-"""How configs of older versions say trainer.strategy=fsdp."""
+"""The target by which configs of older versions name trainer.strategy=fsdp."""
 SECRETS_VARIABLE = "LMLAB_SECRETS"
 """The environment variable in which a process is handed the secrets of the config that it reads."""
 
@@ -186,14 +186,14 @@ def help_text(name: str) -> str:
     return (PACKAGE / f"{name}.txt").read_text().replace("{groups}", "\n".join(listed))
 
 
-def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
+def freeze(cfg: DictConfig) -> DictConfig:
     """Resolves every interpolation of a config, in place, and returns it: the run directory keeps it and ranks read it.
 
-    Args:
-        whole: refuse values that are still missing.
+    Raises:
+        UserError: a value is still missing.
     """
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg)) if whole else []
+        missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
             raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
         OmegaConf.resolve(cfg)

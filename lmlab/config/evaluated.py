@@ -105,13 +105,6 @@ def objective_of(cfg: DictConfig) -> DictConfig:
     return block
 
 
-def elsewhere(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
-    """Returns the same config with some values changed, for a directory inside its own."""
-    other = OmegaConf.merge(cfg, changes, {"run_dir": f"{cfg.run_dir}/check"})
-    assert isinstance(other, DictConfig)
-    return other
-
-
 def other_width(cfg: DictConfig) -> dict[str, Any]:
     """Returns another batch size for an evaluation and, where more than one process can run, another number of them."""
     import torch

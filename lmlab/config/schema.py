@@ -31,7 +31,7 @@ class Config:
     """The keys that training and evaluation share."""
 
     preprocess: dict[str, Any]
-    """How records become blocks, see data/options.py."""
+    """The choices that turn records into blocks, see data/options.py."""
     tokenizer: dict[str, Any]
     """A target that returns a tokenizer."""
     model: dict[str, Any]
@@ -71,7 +71,7 @@ class Train(Config):
     logger: dict[str, Any] | None = None
     """Targets that return Lightning loggers, by a name for each."""
     validation: dict[str, Any] | None = None
-    """What validations during training look at, see `Validation`."""
+    """The held-out text that validations during training score, see `Validation`."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     activation_checkpointing: bool = False
@@ -89,17 +89,17 @@ class Evaluate(Config):
     objective: dict[str, Any] | None = None
     """A target that makes examples of windows; null takes what the model was trained with."""
     context: Literal["blocks", "document", "sliding"] | None = None
-    """What a model sees at once: blocks as in training, each document alone, or overlapping windows of all text."""
+    """The text that a model sees at once: blocks as in training, a document alone, or overlapping windows of all."""
     stride: Annotated[int, Ge(1)] | None = None
     """Tokens from one window to the next, of sliding and of long documents; null is half a block."""
     score: Literal["labels", "pseudo"] = "labels"
-    """labels scores what the objective masks or predicts, pseudo each token hidden in turn."""
+    """The scored tokens: labels are those that the objective masks or predicts, pseudo hides each token in turn."""
     within_word: bool = False
-    """Of score=pseudo: hide the rest of the word too."""
+    """With score=pseudo, hide the rest of the word too."""
     sample: Annotated[float, Gt(0), Lt(1)] | None = None
-    """Of score=pseudo: score only this share of the tokens; null scores all."""
+    """The share of the tokens that score=pseudo scores; null scores all."""
     units: Literal["text", "words"] = "text"
-    """What perplexity per word counts: words and ends of documents, or words and ends of all lines."""
+    """The words of the perplexity per word: words and ends of documents, or words and ends of all lines."""
     trust: str | list[str] | None = None
     """Packages whose code may run where the config of the run names it."""
     check: bool = False
@@ -119,7 +119,7 @@ class Trainer:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """auto and ddp keep a copy of the model on each device, fsdp shards it over them (trainer=fsdp)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
-    """Numbers of weights and computation; 32, bf16 and 16 are short for the first three."""
+    """The number formats of weights and computation; 32, bf16 and 16 are short for the first three."""
     max_epochs: int | None = None
     """Passes over the training blocks."""
     max_steps: Annotated[int, Ge(1)] | Literal[-1] | None = None
@@ -129,9 +129,9 @@ class Trainer:
     gradient_clip_val: Annotated[float, Ge(0)] | None = None
     """The largest norm of the gradients; null does not clip them."""
     val_check_interval: Annotated[int, Ge(1)] | Annotated[float, Gt(0)] = 1.0
-    """From one validation to the next: a whole number counts optimizer steps (100), another one epochs (1.0)."""
+    """The distance between validations: a whole number counts optimizer steps (100), another one epochs (1.0)."""
     log_every_n_steps: Annotated[int, Ge(1)] = 10
-    """Optimizer steps from one logged loss to the next."""
+    """The number of optimizer steps between logged losses."""
 
 
 @dataclass
@@ -194,8 +194,8 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     micro_batch_size(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
 
 
-def check_choices(cfg: DictConfig) -> None:
-    """Refuses what can be seen to be wrong in the config of an evaluation, whatever is evaluated."""
+def check_evaluation(cfg: DictConfig) -> None:
+    """Refuses what can be seen to be wrong in the config of an evaluation."""
     from lmlab.evaluation.windows import Context
 
     check_keys(cfg, "evaluate")
@@ -209,11 +209,6 @@ def check_choices(cfg: DictConfig) -> None:
     if cfg.context is not None:
         # A block size that is left open is for the model to say; any stride may fit it.
         Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
-
-
-def check_evaluation(cfg: DictConfig) -> None:
-    """Refuses what can be seen to be wrong in the whole config of an evaluation."""
-    check_choices(cfg)
     check_devices(cfg.trainer)
     if cfg.score == "pseudo" and not target(cfg.objective, "objective").bidirectional:
         raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
