@@ -127,6 +127,11 @@ def evaluate_job(cfg: DictConfig) -> float:
     folders = (Path(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line")
     if cfg.check and ranks.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
+    given = compose.freeze(cfg.copy(), whole=False)
+    OmegaConf.set_struct(given, False)
+    if "_target_" not in (given.get("data") or {}):
+        given.pop("data", None)  # keys of the run's own data
+    schema.check_choices(given)  # before the model is looked at, which takes longer
     trusted = [*trust.packages(cfg.trust), *trust.named_by_command(overrides, next(folders, None))]
     run = RunDirectory(cfg.run_dir)
     with run.lock() as before:

@@ -186,14 +186,14 @@ def help_text(name: str) -> str:
     return (PACKAGE / f"{name}.txt").read_text().replace("{groups}", "\n".join(listed))
 
 
-def freeze(cfg: DictConfig) -> DictConfig:
+def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
     """Resolves every interpolation of a config, in place, and returns it: the run directory keeps it and ranks read it.
 
-    Raises:
-        UserError: a value is still missing.
+    Args:
+        whole: refuse values that are still missing.
     """
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
+        missing = sorted(OmegaConf.missing_keys(cfg)) if whole else []
         if missing:
             raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
         OmegaConf.resolve(cfg)

@@ -194,8 +194,8 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     micro_batch_size(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
 
 
-def check_evaluation(cfg: DictConfig) -> None:
-    """Refuses what can be seen to be wrong in the config of an evaluation."""
+def check_choices(cfg: DictConfig) -> None:
+    """Refuses what can be seen to be wrong in the config of an evaluation, whatever is evaluated."""
     from lmlab.evaluation.windows import Context
 
     check_keys(cfg, "evaluate")
@@ -209,6 +209,11 @@ def check_evaluation(cfg: DictConfig) -> None:
     if cfg.context is not None:
         # A block size that is left open is for the model to say; any stride may fit it.
         Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
+
+
+def check_evaluation(cfg: DictConfig) -> None:
+    """Refuses what can be seen to be wrong in the whole config of an evaluation."""
+    check_choices(cfg)
     check_devices(cfg.trainer)
     if cfg.score == "pseudo" and not target(cfg.objective, "objective").bidirectional:
         raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")

@@ -33,7 +33,7 @@ STOPS = [
     ("preview", TINY, "lmlab.data.preprocess.prepare"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.prepare_data"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.build_model"),
-    ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.schema.check_evaluation"),
+    ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.schema.check_choices"),
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.evaluated.completed"),
     ("predict", ["RUNS/1", "a"], "lmlab.models.generation.load"),
     ("compare", ["RUNS", "--out", "OUT"], "lmlab.evaluation.comparison.read_evaluations"),
