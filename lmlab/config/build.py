@@ -276,7 +276,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    options = arguments(takes(cfg.trainer, "trainer"), cfg.trainer, "trainer") | options
+    options = arguments(cfg.trainer, "trainer") | options
     # Who started the ranks is known, and not to be guessed from a SLURM job's variables.
     alone = world(cfg.trainer) == 1
     environment = LightningEnvironment() if alone else TorchElasticEnvironment()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,6 +43,8 @@ def explain(error: Exception, name: str) -> str:
     _, quoted, *_ = [*first.split("'"), ""]
     if first.startswith("Ambiguous value"):
         return f"{first}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
+    if first.startswith("Config group override"):
+        return no_name(name) or first
     if first.startswith("Additional config directory"):
         return NO_FOLDER.format(quoted)
     if first.startswith(("Could not override", "Key '")):
@@ -74,6 +77,17 @@ def no_option(missing: str, options: list[str] | None, name: str) -> str:
     if group == "optim":
         hint = "Another optimizer is a class of yours, optim._target_=…: see lmlab/optim.py."
     return f"{message}\n{hint}".rstrip()
+
+
+def no_name(name: str) -> str | None:
+    """Returns the message for a group that the command gives a number or null; None where it gives none one."""
+    groups = groups_of(name)
+    for word in sys.argv[1:]:
+        group = word.partition("=")[0]
+        value = OverridesParser.create().parse_override(word).value() if group in groups else ""
+        if value is None or isinstance(value, int | float):
+            return f"{word}: it has to be the name of an option. Options: {', '.join(files_of(group))}."
+    return None
 
 
 def in_other_option(key: str, name: str) -> str | None:

@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import changes
-from lmlab.config.compose import create_hydra, job_config, name_directory
+from lmlab.config.compose import create_hydra, job_config, name_directory, refuse_sweep_overrides
 from lmlab.config.files import CONF
 from lmlab.console import console
 from lmlab.runs.choices import as_typed, flatten
@@ -53,6 +53,8 @@ def plan_command(given: Namespace) -> Plan:
     with create_hydra(given.config_path or str(CONF), given.config_dir) as hydra:
         loader = hydra.config_loader
         swept = given.multirun or hydra.get_mode(name, given.overrides) is RunMode.MULTIRUN
+        if not swept:
+            refuse_sweep_overrides(given.overrides)
         mode = RunMode.MULTIRUN if swept else RunMode.RUN
         command = cfg = loader.load_configuration(name, given.overrides, mode)
         points, first, trials_at_once = 1, None, None
