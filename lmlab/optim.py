@@ -56,7 +56,7 @@ class AdamW:
     """The decay rates of the running means of the gradient and of its square."""
     eps: Annotated[float, Ge(0)] = 1e-8
     """Added to the denominator of the update, for numerical stability."""
-    schedule: str | Schedule = "linear"
+    schedule: str | Callable[[float, float], float] = "linear"
     """linear, cosine, constant, warmup_stable_decay, or a function of (done, decay_ratio) or its import path."""
     warmup_steps: Annotated[int, Ge(0)] | None = None
     """The number of steps from 0 up to lr; null leaves it to warmup_ratio."""

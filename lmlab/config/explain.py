@@ -60,7 +60,12 @@ def no_key(key: str, name: str) -> str:
     """Returns the message for a key that a command does not have: where it has it otherwise, or the nearest one."""
     if key.startswith("trainer.limit_"):
         return f"{key}: {LIMITS}"
-    hint = in_other_option(key, name) or nearest(key, known_keys(name))
+    hint, known = in_other_option(key, name), known_keys(name)
+    block = [other for other in known if other.rpartition(".")[0] == key.rpartition(".")[0]]
+    hint = hint or nearest(key, known)
+    if not hint and block and "." in key:
+        names = sorted(other.rpartition(".")[2] for other in block if not other.endswith("._target_"))
+        hint = f" Keys there: {', '.join(names) or 'none'}.\nOne that its target takes besides is added: +{key}=…"
     return f'there is no key "{key}".{hint or f" For those there are: python -m lmlab.{name} --help"}'
 
 

@@ -3,7 +3,7 @@
 import ast
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from inspect import Parameter
@@ -16,7 +16,7 @@ from hydra._internal.utils import _locate
 
 READ = ("lmlab.", "lightning.")
 """Packages whose functions take what their source says; elsewhere decorators or metaclasses may change that."""
-PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence)}
+PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Callable, Sequence)}
 PLAIN |= {kind.__name__: kind for kind in (Ge, Gt, Le, Len, Lt)}
 PLAIN |= {"Annotated": Annotated, "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
 """The names that an annotation may consist of to be evaluated."""

@@ -25,6 +25,7 @@ KINDS: dict[Any, str] = {
     dict: "a mapping",
     list: "a list",
     Sequence: "a list",
+    Callable: "a function",
     NoneType: "null",
     Any: "anything",
 }
@@ -160,6 +161,8 @@ def describe(annotation: Any) -> str | None:
         bounds = [BOUNDS[type(bound)].format(bound) for bound in inner[1:] if type(bound) in BOUNDS]
         plain = describe(inner[0])
         return plain and ", ".join([plain, *bounds])
+    if kind is Callable:
+        return KINDS[kind]
     if kind not in (*KINDS, Union, UnionType):
         return None
     words = [describe(one) for one in inner]
