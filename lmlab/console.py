@@ -68,6 +68,11 @@ def console() -> "Console":
     return plain if plain.is_terminal else Console(width=120)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things in words, such as "1 run" or "1,200 runs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Returns a time for people, in the largest units that say enough.
 

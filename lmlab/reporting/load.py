@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lmlab.console import command
+from lmlab.console import command, counted
 from lmlab.errors import UserError, first_line
 from lmlab.evaluation.comparison import run_choices
 from lmlab.evaluation.records import Records, read
@@ -292,7 +292,7 @@ def describe_origin(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
 def describe_attempt(attempt: Mapping[str, Any]) -> str:
     """Returns where, when and by what a run went on after a pause."""
     parts = [f"{local_time(attempt['time'])} from step {attempt.get('step', '?')} on {attempt.get('host', '?')}"]
-    parts += [f"{attempt['devices']} device{'s' if attempt['devices'] != 1 else ''}"] if "devices" in attempt else []
+    parts += [counted(attempt["devices"], "device")] if "devices" in attempt else []
     parts += [describe_commit(attempt["git"])] if "git" in attempt else []
     return ", ".join([*parts, describe_versions(attempt.get("packages", {}))])
 

@@ -36,10 +36,9 @@ def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     """Returns each dotted key by its last part, or by as many as tell it from the others."""
     short = {}
     for key in keys:
-        parts = key.split(".")
-        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        others = [f".{other}" for other in keys if other != key]
-        short[key] = shorten(next((e for e in ends if not any(o.endswith(f".{e}") for o in others)), key), HEAD)
+        ends = (key.split(".", cuts)[-1] for cuts in range(key.count("."), 0, -1))
+        alone = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
+        short[key] = shorten(next(alone, key), HEAD)
     return short
 
 

@@ -12,12 +12,11 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
-from lmlab.console import command
+from lmlab.console import command, counted
 from lmlab.errors import UserError
 from lmlab.io import PARTIAL, from_here, read_json
 from lmlab.reporting.load import Run, local_time
 from lmlab.reporting.section import Section
-from lmlab.reporting.statistics import count_runs
 from lmlab.reporting.text import as_text, latex, letter
 from lmlab.runs.manifest import environment
 from lmlab.secrets import redacted_command
@@ -100,8 +99,8 @@ def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
         charts={chart.name: chart.spec for section in sections for chart in section.charts},
         origin=describe_origins(runs),
         statuses=Counter(run.status.name for run in runs),
-        count=count_runs(len(runs)),
-        count_runs=count_runs,
+        count=counted(len(runs), "run"),
+        counted=counted,
         unread=unread,
         clip=CLIP,
         letter=letter,
@@ -128,5 +127,5 @@ def count_values(values: Iterable[str]) -> list[str]:
     counts = Counter(values).most_common()
     if len(counts) == 1:
         return [counts[0][0]]
-    lines = [f"{value} ({count_runs(count)})" for value, count in counts[:5]]
+    lines = [f"{value} ({counted(count, 'run')})" for value, count in counts[:5]]
     return lines + ([f"and {len(counts) - 5} others"] if len(counts) > 5 else [])
