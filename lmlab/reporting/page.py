@@ -117,7 +117,7 @@ def describe_origins(runs: Sequence[Run]) -> dict[str, list[str]]:
         "runs began": list(dict.fromkeys(began[:1] + began[-1:])),
         "sweeps": count_values(str(from_here(run.sweep)) for run in runs if run.sweep),
     }
-    for name in ("commands", "code", "versions", "went on", "machines"):
+    for name in ("commands", "software", "went on", "machines"):
         origins[name] = count_values(line for run in runs for line in run.origin.get(name, ()))
     return {name: values for name, values in origins.items() if values}
 

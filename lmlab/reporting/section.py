@@ -3,10 +3,9 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final
 from lmlab.reporting.load import COUNTS, SPLITS, Run, objective_of
 from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys
 from lmlab.reporting.statistics import BEST, final_metrics, split_comparable, verdict
-from lmlab.reporting.text import as_text, brief, estimate_text, letter, p_text, shorten
+from lmlab.reporting.text import as_text, brief, letter, p_text, shorten
 from lmlab.runs.choices import as_typed
 from lmlab.runs.status import ENDED
 
@@ -55,7 +54,8 @@ class Section:
         self.runs = sorted(runs, key=lambda run: (*self.ranks.get(run.path, last), by_bits_per_byte(run)))
         self.heads = shorten_keys(differing_keys(self.runs))
         """The keys in which the runs differ, and what each is called."""
-        self.numeric = {key for key in self.heads if all(map(is_number, self.chosen(key)))}
+        numbers = (int, float, type(None))
+        self.numeric = {key for key in self.heads if all(type(run.chosen.get(key)) in numbers for run in self.runs)}
         """The keys whose values are all numbers."""
         self.configurations = name_configurations(self.runs, self.heads)
         names = self.configurations | name_evaluations(evaluations, self.runs)
@@ -69,9 +69,10 @@ class Section:
         """The name of the perplexity; of each kind of evaluation it is one of `kind_metrics`."""
         self.kind_metrics = [kind[0].certificate["figure"].replace("_", " ") for kind in self.kinds]
         # Where tokenizers differ, charts show bits per byte.
-        one_tokenizer = len({records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}) < 2
-        self.charted = ("perplexity", self.metric) if one_tokenizer else ("bits_per_byte", bits_name(self.metric))
-        longest = max((run.seconds[-1] for run in self.runs if run.seconds), default=0)
+        tokenizers = {records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}
+        self.charted = bits_name(self.metric) if len(tokenizers) > 1 else self.metric
+        """The metric that charts show."""
+        longest = max((run.seconds for run in self.runs), default=0)
         self.time = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
 
     @cached_property
@@ -87,6 +88,7 @@ class Section:
                     "rank": rank,
                     "run": run.name,
                     "run_id": run.manifest.get("run_id"),
+                    "configuration": self.configurations[run.path],
                     "seed": run.chosen.get("seed"),
                     **{key: run.chosen.get(key) for key in self.heads},
                     self.metric.replace(" ", "_"): run.final["perplexity"],
@@ -99,7 +101,7 @@ class Section:
                     **{name: run.summary.get(name) for name in COUNTS},
                     "tokens": run.tokens,
                     "tokens_per_s": run.speed,
-                    "seconds": run.seconds[-1] if run.seconds else None,
+                    "seconds": run.seconds,
                     "directory": str(run.path),
                 }
             )
@@ -112,10 +114,10 @@ class Section:
         bounds = [BOUND if run.records and is_bound(run.records.certificate) else "" for run in self.runs]
         if any(bounds):
             table[bits] = [f"{bound}{as_text(value)}" for bound, value in zip(bounds, table[bits], strict=True)]
-        for key in self.heads:
-            table[key] = [self.key_value(run, key, brief) for run in self.runs]
+        for key in self.heads.keys() - self.numeric:
+            table[key] = [brief(run.chosen[key]) if key in run.chosen else None for run in self.runs]
         table["seconds"] /= self.time[0]
-        left_out = ["objective", "run_id", "directory"]
+        left_out = ["objective", "run_id", "configuration", "directory"]
         left_out += [] if self.apart else ["evaluation"]
         left_out += [] if table["seed"].nunique() > 1 else ["seed"]
         left_out += ["trainable_parameters"] if table["trainable_parameters"].equals(table["parameters"]) else []
@@ -123,43 +125,26 @@ class Section:
         heads = {name: name.replace("_", " ") for name in table.columns}
         return table.rename(columns=heads | self.heads | {"seconds": f"time ({self.time[1]})"})
 
-    def chosen(self, key: str) -> list[Any]:
-        """Returns the values of a key in all runs that say it."""
-        return [run.chosen.get(key) for run in self.runs if run.begun or key in run.chosen]
-
-    def key_value(self, run: Run, key: str, text: Callable[[Any], str] = as_typed) -> Any:
-        """Returns the value of a key in a run: a number, or a text; None where a run does not say it."""
-        value = run.chosen.get(key)
-        return value if key in self.numeric or not (run.begun or key in run.chosen) else text(value)
-
     @cached_property
     def done(self) -> pd.DataFrame:
-        """The finished runs as charts show them: run, configuration, kind of evaluation, final metric, keys."""
-        rows = [
-            {
-                "run": run.name,
-                "configuration": self.configurations[run.path],
-                "evaluation": letter(self.ranks[run.path][0]) if run.path in self.ranks else "none",
-                **{key: self.key_value(run, key) for key in self.heads},
-                "final": run.final[self.charted[0]],
-            }
-            for run in self.runs
-            if run.status.name == "done" and math.isfinite(run.final[self.charted[0]] or math.nan)
-        ]
-        return pd.DataFrame(rows, columns=["run", "configuration", "evaluation", *self.heads, "final"])
+        """The finished runs as charts show them: run, configuration, kind of evaluation, keys, final metric."""
+        done = self.table[self.table["status"] == "done"].rename(columns={self.charted.replace(" ", "_"): "final"})
+        done = done[np.isfinite(done["final"].astype(float))].fillna({"evaluation": "none"})
+        texts = {key: done[key].map(as_typed) for key in self.heads if key not in self.numeric}
+        columns = ["run", "configuration", "evaluation", *self.heads, "final"]
+        return done.assign(**texts)[columns].infer_objects()
 
     @cached_property
     def curve_data(self) -> pd.DataFrame:
         """The curves of the runs, a row for each point of each."""
-        rows = (
-            {"run": run.name, "configuration": self.configurations[run.path], **point}
-            for run in self.runs
-            for point in run.curves()
-        )
-        columns = ["run", "configuration", "split", "step", "tokens", "seconds", "loss", "speed"]
-        data = pd.DataFrame(rows, columns=columns)
+        frames = [run.curves() for run in self.runs if len(run.metrics)]
+        if not frames:
+            return pd.DataFrame(columns=["run", "configuration", "split", "speed", "loss"], dtype=float)
+        curves = pd.concat(frames)
+        names = {run.name: self.configurations[run.path] for run in self.runs}
+        curves.insert(1, "configuration", curves["run"].map(names))
         with np.errstate(over="ignore"):
-            return data.assign(perplexity=np.exp(data["loss"].astype(float)))
+            return curves.assign(perplexity=np.exp(curves["loss"]))
 
     @cached_property
     def final_data(self) -> pd.DataFrame:
@@ -184,20 +169,11 @@ class Section:
 
     def final_table(self, number: int) -> pd.DataFrame:
         """Returns the table of the final metrics of a kind of evaluation for a person."""
-        rows = []
-        for final in self.finals[number][:BEST]:
-            gap = final.difference or Difference()
-            rows.append(
-                {
-                    "configuration": final.name,
-                    "runs": len(final.paths),
-                    f"{self.kind_metrics[number]} (95 % interval)": estimate_text(*final.perplexity),
-                    "bits/byte (95 % interval)": f"{BOUND if final.bound else ''}{estimate_text(*final.bits_per_byte)}",
-                    "from the best (95 % interval)": estimate_text(gap.difference, gap.low, gap.high, "+.4f"),
-                    "p": p_text(gap.p),
-                }
-            )
-        return pd.DataFrame(rows)
+        data = self.final_data[self.final_data["evaluation"] == letter(number)][:BEST]
+        data = data.drop(columns=["evaluation", *([] if data["upper_bound"].any() else ["upper_bound"])])
+        data["p"] = [p_text(final.difference.p if final.difference else None) for final in self.finals[number][:BEST]]
+        names = {name: name.replace("perplexity", self.kind_metrics[number]).replace("_", " ") for name in data.columns}
+        return data.rename(columns=names)
 
     @property
     def csv(self) -> dict[str, pd.DataFrame]:
@@ -206,7 +182,7 @@ class Section:
         tables["validation"] = tables["validation"].drop(columns="speed")
         tables["finals"] = self.final_data
         if self.effects:
-            tables["effects"] = self.done.drop(columns="configuration").rename(columns={"final": self.charted[1]})
+            tables["effects"] = self.done.drop(columns="configuration").rename(columns={"final": self.charted})
         return {f"{self.slug}_{name}": table for name, table in tables.items() if len(table)}
 
     @property
@@ -222,7 +198,7 @@ class Section:
         by = max(self.numeric.intersection(self.chart_heads), key=lambda key: self.done[key].nunique(), default=None)
         data = self.curve_data
         if by:
-            data = data.assign(**{by: data["run"].map({run.name: run.chosen.get(by) for run in self.runs})})
+            data = data.assign(**{by: data["run"].map(self.table.set_index("run")[by])})
         drawn = []
         for name, title, split, y in [
             ("validation_loss", "Validation loss", "validation", ("loss", loss)),
@@ -246,10 +222,10 @@ class Section:
         """The charts of the final metric by the value of each key."""
         drawn: dict[str, Chart] = {}
         for key in list(self.chart_heads)[:KEYS]:
-            spec = draw_effect(self.done, key, self.chart_heads, self.charted[1])
+            spec = draw_effect(self.done, key, self.chart_heads, self.charted)
             file = f"{self.slug}_effect_{re.sub(r'[^A-Za-z0-9._-]+', '-', key)[:80]}"
             file = f"{file}_{len(drawn)}" if file in drawn else file
-            title = f"{self.charted[1].capitalize()} by {shorten(key, 60)}"
+            title = f"{self.charted.capitalize()} by {shorten(key, 60)}"
             drawn[file] = Chart(file, title, spec, f"{self.slug}_effects")
         return list(drawn.values())
 
@@ -260,8 +236,8 @@ class Section:
         for number, perplexity in enumerate(self.kind_metrics):
             data = self.final_data[self.final_data["evaluation"] == letter(number)]
             best = f", the {BEST} best of {len(data)}" if len(data) > BEST else ""
-            field, bits = self.charted[0], bits_name(perplexity)
-            metric = perplexity if field == "perplexity" else bits
+            bits = bits_name(perplexity)
+            field, metric = ("perplexity", perplexity) if self.charted == self.metric else ("bits_per_byte", bits)
             ending, table = f"_{letter(number)}" if self.apart else "", f"{self.slug}_finals"
             spec = draw_final(data[:BEST], field, metric)
             kind = [Chart(f"{self.slug}_final{ending}", f"Final {metric}{best}", spec, table)]
@@ -277,32 +253,14 @@ class Section:
         return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind)]
 
     @property
-    def samples(self) -> list[tuple[Run, list[dict[str, Any]]]]:
-        """Each run with samples, and the last of them."""
-        return [
-            (run, [sample for sample in run.samples if sample["step"] == run.samples[-1]["step"]])
-            for run in self.runs
-            if run.samples
-        ]
-
-    @property
     def troubles(self) -> pd.DataFrame:
         """The table of the runs that have not ended or can't be read in full, with why, and how to go on."""
-        rows = [
-            {
-                "run": run.name,
-                "configuration": self.configurations[run.path],
-                "status": run.status.name,
-                "cause": run.status.cause,
-                "step": run.status.step if run.begun else None,
-                "of steps": run.status.steps,
-                "message": "\n".join([run.status.message or "", *run.faults]).strip() or "It has not ended.",
-                "to go on": next_command(run),
-            }
-            for run in self.runs
-            if run.status.name not in ENDED or run.faults
-        ]
-        return pd.DataFrame(rows)
+        table = self.table[["run", "configuration", "status", "cause", "step", "of_steps"]].assign(
+            message=["\n".join([run.status.message or "", *run.faults]).strip() for run in self.runs],
+            command=[next_command(run) for run in self.runs],
+        )
+        table = table[[run.status.name not in ENDED or bool(run.faults) for run in self.runs]]
+        return table.rename(columns={"of_steps": "of steps", "command": "to go on"})
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -338,11 +296,6 @@ def make_sections(runs: Sequence[Run], evaluations: Mapping[str, Records], point
         others = {name: records for name, records in evaluations.items() if objective_of(records) == objective}
         sections.append(Section(objective, own, others, slug, points * len(own) // max(1, len(runs))))
     return sections
-
-
-def is_number(value: Any) -> bool:
-    """Returns whether a value of a config is a number, or not set."""
-    return value is None or type(value) in (int, float)
 
 
 def by_bits_per_byte(run: Run) -> float:

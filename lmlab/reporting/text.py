@@ -40,12 +40,6 @@ def interval_text(low: float | None, high: float | None, spec: str = "+.4f") -> 
     return "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
 
 
-def estimate_text(value: float | None, low: float | None, high: float | None, spec: str = ",.5g") -> str:
-    """Returns a value, and its interval in brackets, by a format specification; empty where there is none."""
-    interval = interval_text(low, high, spec)
-    return "" if value is None else f"{value:{spec}}{f' ({interval})' if interval else ''}"
-
-
 def brief(value: Any, most: int = 40) -> str:
     """Returns a value of a config: four digits of a number, and long text without its middle."""
     return f"{value:.4g}" if isinstance(value, float) else shorten(" ".join(as_typed(value).split()), most)
