@@ -31,10 +31,10 @@ COUNTS = ("parameters", "trainable_parameters", "flops")
 POINTS = {"step": "step", "data/tokens_seen": "tokens", "seconds": "seconds", "perf/tokens_per_s": "speed"}
 """The columns of metrics that a curve has, and their names there."""
 METRICS = {*SPLITS.values(), *POINTS, "tokens_per_s", *COUNTS}
-"""What a report shows of metrics and summaries, beside those that begin with val/."""
+"""The metrics and parts of summaries that a report shows, beside those that begin with val/."""
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets")
 DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError)
-"""What reading the files of a run can raise when somebody or something else has written in them."""
+"""The errors of reading the files of a run in which somebody or something else has written."""
 
 
 @dataclass
@@ -43,25 +43,27 @@ class Run:
 
     path: Path
     name: str
-    """Its path below the directory that holds all of the report's runs."""
+    """The path below the directory that holds all of the report's runs."""
     objective: str
-    """The dotted name of its objective's class; of a run that has not begun what its sweep calls it, or nothing."""
+    """The dotted name of the class of the objective; of a run that has not begun its name in the sweep, or nothing."""
     chosen: dict[str, Any]
-    """What was chosen for it, by dotted keys; of a run that has not begun what its sweep says."""
+    """The choices of the config by dotted keys; of a run that has not begun those of its sweep."""
     status: Status
     manifest: dict[str, Any]
     origin: dict[str, list[str]]
-    """What made it, in words: commands, code, versions, machines, and where it went on after a pause."""
+    """The commands, the software and the machines that made it, and where it went on after a pause, in words."""
     metrics: pd.DataFrame
-    """Its metrics, a row each time that some were logged, and the `seconds` since the first, without pauses."""
+    """A row each time that metrics were logged, with the `seconds` since the first, pauses left out."""
     summary: dict[str, Any]
     """The summary of its end; empty before that."""
     records: Records | None
     """The evaluation at its end."""
     samples: list[dict[str, Any]]
+    """The samples that its model generated at validations."""
     sweep: Path | None
+    """The directory of the sweep that it is a point of."""
     faults: list[str]
-    """What could not be read of its files, and why."""
+    """The parts of its files that could not be read, and why."""
 
     @property
     def begun(self) -> bool:
@@ -80,7 +82,7 @@ class Run:
     def final(self) -> dict[str, float | None]:
         """Perplexity and bits per byte at its end, or the best so far."""
         if self.records:
-            return final_metrics(self.records)
+            return evaluation_metrics(self.records)
         source, bits = self.summary or self.best_so_far, bits_per_byte(self.metric or "")
         return {"perplexity": source.get(f"val/{self.metric}"), "bits_per_byte": source.get(f"val/{bits}")}
 
@@ -260,11 +262,16 @@ def read_evaluation(path: Path) -> Records:
         one of `DAMAGED`: there is none, or it lacks a part.
     """
     records = read(path)
-    _ = run_choices(records), final_metrics(records), objective_of(records), records.certificate["policy"]["masks_seed"]
+    _ = (
+        run_choices(records),
+        evaluation_metrics(records),
+        objective_of(records),
+        records.certificate["policy"]["masks_seed"],
+    )
     return records
 
 
-def final_metrics(records: Records) -> dict[str, float | None]:
+def evaluation_metrics(records: Records) -> dict[str, float | None]:
     """Returns perplexity and bits per byte of an evaluation, whatever their names are in its certificate."""
     metrics, name = records.certificate["figures"], records.certificate["figure"]
     return {"perplexity": metrics[name], "bits_per_byte": metrics[bits_per_byte(name)]}

@@ -33,8 +33,8 @@ class Section:
         objective: the dotted name of its class.
         runs: its runs.
         evaluations: those of other models, by their names.
-        slug: what the names of its files begin with.
-        points: of curves that the report has room for, in this section.
+        slug: the beginning of the names of its files.
+        points: the number of points of curves that the report has room for, in this section.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Section:
     def final_table(self, number: int) -> pd.DataFrame:
         """Returns the table of the final metrics of a kind of evaluation for a person."""
         data = self.final_data[self.final_data["evaluation"] == letter(number)][:BEST]
-        data = data.drop(columns=["evaluation", *([] if data["upper_bound"].any() else ["upper_bound"])])
+        data = data.drop(columns=["rank", "evaluation", *([] if data["upper_bound"].any() else ["upper_bound"])])
         data["p"] = [p_text(final.difference.p if final.difference else None) for final in self.finals[number][:BEST]]
         names = {name: name.replace("perplexity", self.kind_metrics[number]).replace("_", " ") for name in data.columns}
         return data.rename(columns=names)
@@ -195,7 +195,8 @@ class Section:
         """The charts of the loss and the speed over training."""
         loss = f"loss (nats per {'scored ' if 'masked' in self.metric else ''}token)"
         configurations = list(dict.fromkeys(self.configurations.values()))  # best first, as the runs
-        by = max(self.numeric.intersection(self.chart_heads), key=lambda key: self.done[key].nunique(), default=None)
+        numeric = [key for key in self.chart_heads if key in self.numeric]
+        by = max(numeric, key=lambda key: self.done[key].nunique(), default=None)
         data = self.curve_data
         if by:
             data = data.assign(**{by: data["run"].map(self.table.set_index("run")[by])})
@@ -284,7 +285,7 @@ def make_sections(runs: Sequence[Run], evaluations: Mapping[str, Records], point
     """Returns a section for each objective, each with a slug of its own for the names of its files.
 
     Args:
-        points: of curves that the report has room for in all.
+        points: the number of points of curves that the report has room for in all.
     """
     sections: list[Section] = []
     for objective in dict.fromkeys([*(run.objective for run in runs), *map(objective_of, evaluations.values())]):
