@@ -128,13 +128,11 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[str, Records], lis
         The runs, the evaluations of other models by their names, and a line on each thing that could not be read.
 
     Raises:
-        UserError: a directory does not exist, or holds nothing to report.
+        UserError: a directory holds nothing to report.
     """
     found: dict[Path, Point | None] = {}
     unread: list[str] = []
     for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path} is no directory.\nName run directories, or a folder with runs in it.")
         below = find_runs(path, unread)
         if not below and not unread:
             raise UserError(
