@@ -124,7 +124,8 @@ def train_briefly(folder: str, began: str) -> None:
         data = build.prepare_data(cfg)
         objective, model = build.build_model(cfg, data.tokenizer)
         counts = ((p.numel(), p.numel() * p.requires_grad) for p in model.parameters())  # a shared one once
-        measured = Measurement(*map(sum, zip(*counts, strict=True)))
+        parameters, trainable = map(sum, zip(*counts, strict=True))
+        measured = Measurement(parameters, trainable)
         write_json(run.path / "measurement.json", asdict(measured))
         module, datamodule = build.build_training(cfg, data, objective, model)
         trainer = build.build_trainer(cfg, module.val_interval, "preview")

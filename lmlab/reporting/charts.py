@@ -15,7 +15,7 @@ DECADE = 10
 """Values whose largest is so many times the smallest are drawn on a logarithmic scale."""
 BLUE = "#4c78a8"
 VIRIDIS = alt.SchemeParams(name="viridis", extent=[0, 0.87])  # beyond, it is too light for lines on white
-AXIS = {"labelExpr": "format(datum.value, abs(datum.value) < 1e4 ? ',.6~g' : '~s')", "tickCount": 6}
+AXIS: dict[str, Any] = {"labelExpr": "format(datum.value, abs(datum.value) < 1e4 ? ',.6~g' : '~s')", "tickCount": 6}
 """An axis whose numbers have their digits below 10,000, and are like 10k and 2M above."""
 
 
@@ -125,7 +125,7 @@ def draw_effect(done: pd.DataFrame, key: str, heads: Mapping[str, str], metric: 
     values = sorted(done[key].dropna().unique().tolist())
     numeric = not isinstance(values[0], str)
     if numeric:
-        ticks = {"values": values} if len(values) <= 8 else {}
+        ticks: dict[str, Any] = {"values": values} if len(values) <= 8 else {}
         x = alt.X("value:Q").scale(scale(values)).axis(**AXIS, **ticks)
     else:
         x = alt.X("value:N").sort(values).axis(labelAngle=0, labelLimit=140)
@@ -137,7 +137,7 @@ def draw_effect(done: pd.DataFrame, key: str, heads: Mapping[str, str], metric: 
         colour = alt.Color("evaluation:N")
     elif by:
         ordered = sorted(done[by].dropna().unique().tolist())
-        kind, scheme = ("N", "tableau10") if isinstance(ordered[0], str) else ("O", VIRIDIS)
+        kind, scheme = ("N", alt.SchemeParams("tableau10")) if isinstance(ordered[0], str) else ("O", VIRIDIS)
         colour = alt.Color(f"by:{kind}").title(heads[by]).sort(ordered).scale(scheme=scheme, domain=ordered)
     shown = done[["run", "configuration", "evaluation", "final"]].assign(value=done[key], by=done[by] if by else None)
     points = alt.Chart(shown).mark_point(filled=True, size=60, opacity=0.8)
@@ -165,7 +165,11 @@ def draw_final(finals: pd.DataFrame, field: str, title: str) -> dict[str, Any]:
     differences = field == "difference"
     if not differences:  # an interval over many decades goes on beyond the chart
         ends = ends.clip(values.min() / 1e6, values.max() * 1e6)
-    x = {"scale": scale([*values, *ends, *([0.0] if differences else [])], differences), "title": title, "axis": AXIS}
+    x: dict[str, Any] = {
+        "scale": scale([*values, *ends, *([0.0] if differences else [])], differences),
+        "title": title,
+        "axis": AXIS,
+    }
     base = alt.Chart(finals).encode(y=alt.Y("configuration:N").title(None).sort([*finals["configuration"]]))
     rules = base.transform_filter(f"isValid(datum.{low})").mark_rule(strokeWidth=2, color=BLUE, clip=True)
     points = base.mark_point(filled=True, size=60, color="#1f4e79", opacity=1)
@@ -193,7 +197,7 @@ def tooltip(field: str, title: str | None = None) -> alt.Tooltip:
     return alt.Tooltip(f"{field}:Q", title=title or field.replace("_", " "), format=",.5~g")
 
 
-def render(chart: alt.Chart | alt.LayerChart, height: int = HEIGHT) -> dict[str, Any]:
+def render(chart: Any, height: int = HEIGHT) -> dict[str, Any]:
     """Returns the specification of a chart."""
     with alt.data_transformers.disable_max_rows():
         return (
