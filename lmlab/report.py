@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lmlab.distributed.signals import SIGNALS
-from lmlab.errors import Arguments, UserError, shown_plainly, stopped_with
+from lmlab.errors import Arguments, shown_plainly, stopped_with
 
 EXAMPLES = """\
   python -m lmlab.report multirun/2026-01-31/12-00-00       a sweep, also one that is going on
@@ -39,18 +39,16 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Writes the report, and prints what it decides and where it is."""
-    for path in arguments.directories:
-        if not path.is_dir():
-            raise UserError(f"{path} is no directory.\nName run directories, or a folder with runs in it.")
-
     from lmlab.console import show_rows
     from lmlab.io import from_here, write_out
-    from lmlab.reporting import page
     from lmlab.reporting.load import load_runs
-    from lmlab.reporting.section import make_sections
     from lmlab.reporting.text import letter
 
     runs, evaluations, unread = load_runs(arguments.directories)
+
+    from lmlab.reporting import page
+    from lmlab.reporting.section import make_sections
+
     sections = make_sections(runs, evaluations, page.POINTS)
     out = arguments.out or Path(f"reports/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     with stopped_with("Nothing of the report is kept."):

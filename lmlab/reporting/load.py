@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from lmlab.console import command, counted
@@ -24,6 +23,9 @@ from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import ENDED, Status, read_status
 from lmlab.secrets import redacted_command
 from lmlab.sweeps.points import Point, read_points
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where it is used, as what is refused need not wait for it
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with libyaml
 SPLITS = {"validation": "val/loss", "training": "train/loss"}
@@ -52,7 +54,7 @@ class Run:
     manifest: dict[str, Any]
     origin: dict[str, list[str]]
     """The commands, the software and the machines that made it, and where it went on after a pause, in words."""
-    metrics: pd.DataFrame
+    metrics: "pd.DataFrame"
     """A row each time that metrics were logged, with the `seconds` since the first, pauses left out."""
     summary: dict[str, Any]
     """The summary of its end; empty before that."""
@@ -89,8 +91,8 @@ class Run:
     @cached_property
     def best_so_far(self) -> dict[str, Any]:
         """The row of the lowest perplexity of its validations; empty before the first of weights that were trained."""
-        logged = self.metrics[self.metrics["step"] > 0].get(f"val/{self.metric}", pd.Series()).dropna()
-        return {} if logged.empty else self.metrics.loc[logged.idxmin()].to_dict()
+        logged = self.metrics[self.metrics["step"] > 0].get(f"val/{self.metric}")
+        return {} if logged is None or logged.isna().all() else self.metrics.loc[logged.idxmin()].to_dict()
 
     @property
     def so_far_at(self) -> int | None:
@@ -112,8 +114,10 @@ class Run:
         """Tokens a second over the whole run, or the median so far."""
         return self.summary.get("tokens_per_s", self.metrics["perf/tokens_per_s"].median())
 
-    def curves(self) -> pd.DataFrame:
+    def curves(self) -> "pd.DataFrame":
         """Returns a row for each point of a curve: run, split, step, tokens, seconds, loss and speed."""
+        import pandas as pd
+
         points = [
             self.metrics[self.metrics[key].notna()].assign(run=self.name, split=split, loss=self.metrics[key])
             for split, key in SPLITS.items()
@@ -128,11 +132,13 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[str, Records], lis
         The runs, the evaluations of other models by their names, and a line on each thing that could not be read.
 
     Raises:
-        UserError: a directory holds nothing to report.
+        UserError: a directory does not exist, or holds nothing to report.
     """
     found: dict[Path, Point | None] = {}
     unread: list[str] = []
     for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no directory.\nName run directories, or a folder with runs in it.")
         below = find_runs(path, unread)
         if not below and not unread:
             raise UserError(
@@ -239,8 +245,10 @@ def load_run(path: Path, name: str, point: Point | None) -> Run | Records:
     )
 
 
-def read_metrics(run: RunDirectory, manifest: Mapping[str, Any], faults: list[str]) -> pd.DataFrame:
+def read_metrics(run: RunDirectory, manifest: Mapping[str, Any], faults: list[str]) -> "pd.DataFrame":
     """Reads the logged metrics of a run, and works out their seconds without the pauses between two attempts."""
+    import pandas as pd
+
     logged = read_whole_rows(
         run.metrics, lambda row: math.isfinite(row["step"] + row["time"]) and are_numbers(row), faults
     )
