@@ -12,11 +12,22 @@ SIGNS = {"±": r"$\pm$", "−": "$-$", "≤": r"$\le$"}
 
 
 def latex(table: "DataFrame", layout: str | None = None) -> str:
-    """Returns a table of texts as a `tabular` for the booktabs package; its first column is of words if no other is."""
-    text = table.to_latex(index=False, escape=True, column_format=layout or "l" + "r" * (table.shape[1] - 1))
+    """Returns a table as a `tabular` for the booktabs package; its first column is of words if no other is."""
+    texts = table.map(lambda value: " ".join(as_text(value).split()))
+    text = texts.to_latex(index=False, escape=True, column_format=layout or "l" + "r" * (table.shape[1] - 1))
     for sign, macro in SIGNS.items():
         text = text.replace(sign, macro)
     return text
+
+
+def as_text(value: Any) -> str:
+    """Returns a value of a table: numbers with at least the five digits that a person reads, nothing for None."""
+    if value is None or value != value:
+        return ""
+    if type(value) not in (int, float):
+        return str(value)
+    whole = isinstance(value, int) or abs(value) >= 1e4
+    return f"{value:,.0f}" if whole and abs(value) < 1e12 else f"{value:,.5g}"
 
 
 def p_text(p: float | None) -> str:
@@ -27,26 +38,6 @@ def p_text(p: float | None) -> str:
 def interval_text(low: float | None, high: float | None, spec: str = "+.4f") -> str:
     """Returns the ends of an interval by a format specification; empty where there is none."""
     return "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
-
-
-def number_text(value: float | None, spec: str = ",") -> str:
-    """Returns a number by a format specification; empty where there is none."""
-    return "" if value is None else f"{value:{spec}}"
-
-
-def perplexity_text(value: float | None) -> str:
-    """Returns a perplexity with the digits that a person reads."""
-    return "" if value is None else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def duration(seconds: float | None) -> str:
-    """Returns a time in the largest two units that it fills; empty where there is none."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def brief(value: Any, most: int = 40) -> str:
