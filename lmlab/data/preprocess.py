@@ -43,12 +43,16 @@ from lmlab.io import locked, replaced
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
-FORMAT = 4  # Goes into every cache key: raised when the steps below change their output.
-# What the tokenizer gets at once: enough for its threads to share (they are all the workers that
-# tokenizing needs), and no more of either, so that memory stays flat in the corpus.
+FORMAT = 4
+"""The version of the prepared data, a part of each cache key; it is raised when the steps change their output."""
 DOCUMENTS_PER_CALL = 1000
+"""The number of documents that the tokenizer gets at once, which its threads share.
+
+It is limited, as `CHARACTERS_PER_CALL` is, so that the memory does not grow with the corpus.
+"""
 CHARACTERS_PER_CALL = 2**20
-DOUBTFUL = 0.01  # share of the records without a text, or of the held-out documents in the training text
+DOUBTFUL = 0.01
+"""The share of records without a text, or of held-out documents in the training text, that is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +61,26 @@ class Ledger:
 
     records: int
     records_without_text: int
-    """Records whose text is null or missing, or whose list of texts is empty; an empty text is one."""
+    """The number of records whose text is null or missing, or whose list of texts is empty; an empty text is a text."""
     documents: int
     documents_in_training: int | None = None
-    """Held-out documents of 32 bytes or more that are a part of a training document, or equal to one (overlap.py).
-    None for the training split itself, and where the training text is not read."""
+    """The number of held-out documents of 32 bytes or more that are equal to a training document or a part of one
+    (overlap.py). None for the training split itself, and if the training text is not read."""
     bytes: int
-    """UTF-8 bytes of the documents."""
+    """The number of UTF-8 bytes of the documents."""
     tokens: int
-    """All tokens of the documents, special and end-of-text ones included, before any is lost."""
+    """The number of tokens of the documents before any is dropped, with special and end-of-text tokens."""
     blocks: int
     tokens_dropped: int
-    """Tokens that fill no block, see `group_texts`."""
+    """The number of tokens that fill no block, see `group_texts`."""
     tokens_truncated: int
     unknown_tokens: int
-    """Tokens that do not spell all of the text that they stand for."""
+    """The number of tokens that do not spell all of the text that they stand for."""
     unknown_bytes: int
-    """UTF-8 bytes that they do not spell."""
+    """The number of UTF-8 bytes that they do not spell."""
 
     def doubts(self, split: str) -> Iterator[str]:
-        """Yields what a reader should know before a metric is trusted, a line each."""
+        """Yields the reasons to doubt a metric on this split, a line each."""
         if self.records_without_text > DOUBTFUL * self.records:
             yield (
                 f"{self.records_without_text:,} of the {self.records:,} {split} records have no text at data.text: "
@@ -95,7 +99,7 @@ class Blocks(TorchDataset[np.ndarray]):
     They are slices of one file of token ids, which each process maps into its memory.
 
     Args:
-        path: The file of raw int32 ids.
+        path: the file of raw int32 ids.
         bounds: [blocks, 2] int64: the first token of each block and the one past its last.
     """
 
@@ -121,7 +125,7 @@ class Prepared:
 
     tokenizer: PreTrainedTokenizerBase
     train: Blocks | None
-    """None where only the held-out part was asked for."""
+    """The training blocks; None if only the held-out part was asked for."""
     validation: Documents
     bounds: np.ndarray
     """[blocks, 2] int64: the blocks of the validation documents, as `group_texts` gives them."""
@@ -143,10 +147,10 @@ def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
     """Holds out validation records, unless the source brought some (guide, `train_test_split`).
 
     Returns:
-        The records of `train` and of `validation`.
+        the records of `train` and of `validation`.
 
     Raises:
-        UserError: There is nothing to train on, or nothing to hold out.
+        UserError: there is nothing to train on, or nothing to hold out.
     """
     train, validation = corpus.train, corpus.validation
     if train is None:
@@ -187,11 +191,9 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     """[T] int32."""
     spans: np.ndarray | None
-    """[T, 5] int32, see documents.py; None where they were not asked for."""
+    """[T, 5] int32, see documents.py; None in training text whose tokens all spell their part of it."""
     lost: int
-    """Tokens that truncation cost."""
-    unknown: tuple[int, int]
-    """Tokens that do not spell all of their text, and the bytes that they leave unspelled."""
+    """The number of tokens that truncation removed."""
 
 
 def tokenize(
@@ -200,7 +202,7 @@ def tokenize(
     """Joins the texts of each record, and turns each document into ids (guide, `preprocess_function`).
 
     Args:
-        held_out: Also say which text each token stands for.
+        held_out: True to find which text each token stands for, also where no token is unknown.
     """
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
@@ -208,7 +210,7 @@ def tokenize(
     for batch in batches(join_texts(records, choices.join), DOCUMENTS_PER_CALL, CHARACTERS_PER_CALL):
         encoded = encode(batch, tokenizer, choices.special_tokens, located=held_out)
         for text, (ids, encoding) in zip(batch, encoded, strict=True):
-            lost, spans, unspelled = 0, None, (0, 0)
+            lost, spans = 0, None
             if choices.truncation and len(ids) > tokenizer.model_max_length:
                 full = len(ids)
                 ((ids, encoding),) = encode([text], tokenizer, choices.special_tokens, truncation=True)
@@ -221,8 +223,7 @@ def tokenize(
                 spans = document_spans(
                     text, ids, encoding, ending=ending, ends=ends, unknown=unknown, lost=lost, left=left
                 )
-                unspelled = int((spans[:, UNKNOWN] > 0).sum()), int(spans[:, UNKNOWN].sum())
-            yield Tokens(text, np.array([*ids, *ending], np.int32), spans if held_out else None, lost, unspelled)
+            yield Tokens(text, np.array([*ids, *ending], np.int32), spans, lost)
 
 
 def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int | None = None) -> np.ndarray:
@@ -241,9 +242,9 @@ def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int 
 
     Args:
         lengths: [documents] tokens of each.
-        block_size: Tokens of a block.
-        drop_remainder_every: Documents of a group; what does not fill a block at the end of a group is dropped. None
-            makes one group of all and keeps a short last block.
+        block_size: the number of tokens of a block.
+        drop_remainder_every: the number of documents of a group; tokens at its end that do not fill a block are
+            dropped. None makes one group of all and keeps a short last block.
 
     Returns:
         [blocks, 2] int64: the first token of each block and the one past its last.
@@ -271,13 +272,13 @@ def prepare(
 ) -> Prepared:
     """Takes all the steps, each kept in the cache under a key of everything that went into it.
 
-    A start that finds all it needs there reads no record.
+    If all is there, no record is read.
 
     Args:
-        make_tokenizer: Makes a tokenizer from the training texts.
-        tokenizer_key: The tokenizer's own settings, as plain values; None where it does not depend on the texts and
-            needs no keeping.
-        cache: A directory for the prepared data of all runs.
+        make_tokenizer: a function that makes a tokenizer from the training texts.
+        tokenizer_key: the tokenizer's own settings, as plain values; None if it does not depend on the texts, and
+            is not kept.
+        cache: the directory for the prepared data of all runs.
     """
     parts = once(lambda: split(corpus, choices))
 
@@ -296,7 +297,7 @@ def prepare(
 def prepare_validation(
     corpus: Corpus, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> Prepared:
-    """Prepares only the held-out part, for a tokenizer that is there already."""
+    """Prepares only the held-out part, for a given tokenizer."""
 
     def parts() -> "Mapping[str, Dataset]":
         alone = corpus.train is None and corpus.validation is not None
@@ -315,7 +316,7 @@ def prepare_splits(
 ) -> Prepared:
     """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks."""
     tokenizer_hash = content_hash(tokenizer)
-    # How documents are cut into blocks changes nothing in the files.
+    # The files do not depend on how documents are cut into blocks.
     decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
     folders, bounds, ledger = {}, {}, {}
     for name in names:
@@ -383,10 +384,10 @@ def write_split(
     """Writes the tokens, lengths and counts of one split as files; of the held-out one also its documents' spans.
 
     Args:
-        order: [records] the number in the split of each record; None where they come in its order.
+        order: [records] the number of each record in the split; None if they come in the order of the split.
 
     Raises:
-        UserError: There is no text, or no token in any.
+        UserError: there is no text, or no token in any.
     """
     held_out = name == "validation"
     names = ("records", "records_without_text", "documents", "bytes", "tokens", "tokens_truncated")
@@ -409,15 +410,16 @@ def write_split(
         for document in tokenize(count_records(), tokenizer, choices, held_out):
             streams["tokens"].write(document.ids.tobytes())
             streams["lengths"].write(np.int64(len(document.ids)).tobytes())
-            if document.spans is not None:
-                streams["spans"].write(document.spans.tobytes())
-                add_to_index(document.text, document.lost == 0)
             counts["documents"] += 1
             counts["bytes"] += len(utf8(document.text))
             counts["tokens"] += len(document.ids) + document.lost
             counts["tokens_truncated"] += document.lost
-            counts["unknown_tokens"] += document.unknown[0]
-            counts["unknown_bytes"] += document.unknown[1]
+            if document.spans is not None:
+                counts["unknown_tokens"] += int((document.spans[:, UNKNOWN] > 0).sum())
+                counts["unknown_bytes"] += int(document.spans[:, UNKNOWN].sum())
+                if held_out:
+                    streams["spans"].write(document.spans.tobytes())
+                    add_to_index(document.text, document.lost == 0)
     if counts["records_without_text"] == counts["records"]:
         raise UserError(
             f"none of the {counts['records']:,} {name} records has a text: it is null or missing, or an empty list.\n"
