@@ -169,7 +169,8 @@ class Batches:
         """`shift`: places from the position that predicts a token to where its label is wanted."""
         from transformers import AutoTokenizer
 
-        from lmlab.data.preprocess import Preprocessing, prepare
+        from lmlab.data.options import Preprocessing
+        from lmlab.data.prepared import prepare
         from lmlab.data.sources import load_files
         from lmlab.objectives.clm import CausalLM
         from lmlab.objectives.mlm import MaskedLM

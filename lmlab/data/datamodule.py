@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.preprocess import Blocks
+from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, micro_batch_size
 from lmlab.distributed.signals import signals_blocked
 from lmlab.objectives import Objective

@@ -307,7 +307,7 @@ def reorder(folder: Path, name: str, order: np.ndarray) -> None:
 
 
 def read_documents(folder: Path, name: str) -> Documents:
-    """Reads the documents of a split that `write_split` (preprocess.py) wrote into a folder."""
+    """Reads the documents of a split that `write_split` (prepared.py) wrote into a folder."""
     tokens = np.memmap(folder / f"{name}.tokens", np.int32, "r")
     spans = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 5)
     edges = running_sums(read_lengths(folder, name))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lmlab.data.datamodule import HeldOutData
 from lmlab.data.documents import CONTINUES, FLAGS
 from lmlab.data.options import Preprocessing
-from lmlab.data.preprocess import Prepared
+from lmlab.data.prepared import Prepared
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.evaluation.scoring import HeldOut, PseudoRows, Scorer, WindowRows, check_targets

@@ -108,7 +108,7 @@ class WindowRows:
         return Row(np.array([*head, *inputs, *tail]), tokens - shift - start + len(head), targets, tokens)
 
     def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yields the documents with tokens in start … end - 1, each with the first of them and the one after the last."""
+        """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""
         edges = self.documents.edges
         document = int(np.searchsorted(edges, start, side="right")) - 1
         while start < end:

@@ -26,7 +26,9 @@ from lmlab.data.documents import (
     spans,
     stretches,
 )
-from lmlab.data.preprocess import Preprocessing, Tokens, tokenize, write_split
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import write_split
+from lmlab.data.preprocess import Tokens, tokenize
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.evaluation import records

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lmlab.data.documents import Documents, read_documents
-from lmlab.data.preprocess import Preprocessing, group_texts, write_split
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import write_split
+from lmlab.data.preprocess import group_texts
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.objectives.clm import CausalLM

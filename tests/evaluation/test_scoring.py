@@ -30,7 +30,8 @@ from transformers import (
 from lmlab.config.build import build_held_out
 from lmlab.data.datamodule import HeldOutData
 from lmlab.data.documents import COUNTS
-from lmlab.data.preprocess import Prepared, Preprocessing, prepare_validation
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import Prepared, prepare_validation
 from lmlab.data.sampler import EvaluationSampler
 from lmlab.data.sources import Corpus
 from lmlab.data.tokenizers import bpe, char
