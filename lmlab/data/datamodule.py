@@ -74,27 +74,27 @@ def collate(
                                      3 9 0 0     targets         6   8
     """
     rows = [objective(blocks[draw.block], (seed, draw.epoch, draw.block)) for draw in draws]
-    input_ids, attention_mask, positions = pad_rows([(inputs, scored) for inputs, scored, _ in rows], pad_id)
-    targets = np.concatenate([row_targets for _, _, row_targets in rows]).astype(np.int64)
-    tokens = sum(len(inputs) for inputs, _, _ in rows)
-    return Batch(input_ids, attention_mask, positions, torch.from_numpy(targets), tokens, number)
+    return Batch(*pad_rows(rows, pad_id), sum(len(inputs) for inputs, _, _ in rows), number)
 
 
-def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Pads rows of (inputs, scored positions) on the right, to the longest of them.
+def pad_rows(
+    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], pad_id: int
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Pads rows of (inputs, scored positions, targets) on the right, to the longest of them.
 
     Returns:
-        input_ids [B, T], attention_mask [B, T] or None, and positions [N] in the flattened [B·T].
+        input_ids [B, T], attention_mask [B, T] or None, positions [N] in the flattened [B·T], and targets [N].
     """
-    length = max(len(inputs) for inputs, _ in rows)
+    length = max(len(inputs) for inputs, _, _ in rows)
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
-    for row, (inputs, _) in enumerate(rows):
+    for row, (inputs, _, _) in enumerate(rows):
         input_ids[row, : len(inputs)] = inputs
         attention_mask[row, : len(inputs)] = 1
-    positions = np.concatenate([row * length + scored for row, (_, scored) in enumerate(rows)]).astype(np.int64)
+    positions = np.concatenate([row * length + scored for row, (_, scored, _) in enumerate(rows)]).astype(np.int64)
+    targets = np.concatenate([row_targets for _, _, row_targets in rows]).astype(np.int64)
     mask = None if attention_mask.all() else torch.from_numpy(attention_mask)
-    return torch.from_numpy(input_ids), mask, torch.from_numpy(positions)
+    return torch.from_numpy(input_ids), mask, torch.from_numpy(positions), torch.from_numpy(targets)
 
 
 class Rows(Protocol):

@@ -110,12 +110,10 @@ class WindowRows:
     def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""
         edges = self.documents.edges
-        document = int(np.searchsorted(edges, start, side="right")) - 1
-        while start < end:
-            stop = min(end, int(edges[document + 1]))
-            if stop > start:
-                yield document, start, stop
-            start, document = stop, document + 1
+        for document in range(np.searchsorted(edges, start, side="right") - 1, np.searchsorted(edges, end)):
+            first, stop = max(start, int(edges[document])), min(end, int(edges[document + 1]))
+            if first < stop:
+                yield document, first, stop
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -232,13 +230,9 @@ class HeldOut(Dataset[ScoringBatch]):
         if not rows:
             nothing = np.zeros(0, np.int64)
             rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
-        input_ids, attention_mask, positions = pad_rows([(row.inputs, row.positions) for row in rows], self.pad_id)
         tokens = np.concatenate([row.tokens for row in rows])
         return ScoringBatch(
-            input_ids,
-            attention_mask,
-            positions,
-            torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
+            *pad_rows([(row.inputs, row.positions, row.targets) for row in rows], self.pad_id),
             torch.from_numpy(np.searchsorted(documents.stretches, tokens, side="right") - 1),
             torch.from_numpy(documents.counts(tokens)),
         )
