@@ -155,7 +155,8 @@ def timed(
 
 
 def lmlab_group_texts(settings: Settings, place: Path, turns: Turns) -> None:
-    from lmlab.data.preprocess import Blocks, group_texts
+    from lmlab.data.prepared import Blocks
+    from lmlab.data.preprocess import group_texts
 
     tokens, lengths = documents(settings.tokens)
     tokens.tofile(place / "tokens")
@@ -194,7 +195,8 @@ def lmlab_blocks(settings: Settings, place: Path, turns: Turns) -> None:
     from transformers import AutoTokenizer
 
     from lmlab.config.files import CONF
-    from lmlab.data.preprocess import Preprocessing, prepare
+    from lmlab.data.options import Preprocessing
+    from lmlab.data.prepared import prepare
     from lmlab.data.sources import load_files
 
     choices: Any = OmegaConf.to_container(OmegaConf.load(CONF / "preprocess" / "guide.yaml"))

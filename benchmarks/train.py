@@ -169,7 +169,8 @@ class Batches:
         """Makes all batches; a label stands `shift` positions after the one that predicts its token."""
         from transformers import AutoTokenizer
 
-        from lmlab.data.preprocess import Preprocessing, prepare
+        from lmlab.data.options import Preprocessing
+        from lmlab.data.prepared import prepare
         from lmlab.data.sources import load_files
         from lmlab.objectives.clm import CausalLM
         from lmlab.objectives.mlm import MaskedLM

@@ -90,7 +90,7 @@ def compare(arguments: argparse.Namespace) -> None:
         print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
     elif len(rows) > 2:
         print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
-    if keys := comparison.differing_keys(sides):
+    if keys := comparison.differing_choices(sides):
         by_row = ({f"row {i}": as_typed(value) for i, value in enumerate(values, 1)} for values in keys.values())
         show("Configs differ in", [{"key": key} | values for key, values in zip(keys, by_row, strict=True)])
     show(f"{unit.capitalize()} that differ most from {reference}", texts["documents"])

@@ -27,7 +27,7 @@ from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from lmlab.data.preprocess import Prepared
+    from lmlab.data.prepared import Prepared
 
 
 def measure(cfg: DictConfig) -> None:

@@ -416,7 +416,7 @@ def test_data_paths(unread: Refused, tmp_path: Path, value: str, said: list[str]
     ("content", "train", "said"),
     [
         ("", RECORDS, "data.validation="),
-        (STRUCT_OF_LISTS, RECORDS, "differ in their columns"),
+        (STRUCT_OF_LISTS, RECORDS, 'in the column "text": string in {0}/train.jsonl, missing in {0}/other.jsonl.'),
         (None, RECORDS, "data.validation="),
         (RECORDS, '{"text": null}\n' * 30, 'in the column "text": null in {0}/train.jsonl, string in {0}/other.jsonl.'),
         (RECORDS, '{"text": ["a"]}\n' * 30, "list<item: string> in {0}/train.jsonl, string in {0}/other.jsonl."),

@@ -25,7 +25,7 @@ from lmlab.runs.manifest import environment, version_changes
 from lmlab.runs.status import write_failure
 
 if TYPE_CHECKING:
-    from lmlab.data.preprocess import Prepared
+    from lmlab.data.prepared import Prepared
     from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)

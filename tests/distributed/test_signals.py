@@ -26,11 +26,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STOPS = [
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.compose.read_command"),
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.schema.check_run"),
-    ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.data.preprocess.prepare"),
+    ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.data.prepared.prepare"),
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.build.build_model"),
     ("train", ["-m", *TINY, "seed=1,2", "hydra.sweep.dir=OUT"], "lmlab.config.schema.check_run"),
     ("preview", TINY, "lmlab.preview.plan.plan_command"),
-    ("preview", TINY, "lmlab.data.preprocess.prepare"),
+    ("preview", TINY, "lmlab.data.prepared.prepare"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.prepare_data"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.build_model"),
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.schema.check_choices"),
