@@ -113,7 +113,7 @@ class Section:
         table, bits = self.table.copy(), bits_name(self.metric).replace(" ", "_")
         bounds = [BOUND if run.records and is_bound(run.records.certificate) else "" for run in self.runs]
         if any(bounds):
-            table[bits] = [f"{bound}{as_text(value)}" for bound, value in zip(bounds, table[bits], strict=True)]
+            table[bits] = [bound + as_text(value, "per byte") for bound, value in zip(bounds, table[bits], strict=True)]
         for key in self.heads.keys() - self.numeric:
             table[key] = [brief(run.chosen[key]) if key in run.chosen else None for run in self.runs]
         table["seconds"] /= self.time[0]
@@ -171,6 +171,10 @@ class Section:
         """Returns the table of the final metrics of a kind of evaluation for a person."""
         data = self.final_data[self.final_data["evaluation"] == letter(number)][:BEST]
         data = data.drop(columns=["rank", "evaluation", *([] if data["upper_bound"].any() else ["upper_bound"])])
+        for name in ("bits_per_byte", "perplexity", "difference"):
+            ends = zip(data.pop(f"{name}_low"), data.pop(f"{name}_high"), strict=True)
+            texts = [" to ".join(filter(None, (as_text(end, name.replace("_", " ")) for end in both))) for both in ends]
+            data.insert(data.columns.get_loc(name) + 1, f"{name}, 95 %", texts)
         data["p"] = [p_text(final.difference.p if final.difference else None) for final in self.finals[number][:BEST]]
         names = {name: name.replace("perplexity", self.kind_metrics[number]).replace("_", " ") for name in data.columns}
         return data.rename(columns=names)

@@ -11,23 +11,40 @@ SIGNS = {"±": r"$\pm$", "−": "$-$", "≤": r"$\le$"}
 """Signs that LaTeX does not know, and what it knows for them."""
 
 
+FORMATS = {
+    "perplexity": ",.2f",
+    "per byte": ".4f",
+    "difference": "+.4f",
+    "flops": ".3g",
+    "per s": ",.0f",
+    "time": ",.2f",
+}
+"""The format of the numbers of a column that are not whole, by a part of its head; those of others have five digits."""
+
+
 def latex(table: "DataFrame", layout: str | None = None) -> str:
     """Returns a table as a `tabular` for the booktabs package; its first column is of words if no other is."""
-    texts = table.map(lambda value: " ".join(as_text(value).split()))
+    texts = table.apply(lambda column: column.map(lambda value: " ".join(as_text(value, str(column.name)).split())))
     text = texts.to_latex(index=False, escape=True, column_format=layout or "l" + "r" * (table.shape[1] - 1))
     for sign, macro in SIGNS.items():
         text = text.replace(sign, macro)
     return text
 
 
-def as_text(value: Any) -> str:
-    """Returns a value of a table: numbers with at least the five digits that a person reads, nothing for None."""
+def as_text(value: Any, head: str = "") -> str:
+    """Returns a value of a table in the column of a head for a person; the empty string for None.
+
+    Numbers of a million and more are whole or have three digits.
+    """
     if value is None or value != value:
         return ""
     if type(value) not in (int, float):
         return str(value)
-    whole = isinstance(value, int) or abs(value) >= 1e4
-    return f"{value:,.0f}" if whole and abs(value) < 1e12 else f"{value:,.5g}"
+    if abs(value) >= 1e6 and isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 1e12 else f"{value:.3g}"
+    return format(value, next((form for part, form in FORMATS.items() if part in head), ",.5g"))
 
 
 def p_text(p: float | None) -> str:
