@@ -21,17 +21,17 @@ from lmlab.errors import UserError, shown_plainly
 class Row(NamedTuple):
     title: str
     words: str
-    """What follows `python -m benchmarks.`"""
+    """The rest of the command, after `python -m benchmarks.`"""
     target: str
     long: bool = False
-    """Run only when it is asked for."""
+    """True if the row is run only where it is asked for."""
 
     @property
     def command(self) -> str:
         return f"python -m benchmarks.{self.words}"
 
     def parsed(self) -> tuple[Any, Arguments]:
-        """The verb's module, and the settings."""
+        """Returns the module of the comparison, and its settings."""
         name, *words = self.words.split()
         module = importlib.import_module(f"benchmarks.{name}")
         return module, module.Settings.parse(words)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def run(wanted: str) -> None:
-    """Measure the wanted rows; one that fails does not keep the others from being measured."""
+    """Measures the wanted rows; one that fails does not keep the others from being measured."""
     chosen = [row for row in ROWS if (wanted in row.words if wanted else not row.long)]
     if not chosen:
         raise UserError(f'no command of a row has "{wanted}" in it. Without rows=… all are run.')
@@ -110,7 +110,7 @@ def run(wanted: str) -> None:
 
 
 def table() -> str:
-    """The results on record, as Markdown: each row, then whatever else was measured."""
+    """Returns the results on record as Markdown: each row, then whatever else was measured."""
     files = {file: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
     lines = [[*COLUMNS, "command"], ["---"] * (len(COLUMNS) + 1)]
     for row in ROWS:

@@ -1,4 +1,4 @@
-"""KEY=VALUE on the command line, read into a dataclass."""
+"""Reads KEY=VALUE on the command line into a dataclass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,11 +9,11 @@ from lmlab.errors import UserError, nearest
 
 @dataclass
 class Arguments:
-    """A benchmark's settings derive from it; they take `lmlab.KEY=VALUE` if they have a field `lmlab`."""
+    """The base of a benchmark's settings, which take `lmlab.KEY=VALUE` if they have a field `lmlab`."""
 
     @classmethod
     def parse(cls, words: list[str], lmlab_keys: Callable[[], set[str]] = set) -> Self:
-        """`lmlab_keys` is asked only to find the nearest right name."""
+        """Returns the settings that words give; `lmlab_keys` is called only to find the nearest right name."""
         known = {field.name: field for field in fields(cls)}
         passed_on = known.pop("lmlab", None) is not None
         values: dict[str, Any] = {}
@@ -45,7 +45,7 @@ class Arguments:
         return number
 
     def words(self) -> list[str]:
-        """The fewest words that say the same."""
+        """Returns the fewest words that give these settings."""
         default, values = vars(type(self)()), vars(self) | {"lmlab": ()}
         changed = [f"{key}={value}" for key, value in values.items() if key != "lmlab" and value != default[key]]
         return changed + [f"lmlab.{word}" for word in getattr(self, "lmlab", ())]

@@ -1,4 +1,4 @@
-"""What lets lmlab's own training run in turns: a Lightning callback, named by the run's config."""
+"""Lets lmlab's own training run in turns: a Lightning callback, named by the run's config."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from benchmarks.side import Turns
 
 class InTurns(Callback):
     turns: Turns
-    """Set before the run begins."""
+    """The turns of this process, set before the run begins."""
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.turns.start(module.model)

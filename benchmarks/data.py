@@ -63,7 +63,7 @@ def compare(settings: Settings) -> dict[str, Any]:
 
 
 def compare_memory(settings: Settings, folder: Path) -> dict[str, Any]:
-    """The peak of the largest corpus over that of the smallest: 1 where memory is flat."""
+    """Returns the peak of the largest corpus over that of the smallest: 1 where memory is flat."""
     peaks, facts, count = {}, {}, settings.records or 2000
     for times in LARGER:
         write_corpus(folder, count * times)
@@ -82,7 +82,7 @@ def compare_memory(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def alone(name: str, settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """One turn in a process of its own, with empty caches: what it did, its memory, what it ran on."""
+    """Runs one turn in a process of its own, with empty caches; returns what it did, its memory, and what it ran on."""
     place = folder / f"turn{len(list(folder.glob('turn*')))}"
     with Side("data", name, settings, place) as side:
         done = side.turn()
@@ -93,7 +93,7 @@ def alone(name: str, settings: Settings, folder: Path) -> tuple[dict[str, Any], 
 
 
 def write_corpus(folder: Path, records: int) -> None:
-    """Records in the ELI5 schema, of made-up words, and a BPE tokenizer of 8,000 tokens trained on some of them."""
+    """Writes records of made-up words in the ELI5 schema, and a BPE tokenizer of 8,000 tokens trained on some."""
     from lmlab.data.tokenizers import bpe
 
     rng = np.random.default_rng(0)
@@ -118,7 +118,7 @@ def write_corpus(folder: Path, records: int) -> None:
 
 
 def documents(tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenized documents, laid end to end: ids [tokens] int32, and the length of each."""
+    """Returns tokenized documents, laid end to end: ids [tokens] int32, and the length of each."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 400, tokens // 100)
     lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), tokens))]
@@ -141,7 +141,7 @@ def serve(name: str, values: dict[str, Any], folder: str, turns: Turns) -> None:
 def timed(
     turns: Turns, work: Callable[[], Any], blocks_of: Callable[[Any], Iterable[Any]], facts: Mapping[str, float] = {}
 ) -> None:
-    """Do the one turn that this process has, and say what blocks came of it; `facts` are what `work` noted."""
+    """Does the one turn of this process, and replies which blocks it made; `facts` are noted by `work`."""
     turns.ready()
     turns.order()
     began = time.perf_counter()
@@ -155,7 +155,8 @@ def timed(
 
 
 def lmlab_group_texts(settings: Settings, place: Path, turns: Turns) -> None:
-    from lmlab.data.preprocess import Blocks, group_texts
+    from lmlab.data.prepared import Blocks
+    from lmlab.data.preprocess import group_texts
 
     tokens, lengths = documents(settings.tokens)
     tokens.tofile(place / "tokens")
@@ -194,7 +195,8 @@ def lmlab_blocks(settings: Settings, place: Path, turns: Turns) -> None:
     from transformers import AutoTokenizer
 
     from lmlab.config.files import CONF
-    from lmlab.data.preprocess import Preprocessing, prepare
+    from lmlab.data.options import Preprocessing
+    from lmlab.data.prepared import prepare
     from lmlab.data.sources import load_files
 
     choices: Any = OmegaConf.to_container(OmegaConf.load(CONF / "preprocess" / "guide.yaml"))
@@ -212,7 +214,7 @@ def lmlab_blocks(settings: Settings, place: Path, turns: Turns) -> None:
 
 
 def guide_blocks(settings: Settings, place: Path, turns: Turns) -> None:
-    """The guide's code, "Load ELI5 dataset" and "Preprocess"."""
+    """Runs the guide's code, "Load ELI5 dataset" and "Preprocess"."""
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
 
@@ -227,7 +229,7 @@ def guide_blocks(settings: Settings, place: Path, turns: Turns) -> None:
 
 
 def guide_preprocessing(eli5: Any, tokenizer: Any, block_size: int) -> tuple[Any, Any]:
-    """The guide's code as it stands, but for `num_proc` and a seed of the split: tokenized, and in blocks."""
+    """Runs the guide's code as it stands, but for `num_proc` and a seed of the split: tokenized, and in blocks."""
     eli5 = eli5.train_test_split(test_size=0.2, seed=0)
     eli5 = eli5.flatten()
 
@@ -239,7 +241,7 @@ def guide_preprocessing(eli5: Any, tokenizer: Any, block_size: int) -> tuple[Any
 
 
 def guide_function(block_size: int) -> Callable[[dict], dict]:
-    """The guide's `group_texts`, letter for letter."""
+    """Returns the guide's `group_texts`, letter for letter."""
 
     def group_texts(examples: dict) -> dict:
         concatenated_examples = {k: sum(examples[k], []) for k in examples.keys()}  # noqa: RUF017, SIM118

@@ -88,7 +88,7 @@ def serve(name: str, values: dict[str, Any], folder: str, turns: Turns) -> None:
 
 
 def scoring_side(settings: Settings, folder: Path, turns: Turns, context: str) -> None:
-    """`python -m lmlab.evaluate` as it is, but that it passes over the text once per turn."""
+    """Runs `python -m lmlab.evaluate` as it is, but that it passes over the text once per turn."""
     import lightning as L
     import torch
 
@@ -128,7 +128,7 @@ def scoring_side(settings: Settings, folder: Path, turns: Turns, context: str) -
 
 
 def forward_side(settings: Settings, folder: Path, turns: Turns) -> None:
-    """The forward half of a plain training loop, over the same text."""
+    """Runs the forward half of a plain training loop, over the same text."""
     import torch
     from torch.nn import functional as F
     from transformers import AutoTokenizer
@@ -156,7 +156,7 @@ def forward_side(settings: Settings, folder: Path, turns: Turns) -> None:
 
 
 def in_turns(turns: Turns, once: Callable[[], float], model: Any = None) -> None:
-    """Pass over the text at each order, and say how long it took and the mean nll."""
+    """Passes over the text at each order, and replies how long it took and the mean nll."""
     while True:
         order = turns.order()
         if model is not None:

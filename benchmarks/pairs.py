@@ -1,4 +1,4 @@
-"""Two sides in turn, pair by pair: processes that only one at a time works."""
+"""Measures two sides in turn, pair by pair: processes of which only one works at a time."""
 
 import json
 import os
@@ -21,13 +21,13 @@ ROOT = Path(__file__).parent.parent
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder for one comparison's files and caches, gone with it."""
+    """Yields a folder for one comparison's files and caches, and removes it at the end."""
     with tempfile.TemporaryDirectory(prefix="lmlab-bench-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 class Side:
-    """One side's process, as the comparison sees it."""
+    """The process of one side, as the comparison sees it."""
 
     def __init__(self, verb: str, name: str, settings: Arguments, folder: Path):
         self.name, self.folder = name, folder
@@ -58,17 +58,17 @@ class Side:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What it runs on: the first thing it says, when everything is imported."""
+        """Returns what the side runs on: its first reply, when everything is imported."""
         return self.reply()
 
     def turn(self, **order: Any) -> dict[str, Any]:
-        """Let it work, and wait until it has."""
+        """Lets the side work, and waits for its reply."""
         assert self.facts
         self.send(order)
         return self.reply()
 
     def end(self) -> dict[str, Any]:
-        """Its peak memory; it is over then."""
+        """Ends the process, and returns its peak memory."""
         return self.turn(end=True)
 
     def send(self, order: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Side:
 
 
 def take_turns(sides: tuple[Side, Side], pairs: int, work: tuple[float, float], **order: Any) -> list[dict[str, Any]]:
-    """Pairs of turns with one order; `work` is what each side does in a turn, in tokens."""
+    """Returns pairs of turns with one order; `work` is the number of tokens that each side processes in a turn."""
     by_name = {side.name: (side, tokens) for side, tokens in zip(sides, work, strict=True)}
 
     def turn(name: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def take_turns(sides: tuple[Side, Side], pairs: int, work: tuple[float, float], 
 
 
 def in_pairs(names: tuple[str, ...], pairs: int, turn: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
-    """A B, B A, A B, …: only one side works at any instant."""
+    """Lets the sides take turns as A B, B A, A B, …: only one side works at any instant."""
     made = []
     for number in range(pairs):
         done = {name: turn(name) for name in (names if number % 2 == 0 else names[::-1])}
@@ -111,7 +111,7 @@ def in_pairs(names: tuple[str, ...], pairs: int, turn: Callable[[str], dict[str,
 
 
 def agreement(losses: dict[str, list[float]], tolerance: float) -> dict[str, Any]:
-    """Whether both sides found the same losses, step by step; if not, their speeds do not compare."""
+    """Compares the losses of both sides step by step; if they are not the same, their speeds do not compare."""
     apart = [abs(a - b) / abs(b) for a, b in zip(*losses.values(), strict=True)]
     # Not by the largest: a loss that is no number agrees with nothing.
     agree = all(difference <= tolerance for difference in apart)
@@ -123,7 +123,7 @@ def agreement(losses: dict[str, list[float]], tolerance: float) -> dict[str, Any
 
 
 def outcome(pairs: list[dict[str, Any]], agreed: dict[str, Any], memory: dict[str, Any]) -> dict[str, Any]:
-    """The ratio of tokens per second, pair by pair, unless the sides did different things."""
+    """Returns the ratio of tokens per second, pair by pair, unless the sides did different things."""
     return {
         "unit": "tokens/s",
         "sides": {name: statistics.median(pair[name]["tokens_per_s"] for pair in pairs) for name in memory},

@@ -1,4 +1,4 @@
-"""What is written down of a comparison, and shown of it."""
+"""Writes and shows the result of a comparison."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ COLUMNS = ("", "lmlab", "peer", "median", "spread", "target")
 def verb(
     name: str, text: str, settings: type[Arguments], compare: Callable[[Any], dict[str, Any]], **options: Any
 ) -> None:
-    """Run one comparison as the command line says, write it down and show it; `text` is for `--help`."""
+    """Runs one comparison as the command line says, writes its result and shows it; `text` is for `--help`."""
     with shown_plainly():
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(text)
@@ -36,7 +36,7 @@ def verb(
 
 
 def record(name: str, settings: Arguments, compare: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Compare, and write the result with all that it depends on."""
+    """Runs a comparison, and writes the result with all that it depends on."""
     command = " ".join(["python", "-m", f"benchmarks.{name}", *settings.words()])
     result = {"command": command, **compare(settings), "settings": asdict(settings), **provenance()}
     RESULTS.mkdir(exist_ok=True)
@@ -45,14 +45,14 @@ def record(name: str, settings: Arguments, compare: Callable[[Any], dict[str, An
 
 
 def place(name: str, settings: Arguments, device: str = "cpu") -> Path:
-    """One file per comparison and kind of device, however long it was measured."""
+    """Returns the path of a result: one for each comparison and kind of device, however long it was measured."""
     what = [word for word in settings.words() if word.partition("=")[0] not in EFFORT]
     words = [*([] if device == "cpu" else ["gpu"]), name, *what]
     return RESULTS / f"{re.sub('[^a-zA-Z0-9_.=-]', '-', '-'.join(words))}.json"
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions and commit; neither the machine's name nor a place on it."""
+    """Returns machine, versions and commit; neither the machine's name nor a path on it."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
     return {
@@ -71,7 +71,7 @@ def provenance() -> dict[str, Any]:
 
 
 def cells(title: str, result: dict[str, Any] | None, target: str) -> list[str]:
-    """A row of the table."""
+    """Returns the cells of a row of the table."""
     if result is None:
         return [title, "", "", "", "", target]
     sides = [f"{value:,.{0 if value >= 100 else 2}f} {result['unit']}" for value in result["sides"].values()]

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Turns:
-    """The process's end of the talk with the comparison that started it."""
+    """The orders that this process gets from the comparison that started it, and its replies."""
 
     def __init__(self) -> None:
         self.replies = os.fdopen(os.dup(1), "w")
@@ -23,7 +23,7 @@ class Turns:
         self.dropouts: list[tuple[Any, float]] = []
 
     def ready(self) -> None:
-        """Everything is imported; what memory is taken from here on is the work's own."""
+        """Replies that everything is imported; memory that is taken from here on is the work's own."""
         import torch
 
         self.imported = memory("VmRSS")
@@ -34,7 +34,7 @@ class Turns:
         print(json.dumps(facts), file=self.replies, flush=True)
 
     def order(self) -> dict[str, Any]:
-        """The next order; after the last one the process is over."""
+        """Waits for the next order and returns it; the last one ends the process."""
         order = json.loads(sys.stdin.readline() or "null")
         if order is None:
             os._exit(1)  # the comparison is gone
@@ -44,7 +44,7 @@ class Turns:
         return order
 
     def start(self, model: Any, prepare: Callable[[int, int], None] = lambda first, count: None) -> None:
-        """Wait for an order to train, and start the clock.
+        """Waits for an order to train, and starts the clock.
 
         `prepare` makes the batches of the turn (the first one's number, how many) before it starts.
         """
@@ -56,7 +56,7 @@ class Turns:
         self.began = time.perf_counter()
 
     def step(self, loss: Any) -> bool:
-        """A step is done; whether the turn is over, and so another to be waited for."""
+        """Counts a step; returns True if the turn is over, and another is to be waited for."""
         self.losses.append(loss)
         self.left -= 1
         self.steps += 1
@@ -67,7 +67,7 @@ class Turns:
         return True
 
     def set_dropout(self, model: Any, on: bool) -> None:
-        """Two sides draw different numbers, so their losses can agree only without dropout."""
+        """Turns dropout on or off: two sides draw different numbers, so their losses can agree only without it."""
         import torch
 
         if not self.dropouts:
@@ -84,7 +84,7 @@ def synchronize() -> None:
 
 
 def peak() -> dict[str, Any]:
-    """The most memory held at once, in bytes: of the GPU where there is one, else of the process."""
+    """Returns the most memory held at once, in bytes: of the GPU where there is one, else of the process."""
     import torch
 
     if torch.cuda.is_available():
@@ -94,7 +94,7 @@ def peak() -> dict[str, Any]:
 
 
 def memory(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
+    """Returns a number of /proc/self/status, in bytes."""
     with open("/proc/self/status") as lines:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

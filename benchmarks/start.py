@@ -47,7 +47,7 @@ def help_shown(folder: Path, name: str) -> float:
 
 
 def first_step(folder: Path, name: str) -> float:
-    """Of the default run, but that it logs each step and ends after two."""
+    """Returns the seconds to the first step of the default run, but that it logs each step and ends after two."""
     began = time.time()  # as the log counts
     place = folder / name
     run(folder, f"hydra.run.dir={place}", "trainer.max_steps=2", "trainer.log_every_n_steps=1")
@@ -56,7 +56,7 @@ def first_step(folder: Path, name: str) -> float:
 
 
 def run(folder: Path, *arguments: str) -> None:
-    """`python -m lmlab.train`, with a cache of its own and W&B offline, as where nobody has logged in."""
+    """Runs `python -m lmlab.train`, with a cache of its own and W&B offline, as where nobody has logged in."""
     caches = {"LMLAB_CACHE": f"{folder}/lmlab", "HF_HOME": f"{folder}/hf", "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, "-m", "lmlab.train", *arguments],

@@ -100,7 +100,7 @@ def compare(settings: Settings) -> dict[str, Any]:
 
 
 def long_enough(sides: tuple[Side, Side], settings: Settings) -> int:
-    """Warm up, and find how many steps last a turn."""
+    """Warms up, and returns how many steps last a turn."""
     for _ in range(2):  # the first ones are slower, and only where a step is short does it matter
         warm = [side.turn(steps=settings.warmup, dropout=True)["seconds"] for side in sides]
         if min(warm) > settings.turn:
@@ -109,7 +109,7 @@ def long_enough(sides: tuple[Side, Side], settings: Settings) -> int:
 
 
 def compare_memory(settings: Settings, sides: tuple[Side, Side]) -> dict[str, Any]:
-    """One after the other, so that both fit: a step without dropout, whose losses must agree, and one with it."""
+    """Runs each side alone, so that both fit: a step without dropout, whose losses have to agree, one with it."""
     losses, memory = {}, {}
     for side in sides:
         with side:
@@ -127,7 +127,7 @@ def compare_memory(settings: Settings, sides: tuple[Side, Side]) -> dict[str, An
 
 
 def make(folder: Path, size: str, causal: bool, positions: int, vocabulary: int = 0, blocks: int = 256) -> None:
-    """Weights, a tokenizer with a word for each token, and a text: `blocks` lines of one block each."""
+    """Makes weights, a tokenizer with a word for each token, and a text: `blocks` lines of one block each."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -181,10 +181,11 @@ class Batches:
     """
 
     def __init__(self, settings: Settings, folder: Path, shift: int):
-        """`shift`: places from the position that predicts a token to where its label is wanted."""
+        """Makes all batches; a label stands `shift` positions after the one that predicts its token."""
         from transformers import AutoTokenizer
 
-        from lmlab.data.preprocess import Preprocessing, prepare
+        from lmlab.data.options import Preprocessing
+        from lmlab.data.prepared import prepare
         from lmlab.data.sources import load_files
         from lmlab.objectives.clm import CausalLM
         from lmlab.objectives.mlm import MaskedLM
@@ -217,7 +218,7 @@ class Batches:
 
 
 def load(folder: Path, causal: bool) -> Any:
-    """The guide's line."""
+    """Loads the model by the guide's line."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder / "model")
@@ -235,7 +236,7 @@ def serve(name: str, values: dict[str, Any], folder: str, turns: Turns) -> None:
 
 
 def lmlab_side(settings: Settings, folder: Path, turns: Turns, name: str) -> None:
-    """`python -m lmlab.train` as it is, with a callback that waits for its turn."""
+    """Runs `python -m lmlab.train` as it is, with a callback that waits for its turn."""
     import torch
 
     import lmlab.training.module  # noqa: F401 (as a run does)
@@ -274,7 +275,7 @@ def lmlab_side(settings: Settings, folder: Path, turns: Turns, name: str) -> Non
 
 
 def trainer_side(settings: Settings, folder: Path, turns: Turns) -> None:
-    """The guide's code, "Train"; rows come labelled, in lmlab's order."""
+    """Runs the guide's code, "Train"; rows come labelled, in lmlab's order."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -325,7 +326,7 @@ def trainer_side(settings: Settings, folder: Path, turns: Turns) -> None:
 
 
 def loop_side(settings: Settings, folder: Path, turns: Turns) -> None:
-    """A plain loop as nanoGPT's: the floor."""
+    """Runs a plain loop like nanoGPT's: the floor."""
     import torch
     from torch.nn import functional as F
     from transformers.utils import logging

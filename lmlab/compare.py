@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lmlab.console import show_rows
+from lmlab.console import counted, show_rows
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly
 from lmlab.evaluation import comparison
@@ -82,7 +82,7 @@ def compare(arguments: argparse.Namespace) -> None:
     write_out(out, files.items(), instead_of=("pairs.csv", "pairs.tex"))
 
     scored, of = int((runs[0].sums[1][:, 0] > 0).sum()), runs[0].certificate["totals"]["documents_scored"]
-    whole = f" of {of:,} document{'s' if of != 1 else ''}" if unit == "stretches" else ""
+    whole = f" of {counted(of, 'document')}" if unit == "stretches" else ""
     show(f"Paired over {scored:,} {unit}{whole}", texts["comparison"])
     print("\n".join(notes(rows, runs, unit, reference)))
     if pairs:
@@ -90,7 +90,7 @@ def compare(arguments: argparse.Namespace) -> None:
         print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
     elif len(rows) > 2:
         print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
-    if keys := comparison.differing_keys(sides):
+    if keys := comparison.differing_choices(sides):
         by_row = ({f"row {i}": as_typed(value) for i, value in enumerate(values, 1)} for values in keys.values())
         show("Configs differ in", [{"key": key} | values for key, values in zip(keys, by_row, strict=True)])
     show(f"{unit.capitalize()} that differ most from {reference}", texts["documents"])

@@ -35,15 +35,7 @@ def quoted(word: str) -> str:
 
 def show_result(rows: Mapping[str, str], title: str = "Result") -> None:
     """Prints a table of names and values."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False, title=title, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))  # generated text may look like rich's markup
-    console().print(table)
+    show_rows(title, ["", ""], rows.items(), words=2)
 
 
 def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
@@ -51,11 +43,11 @@ def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]],
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_header=any(columns))
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index >= words else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row))  # generated text may look like rich's markup
     console().print(table)
 
 
@@ -66,6 +58,11 @@ def console() -> "Console":
     # Off a terminal rich would fold at 80 columns, in the middle of paths.
     plain = Console()
     return plain if plain.is_terminal else Console(width=120)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things in words, such as "1 run" or "1,200 runs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
     objective: str
     prefix: str
     columns: tuple[str, ...]
-    """Config keys of sweeps that others do not have."""
+    """The config keys that only its sweeps have."""
 
     @property
     def quality(self) -> list[str]:
@@ -171,14 +171,10 @@ def outline(view: Any) -> Iterator[str]:
         heading = getattr(block, "name", None) or getattr(block, "text", None)
         if heading and type(block).__name__ != "P":
             yield f"{'    ' if type(block).__name__ == 'H2' else '  '}{heading}"
-        yield from (f"      {describe_panel(panel)}" for panel in getattr(block, "panels", ()))
-
-
-def describe_panel(panel: Any) -> str:
-    """Returns a panel in words."""
-    names = (getattr(panel, attribute, None) for attribute in ("title", "table_name", "with_respect_to"))
-    axis = f" by {panel.x}" if type(panel).__name__ == "LinePlot" else ""
-    return f"{type(panel).__name__}: {next(filter(None, names))}{axis}"
+        for panel in getattr(block, "panels", ()):
+            names = (getattr(panel, attribute, None) for attribute in ("title", "table_name", "with_respect_to"))
+            axis = f" by {panel.x}" if type(panel).__name__ == "LinePlot" else ""
+            yield f"      {type(panel).__name__}: {next(filter(None, names))}{axis}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from lmlab.early import NOTHING
 from lmlab.secrets import redacted_command, redacted_text
 
-# Numbers of a system error whose cause is the path that was written to.
 UNWRITABLE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -28,6 +27,7 @@ UNWRITABLE = {
     errno.EEXIST,
     errno.ENAMETOOLONG,
 }
+"""The numbers of system errors whose cause is the path that was written to."""
 
 
 class UserError(Exception):
@@ -49,7 +49,7 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
         self.kept: str | None = NOTHING
-        """A sentence on what is kept of what was stopped; None once it was printed."""
+        """The sentence on what is kept of what was stopped; None once it was printed."""
 
     def __str__(self) -> str:
         return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()
@@ -62,20 +62,21 @@ RENAMED = {"loss_rows": "logits_chunk_size"}
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns `' Did you mean "x"?'` for the closest of `names`, or the empty string where none is close.
 
-    A key that was renamed is answered with its new name. A dotted name is also compared by its last part:
-    `data.block_size` finds `preprocess.block_size`.
+    A key that was renamed is answered with its new name. A dotted name finds one with the same last part
+    (`data.block_size` finds `preprocess.block_size`) or, if others share its block, the closest of these.
     """
     if name in RENAMED:
         return f' It is called "{RENAMED[name]}" now.'
     names = sorted(names)
-    by_leaf: dict[str, list[str]] = {}
-    for known in names:
-        by_leaf.setdefault(known.rpartition(".")[2], []).append(known)
-    leaf = name.rpartition(".")[2]
+    block, _, leaf = name.rpartition(".")
     # The right last part in a wrong place says more than any likeness of the whole.
-    close = get_close_matches(name, by_leaf.get(leaf, []), n=1, cutoff=0) or get_close_matches(name, names, n=1)
-    if not close:
-        close = [by_leaf[known][0] for known in get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    same_leaf = [known for known in names if known.rpartition(".")[2] == leaf]
+    same_block = {known.rpartition(".")[2]: known for known in names if known.rpartition(".")[0] == block}
+    close = get_close_matches(name, same_leaf, n=1, cutoff=0)
+    if not close and same_block:
+        close = [same_block[known] for known in get_close_matches(leaf, same_block, n=1)]
+    elif not close:
+        close = get_close_matches(name, names, n=1)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 

@@ -27,7 +27,7 @@ from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
-    from lmlab.data.preprocess import Prepared
+    from lmlab.data.prepared import Prepared
 
 
 def measure(cfg: DictConfig) -> None:
@@ -101,7 +101,8 @@ def check_invariance(cfg: DictConfig) -> None:
     """Measures again at another batch size and number of devices, and refuses totals that differ beyond rounding."""
     from lmlab.evaluation import records
 
-    again = evaluated.elsewhere(cfg, evaluated.other_width(cfg))
+    again = cfg.copy()
+    again.merge_with(evaluated.other_width(cfg), {"run_dir": f"{cfg.run_dir}/check"})
     run, other = RunDirectory(cfg.run_dir), RunDirectory(again.run_dir)
     try:
         other.start({"masks": cfg.seed})
@@ -115,17 +116,15 @@ def check_invariance(cfg: DictConfig) -> None:
     write_json(run.certificate, first.certificate | {"check": widths | difference})
 
 
-def evaluate(cfg: DictConfig, overrides: list[str], config_dir: Path | None = None) -> float:
-    """Evaluates the model of a config in a run directory of its own.
+@on_rank_zero(others=measure)
+def evaluate_job(cfg: DictConfig) -> float:
+    """Evaluates as Hydra composed it, one model or one of a multirun; returns perplexity, or what stands for it.
 
-    Args:
-        cfg: as Hydra composed it; what it leaves open, the evaluated run says.
-        overrides: those of the command.
-        config_dir: the folder of its --config-dir, whose files are trusted.
-
-    Returns:
-        The perplexity, or the metric that stands for it.
+    What the config leaves open, the evaluated run says.
     """
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    folders = (Path(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line")
     if cfg.check and ranks.rank() is not None:
         raise UserError("check=true starts processes of its own: run the command without torchrun or srun.")
     given = compose.freeze(cfg.copy(), whole=False)
@@ -133,7 +132,7 @@ def evaluate(cfg: DictConfig, overrides: list[str], config_dir: Path | None = No
     if "_target_" not in (given.get("data") or {}):
         given.pop("data", None)  # keys of the run's own data
     schema.check_choices(given)  # before the model is looked at, which takes longer
-    trusted = [*trust.packages(cfg.trust), *trust.named_by_command(overrides, config_dir)]
+    trusted = [*trust.packages(cfg.trust), *trust.named_by_command(overrides, next(folders, None))]
     run = RunDirectory(cfg.run_dir)
     with run.lock() as before:
         try:
@@ -186,14 +185,6 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
     speed = f"{certificate['totals']['tokens'] / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"
     show_result(records.describe(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
     return certificate["figures"][certificate["figure"]]
-
-
-@on_rank_zero(others=measure)
-def evaluate_job(cfg: DictConfig) -> float:
-    """Evaluates as Hydra composed it: one evaluation, or one of a multirun."""
-    hydra = HydraConfig.get()
-    folders = (source.path for source in hydra.runtime.config_sources if source.provider == "command-line")
-    return evaluate(cfg, list(hydra.overrides.task), next(map(Path, folders), None))
 
 
 def with_model(words: list[str]) -> list[str]:

@@ -75,7 +75,7 @@ def from_hub(kind: str, name: str, key: str) -> Iterator[None]:
 
 
 def go_offline_if_cut_off() -> None:
-    """Has only the cache used if the hub does not answer: its clients would ask again for minutes, file by file."""
+    """Lets only the cache be used if the hub does not answer, which its clients would ask for minutes, file by file."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 from lmlab.errors import UserError, first_line
 
 PARTIAL = ".partial"
-"""The folder, inside of one that a command writes, where its files are until all of them are whole."""
+"""The name of the folder, inside an `--out` folder, that holds its files until all of them are whole."""
 UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
 """The errors of a file system without locks, such as Lustre where it is mounted without them."""
 
@@ -150,7 +150,7 @@ def lock(file: IO, wait: bool = True) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits until no other process has a lock file, and has it inside."""
+    """Holds a lock file inside the block, once no other process does."""
     with path.open("ab") as file:
         lock(file)
         yield
@@ -158,7 +158,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def kept_locked(path: Path) -> Iterator[Path]:
-    """Makes a file that other processes find `held` as long as this one is inside, and alive."""
+    """Makes a lock file that other processes find `held` while this process is inside the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         lock(file)
@@ -169,7 +169,7 @@ def kept_locked(path: Path) -> Iterator[Path]:
 
 
 def held(path: Path) -> bool:
-    """Returns whether another process has a file locked. Not to be asked of one's own: to close it would free it."""
+    """Returns whether another process has a file locked. A process that asks it of its own file loses the lock."""
     if not path.is_file():
         return False
     asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
@@ -189,7 +189,7 @@ def content(folder: Path) -> set[Path]:
 
 
 def take_back(folder: Path, before: Collection[Path]) -> None:
-    """Removes what has come to lie in a folder since `before` was its content."""
+    """Removes what was added to a folder since `before` was its content."""
     for path in content(folder).difference(before):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -3,10 +3,11 @@
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -39,7 +40,7 @@ def warmup_stable_decay(done: float, decay_ratio: float) -> float:
 SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (linear, cosine, constant, warmup_stable_decay)}
 
 
-@dataclass
+@dataclass(config={"strict": True})
 class AdamW:
     """Builds AdamW (Loshchilov and Hutter 2019) for a model, without weight decay on norms and biases.
 
@@ -47,32 +48,24 @@ class AdamW:
     stepped once per optimizer step.
     """
 
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    betas: Sequence[float] = (0.9, 0.999)
-    eps: float = 1e-8
-    schedule: str | Schedule = "linear"
+    lr: Annotated[float, Gt(0)] = 1e-3
+    """The learning rate after warm-up."""
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    """The coefficient of the decoupled weight decay; norms and biases have none."""
+    betas: Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)] = (0.9, 0.999)
+    """The decay rates of the running means of the gradient and of its square."""
+    eps: Annotated[float, Ge(0)] = 1e-8
+    """Added to the denominator of the update, for numerical stability."""
+    schedule: str | Callable[[float, float], float] = "linear"
     """linear, cosine, constant, warmup_stable_decay, or a function of (done, decay_ratio) or its import path."""
-    warmup_steps: int | None = None
-    """Steps from 0 up to lr; null leaves it to warmup_ratio."""
-    warmup_ratio: float = 0.0
-    """The same as a share of all steps."""
-    decay_ratio: float = 0.2
+    warmup_steps: Annotated[int, Ge(0)] | None = None
+    """The number of steps from 0 up to lr; null leaves it to warmup_ratio."""
+    warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
+    """The share of all steps that go from 0 up to lr, where warmup_steps is null."""
+    decay_ratio: Annotated[float, Ge(0), Le(1)] = 0.2
     """For warmup_stable_decay, the share of the steps after warm-up that decays."""
 
     def __post_init__(self) -> None:
-        valid = {
-            "lr": self.lr >= 0,
-            "weight_decay": self.weight_decay >= 0,
-            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "eps": self.eps >= 0,
-            "warmup_steps": self.warmup_steps is None or self.warmup_steps >= 0,
-            "warmup_ratio": 0 <= self.warmup_ratio <= 1,
-            "decay_ratio": 0 <= self.decay_ratio <= 1,
-        }
-        for name, is_valid in valid.items():
-            if not is_valid:
-                raise UserError(f"optim.{name} can't be {getattr(self, name)}.")
         if callable(self.schedule):
             self.shape = self.schedule
         elif self.schedule in SCHEDULES:

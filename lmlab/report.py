@@ -58,7 +58,7 @@ def report(arguments: argparse.Namespace) -> None:
         statuses = ", ".join(f"{count} {status}" for status, count in section.statuses.most_common())
         apart = [f"{letter(number)} is not compared with A: {why}" for number, why in enumerate(section.apart, 1)]
         rows.append([section.title, statuses, "\n".join([*section.verdict, *apart])])
-    show_rows("Runs", ["objective", "states", "verdict"], rows, words=3)
+    show_rows("Runs", ["objective", "status", "verdict"], rows, words=3)
     for line in unread:
         print(f"not read: {line}")
     print(f"Written to {from_here((out / 'report.html').resolve())}, with charts and tables beside it.")

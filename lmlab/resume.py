@@ -13,7 +13,6 @@ from lmlab.console import command
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.io import from_here, rows
-from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.manifest import environment, version_changes
 from lmlab.secrets import redacted_command
@@ -69,10 +68,6 @@ def main() -> None:
         if given.fresh:
             repeat(run, cfg, previous, overrides)
             return
-        if run.finished():
-            changes.check(cfg, previous, run)
-            if not changes.lengthens(cfg, previous, run):
-                raise UserError(lifecycle.describe_finished(run))
         attempt(train, cfg, overrides)
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MARK = "***secret***"
-"""What stands for a secret. Hydra reads it as a string."""
+"""The string that is shown in place of a secret. Hydra reads it as a string."""
 
-# Words in the name of a key, in snake case. A number is a secret under the first alone: elsewhere it counts something.
+# Words in the name of a key, in snake case. A number under the name of a token is no secret: it counts something.
 PASSWORD = re.compile(r"(^|_)([a-z]*(password|passwd|passphrase|passcode|secret|credential)s?|pwds?|pw$)(?=_|$)")
 TOKEN = re.compile(
     r"(^|_)([a-z]*tokens?|(api|access|auth|private|secret|ssh)?keys?|bearers?|(auth|authorization|sig|signature)$)(?=_|$)"
@@ -28,57 +28,43 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a key, also in camelCas
 INTERPOLATION = re.compile(r"\$\{[\w.:]+\}")  # without a default, which might be a secret
 
 VALUE = r"(?P<secret>'[^']*'|\"[^\"]*\"|(?!…|\*\*\*secret)[^\s&#;,'\"\])}]+)"
-IN_TEXT = (
-    # user:PASSWORD@ of a URL, and TOKEN@ of one of the web. A port is no password; a text that is a URL may have
-    # spaces.
-    re.compile(
-        r"(?P<before>(?P<all>\A)?(?<![\w+.-])[\w+.-]+://[^/?#@:\s]*:(?!\d{1,5}(?:[/?#,\s]|$))|https?://(?=[^/?#@:\s]+@))"
+IN_TEXT = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        # user:PASSWORD@ of a URL, and TOKEN@ of one of the web. A port is no password; a text that is a URL may have
+        # spaces.
+        r"(?:(?P<all>\A)?(?<![\w+.-])[\w+.-]+://[^/?#@:\s]*:(?!\d{1,5}(?:[/?#,\s]|$))|https?://(?=[^/?#@:\s]+@))"
         r"(?P<secret>(?(all).|\S)+)(?=@)",
-        re.IGNORECASE,
-    ),
-    # The same without what a URL begins with. What has a digest behind the @ is a container's image.
-    re.compile(
-        r"(?P<before>(?<![\w.+:@{-])(?!mailto:)[\w.+-]+:)"
-        r"(?P<secret>[^\s/@:,;'\"(){}\[\]<>=&?]+)(?=@(?!sha256:)[\w\[])",
-        re.IGNORECASE,
-    ),
-    # A header of HTTP, or its value.
-    re.compile(
-        r"(?P<before>\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?+|\bbearer\s+(?=\S{8}))"
-        rf"{VALUE}",
-        re.IGNORECASE,
-    ),
-    # name=value and "name": value; `key` alone may be any.
-    re.compile(
-        r"(?P<before>(?<![\w.-])(?:(?<=[?&;])|(?!keys?\b['\"\\]*[=:]))"
-        r"(?=[\w.-]*(?:pass|pwd|pw|secret|credential|token|key|bearer|auth|sig))(?P<name>[\w.-]++)(?:\\?=|['\"]: ?))"
-        rf"{VALUE}",
-        re.IGNORECASE,
-    ),
-    # --name value
-    re.compile(rf"(?P<before>(?<![\w-])--?(?P<name>[a-z][\w.-]*)[ \t]+)(?!-){VALUE}", re.IGNORECASE),
-    # X-Name: value, and lines of YAML and TOML. A name with a dot is a key of which a message is told.
-    re.compile(
-        r"(?P<before>(?<![\w.-])"
-        r"(?P<name>[\w-]+[_-](?:key|token)|(?:[\w-]*[_-])?(?:password|passwd|passphrase|pwd|secret))(?::| ?=)[ \t]+)"
-        rf"{VALUE}",
-        re.IGNORECASE,
-    ),
-)
-"""Where a secret stands in a text: under a name, if there is one, that is to be that of a secret."""
+        # The same without what a URL begins with. What has a digest behind the @ is a container's image.
+        r"(?<![\w.+:@{-])(?!mailto:)[\w.+-]+:(?P<secret>[^\s/@:,;'\"(){}\[\]<>=&?]+)(?=@(?!sha256:)[\w\[])",
+        # A header of HTTP, or its value.
+        r"(?:\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|digest|token)\s+)?+|\bbearer\s+(?=\S{8}))" + VALUE,
+        # name=value and "name": value; `key` alone may be any.
+        r"(?<![\w.-])(?:(?<=[?&;])|(?!keys?\b['\"\\]*[=:]))"
+        r"(?=[\w.-]*(?:pass|pwd|pw|secret|credential|token|key|bearer|auth|sig))(?P<name>[\w.-]++)(?:\\?=|['\"]: ?)"
+        + VALUE,
+        # --name value
+        r"(?<![\w-])--?(?P<name>[a-z][\w.-]*)[ \t]+(?!-)" + VALUE,
+        # X-Name: value, and lines of YAML and TOML. A name with a dot is a key of which a message is told.
+        r"(?<![\w.-])(?P<name>[\w-]+[_-](?:key|token)|(?:[\w-]*[_-])?(?:password|passwd|passphrase|pwd|secret))"
+        r"(?::| ?=)[ \t]+" + VALUE,
+    )
+]
+"""The patterns of a secret in a text; where one has a name, only a name of a secret makes it one."""
 FLAG = re.compile(r"--?([a-z][\w.-]*)", re.IGNORECASE)
 
 OVERRIDE = re.compile(r"(?P<key>(?:\+\+?|~)?[\w./@:$-]+)=(?P<value>.*)", re.DOTALL)
-CONTAINER = re.compile(  # a mapping or a list may lack its end
-    r"\s*(?P<open>\{|\[|\w+\s*\((?=.*\)\s*\Z))(?P<inside>.*?)(?P<close>[\]})]?)\s*", re.DOTALL
+OPENING = r"(?<![^\s{\[,:])[{\[]"  # a bracket that begins a value
+PIECE = re.compile(  # of the value of an override: a bracket, a comma, or what is between them
+    rf"{OPENING}|[\]}},]|(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|\$\{{[^}}]*\}}|\\.|(?!{OPENING})[^\]}},])+",
+    re.DOTALL,
 )
-# Of the value of an override: quoted text, interpolations, escapes, and single signs.
-PIECE = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|\$\{[^}]*\}|\\.|.", re.DOTALL)
-NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d+)?", re.IGNORECASE)
+# Also the first and the last in choice(1,2).
+NUMBER = re.compile(r"(\w+\()?[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d+)?\)?", re.IGNORECASE)
 SHORTEST = 8  # characters of a secret that is looked for in messages: a shorter one might be a word of theirs
 
 _known = dict[str, str]()
-"""Secrets, and overrides with some, and what is shown in place of them."""
+"""The secrets that were redacted, and the overrides with one, each with what is shown in its place."""
 
 
 def redacted(config: Any, key: str = "", within: str | None = None) -> Any:
@@ -138,9 +124,10 @@ def redacted_string(text: str, kind: str | None = None) -> str:
 
 
 def redacted_match(match: re.Match[str]) -> str:
-    """Returns what stands in the place of a match of `IN_TEXT`."""
+    """Returns the replacement of a match of `IN_TEXT`."""
     name = match.groupdict().get("name")
-    return match["before"] + redacted_literal(match["secret"], "password" if name is None else secret_kind(name))
+    before = match[0].removesuffix(match["secret"])
+    return before + redacted_literal(match["secret"], "password" if name is None else secret_kind(name))
 
 
 def redacted_literal(literal: str, kind: str | None) -> str:
@@ -158,7 +145,7 @@ def redacted_word(word: str) -> str:
     override = OVERRIDE.fullmatch(word)
     if override is None:
         return redacted_string(word)
-    value = redacted_values(override["value"], override_key(word))
+    value = redacted_value(override["value"], override_key(word))
     if MARK not in value:
         return word
     result = f"{override['key']}={value}"
@@ -166,40 +153,29 @@ def redacted_word(word: str) -> str:
     return result
 
 
-def redacted_values(typed: str, key: str, within: str | None = None) -> str:
-    """Redacts each of the values of an override, which commas divide."""
-    return ",".join(redacted_value(part, key, secret_kind(key) or within) for part in split_at_commas(typed))
-
-
-def redacted_value(typed: str, key: str, kind: str | None) -> str:
-    """Redacts one value of an override: a mapping, a list, a call such as choice(…), or a plain one."""
-    container = CONTAINER.fullmatch(typed)
-    if container is None or (kind and not container["close"]):
-        return redacted_literal(typed.strip(), kind)
-    if container["open"] != "{":
-        return container["open"] + redacted_values(container["inside"], key, kind) + container["close"]
-    pairs = [part.partition(":") for part in split_at_commas(container["inside"])]
-    pairs = [(name.strip(" '\""), colon, value) for name, colon, value in pairs]
-    kind = None if any(name == "_target_" for name, *_ in pairs) else kind
-    inside = (
-        f"{name}: {redacted_values(value, f'{key}.{name}', kind)}" if colon else redacted_value(name, key, kind)
-        for name, colon, value in pairs
-    )
-    return "{" + ",".join(inside) + container["close"]
-
-
-def split_at_commas(typed: str) -> Iterator[str]:
-    """Yields what commas divide in a value of an override, those inside of quotes and brackets aside."""
-    depth, part = 0, ""
+def redacted_value(typed: str, key: str) -> str:
+    """Redacts the value of an override; in a mapping or a list, each text under the keys that lead to it."""
+    shown, inner, kind = "", key, secret_kind(key)
+    around = list[tuple[str, str, str | None]]()  # the open brackets, each with the key and the kind of all inside
     for piece in PIECE.findall(typed):
-        depth += (piece in "{[(") - (piece in "}])")
-        if piece == "," and depth == 0:
-            yield part
-            part = ""
-        else:
-            part += piece
-    if typed:
-        yield part
+        if piece in "{[":
+            around.append((piece, inner, kind))
+        elif piece in "]}" and around:
+            _, inner, kind = around.pop()
+        elif piece not in "]},":
+            if around and around[-1][0] == "{" and ":" in piece:
+                name, _, piece = piece.partition(":")
+                name = name.strip(" '\"")
+                bracket, outer, within = around[-1]
+                if name == "_target_":  # a block that is called so, and no secret in parts
+                    within = None
+                    around[-1] = bracket, outer, None
+                inner = f"{outer}.{name}"
+                kind = secret_kind(inner) or within
+                shown += f"{name}: "
+            piece = redacted_literal(piece.strip(), kind)
+        shown += piece
+    return MARK if around and secret_kind(key) else shown
 
 
 def override_key(word: str) -> str:

@@ -416,7 +416,7 @@ def test_data_paths(unread: Refused, tmp_path: Path, value: str, said: list[str]
     ("content", "train", "said"),
     [
         ("", RECORDS, "data.validation="),
-        (STRUCT_OF_LISTS, RECORDS, "differ in their columns"),
+        (STRUCT_OF_LISTS, RECORDS, 'in the column "text": string in {0}/train.jsonl, missing in {0}/other.jsonl.'),
         (None, RECORDS, "data.validation="),
         (RECORDS, '{"text": null}\n' * 30, 'in the column "text": null in {0}/train.jsonl, string in {0}/other.jsonl.'),
         (RECORDS, '{"text": ["a"]}\n' * 30, "list<item: string> in {0}/train.jsonl, string in {0}/other.jsonl."),
@@ -554,6 +554,14 @@ COMMANDS = {
     "callbacks.mine={every:1}": ["callbacks.mine has no _target_"],
     "validation={nothing:1}": ['no key "validation.nothing"'],
     "hydra.sweeper.sampler.nothing=1": ['no key "hydra.sweeper.sampler.nothing"'],
+    # Names of which none in the same block is near.
+    "callbacks.checkpoints.foo=1": ['no key "callbacks.checkpoints.foo". For those there are'],
+    "objective.foo=1": ['no key "objective.foo". For those there are'],
+    "trainer.barebones=true": ['no key "trainer.barebones". For those there are'],
+    "context=document": ['no key "context". For those there are'],
+    # What means nothing without -m.
+    "hydra/launcher=slurm": ["hydra/launcher=slurm is for a sweep: add -m to the command."],
+    "hydra.sweep.dir=x": ["hydra.sweep.dir=x is for a sweep: add -m to the command."],
     # What a group's option was meant by, or which option has the key.
     "data=my.txt": ["data=my.txt: no such option", "data=files data.train=my.txt"],
     "data=./my/*.jsonl": ["data=./my/*.jsonl: no such option", "data=files 'data.train=./my/*.jsonl'"],
@@ -568,7 +576,8 @@ COMMANDS = {
     "callbacks.checkpoints.monitor=val/los": ["val/los", "val/loss"],
     # Words that are no override.
     "optim.lr": ["optim.lr"],
-    "optim=1": ["group"],
+    "optim=1": ["optim=1: it has to be the name of an option. Options: adamw."],
+    "callbacks=null": ["callbacks=null: it has to be the name of an option. Options: default, early_stopping."],
     "--optim.lr=1": ["--optim.lr"],
     "optim.lr=1,2": ["optim.lr=1,2", "-m"],
     "optim.lr=${nothing}": ["optim.lr", "nothing"],
@@ -578,6 +587,7 @@ COMMANDS = {
     "seed=x": ['seed="x": it has to be a whole number'],
     "seed=99999999999999999999": ["seed=99999999999999999999: it has to be a whole number, 0 or more, less than"],
     "batch_size=0": ["batch_size=0: it has to be a whole number, 1 or more"],
+    "objective=mlm objective.mask_probability=1.1": ["it has to be a number, more than 0, 1 at most"],
     "cache_dir=null": ["cache_dir"],
     "trainer.max_steps=null trainer.max_epochs=null": ["the run has no end"],
     "trainer.max_steps=-1 trainer.max_epochs=0": ["trainer.max_epochs", "trainer.max_steps"],
@@ -593,8 +603,10 @@ COMMANDS = {
     "tokenizer.vocab_size=10": ["tokenizer.vocab_size must be at least 259"],
     "tokenizer.vocab_size=x": ["tokenizer.vocab_size"],
     "optim.lr=x": ["optim.lr"],
-    "optim.lr=-1": ["optim", "-1"],
-    "optim.betas=[0.9]": ["optim.betas"],
+    "optim.lr=-1": ["optim.lr=-1: it has to be a number, more than 0.", "The learning rate after warm-up."],
+    "optim.lr=0": ["optim.lr=0: it has to be a number, more than 0."],
+    "optim.warmup_ratio=2": ["optim.warmup_ratio=2: it has to be a number, 0 or more, 1 at most."],
+    "optim.betas=[0.9]": ["optim.betas=[0.9]: it has to be a list of which each is a number", "2 of them"],
     "optim.betas=0.9": ["optim.betas=0.9: it has to be a list of which each is a number"],
     "optim.betas=[a,b]": ['optim.betas=["a", "b"]: it has to be a list of which each is a number'],
     "trainer.max_steps=-5": [
@@ -836,6 +848,7 @@ MODELS = {
     "model=pretrained": ["model.name has to be given", "add model.name="],
     "tokenizer=pretrained": ["add tokenizer.name="],
     "model=scratch model.architecture=gpt22": ['Did you mean "gpt2"?'],
+    "model.config.vocab_size=10": ["model.config.vocab_size=10: the tokenizer has", "Leave it out"],
     "model=scratch model.architecture=distilbert": ["distilbert", "objective=mlm"],
     "model=scratch model.architecture=t5": ["no causal t5", "encoder-decoder"],
     "objective=mlm model=gpt_small": ["gpt2", "objective=clm"],
@@ -1111,7 +1124,7 @@ EVALUATIONS = {
     "model=encoder data=sample": ["BertModel", "no causal or masked language model"],
     "model=outputs/2000/run data=sample": ["outputs/2000/run", "no such directory"],
     "model=my/model data=sample": ["my/model", "local directory as model,", "or unset HF_HUB_OFFLINE"],
-    "model=nosuch": ['there is no directory "nosuch"', "data has to be given"],
+    "model=outputs/nosuch": ['could not load model "outputs/nosuch" (as a local directory, or from'],
     "model=unfinished": ["holds no model", "Name a run"],
     # Misspelt.
     "modle=causal": ['no key "modle"', 'Did you mean "model"?'],

@@ -36,7 +36,7 @@ def attempt(
         The val/loss of the run.
     """
     run = RunDirectory(cfg.run_dir)
-    with lifecycle.locked(run, in_sweep):
+    with lifecycle.failure_recorded(run, in_sweep):
         previous = compose.config_of(run) if run.begun() else None
         changes.check(cfg, previous, run)
         if previous is not None and run.finished() and not changes.lengthens(cfg, previous, run):

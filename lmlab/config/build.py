@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lmlab.data.datamodule import BlocksDataModule
-    from lmlab.data.preprocess import Prepared
+    from lmlab.data.prepared import Prepared
     from lmlab.evaluation.scoring import HeldOut
     from lmlab.objectives import Objective
     from lmlab.training.module import LMModule
@@ -29,7 +29,7 @@ LONGEST = 1024  # positions of a window, where neither the command nor a run say
 
 def prepare_data(cfg: DictConfig) -> "Prepared":
     """Returns the data of a run, tokenized and cut into blocks: from the cache where it is there."""
-    from lmlab.data.preprocess import prepare
+    from lmlab.data.prepared import prepare
 
     learned = "texts" in takes(cfg.tokenizer, "tokenizer")
     return prepare(
@@ -43,7 +43,7 @@ def prepare_data(cfg: DictConfig) -> "Prepared":
 
 def prepare_held_out(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "Prepared":
     """Returns the held-out data of an evaluation, tokenized and cut into blocks: from the cache where it is there."""
-    from lmlab.data.preprocess import prepare_validation
+    from lmlab.data.prepared import prepare_validation
 
     return prepare_validation(build(cfg.data, "data"), preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
 
@@ -278,7 +278,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    options = arguments(takes(cfg.trainer, "trainer"), cfg.trainer, "trainer") | options
+    options = arguments(cfg.trainer, "trainer") | options
     # Who started the ranks is known, and not to be guessed from a SLURM job's variables.
     alone = world(cfg.trainer) == 1
     environment = LightningEnvironment() if alone else TorchElasticEnvironment()

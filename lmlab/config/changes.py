@@ -12,10 +12,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lmlab.config import build, schema, signatures
+from lmlab.config import build, schema
 from lmlab.config.compose import create_hydra, normalize_trainer, without_secrets
 from lmlab.config.explain import dotted, explain
-from lmlab.config.files import CONF
 from lmlab.config.overrides import literal, readable
 from lmlab.config.schema import world
 from lmlab.console import command
@@ -34,7 +33,7 @@ and the weights of a model come from the checkpoint."""
 GROUPS = ("trainer", "callbacks", "logger")
 """Groups of which a run that goes on may choose another option."""
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
-"""What another option of `trainer` changes in a run that goes on."""
+"""The keys that another option of `trainer` changes in a run that goes on."""
 MISSING = "not there"
 
 
@@ -70,7 +69,7 @@ def apply_overrides(
         elif isinstance(cfg.get(key), DictConfig) and key not in GROUPS:
             raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
         elif key not in known and not (override.is_add() or override.is_force_add()):
-            raise UserError(f'there is no key "{key}".{nearest(key, known)}{how_to_add(cfg, key, word)}')
+            raise UserError(f'there is no key "{key}".{nearest(key, known)} A key that is to be added: +KEY=VALUE')
         else:
             OmegaConf.update(cfg, key, override.value(), force_add=True)
             OmegaConf.update(cfg, key, resolve(cfg, key))
@@ -80,21 +79,6 @@ def apply_overrides(
     ):
         cfg.tokenizer.name = cfg.model.name
     return normalize_trainer(cfg)
-
-
-def how_to_add(cfg: DictConfig, key: str, word: str) -> str:
-    """Says how a key that a config lacks is added, if its block takes it; otherwise lists the keys of the block."""
-    parent, _, name = key.rpartition(".")
-    block = OmegaConf.select(cfg, parent) if parent else OmegaConf.load(CONF / "train.yaml")
-    target = block.get("_target_") if isinstance(block, DictConfig) else None
-    if target and target.startswith(signatures.READ):  # another one would be imported before it is trusted
-        takes = signatures.parameters(target)
-        can_be_added = name in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    else:
-        can_be_added = parent.split(".")[0] in ("callbacks", "logger") or (not parent and name in block)
-    if can_be_added:
-        return f" A new one is +{word}."
-    return f" Keys of {parent}: {', '.join(sorted({*map(str, block)} - {'_target_'}))}." if target else ""
 
 
 def resolve(cfg: DictConfig, key: str) -> Any:

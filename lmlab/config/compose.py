@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,12 +39,14 @@ from lmlab.io import empty_folders_removed, write_text
 from lmlab.runs.choices import with_present_names
 from lmlab.runs.directory import RunDirectory
 
+OF_SWEEPS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")
+"""The beginnings of the overrides that mean nothing without a sweep."""
 BLOCKS = ("preprocess", "data", "tokenizer", "model", "objective", "trainer")
 """Blocks that the config of a run and that of an evaluation both have."""
 SHORT_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true"}
 """Short names of precisions, as Lightning takes them."""
 SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
-"""How configs of older versions say trainer.strategy=fsdp."""
+"""The target by which configs of older versions name trainer.strategy=fsdp."""
 SECRETS_VARIABLE = "LMLAB_SECRETS"
 """The environment variable in which a process is handed the secrets of the config that it reads."""
 
@@ -119,7 +121,10 @@ def call_job(job: Callable[[DictConfig], Any], cfg: DictConfig, debug: bool) -> 
     """Calls `job` within Hydra, which gets to know of an error as it needs to: a sweep goes on after it."""
     # Hydra has set the root logger to INFO, at which libraries say much.
     logging.getLogger().setLevel(logging.WARNING)
+    hydra = HydraConfig.get()
     try:
+        if hydra.mode is not RunMode.MULTIRUN:
+            refuse_sweep_overrides(hydra.overrides.hydra)
         return job(cfg)
     except Exception as error:
         message = plainly(error)
@@ -132,11 +137,18 @@ def call_job(job: Callable[[DictConfig], Any], cfg: DictConfig, debug: bool) -> 
         print(f"error: {message}", file=sys.stderr)
         if submitted:
             raise UserError(message) from error
-        if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        if hydra.mode is not RunMode.MULTIRUN:
             sys.exit(1)
         # An exception, unlike an exit, lets the other jobs of the sweep go on.
         told = "a job of the sweep failed; its error is above. The other jobs were run."
         raise UserError(told, cause_of(error)) from error
+
+
+def refuse_sweep_overrides(words: Sequence[str]) -> None:
+    """Refuses the overrides of a command without a sweep if one of them is for a sweep."""
+    for word in words:
+        if word.lstrip("+~").startswith(OF_SWEEPS):
+            raise UserError(f"{word} is for a sweep: add -m to the command.")
 
 
 def read_command() -> Namespace:

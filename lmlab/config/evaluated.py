@@ -1,7 +1,6 @@
 """Completes the config of an evaluation: what its command leaves open, the evaluated run says."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +26,9 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     OmegaConf.set_struct(cfg, False)
     run = take_model(cfg)
     taken = list[str]()  # blocks of the run
+    if "objective" not in cfg:
+        cfg.objective = run.objective if run is not None else objective_of(cfg)
+        taken += ["objective"] if run is not None else []
     if "_target_" not in (cfg.get("data") or {}):
         take_data(cfg, run, overrides)
         taken += ["data", "preprocess"]
@@ -34,9 +36,6 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
         cfg.preprocess.block_size = run.preprocess.block_size
     if OmegaConf.is_missing(cfg.data, "train"):
         cfg.data.train = None
-    if "objective" not in cfg:
-        cfg.objective = run.objective if run is not None else objective_of(cfg)
-        taken += ["objective"] if run is not None else []
     cfg.pop("trust")
     trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
     refuse_redacted(secrets.redacted_keys(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
@@ -73,10 +72,8 @@ def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> 
         UserError: there is no run, or its text would be prepared in another way.
     """
     if run is None:
-        name = cfg.model.name
         raise UserError(
-            ("" if Path(name).exists() else f'there is no directory "{name}", which may be a hub id.\n')
-            + "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
+            "data has to be given, as the model is not a run of lmlab: add data=wikitext2 (or another group),\n"
             "data=hub data.path=ID, or data=files data.validation=FILE to the command."
         )
     for word in overrides:
@@ -106,13 +103,6 @@ def objective_of(cfg: DictConfig) -> DictConfig:
     assert isinstance(block, DictConfig)
     block.pop("defaults", None)
     return block
-
-
-def elsewhere(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
-    """Returns the same config with some values changed, for a directory inside its own."""
-    other = OmegaConf.merge(cfg, changes, {"run_dir": f"{cfg.run_dir}/check"})
-    assert isinstance(other, DictConfig)
-    return other
 
 
 def other_width(cfg: DictConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,6 +43,8 @@ def explain(error: Exception, name: str) -> str:
     _, quoted, *_ = [*first.split("'"), ""]
     if first.startswith("Ambiguous value"):
         return f"{first}.\nTo run the command for each value add -m; a list is KEY=[a,b]."
+    if first.startswith("Config group override"):
+        return no_name(name) or first
     if first.startswith("Additional config directory"):
         return NO_FOLDER.format(quoted)
     if first.startswith(("Could not override", "Key '")):
@@ -57,7 +60,12 @@ def no_key(key: str, name: str) -> str:
     """Returns the message for a key that a command does not have: where it has it otherwise, or the nearest one."""
     if key.startswith("trainer.limit_"):
         return f"{key}: {LIMITS}"
-    hint = in_other_option(key, name) or nearest(key, known_keys(name))
+    hint, known = in_other_option(key, name), known_keys(name)
+    block = [other for other in known if other.rpartition(".")[0] == key.rpartition(".")[0]]
+    hint = hint or nearest(key, known)
+    if not hint and block and "." in key:
+        names = sorted(other.rpartition(".")[2] for other in block if not other.endswith("._target_"))
+        hint = f" Keys there: {', '.join(names) or 'none'}.\nOne that its target takes besides is added: +{key}=…"
     return f'there is no key "{key}".{hint or f" For those there are: python -m lmlab.{name} --help"}'
 
 
@@ -74,6 +82,17 @@ def no_option(missing: str, options: list[str] | None, name: str) -> str:
     if group == "optim":
         hint = "Another optimizer is a class of yours, optim._target_=…: see lmlab/optim.py."
     return f"{message}\n{hint}".rstrip()
+
+
+def no_name(name: str) -> str | None:
+    """Returns the message for a group that the command gives a number or null; None where it gives none one."""
+    groups = groups_of(name)
+    for word in sys.argv[1:]:
+        group = word.partition("=")[0]
+        value = OverridesParser.create().parse_override(word).value() if group in groups else ""
+        if value is None or isinstance(value, int | float):
+            return f"{word}: it has to be the name of an option. Options: {', '.join(files_of(group))}."
+    return None
 
 
 def in_other_option(key: str, name: str) -> str | None:

@@ -31,7 +31,7 @@ class Config:
     """The keys that training and evaluation share."""
 
     preprocess: dict[str, Any]
-    """How records become blocks, see data/options.py."""
+    """The choices that turn records into blocks, see data/options.py."""
     tokenizer: dict[str, Any]
     """A target that returns a tokenizer."""
     model: dict[str, Any]
@@ -71,7 +71,7 @@ class Train(Config):
     logger: dict[str, Any] | None = None
     """Targets that return Lightning loggers, by a name for each."""
     validation: dict[str, Any] | None = None
-    """What validations during training look at, see `Validation`."""
+    """The held-out text that validations during training score, see `Validation`."""
     compile: bool = False
     """Compile each layer with torch.compile."""
     activation_checkpointing: bool = False
@@ -91,17 +91,17 @@ class Evaluate(Config):
     objective: dict[str, Any] | None = None
     """A target that makes examples of windows; null takes what the model was trained with."""
     context: Literal["blocks", "document", "sliding"] | None = None
-    """What a model sees at once: blocks as in training, each document alone, or overlapping windows of all text."""
+    """The text that a model sees at once: blocks as in training, a document alone, or overlapping windows of all."""
     stride: Annotated[int, Ge(1)] | None = None
     """Tokens from one window to the next, of sliding and of long documents; null is half a block."""
     score: Literal["labels", "pseudo"] = "labels"
-    """labels scores what the objective masks or predicts, pseudo each token hidden in turn."""
+    """The scored tokens: labels are those that the objective masks or predicts, pseudo hides each token in turn."""
     within_word: bool = False
-    """Of score=pseudo: hide the rest of the word too."""
+    """With score=pseudo, hide the rest of the word too."""
     sample: Annotated[float, Gt(0), Lt(1)] | None = None
-    """Of score=pseudo: score only this share of the tokens; null scores all."""
+    """The share of the tokens that score=pseudo scores; null scores all."""
     units: Literal["text", "words"] = "text"
-    """What perplexity per word counts: words and ends of documents, or words and ends of all lines."""
+    """The words of the perplexity per word: words and ends of documents, or words and ends of all lines."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Precision of products of float32 matrices on a GPU: highest is float32, high is TF32, medium is bf16."""
     trust: str | list[str] | None = None
@@ -123,7 +123,7 @@ class Trainer:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """auto and ddp keep a copy of the model on each device, fsdp shards it over them (trainer=fsdp)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] | None = None
-    """Numbers of weights and computation; 32, bf16 and 16 are short for the first three. null takes bf16-mixed on GPUs
+    """The number formats of weights and computation; 32, bf16 and 16 are short for the first three. null takes bf16-mixed on GPUs
     that have it, else 32-true."""
     max_epochs: int | None = None
     """Passes over the training blocks."""
@@ -134,9 +134,9 @@ class Trainer:
     gradient_clip_val: Annotated[float, Ge(0)] | None = None
     """The largest norm of the gradients; null does not clip them."""
     val_check_interval: Annotated[int, Ge(1)] | Annotated[float, Gt(0)] = 1.0
-    """From one validation to the next: a whole number counts optimizer steps (100), another one epochs (1.0)."""
+    """The distance between validations: a whole number counts optimizer steps (100), another one epochs (1.0)."""
     log_every_n_steps: Annotated[int, Ge(1)] = 10
-    """Optimizer steps from one logged loss to the next."""
+    """The number of optimizer steps between logged losses."""
 
 
 @dataclass
@@ -230,35 +230,28 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     Args:
         name: of the root config, train or evaluate.
     """
-    declared_arguments(name, cfg, "")
+    arguments(cfg, "", DECLARED[name])
     limits = [key for key in map(str, cfg.trainer) if key.startswith("limit_")]
     if limits:
         raise UserError(f"trainer.{limits[0]}: {LIMITS}")
     check_trainer(cfg.trainer)
-    declared_arguments("validation", cfg.get("validation") or {}, "validation")
+    arguments(cfg.get("validation") or OmegaConf.create(), "validation", DECLARED["validation"])
     for key, block in blocks(cfg):
-        parameters = takes(block, key)
         if key == "optim":
             check_optimizer(block)
-        arguments(parameters, block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
+        arguments(block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
     preprocessing(cfg)
-
-
-def declared_arguments(name: str, block: DictConfig | dict[str, Any], key: str) -> dict[str, Any]:
-    """Returns the values of a config or a block whose keys stand in `DECLARED`, checked."""
-    declared = DECLARED[name]
-    return arguments(signatures.parameters(declared), block, key, signatures.meanings(declared))
 
 
 def check_trainer(trainer: DictConfig) -> None:
     """Refuses values of the block trainer that lmlab could not go by."""
     own = signatures.parameters(DECLARED["trainer"])
-    declared_arguments("trainer", OmegaConf.masked_copy(trainer, [*own]), "trainer")
+    arguments(OmegaConf.masked_copy(trainer, [*own]), "trainer", DECLARED["trainer"])
 
 
 def check_optimizer(block: DictConfig) -> None:
     """Refuses a class whose objects can't be called for an optimizer, such as those of torch.optim."""
-    if block._target_.startswith("lmlab.optim."):  # known without importing it
+    if target(block, "optim", str).startswith("lmlab.optim."):  # known without importing it
         return
     made = target(block, "optim")
     called = not inspect.isclass(made) or any("__call__" in vars(base) for base in made.__mro__)
@@ -343,4 +336,4 @@ def preprocessing(cfg: DictConfig) -> "Preprocessing":
     block = cfg.preprocess
     if block.block_size is None:  # in an evaluation; build_model then asks the model
         block = OmegaConf.merge(block, {"block_size": Preprocessing.block_size})
-    return Preprocessing(**declared_arguments("preprocess", block, "preprocess"))
+    return Preprocessing(**arguments(block, "preprocess", DECLARED["preprocess"]))

@@ -3,21 +3,23 @@
 import ast
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from inspect import Parameter
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from hydra._internal.utils import _locate
 
 READ = ("lmlab.", "lightning.")
 """Packages whose functions take what their source says; elsewhere decorators or metaclasses may change that."""
-PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence, Ge, Gt, Le, Lt)}
+PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Callable, Sequence)}
+PLAIN |= {kind.__name__: kind for kind in (Ge, Gt, Le, Len, Lt)}
 PLAIN |= {"Annotated": Annotated, "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
-"""What an annotation may consist of to be evaluated."""
+"""The names that an annotation may consist of to be evaluated."""
 
 
 def parameters(target: str) -> Mapping[str, Parameter]:
@@ -45,7 +47,7 @@ def read(target: str) -> Mapping[str, Parameter] | None:
     if not isinstance(node, ast.ClassDef):
         return None
     if any(ast.unparse(decorator).startswith("dataclass") for decorator in node.decorator_list):
-        fields = [line for _, line in fields_of(target)]
+        fields = [line for line, _ in fields_of(target)]
         names = [ast.arg(ast.unparse(line.target), line.annotation) for line in fields]
         return compiled(ast.arguments([], names, None, [], [], None, [line.value for line in fields if line.value]))
     made = next((line for line in node.body if isinstance(line, ast.FunctionDef) and line.name == "__init__"), None)
@@ -77,22 +79,22 @@ def is_plain(annotation: ast.expr) -> bool:
 
 
 def meanings(target: str) -> dict[str, str]:
-    """Returns what the fields of a dataclass mean, by the text below each."""
-    found = {}
-    for body, field in fields_of(target):
-        below = body[body.index(field) + 1 :][:1]
-        if below and isinstance(below[0], ast.Expr) and isinstance(below[0].value, ast.Constant):
-            found[ast.unparse(field.target)] = " ".join(str(below[0].value.value).split())
-    return found
+    """Returns what the fields of a dataclass mean, by the text below each; {} for a target that is not to be read."""
+    if not target.startswith(READ):
+        return {}
+    return {ast.unparse(line.target): text for line, text in fields_of(target) if text}
 
 
-def fields_of(target: str) -> Iterator[tuple[list[ast.stmt], ast.AnnAssign]]:
-    """Yields the fields of a dataclass, those of its bases in the same module first, each with the body around it."""
+def fields_of(target: str) -> Iterator[tuple[ast.AnnAssign, str]]:
+    """Yields the fields of a dataclass, those of its bases in the same module first, each with the text below it."""
     node = definition(target)
     if isinstance(node, ast.ClassDef):
         for base in node.bases:
             yield from fields_of(f"{target.rpartition('.')[0]}.{ast.unparse(base)}")
-        yield from ((node.body, line) for line in node.body if isinstance(line, ast.AnnAssign))
+        for line, below in pairwise([*node.body, ast.Pass()]):
+            if isinstance(line, ast.AnnAssign):
+                text = below.value if isinstance(below, ast.Expr) else None
+                yield line, " ".join(str(text.value).split()) if isinstance(text, ast.Constant) else ""
 
 
 def definition(target: str) -> ast.stmt | None:

@@ -7,7 +7,7 @@ from inspect import Parameter
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from hydra._internal.utils import _locate  # hydra.utils.get_object also logs what it raises
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,10 +25,17 @@ KINDS: dict[Any, str] = {
     dict: "a mapping",
     list: "a list",
     Sequence: "a list",
+    Callable: "a function",
     NoneType: "null",
     Any: "anything",
 }
-BOUNDS = {Ge: "{0.ge} or more", Gt: "more than {0.gt}", Le: "{0.le} at most", Lt: "less than {0.lt}"}
+BOUNDS = {
+    Ge: "{0.ge} or more",
+    Gt: "more than {0.gt}",
+    Le: "{0.le} at most",
+    Lt: "less than {0.lt}",
+    Len: "{0.min_length} of them",
+}
 
 
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
@@ -50,7 +57,7 @@ def build(block: DictConfig, key: str, **given: Any) -> Any:
         given: more arguments, each passed on where the target has a parameter for it.
     """
     function = target(block, key)
-    return function(**arguments(takes(block, key), block, key, **given))
+    return function(**arguments(block, key, **given))
 
 
 def target(block: DictConfig, key: str, get: Callable[[str], Any] = _locate) -> Any:
@@ -75,25 +82,21 @@ def takes(block: DictConfig, key: str) -> Mapping[str, Parameter]:
     return target(block, key, signatures.parameters)
 
 
-def arguments(
-    parameters: Mapping[str, Parameter],
-    block: DictConfig | dict[str, Any],
-    key: str,
-    meanings: Mapping[str, str] | None = None,
-    **given: Any,
-) -> dict[str, Any]:
-    """Returns the values of a block as arguments of what has these parameters.
+def arguments(block: DictConfig, key: str, declared: str | None = None, **given: Any) -> dict[str, Any]:
+    """Returns the values of a block as arguments of its target.
 
     Args:
         key: the block's dotted name; empty for a whole config.
-        meanings: what to say of a parameter whose value is wrong.
+        declared: the name of the class that has the block's keys, if it has no target of its own.
         given: more arguments, each passed on where there is a parameter for it. A block can't have them.
 
     Raises:
         UserError: a key that is none, a value that is not of the annotated type, or a missing one.
     """
+    parameters = signatures.parameters(declared) if declared else takes(block, key)
+    meanings = signatures.meanings(declared or block._target_)
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    values: dict[str, Any] = OmegaConf.to_container(block) if OmegaConf.is_config(block) else dict(block)  # type: ignore
+    values: dict[str, Any] = OmegaConf.to_container(block)  # type: ignore[assignment]
     values.pop("_target_", None)
     names = {name: f"{key}.{name}".lstrip(".") for name in [*parameters, *values]}
     own = [name for name in parameters if name not in given]
@@ -102,7 +105,7 @@ def arguments(
             close = nearest(names[name], [names[known] for known in own])
             raise UserError(f'there is no key "{names[name]}".{close} Keys: {", ".join(own)}.')
         if name in parameters:
-            check_value(names[name], value, parameters[name].annotation, (meanings or {}).get(name, ""))
+            check_value(names[name], value, parameters[name].annotation, meanings.get(name, ""))
     values |= {name: value for name, value in given.items() if anything or name in parameters}
     for name, parameter in parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
@@ -158,6 +161,8 @@ def describe(annotation: Any) -> str | None:
         bounds = [BOUNDS[type(bound)].format(bound) for bound in inner[1:] if type(bound) in BOUNDS]
         plain = describe(inner[0])
         return plain and ", ".join([plain, *bounds])
+    if kind is Callable:
+        return KINDS[kind]
     if kind not in (*KINDS, Union, UnionType):
         return None
     words = [describe(one) for one in inner]

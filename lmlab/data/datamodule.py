@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.preprocess import Blocks
+from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, micro_batch_size
 from lmlab.distributed.signals import signals_blocked
 from lmlab.objectives import Objective
@@ -26,15 +26,15 @@ class Batch(NamedTuple):
     input_ids: Tensor
     """[B, T] int64."""
     attention_mask: Tensor | None
-    """[B, T] int64, 0 on padding; None where no row is padded."""
+    """[B, T] int64, 0 on padding; None if no row is padded."""
     positions: Tensor
     """[N] int64 indices of the scored positions in the flattened [B·T]."""
     targets: Tensor
     """[N] int64 ids of the tokens to predict there."""
     tokens: int
-    """Tokens of the batch, padding not counted."""
+    """The number of tokens of the batch, without padding."""
     number: int
-    """Micro batches of this rank before this one, in the whole run."""
+    """The number of micro batches of this rank before this one in the whole run."""
 
 
 class Batches(Dataset[Batch]):
@@ -74,27 +74,27 @@ def collate(
                                      3 9 0 0     targets         6   8
     """
     rows = [objective(blocks[draw.block], (seed, draw.epoch, draw.block)) for draw in draws]
-    input_ids, attention_mask, positions = pad_rows([(inputs, scored) for inputs, scored, _ in rows], pad_id)
-    targets = np.concatenate([row_targets for _, _, row_targets in rows]).astype(np.int64)
-    tokens = sum(len(inputs) for inputs, _, _ in rows)
-    return Batch(input_ids, attention_mask, positions, torch.from_numpy(targets), tokens, number)
+    return Batch(*pad_rows(rows, pad_id), sum(len(inputs) for inputs, _, _ in rows), number)
 
 
-def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Pads rows of (inputs, scored positions) on the right, to the longest of them.
+def pad_rows(
+    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], pad_id: int
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Pads rows of (inputs, scored positions, targets) on the right, to the longest of them.
 
     Returns:
-        input_ids [B, T], attention_mask [B, T] or None, and positions [N] in the flattened [B·T].
+        input_ids [B, T], attention_mask [B, T] or None, positions [N] in the flattened [B·T], and targets [N].
     """
-    length = max(len(inputs) for inputs, _ in rows)
+    length = max(len(inputs) for inputs, _, _ in rows)
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
-    for row, (inputs, _) in enumerate(rows):
+    for row, (inputs, _, _) in enumerate(rows):
         input_ids[row, : len(inputs)] = inputs
         attention_mask[row, : len(inputs)] = 1
-    positions = np.concatenate([row * length + scored for row, (_, scored) in enumerate(rows)]).astype(np.int64)
+    positions = np.concatenate([row * length + scored for row, (_, scored, _) in enumerate(rows)]).astype(np.int64)
+    targets = np.concatenate([row_targets for _, _, row_targets in rows]).astype(np.int64)
     mask = None if attention_mask.all() else torch.from_numpy(attention_mask)
-    return torch.from_numpy(input_ids), mask, torch.from_numpy(positions)
+    return torch.from_numpy(input_ids), mask, torch.from_numpy(positions), torch.from_numpy(targets)
 
 
 class Rows(Protocol):
@@ -126,7 +126,7 @@ class HeldOutData(L.LightningDataModule):
     """The data module of an evaluation; it knows its rank from the trainer that it is attached to.
 
     Args:
-        batch_size: Rows at once on each rank.
+        batch_size: the number of rows of a batch of one rank.
     """
 
     def __init__(self, held_out: Rows, batch_size: int, num_workers: int = 0):
@@ -146,7 +146,7 @@ class HeldOutData(L.LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
-            # Where batches go to a GPU; a run on the CPU of a machine that has one needs none.
+            # A run on the CPU of a machine with a GPU needs no pinned memory.
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
         )
@@ -156,11 +156,11 @@ class BlocksDataModule(HeldOutData):
     """The data module of a run: training batches by step, and the held-out rows.
 
     Args:
-        batch_size: Samples of an optimizer step, over all ranks and accumulated micro batches.
-        steps: Optimizer steps of the whole run.
-        accumulate: Micro batches of an optimizer step.
-        tokenizer: For callbacks that read text or generate some.
-        whole: All held-out rows, where `held_out` is a part of them; scored once, after training.
+        batch_size: the number of samples of an optimizer step, over all ranks and accumulated micro batches.
+        steps: the number of optimizer steps of the whole run.
+        accumulate: the number of micro batches of an optimizer step.
+        tokenizer: the tokenizer for callbacks that read or generate text.
+        whole: all held-out rows, if `held_out` is a part of them; they are scored once, after training.
     """
 
     def __init__(

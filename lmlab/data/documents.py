@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,26 @@ import pyarrow.parquet as pq
 
 from lmlab.data.texts import utf8
 
-ROWS_AT_ONCE = 1000  # of the index of documents
-START = 60  # characters of a document that are kept to know it by
-SPACE = np.array([chr(point).isspace() for point in range(0x3002)])  # the last stands for all above
+ROWS_AT_ONCE = 1000
+"""The number of rows of the index of documents that are in memory while it is written."""
+START = 60
+"""The number of characters that are kept of the beginning of a document."""
+SPACE = np.array([chr(point).isspace() for point in range(0x3002)])
+"""[code points] bool: True for white space; the last entry stands for all code points above it."""
 BYTES, WORDS, LINES, FLAGS, UNKNOWN = range(5)
 """The columns of spans: UTF-8 bytes of the token's text, words that begin in it, line feeds, flags, and bytes that it
 does not spell."""
 CONTINUES, END = 1, 2
-"""The flags of a token: it goes on with the word of the token before it; it is the end of a document."""
+"""The flags of a token: it continues the word of the token before it; it ends a document."""
 COUNTS = ("tokens", "bytes", "words", "ends", "lines", "unknown_tokens", "unknown_bytes")
 """The counts of scored tokens: the tokens, the UTF-8 bytes and words of their text, ends of documents and of lines,
-the tokens that do not spell all of their text, and how many bytes they leave unspelled."""
+the tokens that do not spell all of their text, and the bytes that they leave unspelled."""
 FEW = 20
-"""Fewer documents than these are cut into stretches: statistics over a few numbers say little."""
+"""The number of documents below which they are cut into stretches, as statistics over a few numbers say little."""
 STRETCH = 500
-"""Characters of a stretch, at least; more in a long document, so that it has no more than `STRETCHES`."""
+"""The least number of characters of a stretch; in a long document it is higher, see `STRETCHES`."""
 STRETCHES = 500
+"""The greatest number of stretches of a document."""
 INDEX = pa.schema(
     {
         "digest": pa.binary(32),  # SHA-256 of the text
@@ -45,7 +49,7 @@ INDEX = pa.schema(
         "starts": pa.list_(pa.string()),  # and their beginnings
     }
 )
-"""The columns of the index of documents, a row each."""
+"""The columns of the index of documents, which has a row for each document."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,13 @@ class Documents:
     edges: np.ndarray
     """[documents + 1] int64: document i has the tokens edges[i] … edges[i + 1] - 1."""
     stretches: np.ndarray
-    """[stretches + 1] int64: the same of stretches."""
+    """[stretches + 1] int64: the same for stretches."""
     names: list[str]
-    """[stretches] the name of its document, made from the text alone: it is the same whatever the tokenizer."""
+    """[stretches] the name of each one's document, made from the text alone: it does not depend on the tokenizer."""
     parts: list[int]
-    """[stretches] which stretch of its document it is, from 0."""
+    """[stretches] the number of each within its document, from 0."""
     starts: list[str]
-    """[stretches] the beginning of its text."""
+    """[stretches] the beginning of the text of each."""
     hash: str
     """A hash of all texts in their order."""
 
@@ -78,7 +82,7 @@ class Documents:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[documents] int64: the tokens of each."""
+        """[documents] int64: the number of tokens of each."""
         return np.diff(self.edges)
 
     def select(self, documents: np.ndarray) -> "Documents":
@@ -136,12 +140,12 @@ def spans(
         UNKNOWN      0     0       0       3      0
 
     Args:
-        offsets: Each token's first character and the one past its last. None for a tokenizer that does not know;
+        offsets: each token's first character and the one past its last. None for a tokenizer that does not know;
             all tokens then get even shares of the text.
-        words: The number of each token's pre-token; None for special tokens.
-        tokens: How many tokens there are.
-        lost: How many more of them truncation took; their part of the text is no token's.
-        left: Whether truncation took them from the text's beginning.
+        words: the number of each token's pre-token; None for special tokens.
+        tokens: the number of tokens.
+        lost: the number of further tokens that truncation removed; their part of the text belongs to no token.
+        left: True if truncation removed them from the text's beginning.
 
     Returns:
         [tokens, 5] int32, by the columns `BYTES`, `WORDS`, `LINES`, `FLAGS` and `UNKNOWN`.
@@ -196,10 +200,10 @@ def document_spans(
     token at all for a text, the end-of-text token stands for it, and spells nothing of it.
 
     Args:
-        encoding: The `tokenizers.Encoding` of the ids; None for a tokenizer that is not a fast one.
-        ending: The end-of-text token after the document, or nothing.
-        ends: The tokens that end a document where they are its last.
-        unknown: The names of the tokens for unknown text, by their ids.
+        encoding: the `tokenizers.Encoding` of the ids; None for a tokenizer that is not a fast one.
+        ending: the end-of-text token after the document, or nothing.
+        ends: the tokens that end a document where they are its last.
+        unknown: the names of the tokens for unknown text, by their ids.
     """
     offsets, words = (None, None) if encoding is None else (encoding.offsets, encoding.word_ids)
     own = spans(text, offsets, words, len(ids), lost, left)
@@ -244,8 +248,8 @@ def start_of(text: str) -> str:
 def open_index(path: Path) -> Iterator[Callable[[str, bool], None]]:
     """Opens the index of documents for writing, a parquet file with the columns `INDEX`.
 
-    Gives a function that adds a document by its text, and by whether that is whole: one that truncation cut is a single
-    stretch. Few rows are in memory at once.
+    Yields a function that adds a document. It takes the text, and True if that is whole: a text that truncation cut is
+    a single stretch.
     """
     rows: list[dict[str, Any]] = []
     count = 0
@@ -283,12 +287,12 @@ def read_index(folder: Path, name: str) -> pa.Table:
 
 
 def read_lengths(folder: Path, name: str) -> np.ndarray:
-    """Returns [documents] int64: the tokens of each document of a split."""
+    """Returns [documents] int64: the number of tokens of each document of a split."""
     return np.fromfile(folder / f"{name}.lengths", np.int64)
 
 
 def reorder(folder: Path, name: str, order: np.ndarray) -> None:
-    """Writes the files of a held-out split anew, document order[i] as the i-th."""
+    """Rewrites the files of a held-out split with document order[i] as the i-th."""
     pq.write_table(read_index(folder, name).take(order), folder / f"{name}.documents.parquet")
     lengths = read_lengths(folder, name)
     edges = running_sums(lengths)
@@ -303,37 +307,25 @@ def reorder(folder: Path, name: str, order: np.ndarray) -> None:
 
 
 def read_documents(folder: Path, name: str) -> Documents:
-    """Reads the documents of a split that `write_split` (preprocess.py) wrote into a folder."""
-    digests, starts, cuts, later_starts = (column.to_pylist() for column in read_index(folder, name).columns)
+    """Reads the documents of a split that `write_split` (prepared.py) wrote into a folder."""
     tokens = np.memmap(folder / f"{name}.tokens", np.int32, "r")
     spans = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 5)
     edges = running_sums(read_lengths(folder, name))
-    names, digest = unique_names(digests), hashlib.sha256(b"".join(digests)).hexdigest()[:32]
-    if not any(cuts):
-        return Documents(tokens, spans, edges, edges, names, [0] * len(names), starts, digest)
-    bounds, parts = [], [len(at) + 1 for at in cuts]
-    for first, last, at in zip(edges, edges[1:], cuts, strict=False):
-        begins = np.cumsum(spans[first:last, BYTES]) - spans[first:last, BYTES]
-        # A token that stands for text on both sides of a cut belongs to the first.
-        bounds += [first, *(first + np.searchsorted(begins, at))]
-    return Documents(
-        tokens,
-        spans,
-        edges,
-        np.array([*bounds, edges[-1]]),
-        [name for name, count in zip(names, parts, strict=True) for _ in range(count)],
-        [part for count in parts for part in range(count)],
-        [start for first, later in zip(starts, later_starts, strict=True) for start in (first, *later)],
-        digest,
-    )
-
-
-def unique_names(digests: Sequence[bytes]) -> list[str]:
-    """Returns a name for each document, made from its text's digest; the second of two equal texts gets another."""
+    rows = read_index(folder, name).to_pylist()
     seen: Counter[str] = Counter()
-    names = []
-    for digest in digests:
-        name = digest.hex()[:16]
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return names
+    bounds: list[int] = []
+    stretches: list[tuple[str, int, str]] = []
+    for row, (first, last) in zip(rows, pairwise(edges), strict=True):
+        document = row["digest"].hex()[:16]
+        seen[document] += 1
+        if seen[document] > 1:  # the text occurs again
+            document = f"{document}-{seen[document]}"
+        stretches += [(document, part, start) for part, start in enumerate([row["start"], *row["starts"]])]
+        bounds.append(first)
+        if row["cuts"]:
+            before = np.cumsum(spans[first:last, BYTES]) - spans[first:last, BYTES]
+            # A token that stands for text on both sides of a cut belongs to the first.
+            bounds += [*(first + np.searchsorted(before, row["cuts"]))]
+    names, parts, starts = map(list, zip(*stretches, strict=True))
+    digest = hashlib.sha256(b"".join(row["digest"] for row in rows)).hexdigest()[:32]
+    return Documents(tokens, spans, edges, np.array([*bounds, edges[-1]]), names, parts, starts, digest)

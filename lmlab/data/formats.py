@@ -23,17 +23,11 @@ from lmlab.io import locked, write_beside
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
-"""The errors of a gzip file that is damaged or none."""
+"""The errors of a gzip file that is damaged, or is no gzip file."""
 UNREADABLE = (ValueError, OSError, EOFError, zlib.error, StopIteration)
-"""The errors of a file that is damaged, or of another kind than its name says."""
-# The byte order marks of what is no UTF-8. Longer ones first: one begins like a shorter one.
-MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-HEAD = 8000  # bytes by which a file is known for text or none, as git does
+"""The errors of a file that is damaged, or is of another format than its suffix says."""
+HEAD = 8000
+"""The number of bytes by which a file is taken for text or not, as by git."""
 
 
 def suffix_of(file: Path) -> str:
@@ -42,7 +36,7 @@ def suffix_of(file: Path) -> str:
 
 
 def builder_for(files: list[Path]) -> str:
-    """Returns the builder of `datasets` that reads these files, by their suffix."""
+    """Returns the name of the `datasets` builder that reads files of this suffix."""
     suffixes = {suffix_of(file) for file in files}
     builders = {BUILDERS.get(suffix) for suffix in suffixes}
     if None in builders or len(builders) > 1:
@@ -54,7 +48,7 @@ def builder_for(files: list[Path]) -> str:
 
 
 def delimiter_of(files: list[Path], text: str, given: str | None) -> str:
-    """Returns the delimiter of csv files: the given one, else that by which each file has the column of the text."""
+    """Returns the delimiter of csv files: the given one, or the one by which each file has the column of the text."""
     if given is not None:
         character = given.replace("\\t", "\t")  # as it can be typed
         if len(character) != 1:
@@ -85,43 +79,51 @@ def guess_delimiter(file: Path, text: str) -> str:
 
 
 def open_file(file: Path) -> io.BufferedIOBase:
-    """Opens a file for reading bytes, unpacked."""
+    """Opens a file for reading its bytes, decompressed."""
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
 def read_head(file: Path) -> bytes:
-    """Reads the first bytes of a file, unpacked; none where it is a damaged gzip file."""
+    """Reads the first bytes of a file, decompressed; none if it is a damaged gzip file."""
     with suppress(*DAMAGED), reading(file), open_file(file) as stream:
         return stream.read(HEAD)
     return b""
 
 
 def check_encoding(file: Path) -> None:
-    """Refuses a file whose first bytes show that it is no UTF-8, or no text."""
+    """Refuses a file whose first bytes show that it is not UTF-8, or not text."""
     head = read_head(file)
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
     even, odd = head[::2].count(0), head[1::2].count(0)
-    # Without a mark it is known by the upper halves of letters.
-    if encoding is None and even + odd > max(1, len(head) / 20) and 0 in (even, odd):
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # first: one begins like a mark of UTF-16
+        encoding = "utf-32"
+    elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif even + odd > max(1, len(head) / 20) and 0 in (even, odd):  # the upper halves of letters
         encoding = "utf-16be" if even else "utf-16le"
-    if encoding is not None:
-        raise UserError(
-            f"{file}: {encoding.upper()}, and not UTF-8.\nConvert it first, such as by iconv -f {encoding} -t utf-8."
-        )
-    if 0 in head:
+    elif 0 in head:
         raise UserError(
             f"{file}: not a text file: its byte {head.index(0)} is zero, which is no character. Leave it out."
         )
+    else:
+        return
+    raise UserError(
+        f"{file}: {encoding.upper()}, and not UTF-8.\nConvert it first, such as by iconv -f {encoding} -t utf-8."
+    )
 
 
 def unwrap_json(file: Path, text: str, folder: Path) -> Path:
     """Returns the path of a json file that `datasets` reads as records.
 
-    Of an object with one list of records in it that is a copy of the list, written into a folder. Any other file can be
+    For an object with one list of records in it, this is a copy of the list, written into a folder. Any other file is
     read as it is, also an object that has the text and is thus a record.
     """
-    whole = read_object(file)
-    if whole is None or {text, text.split(".")[0]} & whole.keys():
+    whole: dict[str, Any] = {}
+    # `check_files` reports what is wrong with a file.
+    with suppress(*DAMAGED, ValueError), reading(file):
+        if read_head(file).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"{") and not has_json_lines(file):
+            with open_file(file) as stream:
+                whole = json.load(stream)
+    if {text, text.split(".")[0]} & whole.keys():
         return file
     lists = [
         name
@@ -144,19 +146,8 @@ def unwrap_json(file: Path, text: str, folder: Path) -> Path:
     return copy
 
 
-def read_object(file: Path) -> dict[str, Any] | None:
-    """Reads a json file that holds one object; None for any other, such as one with a record on each line."""
-    # What is wrong with a file, `check_files` says.
-    with suppress(*DAMAGED, ValueError), reading(file):
-        if read_head(file).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"{") and not has_json_lines(file):
-            with open_file(file) as stream:
-                whole: dict[str, Any] = json.load(stream)
-                return whole
-    return None
-
-
 def has_json_lines(file: Path) -> bool:
-    """Returns whether each line of a json file is a record, by its suffix or by the first of several lines."""
+    """Returns whether each line of a json file is a record: by its suffix, or since the first of several is JSON."""
     if suffix_of(file) == ".jsonl":
         return True
     with suppress(ValueError), open_file(file) as stream:
@@ -171,7 +162,7 @@ def text_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yields the lines of a text file with their numbers, from 1.
 
     Raises:
-        UserError: A line is not UTF-8.
+        UserError: a line is not UTF-8.
     """
     with open_file(file) as stream:
         for number, line in enumerate(stream, 1):
@@ -185,13 +176,13 @@ def text_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_records(file: Path, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields what a json file holds, each with where it is.
+    """Yields the values in a json file, each with the name of its position in the file.
 
     Args:
-        path: What is read for the file, see `unwrap_json`.
+        path: the path that is read for the file, see `unwrap_json`.
 
     Raises:
-        UserError: It is malformed.
+        UserError: the file is malformed.
     """
     lines: Iterable[tuple[int, str]] = text_lines(path)
     if not has_json_lines(path):
@@ -215,14 +206,14 @@ def json_records(file: Path, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def check_files(files: Mapping[Path, Path], builder: str, text: str, options: dict[str, Any]) -> None:
-    """Refuses files for the first fault in them: no UTF-8, malformed, damaged, or unlike another of them.
+    """Refuses files for the first fault in them: not UTF-8, malformed, damaged, or unlike another of them.
 
     Args:
-        files: By the path of each file the one that is read for it, see `unwrap_json`.
-        options: Those of the builder.
+        files: the path that is read for each file, see `unwrap_json`.
+        options: the options of the builder.
 
     Raises:
-        UserError: Names the file, and where it can the line.
+        UserError: names the file and, if possible, the line.
     """
     import datasets
 
@@ -233,7 +224,7 @@ def check_files(files: Mapping[Path, Path], builder: str, text: str, options: di
                 check_kinds({file: path}, text)
             elif builder != "parquet":
                 deque(text_lines(file), maxlen=0)
-            # What is still wrong shows when the file is read alone.
+            # Any other fault shows when the file is read alone.
             alone = datasets.load_dataset(builder, data_files=glob.escape(str(path)), **options)
             schemas[file] = alone["train"].features.arrow_schema
         except DAMAGED as error:
@@ -246,27 +237,21 @@ def check_files(files: Mapping[Path, Path], builder: str, text: str, options: di
 
 
 def check_columns(schemas: Mapping[Path, Any], text: str) -> None:
-    """Refuses files of which two have columns of other types, that of the text before any other, or other columns."""
+    """Refuses files of which two differ in the type of a column, or one lacks it; that of the text is checked first."""
     (first, schema), *others = schemas.items()
     for file, other in others:
-        common = {*schema.names} & {*other.names}
-        for name in sorted(common, key=lambda name: (name not in (text, text.split(".")[0]), schema.names.index(name))):
-            here, there = (shorten(str(each.field(name).type), 60) for each in (other, schema))
-            if here != there:
+        names = dict.fromkeys([*schema.names, *other.names])
+        for name in sorted(names, key=lambda name: name not in (text, text.split(".")[0])):
+            there, here = (str(each.field(name).type) if name in each.names else "missing" for each in (schema, other))
+            if there != here:
                 raise UserError(
-                    f'the data files differ in the column "{name}": {there} in {first}, {here} in {file}.\n'
-                    "Write all of them alike, or leave one of the files out."
+                    f'the data files differ in the column "{name}": {shorten(there, 60)} in {first}, '
+                    f"{shorten(here, 60)} in {file}.\nWrite all of them alike, or leave one of the files out."
                 )
-        if {*schema.names} != {*other.names}:
-            here, there = (", ".join(sorted(each.names)) for each in (other, schema))
-            raise UserError(
-                f"the data files differ in their columns: {there} in {first}, {here} in {file}.\n"
-                "Name files of one form."
-            )
 
 
 def check_kinds(files: Mapping[Path, Path], text: str) -> None:
-    """Refuses json files of which two records differ in what they have as the text, such as a number and a string."""
+    """Refuses json files in which two records have texts of different kinds, such as a number and a string."""
     kind_before, before = "", ""
     for file, path in files.items():
         for where, record in json_records(file, path):

@@ -22,21 +22,21 @@ class Preprocessing:
     """The choices that turn records into blocks."""
 
     block_size: Annotated[int, Ge(2)] = 128
-    """Positions of a block."""
+    """The number of positions of a block."""
     join: str | None = None
-    """Joins the texts of one record into one document; null makes each a document."""
+    """The string that joins the texts of a record into one document; null makes each text a document."""
     end_of_text: bool = True
-    """Put the end-of-text token after each document."""
+    """True to put the end-of-text token after each document."""
     special_tokens: bool = False
-    """Let the tokenizer add its own special tokens to each document, and take one that a text
-    spells out for the token, as the guide does. Otherwise text is text."""
+    """True to let the tokenizer add its special tokens to each document, and to read one that a text spells out as the
+    token, as the guide does. Otherwise it is read as text."""
     truncation: bool = False
-    """Cut documents at the tokenizer's longest input, as the guide does."""
+    """True to cut documents at the tokenizer's longest input, as the guide does."""
     drop_remainder_every: Annotated[int, Ge(1)] | None = None
-    """Group so many documents at a time and drop what does not fill a block; null loses nothing."""
+    """The number of documents in a group, at whose end tokens that fill no block are dropped; null drops none."""
     test_size: Annotated[float, Gt(0), Lt(1)] = 0.1
-    """Share of the records held out for validation where the source has no such split."""
+    """The share of the records that is held out for validation if the source has no such split."""
     split_seed: int = 0
-    """Decides which records are held out; apart from `seed`, so that seeds share one split."""
+    """The seed that decides which records are held out; it is not `seed`, so that runs of all seeds share one split."""
     max_records: Annotated[int, Ge(1)] | None = None
-    """Use only so many of the training records."""
+    """The number of training records to use; null uses all."""

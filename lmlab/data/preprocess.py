@@ -1,152 +1,43 @@
 """The guide's steps from records to blocks: split, flatten, tokenize, group_texts (guide, "Preprocess").
 
 By default they lose nothing: no truncation, an end-of-text token after each document, blocks that run on across
-documents, and a short last block. The ledger proves it.
-
-The tokens of a split lie in one flat int32 file; a document is a length, a block a pair of bounds in it. Blocks are cut
-when they are asked for, so every block size shares one file. Held-out documents also keep which text each token stands
-for (documents.py).
+documents, and a short last block. The ledger proves it (prepared.py).
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import cache as once
+from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.documents import (
-    UNKNOWN,
-    Documents,
-    document_spans,
-    open_index,
-    read_documents,
-    read_lengths,
-    reorder,
-    running_sums,
-)
+from lmlab.data.documents import document_spans, running_sums
 from lmlab.data.options import Preprocessing
-from lmlab.data.overlap import count_contained
-from lmlab.data.sources import Corpus, fingerprint
-from lmlab.data.texts import batches, flatten, sort_by_file, utf8
-from lmlab.data.tokenizers import content_hash, encode, end_of_text_id, unknown_tokens
+from lmlab.data.sources import Corpus
+from lmlab.data.texts import batches
+from lmlab.data.tokenizers import encode, end_of_text_id, unknown_tokens
 from lmlab.errors import UserError
-from lmlab.io import locked, replaced
 
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
-FORMAT = 4  # Goes into every cache key: raised when the steps below change their output.
-# What the tokenizer gets at once: enough for its threads to share (they are all the workers that
-# tokenizing needs), and no more of either, so that memory stays flat in the corpus.
 DOCUMENTS_PER_CALL = 1000
+"""The number of documents that the tokenizer gets at once, which its threads share.
+
+It is limited, as `CHARACTERS_PER_CALL` is, so that the memory does not grow with the corpus.
+"""
 CHARACTERS_PER_CALL = 2**20
-DOUBTFUL = 0.01  # share of the records without a text, or of the held-out documents in the training text
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ledger:
-    """The counts of one split: where every record, document, byte and token of it went."""
-
-    records: int
-    records_without_text: int
-    """Records whose text is null or missing, or whose list of texts is empty; an empty text is one."""
-    documents: int
-    documents_in_training: int | None = None
-    """Held-out documents of 32 bytes or more that are a part of a training document, or equal to one (overlap.py).
-    None for the training split itself, and where the training text is not read."""
-    bytes: int
-    """UTF-8 bytes of the documents."""
-    tokens: int
-    """All tokens of the documents, special and end-of-text ones included, before any is lost."""
-    blocks: int
-    tokens_dropped: int
-    """Tokens that fill no block, see `group_texts`."""
-    tokens_truncated: int
-    unknown_tokens: int
-    """Tokens that do not spell all of the text that they stand for."""
-    unknown_bytes: int
-    """UTF-8 bytes that they do not spell."""
-
-    def doubts(self, split: str) -> Iterator[str]:
-        """Yields what a reader should know before a metric is trusted, a line each."""
-        if self.records_without_text > DOUBTFUL * self.records:
-            yield (
-                f"{self.records_without_text:,} of the {self.records:,} {split} records have no text at data.text: "
-                "it is null or missing, or an empty list."
-            )
-        if (self.documents_in_training or 0) > DOUBTFUL * self.documents:
-            yield (
-                f"{self.documents_in_training:,} of the {self.documents:,} {split} documents occur whole in the "
-                "training text, which flatters the metric. Leave them out of one of the two."
-            )
-
-
-class Blocks(TorchDataset[np.ndarray]):
-    """The blocks of one split: item i is an int32 array [T], T being at most the block size.
-
-    They are slices of one file of token ids, which each process maps into its memory.
-
-    Args:
-        path: The file of raw int32 ids.
-        bounds: [blocks, 2] int64: the first token of each block and the one past its last.
-    """
-
-    def __init__(self, path: Path, bounds: np.ndarray):
-        self.path, self.bounds = path, bounds
-        self.tokens = np.asarray(np.memmap(path, np.int32, "r"))  # a plain array: slices of a memmap take twice as long
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A worker maps the file again; pickling the map would copy the corpus.
-        return Blocks, (self.path, self.bounds)
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        start, end = self.bounds[index]
-        return self.tokens[start:end]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The data that training and evaluation need, tokenized."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: Blocks | None
-    """None where only the held-out part was asked for."""
-    validation: Documents
-    bounds: np.ndarray
-    """[blocks, 2] int64: the blocks of the validation documents, as `group_texts` gives them."""
-    ledger: dict[str, Ledger]
-    """The counts of each split, by its name."""
-    data_fingerprint: str
-    tokenizer_hash: str
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """The hashes by which a run's manifest names its data."""
-        return {"data_fingerprint": self.data_fingerprint, "tokenizer_hash": self.tokenizer_hash}
-
-
-# --- The steps ---
 
 
 def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
     """Holds out validation records, unless the source brought some (guide, `train_test_split`).
 
     Returns:
-        The records of `train` and of `validation`.
+        the records of `train` and of `validation`.
 
     Raises:
-        UserError: There is nothing to train on, or nothing to hold out.
+        UserError: there is nothing to train on, or nothing to hold out.
     """
     train, validation = corpus.train, corpus.validation
     if train is None:
@@ -187,11 +78,9 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     """[T] int32."""
     spans: np.ndarray | None
-    """[T, 5] int32, see documents.py; None where they were not asked for."""
+    """[T, 5] int32, see documents.py; None in training text whose tokens all spell their part of it."""
     lost: int
-    """Tokens that truncation cost."""
-    unknown: tuple[int, int]
-    """Tokens that do not spell all of their text, and the bytes that they leave unspelled."""
+    """The number of tokens that truncation removed."""
 
 
 def tokenize(
@@ -200,7 +89,7 @@ def tokenize(
     """Joins the texts of each record, and turns each document into ids (guide, `preprocess_function`).
 
     Args:
-        held_out: Also say which text each token stands for.
+        held_out: True to find which text each token stands for, also where no token is unknown.
     """
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
@@ -208,7 +97,7 @@ def tokenize(
     for batch in batches(join_texts(records, choices.join), DOCUMENTS_PER_CALL, CHARACTERS_PER_CALL):
         encoded = encode(batch, tokenizer, choices.special_tokens, located=held_out)
         for text, (ids, encoding) in zip(batch, encoded, strict=True):
-            lost, spans, unspelled = 0, None, (0, 0)
+            lost, spans = 0, None
             if choices.truncation and len(ids) > tokenizer.model_max_length:
                 full = len(ids)
                 ((ids, encoding),) = encode([text], tokenizer, choices.special_tokens, truncation=True)
@@ -221,8 +110,7 @@ def tokenize(
                 spans = document_spans(
                     text, ids, encoding, ending=ending, ends=ends, unknown=unknown, lost=lost, left=left
                 )
-                unspelled = int((spans[:, UNKNOWN] > 0).sum()), int(spans[:, UNKNOWN].sum())
-            yield Tokens(text, np.array([*ids, *ending], np.int32), spans if held_out else None, lost, unspelled)
+            yield Tokens(text, np.array([*ids, *ending], np.int32), spans, lost)
 
 
 def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int | None = None) -> np.ndarray:
@@ -241,9 +129,9 @@ def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int 
 
     Args:
         lengths: [documents] tokens of each.
-        block_size: Tokens of a block.
-        drop_remainder_every: Documents of a group; what does not fill a block at the end of a group is dropped. None
-            makes one group of all and keeps a short last block.
+        block_size: the number of tokens of a block.
+        drop_remainder_every: the number of documents of a group; tokens at its end that do not fill a block are
+            dropped. None makes one group of all and keeps a short last block.
 
     Returns:
         [blocks, 2] int64: the first token of each block and the one past its last.
@@ -257,190 +145,3 @@ def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int 
     full = [np.arange(first, last - block_size + 1, block_size, dtype=np.int64) for first, last in groups]
     starts = np.concatenate([edges[:0], *full])
     return np.stack([starts, starts + block_size], axis=1)
-
-
-# --- The cache ---
-
-
-def prepare(
-    corpus: Corpus,
-    choices: Preprocessing,
-    make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
-    tokenizer_key: Any,
-    cache: Path,
-) -> Prepared:
-    """Takes all the steps, each kept in the cache under a key of everything that went into it.
-
-    A start that finds all it needs there reads no record.
-
-    Args:
-        make_tokenizer: Makes a tokenizer from the training texts.
-        tokenizer_key: The tokenizer's own settings, as plain values; None where it does not depend on the texts and
-            needs no keeping.
-        cache: A directory for the prepared data of all runs.
-    """
-    parts = once(lambda: split(corpus, choices))
-
-    def write_tokenizer(folder: Path) -> None:
-        make_tokenizer(chain.from_iterable(flatten(parts()["train"], corpus.text))).save_pretrained(folder)
-
-    if tokenizer_key is None:
-        tokenizer = make_tokenizer([])
-    else:
-        held_out = [choices.test_size, choices.split_seed, choices.max_records]
-        key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
-        tokenizer = AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write_tokenizer))
-    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache)
-
-
-def prepare_validation(
-    corpus: Corpus, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
-) -> Prepared:
-    """Prepares only the held-out part, for a tokenizer that is there already."""
-
-    def parts() -> "Mapping[str, Dataset]":
-        alone = corpus.train is None and corpus.validation is not None
-        return {"validation": corpus.validation} if alone else split(corpus, choices)
-
-    return prepare_splits(("validation",), parts, corpus, choices, tokenizer, cache)
-
-
-def prepare_splits(
-    names: Sequence[str],
-    parts: "Callable[[], Mapping[str, Dataset]]",
-    corpus: Corpus,
-    choices: Preprocessing,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: Path,
-) -> Prepared:
-    """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks."""
-    tokenizer_hash = content_hash(tokenizer)
-    # How documents are cut into blocks changes nothing in the files.
-    decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
-    folders, bounds, ledger = {}, {}, {}
-    for name in names:
-        key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decisive, tokenizer_hash)
-
-        def write(folder: Path, name: str = name) -> None:
-            records, order = sort_by_file(parts()[name]) if name == "validation" else (parts()[name], None)
-            write_split(folder, name, flatten(records, corpus.text), tokenizer, choices, order)
-
-        folders[name] = write_once(cache / f"tokens-{key}", write)
-        bounds[name], ledger[name] = cut_blocks(folders[name], name, choices)
-    if "train" in names:
-        contained = count_in_training(parts, corpus, choices, cache)
-        ledger["validation"] = replace(ledger["validation"], documents_in_training=contained)
-    return Prepared(
-        tokenizer,
-        Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in names else None,
-        read_documents(folders["validation"], "validation"),
-        bounds["validation"],
-        ledger,
-        corpus.fingerprint,
-        tokenizer_hash,
-    )
-
-
-def count_in_training(
-    parts: "Callable[[], Mapping[str, Dataset]]", corpus: Corpus, choices: Preprocessing, cache: Path
-) -> int:
-    """Counts the held-out documents that occur whole in the training text, unless the cache has their number."""
-
-    def write(folder: Path) -> None:
-        texts = (flatten(parts()[name], corpus.text) for name in ("train", "validation"))
-        (folder / "documents").write_text(str(count_contained(*(join_texts(each, choices.join) for each in texts))))
-
-    decisive = [choices.join, choices.test_size, choices.split_seed, choices.max_records]
-    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive)
-    return int((write_once(cache / f"overlap-{key}", write) / "documents").read_text())
-
-
-def write_once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Lets `write` fill a folder, whole or not at all, unless it is there already; returns its path.
-
-    Of several processes one writes and the others wait, here and not inside a collective.
-    """
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cache_dir={path.parent} can't be made: {error.strerror}. Name another.") from error
-    with locked(path.with_name(f"{path.name}.lock")):
-        if not path.exists():
-            replaced(path, write)
-    return path
-
-
-def write_split(
-    folder: Path,
-    name: str,
-    records: Iterable[list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    choices: Preprocessing,
-    order: np.ndarray | None = None,
-) -> None:
-    """Writes the tokens, lengths and counts of one split as files; of the held-out one also its documents' spans.
-
-    Args:
-        order: [records] the number in the split of each record; None where they come in its order.
-
-    Raises:
-        UserError: There is no text, or no token in any.
-    """
-    held_out = name == "validation"
-    names = ("records", "records_without_text", "documents", "bytes", "tokens", "tokens_truncated")
-    counts = dict.fromkeys((*names, "unknown_tokens", "unknown_bytes"), 0)
-    documents_of_record: list[int] = []
-
-    def count_records() -> Iterator[list[str]]:
-        for texts in records:
-            counts["records"] += 1
-            counts["records_without_text"] += not texts
-            if order is not None:
-                documents_of_record.append(len(texts) if choices.join is None else 1)
-            yield texts
-
-    with ExitStack() as files:
-        kinds = ("tokens", "lengths", "spans") if held_out else ("tokens", "lengths")
-        streams = {kind: files.enter_context((folder / f"{name}.{kind}").open("wb")) for kind in kinds}
-        if held_out:
-            add_to_index = files.enter_context(open_index(folder / f"{name}.documents.parquet"))
-        for document in tokenize(count_records(), tokenizer, choices, held_out):
-            streams["tokens"].write(document.ids.tobytes())
-            streams["lengths"].write(np.int64(len(document.ids)).tobytes())
-            if document.spans is not None:
-                streams["spans"].write(document.spans.tobytes())
-                add_to_index(document.text, document.lost == 0)
-            counts["documents"] += 1
-            counts["bytes"] += len(utf8(document.text))
-            counts["tokens"] += len(document.ids) + document.lost
-            counts["tokens_truncated"] += document.lost
-            counts["unknown_tokens"] += document.unknown[0]
-            counts["unknown_bytes"] += document.unknown[1]
-    if counts["records_without_text"] == counts["records"]:
-        raise UserError(
-            f"none of the {counts['records']:,} {name} records has a text: it is null or missing, or an empty list.\n"
-            "Name where the text is by data.text=…"
-        )
-    if counts["tokens"] == counts["tokens_truncated"]:
-        texts = counts["documents"]
-        raise UserError(f"the {name} split gives no token: its {texts} texts are empty (check data.text).")
-    if order is not None:
-        reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
-    (folder / f"{name}.counts.json").write_text(json.dumps(counts))
-
-
-def cut_blocks(folder: Path, name: str, choices: Preprocessing) -> tuple[np.ndarray, Ledger]:
-    """Returns the bounds [blocks, 2] of a split's blocks, and its ledger."""
-    lengths = read_lengths(folder, name)
-    bounds = group_texts(lengths, choices.block_size, choices.drop_remainder_every)
-    if len(bounds) == 0:
-        raise UserError(
-            f"the {name} split gives no block: {lengths.sum()} tokens, none fills "
-            f"preprocess.block_size={choices.block_size}.\n"
-            "Lower the block size, or set preprocess.drop_remainder_every=null to keep short blocks."
-        )
-    dropped = int(lengths.sum() - np.diff(bounds).sum())
-    counts = json.loads((folder / f"{name}.counts.json").read_text())
-    return bounds, Ledger(blocks=len(bounds), tokens_dropped=dropped, **counts)

@@ -26,9 +26,9 @@ class Draw(NamedTuple):
     """One sample of a batch."""
 
     block: int
-    """Index of the block."""
+    """The index of the block."""
     epoch: int
-    """Decides the sample's mask, together with the seed and the index."""
+    """The epoch; it decides the sample's mask, together with the seed and the index."""
 
 
 @lru_cache(maxsize=2)  # A batch may lie across the edge of two epochs.
@@ -51,10 +51,10 @@ def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Returns the samples that one rank takes at once, of `batch_size` per optimizer step.
+    """Returns the number of samples in a micro batch of one rank, at `batch_size` samples per optimizer step.
 
     Raises:
-        UserError: The global batch does not divide over ranks and accumulated batches.
+        UserError: the global batch does not divide over ranks and accumulated batches.
     """
     shares = world_size * accumulate
     if batch_size % shares:
@@ -69,20 +69,20 @@ def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
 class TrainSampler:
     """Yields the micro batches of one rank, `accumulate` of them per optimizer step.
 
-    Each item is (number, draws): how many micro batches of the rank come before it in the whole run, and its samples.
+    Each item is (number, draws): the number of micro batches of the rank before it in the whole run, and its samples.
     """
 
     size: int
-    """Blocks of the corpus."""
+    """The number of blocks of the corpus."""
     batch_size: int
-    """Samples of an optimizer step, over all ranks and accumulated micro batches."""
+    """The number of samples of an optimizer step, over all ranks and accumulated micro batches."""
     steps: int
-    """Optimizer steps of the whole run."""
+    """The number of optimizer steps of the whole run."""
     seed: int
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1
-    """Micro batches of an optimizer step."""
+    """The number of micro batches of an optimizer step."""
     start: int = 0
     """The number of the first micro batch."""
 
@@ -104,14 +104,14 @@ class TrainSampler:
 class EvaluationSampler:
     """Yields the row indices of each batch of one rank; over all ranks every row comes once (promise 2).
 
-    All ranks get the same number of batches, so that they take part in the same collectives. One that would run dry
+    All ranks get the same number of batches, so that they take part in the same collectives. A rank without rows left
     gets an empty batch, not a duplicate.
     """
 
     size: int
-    """Rows in all."""
+    """The number of all rows."""
     batch_size: int
-    """Rows of a batch of one rank."""
+    """The number of rows of a batch of one rank."""
     rank: int = 0
     world_size: int = 1
 

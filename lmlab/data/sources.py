@@ -26,25 +26,25 @@ from lmlab.hub import from_hub
 from lmlab.io import write_text
 
 if TYPE_CHECKING:
-    # Imported where it is needed: a run that finds its data prepared need not wait a second for it.
+    # Imported where it is needed, as it takes a second: a run whose data is in the cache does without.
     import datasets
 
 LOG = logging.getLogger(__name__)
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
 SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
 AT_REST = 2.0
-"""Seconds since the last change after which a file is at rest; FAT's times, the coarsest, are 2 s apart."""
+"""The number of seconds without a change after which a file is at rest; FAT's times, the coarsest, are 2 s apart."""
 
 
 class Corpus:
     """The records of a source, the dotted path of the text in them, and a hash of where they came from.
 
     Args:
-        train: The training records, or a function that returns them: it is called only if what is prepared of them is
-            not in the cache. None where there is only something to evaluate on.
-        validation: The held-out records likewise; None where a share of `train` is to be held out.
-        text: The dotted path of the text in a record, such as `answers.text`.
-        fingerprint: A hash of the records, which keys the cache.
+        train: the training records, or a function that returns them: it is called only if the data prepared from them
+            is not in the cache. None if there are only records to evaluate on.
+        validation: the held-out records likewise; None if a share of `train` is to be held out.
+        text: the dotted path of the text in a record, such as `answers.text`.
+        fingerprint: a hash of the records, which keys the cache.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Corpus:
 
     @cached_property
     def validation(self) -> "datasets.Dataset | None":
-        """The held-out records, where the source has some."""
+        """The held-out records, if the source has some."""
         return self.parts[1]() if callable(self.parts[1]) else self.parts[1]
 
 
@@ -85,7 +85,7 @@ def load_sample(text: str = "answers.text") -> Corpus:
 
 
 def load_texts(texts: Sequence[str]) -> Corpus:
-    """Makes a corpus of held-out texts that are at hand, each of them a document."""
+    """Makes a corpus of held-out texts, each of them a document."""
     import datasets
 
     records = datasets.Dataset.from_dict({"text": list(texts)})
@@ -107,17 +107,17 @@ def load_hub(
     """Loads a data set of the Hugging Face hub, or a local directory laid out like one.
 
     Args:
-        path: Hub id, such as `dany0407/eli5_category`, or a directory.
-        text: Dotted path of the text in a record.
-        name: The configuration, where the data set has several.
-        revision: Branch, tag or commit; give a commit for a metric to be repeated.
-        train: Split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
-        validation: The same; without it a share of `train` is held out.
-        filter: Keep the records whose column has this value, or one of these values.
+        path: hub id, such as `dany0407/eli5_category`, or a directory.
+        text: dotted path of the text in a record.
+        name: the data set's configuration (subset), if it has several.
+        revision: branch, tag or commit; only with a commit can a metric be repeated.
+        train: split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
+        validation: the same; without it a share of `train` is held out.
+        filter: the value, or the list of values, of each named column; other records are left out.
     """
     import datasets
 
-    datasets.disable_progress_bars()  # what a run has to say, it says itself
+    datasets.disable_progress_bars()
     splits = [train] if validation is None else [train, validation]
     with from_hub("data set", path, "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
@@ -162,11 +162,12 @@ def load_files(
     with one list of records in it, whatever its name.
 
     Args:
-        train: A path or glob, or a list of them; may be left out where only `validation` is of use.
-        text: Dotted path of the text in a record; plain text files have only `text`.
-        validation: The same as `train`; without it a share of `train` is held out.
-        document: What one document of a plain text file is: `file`, `line` or `paragraph` (separated by a blank line).
-        delimiter: The character between the columns of a csv file; None for the one by which its first line has the
+        train: a path or glob, or a list of them; None if only `validation` is needed.
+        text: dotted path of the text in a record; plain text files have only `text`.
+        validation: the same as `train`; without it a share of `train` is held out.
+        document: the part of a plain text file that is one document: `file`, `line` or `paragraph` (separated by a
+            blank line).
+        delimiter: the character between the columns of a csv file; None for the one by which its first line has the
             column of the text.
     """
     import datasets
@@ -207,7 +208,7 @@ def load_files(
         return loaded
 
     if known is None:
-        read()  # so that a fault in a file shows here, and the first time
+        read()  # so that a fault in a file shows here
         write_memo(memo, before, list(digests.values()))
     records = {part: partial(lambda part: read()[part], part) for part in files}
     return Corpus(records.get("train"), records.get("validation"), text, source)
@@ -219,13 +220,13 @@ def read_files(
     """Reads the records of each part from its files.
 
     Args:
-        source: A hash of the files, which keys what `datasets` caches of them.
-        options: Those of the builder.
+        source: a hash of the files, which names their folder in the cache of `datasets`.
+        options: the options of the builder.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    # Where `datasets` keeps what it read, by content: its own key is path and time, which a copy can keep.
+    # The cache of `datasets` is keyed by path and time, which a copy can keep; this folder is named by content.
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
     read = {file: file for part in files.values() for file in part}
     if builder != "parquet":
@@ -234,7 +235,7 @@ def read_files(
             if formats.suffix_of(file) == ".json":
                 read[file] = formats.unwrap_json(file, text, cache_dir)
     paths = {part: [glob.escape(str(read[file])) for file in of_part] for part, of_part in files.items()}
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is said below, once
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `check_files` reports what is wrong with a file
     try:
         loaded: dict[str, datasets.Dataset] = datasets.load_dataset(
             builder, data_files=paths, cache_dir=str(cache_dir), **options
@@ -244,16 +245,16 @@ def read_files(
                 # Not by its mapping: all of the file would count as memory of this process.
                 with pa.OSFile(cached["filename"]) as stream:
                     for batch in pa.ipc.open_stream(stream):
-                        batch.validate(full=True)  # Arrow reads JSON that is no UTF-8 without a word
+                        batch.validate(full=True)  # Arrow reads JSON that is not UTF-8 without an error
     except (datasets.exceptions.DatasetGenerationError, *formats.UNREADABLE) as error:
         for cause in causes(error):
-            if isinstance(cause, OSError) and cause.errno in UNWRITABLE:  # of the cache, which was written to
+            if isinstance(cause, OSError) and cause.errno in UNWRITABLE:  # the cache could not be written
                 raise cause from None
         formats.check_files(read, builder, text, options)
         *_, deepest = causes(error)
         raise UserError(f"the data files could not be read together: {first_line(deepest)}") from error
     features = next(iter(loaded.values())).features
-    # To newer versions of `datasets`, a column of strings and numbers is one of anything.
+    # Newer versions of `datasets` read a column of strings and numbers as one of any values.
     if builder == "json" and text.split(".")[0] in features and text not in text_paths("", features):
         formats.check_kinds(read, text)
     return loaded
@@ -269,7 +270,7 @@ def find_files(patterns: str | Sequence[str], part: str) -> list[Path]:
         with reading(pattern):
             if Path(pattern).is_dir():
                 raise UserError(f"data.{part}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
-            # A file's own name may hold the signs of a glob.
+            # A file name may contain the special characters of a glob.
             matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
             files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
@@ -299,26 +300,26 @@ def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) 
         )
 
 
-# The digests of files are kept in a memo, so that the next start need not read them. A file is taken for the one it was
-# if size, times, and inode are: what git and ccache trust. A program can set the time of modification back, but not
-# that of change (ctime). Both are as fine as the clock of the file system, so what changed just now could change again
-# unseen (git's "racily clean" entries): nothing is kept of a file that was not at rest. What remains is a clock set
-# back, that of a file server far behind ours, and a write to the raw disk.
+# The digests of files are kept in a memo, so that the next start need not read them. A file is taken to be unchanged if
+# its size, times and inode are, as git and ccache do. A program can set the time of modification back, but not that of
+# change (ctime). Both are as fine as the clock of the file system, so a file that changed just now could change again
+# unseen (git's "racily clean" entries): no memo is written of a file that was not at rest. What remains undetected is a
+# clock that was set back, that of a file server far behind ours, and a write to the raw disk.
 
 
 def file_version(file: Path) -> list[int]:
-    """Returns what tells, without reading it, whether a file is as it was."""
+    """Returns the size, times and inode of a file, which change with its content."""
     about = file.stat()
     return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
 
 def read_memo(memo: Path, versions: list[list[int]]) -> list[str] | None:
-    """Returns the digests of files that were read without a fault, if they are as they were then."""
-    # A memo that is missing, half or none at all is as good as none.
+    """Returns the digests of files that were read without a fault, if the files have not changed since."""
+    # A memo that is missing or damaged counts as none.
     with suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads(memo.read_text())
         digests: list[str] = content["digests"]
-        if content["files"] == versions and content["check"] == fingerprint(versions, digests):
+        if content["check"] == fingerprint(versions, digests):
             return digests
     return None
 
@@ -327,6 +328,5 @@ def write_memo(memo: Path, versions: list[list[int]], digests: list[str]) -> Non
     """Keeps the digests of files for the next start, if none of the files changed just before they were read."""
     last = max(max(modified, changed) for _, modified, changed, _ in versions)
     if time.time() - last / 1e9 >= AT_REST:
-        with suppress(OSError):  # It only saves time.
-            content = {"files": versions, "digests": digests, "check": fingerprint(versions, digests)}
-            write_text(memo, json.dumps(content))
+        with suppress(OSError):  # a memo only saves time
+            write_text(memo, json.dumps({"digests": digests, "check": fingerprint(versions, digests)}))

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 Text = TypeVar("Text", str, bytes)
 RECORDS_AT_ONCE = 100
-BYTES_AT_ONCE = 2**22  # Fewer records where each is long.
+"""The number of records that are read at once, unless they are longer than `BYTES_AT_ONCE` together."""
+BYTES_AT_ONCE = 2**22
 KINDS = {str: "a string", bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
-VIEWS = {"replace_schema_metadata", "select", "slice"}  # What leaves a table in its file.
+VIEWS = {"replace_schema_metadata", "select", "slice"}
+"""The operations that `datasets` records for a table in a file and that copy none of it."""
 
 
 def utf8(text: str) -> bytes:
@@ -44,10 +46,10 @@ def flatten(records: "Dataset", path: str) -> Iterator[list[str]]:
         answers.text    {"answers": [{"text": "x"}, {"text": ""}]}    ["x", ""]
 
     Args:
-        path: The dotted path of the text in a record.
+        path: the dotted path of the text in a record.
 
     Raises:
-        UserError: There is no text at the path; names the paths where there are some.
+        UserError: there is no text at the path; names the paths of texts.
     """
     column, within = split_path(path, records.column_names)
     if column not in records.column_names:
@@ -79,7 +81,7 @@ def texts_at(value: Any, path: list[str]) -> Iterator[str]:
 
 
 def kinds_at(value: Any, path: list[str]) -> Iterator[str]:
-    """Yields in words what lies where `texts_at` looks for texts, such as "a number in a list"; a null is nothing."""
+    """Yields the kinds of the values at a path, in words such as "a number in a list"; none for a null."""
     if isinstance(value, list):
         for item in value:
             yield from (f"{kind} in a list" for kind in kinds_at(item, path))
@@ -125,12 +127,12 @@ def batches(texts: Iterable[Text], count: int, length: int) -> Iterator[list[Tex
 
 
 def map_files(records: "Dataset") -> "tuple[Dataset, list[mmap.mmap]]":
-    """Maps the files of a data set into memory anew, by mappings whose pages can be given back once they were read.
+    """Maps the files of a data set into memory again, by mappings whose pages can be released after reading.
 
-    Else they would count as memory of this process: records are shuffled, so that is soon all of the file.
+    Otherwise they would count as memory of this process: records are shuffled, so that is soon all of the file.
 
     Returns:
-        The same records, and their mappings; the given ones and none where they do not all lie in files as they are.
+        the same records, and their mappings; the given records and no mapping if not all of them lie in files.
     """
     from datasets import Dataset
     from datasets.table import InMemoryTable, MemoryMappedTable
@@ -157,7 +159,7 @@ def sort_by_file(records: "Dataset") -> "tuple[Dataset, np.ndarray | None]":
     """Sorts records as they lie in their file: reading a drawn split at random takes a network disk hours.
 
     Returns:
-        The sorted records, and [records] the index in `records` of each; None where they are sorted already.
+        the sorted records, and [records] the index of each in `records`; None if they are sorted already.
     """
     if records._indices is None:
         return records, None

@@ -32,7 +32,7 @@ def bpe(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase
     """Trains byte-level BPE (Radford et al. 2019, section 2.2), which spells any text: nothing is unknown.
 
     Args:
-        vocab_size: Tokens, special ones included; fewer where the texts give no more merges.
+        vocab_size: the number of tokens, special ones included; fewer if the texts give no more merges.
     """
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 3
     if vocab_size < least:
@@ -82,12 +82,12 @@ def encode(
     """Yields the ids of each text and, where the tokenizer is a fast one, its `tokenizers.Encoding`.
 
     Args:
-        special_tokens: Add the tokenizer's own, and take one that a text spells out for the token.
-        located: The encoding has to know where in the text each token lies.
-        truncation: Cut at the tokenizer's longest input.
+        special_tokens: True to add the tokenizer's special tokens, and to read one that a text spells out as the token.
+        located: True if the encoding has to know where in the text each token lies.
+        truncation: True to cut at the tokenizer's longest input.
     """
     if calls_rust_alone(tokenizer) and not truncation:
-        # What the call below comes to, less a mask, type ids and offsets for each token as Python objects.
+        # The call below does the same, and makes Python objects of masks, type ids and offsets for each token.
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -107,7 +107,7 @@ def encode(
 
 
 def calls_rust_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Returns whether calling a tokenizer only calls the Rust library: those of a few models do more."""
+    """Returns whether calling a tokenizer only calls the Rust library; the tokenizers of a few models do more."""
     kind = type(tokenizer)
     return (
         tokenizer.is_fast

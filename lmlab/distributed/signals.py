@@ -16,7 +16,7 @@ from lmlab.errors import Stopped
 HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The signals that stop a run."""
 BEFORE_THE_LIMIT = (signal.SIGUSR1, signal.SIGUSR2)
-"""Those that SLURM and submitit send ahead of a time limit; SIGTERM is for those who want the job to end."""
+"""The signals that SLURM and submitit send ahead of a time limit; SIGTERM is for those who want the job to end."""
 
 
 class Signals:
@@ -26,13 +26,13 @@ class Signals:
         self.received = 0
         """The first signal that came while `patient`, or 0."""
         self.patient = False
-        """Whether somebody looks at `received`, such as training after each step; if not, a signal ends the process."""
+        """True while `received` is looked at, as by training after each step; otherwise a signal ends the process."""
         self.ending = False
-        """Whether `Stopped` was raised, which the process now ends by."""
+        """True once `Stopped` was raised, by which the process ends."""
         self.process = 0
-        """The process that has installed the handlers; processes that it forks inherit them, and do nothing."""
+        """The id of the process that installed the handlers; processes that it forks inherit them, and do nothing."""
         self.ignored: set[signal.Signals] = set()
-        """Those that were ignored when the handlers were installed, by nohup or a shell's &, and stay so."""
+        """The signals that were ignored when the handlers were installed, by nohup or a shell's &, and stay so."""
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
@@ -43,7 +43,7 @@ class Signals:
             return
         before = {number: signal.getsignal(number) for number in HEEDED}
         if before[signal.SIGINT] is early.end:
-            before[signal.SIGINT] = signal.default_int_handler
+            before[signal.SIGINT] = signal.SIG_DFL  # a Ctrl-C while Python shuts down prints no traceback
         self.ignored = {number for number, handler in before.items() if handler is signal.SIG_IGN}
         self.received, self.patient, self.ending, self.process = 0, False, False, os.getpid()
         self.heed()
@@ -65,7 +65,7 @@ class Signals:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Lets the first signal inside be no more than noted in `received`; the same one again ends the process."""
+        """Only notes the first signal inside in `received`; the same one again ends the process."""
         self.received, self.patient = 0, True
         try:
             yield
@@ -86,7 +86,7 @@ class Signals:
         self.end(number)
 
     def send_again(self, unraisable: Any) -> None:
-        """Sends a signal once more whose `Stopped` was raised in a finalizer, where Python drops exceptions."""
+        """Sends a signal again if its `Stopped` was raised in a finalizer, where Python drops exceptions."""
         if not isinstance(unraisable.exc_value, Stopped):
             sys.__unraisablehook__(unraisable)
             return

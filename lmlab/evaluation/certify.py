@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lmlab.data.datamodule import HeldOutData
 from lmlab.data.documents import CONTINUES, FLAGS
 from lmlab.data.options import Preprocessing
-from lmlab.data.preprocess import Prepared
+from lmlab.data.prepared import Prepared
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.evaluation.scoring import HeldOut, PseudoRows, Scorer, WindowRows, check_targets
@@ -34,13 +34,13 @@ def hold_out(
     """Returns the rows in which held-out text is scored, with all that their metrics depend on but the model.
 
     Args:
-        data: with the held-out documents.
-        context: what the model sees at once.
-        choices: by which the data was prepared.
+        data: the prepared data, with the held-out documents.
+        context: the rule that says what the model sees at once.
+        choices: the choices by which the data was prepared.
         objective_config: the objective's class (`_target_`) and arguments, for the certificate; by default the class.
-        masks_seed: decides the masks of a masked objective.
-        pseudo: arguments of `PseudoRows`, for a row for each token (pseudo-perplexity) rather than for each window.
-        units: what metrics per word are of, see `records.WORDS`.
+        masks_seed: the seed of the masks of a masked objective.
+        pseudo: the arguments of `PseudoRows`, to make a row for each token (pseudo-perplexity) and not for each window.
+        units: the key of `metrics.WORDS` that says what counts as a word.
 
     Raises:
         UserError: there is nothing to score.
@@ -57,7 +57,7 @@ def hold_out(
                 "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
                 "Leave it out."
             )
-        # An unknown word is a word.
+        # An unknown token stands for text, and is scored.
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         rows = PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
     if not any(len(rows.row(i).tokens) for i in range(len(rows))):
@@ -98,13 +98,13 @@ def certify(
     """Scores held-out text and writes its records and certificate into a directory; `records.read` reads them.
 
     Args:
-        model: in float32, or the dtype in which it is to be measured.
-        path: of the directory, which is made.
-        trainer: decides devices and precision; by default the CPU and float32.
-        batch_size: rows at once on each rank, which moves no metric.
-        num_workers: processes that make batches, beside each rank.
-        chunk_size: scored positions whose logits are held at once; None for all.
-        facts: more of the certificate; by default the name and the hash of the model.
+        model: the model, in float32 or the dtype in which it is to be measured.
+        path: the path of the directory, which is made.
+        trainer: the trainer, which decides devices and precision; by default the CPU and float32.
+        batch_size: the number of rows of a batch of one rank; it changes no metric.
+        num_workers: the number of processes that make batches, for each rank.
+        chunk_size: the number of scored positions whose logits are in memory at once; None for all.
+        facts: further entries of the certificate; by default the name and the hash of the model.
 
     Raises:
         UserError: the model gives a target no finite nll.

@@ -1,7 +1,7 @@
 """Tests of the difference between two models: evaluations paired by document, with the seed as a random effect.
 
-A *side* of a comparison is one evaluation, or the evaluations of several runs that differ in their seed only. Where
-documents are few, stretches of them stand for documents (data/documents.py).
+A *side* of a comparison is one evaluation, or the evaluations of several runs that differ in their seed only. If
+documents are few, stretches of them are paired in place of documents (data/documents.py).
 
 Shapes: D documents, R replicates.
 """
@@ -22,15 +22,16 @@ from lmlab.runs.choices import as_typed, config_choices
 from lmlab.runs.directory import RunDirectory
 
 REPLICATES = 10_000
+"""The number of random draws of a test: of documents drawn anew, and of sides exchanged."""
 FEWEST = 6
-"""Documents that a test needs: with fewer, no exchange of the two sides is rarer than 5 in 100."""
+"""The least number of documents for a test: with fewer, no exchange of the two sides is rarer than 5 in 100."""
 CELLS = 2**20
-"""Replicates × documents that are held in memory at once."""
+"""The greatest number of replicates × documents that are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """The evaluations that stand for one thing that is compared."""
+    """One side of a comparison: an evaluation, or those of several seeds."""
 
     name: str
     runs: list[Records]
@@ -61,7 +62,7 @@ class Difference:
     """The lower end of the 95 % interval; None where there are fewer than `FEWEST` documents."""
     high: float | None = None
     p: float | None = None
-    """The probability of a difference at least as large, either way, if there were none."""
+    """The probability of a difference at least as large, in either direction, if the sides did not differ."""
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[Records]:
@@ -94,15 +95,15 @@ def align(runs: Sequence[Records]) -> list[Records]:
 
 
 def row_unit(runs: Sequence[Records]) -> str:
-    """Returns the name of what a row of the records is, and so of what is paired: "documents" or "stretches"."""
-    return "stretches" if any(run.has_stretches for run in runs) else "documents"
+    """Returns the name of the rows that are paired: "stretches" if any is a part of a document, or else "documents"."""
+    return "stretches" if any(run.table["stretch"].to_numpy().any() for run in runs) else "documents"
 
 
 def check_comparable(runs: Sequence[Records]) -> None:
     """Refuses evaluations whose metrics do not mean the same.
 
     Raises:
-        UserError: they differ in the metric, the text, the policy of evaluation, or the tokens that were drawn.
+        UserError: they differ in the metric, the text, the policy, or the tokens that were drawn.
     """
     first = runs[0]
     same = "Evaluate both in the same way: python -m lmlab.evaluate model=… data=… context=…"
@@ -119,12 +120,10 @@ def check_comparable(runs: Sequence[Records]) -> None:
                 f"{'is' if shared == 1 else 'are'} in both.\n{same}"
             )
         for key in one["policy"] | two["policy"]:
-            values = [certificate["policy"].get(key) for certificate in (one, two)]
-            if values[0] != values[1]:
-                raise UserError(
-                    f"{both} {key} is {as_typed(values[0])} in one and {as_typed(values[1])} in the other.\n{same}"
-                )
-        # Which tokens are masked, or sampled, is drawn token by token.
+            here, there = (certificate["policy"].get(key) for certificate in (one, two))
+            if here != there:
+                raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{same}")
+        # The tokens that are masked, or sampled, are drawn one by one.
         drawn = one["policy"]["masks_seed"] is not None or (one["policy"]["pseudo"] or {}).get("sample")
         if drawn and one["tokenizer_hash"] != two["tokenizer_hash"]:
             raise UserError(
@@ -134,7 +133,7 @@ def check_comparable(runs: Sequence[Records]) -> None:
 
 
 def run_choices(run: Records) -> dict[str, Any]:
-    """Returns what was chosen for the evaluated run, by dotted keys; of a model that is no run of lmlab, its name."""
+    """Returns the choices of the evaluated run by dotted keys; for any other model, its name and hash."""
     trained, precision = run.certificate["run"], {"evaluated in": run.certificate["precision"]}
     if trained is None:
         return {"model": run.certificate["model"], "weights": run.certificate["weights_hash"]} | precision
@@ -168,15 +167,15 @@ def make_sides(runs: Sequence[Records]) -> list[Side]:
                     f"{one.path} and {other.path} are evaluations of the same {same}: as runs of several seeds "
                     "they would count twice.\nLeave one of them out."
                 )
-    keys = differing_keys([Side("", group) for group in together])
+    keys = differing_choices([Side("", group) for group in together])
     names = [", ".join(f"{key}={as_typed(values[i])}" for key, values in keys.items()) for i, _ in enumerate(together)]
-    if not 0 < len(keys) <= 3 or len(set(names)) < len(names):  # too long, or what they differ in is machinery
+    if not 0 < len(keys) <= 3 or len(set(names)) < len(names):  # too long, or they differ in machinery alone
         names = [f"{group[0].path}{f' and {len(group) - 1} more' if len(group) > 1 else ''}" for group in together]
     return [Side(name, group) for name, group in zip(names, together, strict=True)]
 
 
-def differing_keys(sides: Sequence[Side]) -> dict[str, list[Any]]:
-    """Returns the keys in which the sides' configs differ, with the value of each side; None where one lacks it."""
+def differing_choices(sides: Sequence[Side]) -> dict[str, list[Any]]:
+    """Returns the keys in which the sides' choices differ, with the value of each side; None if it lacks the key."""
     choices = [run_choices(side.runs[0]) for side in sides]
     keys = dict.fromkeys(key for side in choices for key in side)
     if any(len(side.runs) > 1 for side in sides):
@@ -186,7 +185,7 @@ def differing_keys(sides: Sequence[Side]) -> dict[str, list[Any]]:
 
 
 def find_side(sides: Sequence[Side], name: str) -> int:
-    """Returns the index of a side that is named by the number of its row, from 1, or as the table names it.
+    """Returns the index of the side with this number of its row, from 1, or this name in the table.
 
     Raises:
         UserError: there is none.
@@ -203,13 +202,13 @@ def find_side(sides: Sequence[Side], name: str) -> int:
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """Returns bits per byte [...] of sums of bits and bytes [..., 2]."""
+    """Returns bits per byte [...] from sums of bits and bytes [..., 2]."""
     bits: np.ndarray = sums[..., 0] / sums[..., 1]
     return bits
 
 
 def seed_error(one: Side, other: Side) -> tuple[float, float]:
-    """Returns the standard error that the seeds bring into the difference of two sides, and its degrees of freedom.
+    """Returns the standard error of the difference of two sides that is due to seeds, and its degrees of freedom.
 
     Another seed would give another bits per byte, so a difference between two runs is partly chance even on
     infinitely many documents. The seed is taken as a random effect with a variance s² of its own on each side: the
@@ -276,7 +275,7 @@ def difference(side: Side, other: Side) -> Difference:
 
 
 def resample(columns: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """Returns the sums [count, K] of the columns [D, K] of as many documents, drawn with replacement `count` times."""
+    """Returns the sums [count, K] of columns [D, K] over D documents drawn with replacement, `count` times."""
     documents = len(columns)
     drawn = random.integers(documents, size=(count, documents)) + documents * np.arange(count)[:, None]
     times = np.bincount(drawn.ravel(), minlength=count * documents).reshape(count, documents)
@@ -285,14 +284,14 @@ def resample(columns: np.ndarray, count: int, random: np.random.Generator) -> np
 
 
 def interval(value: Any, resampled: np.ndarray, documents: int, from_seeds: Any) -> np.ndarray:
-    """Returns the ends [2, ...] of 95 % intervals: of values resampled over documents [R, ...], plus draws of seeds."""
+    """Returns the ends [2, ...] of 95 % intervals from values resampled over documents [R, ...], and draws of seeds."""
     values = value + (resampled - value) * expansion(documents) + from_seeds
     ends: np.ndarray = np.nanquantile(values, [0.025, 0.975], axis=0)
     return ends
 
 
 def expansion(documents: int) -> float:
-    """Returns by what factor a percentile interval of the bootstrap over so many documents is too narrow.
+    """Returns the factor by which a percentile interval of the bootstrap over so many documents is too narrow.
 
     It takes the normal quantile z where Student's t belongs, and divides by n where n - 1 belongs (Hesterberg 2015,
     "What Teachers Should Know About the Bootstrap", The American Statistician 69, section 3.2).
@@ -328,7 +327,7 @@ def compare_sides(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any
 
 
 def compare_pairs(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """Returns a row for each two sides: the difference of the later from the earlier, and p corrected by `holm`."""
+    """Returns a row for each pair of sides: the difference of the later from the earlier, and p corrected by `holm`."""
     rows: list[dict[str, Any]] = [
         {
             "row": later + 1,
@@ -361,7 +360,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def largest_differences(sides: Sequence[Side], count: int, against: int = 0) -> list[dict[str, Any]]:
-    """Returns a row for each of the `count` documents on which a side differs most, in bits, from side `against`."""
+    """Returns rows for the `count` documents on which each side differs most, in bits, from side `against`."""
     reference = sides[against]
     names, starts = (reference.runs[0].table[column].to_pylist() for column in ("document", "start"))
     rows = []

@@ -13,49 +13,49 @@ import numpy as np
 from lmlab.data.documents import COUNTS
 
 NATS_PER_UNKNOWN_BYTE = math.log(256)
-"""What each byte that an unknown token stands for is charged: 8 bits, in nats."""
+"""The charge for each byte that an unknown token stands for: 8 bits, in nats."""
 WORDS = {
     "text": "A word is what stands between white space. The end of a document counts as one, as its nll does.",
     "words": "A word is what stands between white space. The end of a line, as that of a document, counts as one, as "
     "its nll does: the count of the literature on PTB and WikiText.",
 }
-"""What is counted as a word, by the config key `units` (docs/measure.md, "Words")."""
+"""The definitions of a word, by the config key `units` (docs/measure.md, "Words")."""
 
 
 def perplexity(nll: float) -> float:
     """Returns exp(nll) of a mean nll in nats; infinite where that is beyond a float.
 
-    A model that hesitates evenly between k tokens each time has a mean nll of ln k, and so a perplexity of k: it is the
-    number of tokens that a model is undecided between (Jelinek et al. 1977). As a token of one tokenizer is more text
-    than one of another, perplexities compare only where the tokenizer is the same.
+    A model that gives k tokens the same probability each time has a mean nll of ln k, and so a perplexity of k: it is
+    the number of tokens that a model is undecided between (Jelinek et al. 1977). As a token of one tokenizer is more
+    text than one of another, perplexities can be compared only if the tokenizer is the same.
     """
     import torch  # whose exp all certificates were made with; a comparison that is refused need not wait for it
 
     return float(torch.tensor(nll, dtype=torch.float64).exp())
 
 
-def sum_totals(nll: np.ndarray, units: np.ndarray, stretches: np.ndarray | None = None) -> dict[str, Any]:
+def sum_totals(nll: np.ndarray, counts: np.ndarray, stretches: np.ndarray | None = None) -> dict[str, Any]:
     """Returns the totals of `DocumentSums`, exactly rounded, whatever the order of the rows.
 
     Args:
-        nll: [S, 2] float64: Σ nll and Σ nll² of each row.
-        units: [S, 7] int64: `documents.COUNTS` of each row.
-        stretches: [S] which part of its document each row is, from 0; None where each is a whole one.
+        nll: [S, 2] float64: the Σ nll and Σ nll² of each row.
+        counts: [S, 7] int64: the `documents.COUNTS` of each row.
+        stretches: [S] the number of each row within its document, from 0; None if each is a whole document.
     """
     documents = np.arange(len(nll)) if stretches is None else np.cumsum(stretches == 0) - 1
     return {
         "documents": len(np.unique(documents)),
-        "documents_scored": len(np.unique(documents[units[:, 0] > 0])),
+        "documents_scored": len(np.unique(documents[counts[:, 0] > 0])),
         "nll": math.fsum(nll[:, 0]),
         "nll_squared": math.fsum(nll[:, 1]),
-        **{unit: int(counts.sum()) for unit, counts in zip(COUNTS, units.T, strict=True)},
+        **{name: int(column.sum()) for name, column in zip(COUNTS, counts.T, strict=True)},
     }
 
 
 def compute_metrics(
     totals: Mapping[str, Any], name: str = "perplexity", sample: float | None = None, units: str = "text"
 ) -> dict[str, float | None]:
-    """Returns the metrics of `sum_totals`; None for one that has nothing to be divided by.
+    """Returns the metrics of `sum_totals`; a metric is None if its divisor is 0.
 
     nll per token is what a model is trained on, and depends on the tokenizer: of longer tokens there are fewer, and
     each is harder to predict. To get rid of it, the nll of *all* tokens is divided by something that the text alone
@@ -75,12 +75,12 @@ def compute_metrics(
     upper bound of what a tokenizer that spells everything would give with this model.
 
     Args:
-        totals: of any version of records; what one does not have counts as 0.
-        name: of the perplexity, such as `masked_perplexity`. The other metrics get the same prefix, so that none of
-            them goes by the name of a causal model's.
-        sample: the share of the tokens that was scored, where it was a random one; nll per token and perplexity then
-            get a standard error (Cochran 1977, section 2.11, for a ratio).
-        units: a key of `WORDS`: what counts as a word.
+        totals: the totals of any version of records; a total that is missing counts as 0.
+        name: the name of the perplexity, such as `masked_perplexity`. The other metrics get the same prefix, so that
+            none of them has the name of a causal model's.
+        sample: the share of the tokens that was scored, if it was a random one; nll per token and perplexity then get
+            a standard error (Cochran 1977, section 2.11, for a ratio).
+        units: the key of `WORDS` that says what counts as a word.
     """
     prefix = name.removesuffix("perplexity") if name.endswith("perplexity") else f"{name}_"
     count = Counter(totals)

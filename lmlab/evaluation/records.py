@@ -1,6 +1,6 @@
-"""Writes and reads what an evaluation leaves: a row per document, and a certificate that adds them up.
+"""Writes and reads the records of an evaluation, a row per document, and the certificate that adds them up.
 
-`records.parquet` has one row per document, or per stretch of one where documents are few (data/documents.py);
+`records.parquet` has one row per document, or per stretch of one if documents are few (data/documents.py);
 `certificate.json` has their totals, the metrics made of them, and all that a metric depends on. The totals are the
 rows' exactly rounded sums, so they can be recomputed to the last bit.
 
@@ -44,7 +44,7 @@ COLUMNS = {
     "unknown_tokens": (pa.int64(), 2),  # of the tokens, those that do not spell their text
     "unknown_bytes": (pa.int64(), 2),  # UTF-8 bytes of that text
 }
-"""The type of each column, and the format that has it first. In format 1 a row was a whole document."""
+"""The type of each column, and the first format that has it. In format 1 a row was a whole document."""
 SCHEMAS = {
     version: pa.schema(
         [pa.field(name, kind, False) for name, (kind, since) in COLUMNS.items() if since <= version],
@@ -53,9 +53,9 @@ SCHEMAS = {
     for version in (1, FORMAT)
 }
 BOUND = "≤ "
-"""Stands before a metric that is an upper bound."""
+"""The sign before a metric that is an upper bound."""
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
-"""By bits of the precision, how far nll may move, relative to itself, with the batch size or the number of devices."""
+"""The relative changes of nll that rounding explains at another batch size or number of devices, by the precision."""
 PARTS: dict[str, Any] = {
     **dict.fromkeys(("figures", "totals", "policy"), dict),
     **dict.fromkeys(
@@ -63,7 +63,7 @@ PARTS: dict[str, Any] = {
     ),
     "run": dict | None,
 }
-"""The keys of a certificate that its readers rely on."""
+"""The keys that each certificate has to have, with their types."""
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,23 @@ class Records:
     path: Path
     certificate: dict[str, Any]
     table: pa.Table
-    """Its columns are `COLUMNS`."""
+    """The records, with the columns `COLUMNS`."""
 
     @property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """The result of `DocumentSums`: nll [S, 2] float64, units [S, 7] int64."""
-        nll, units = (
+        """The result of `DocumentSums`: nll [S, 2] float64 and counts [S, 7] int64."""
+        nll, counts = (
             np.stack([self.table[name].to_numpy() for name in names], axis=1)
             for names in (("nll", "nll_squared"), COUNTS)
         )
-        return nll, units
+        return nll, counts
 
     @property
     def bits_and_bytes(self) -> np.ndarray:
         """[S, 2] float64: bits of each row's text, unknown tokens charged, and its bytes."""
-        nll, units = self.sums
-        nats = nll[:, 0] + NATS_PER_UNKNOWN_BYTE * units[:, COUNTS.index("unknown_bytes")]
-        return np.stack([nats / math.log(2), units[:, COUNTS.index("bytes")].astype(np.float64)], axis=1)
-
-    @property
-    def has_stretches(self) -> bool:
-        """True if its rows are stretches of documents, rather than whole ones."""
-        return bool(self.table["stretch"].to_numpy().any())
+        nll, counts = self.sums
+        nats = nll[:, 0] + NATS_PER_UNKNOWN_BYTE * counts[:, COUNTS.index("unknown_bytes")]
+        return np.stack([nats / math.log(2), counts[:, COUNTS.index("bytes")].astype(np.float64)], axis=1)
 
     def by_document(self) -> "Records":
         """Returns these records with the stretches of each document summed into one row."""
@@ -108,23 +103,23 @@ class Records:
         return replace(self, table=pa.table(columns))
 
 
-def write(path: Path, documents: Documents, nll: np.ndarray, units: np.ndarray, facts: Mapping[str, Any]) -> None:
+def write(path: Path, documents: Documents, nll: np.ndarray, counts: np.ndarray, facts: Mapping[str, Any]) -> None:
     """Writes the records and their certificate into a directory, each whole or not at all.
 
     Args:
         nll: [S, 2] float64 of `DocumentSums`.
-        units: [S, 7] int64 of `DocumentSums`.
-        facts: what the metrics depend on, and where they come from; `figure`, `policy` and `units` decide their names
-            and errors (see `metrics_and_totals`).
+        counts: [S, 7] int64 of `DocumentSums`.
+        facts: the other entries of the certificate: all that the metrics depend on. `figure`, `policy` and `units`
+            decide their names and errors (see `metrics_and_totals`).
     """
-    table = pa.table([documents.names, documents.parts, documents.starts, *nll.T, *units.T], SCHEMAS[FORMAT])
+    table = pa.table([documents.names, documents.parts, documents.starts, *nll.T, *counts.T], SCHEMAS[FORMAT])
     run = RunDirectory(path)
     write_beside(run.records, lambda beside: pq.write_table(table, beside))
     write_json(
         run.certificate,
         {
             "format": FORMAT,
-            **metrics_and_totals(nll, units, np.array(documents.parts), facts),
+            **metrics_and_totals(nll, counts, np.array(documents.parts), facts),
             **secrets.redacted(facts),
             "words": WORDS[facts["units"]],
             "records_hash": rows_hash(table),
@@ -133,15 +128,15 @@ def write(path: Path, documents: Documents, nll: np.ndarray, units: np.ndarray, 
 
 
 def metrics_and_totals(
-    nll: np.ndarray, units: np.ndarray, stretches: np.ndarray, facts: Mapping[str, Any]
+    nll: np.ndarray, counts: np.ndarray, stretches: np.ndarray, facts: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Returns the parts of a certificate that follow from its records: `figures` (the metrics) and `totals`.
 
     Args:
-        stretches: [S] which part of its document each row is, from 0.
-        facts: the other parts of the certificate.
+        stretches: [S] the number of each row within its document, from 0.
+        facts: the other entries of the certificate.
     """
-    totals = sum_totals(nll, units, stretches)
+    totals = sum_totals(nll, counts, stretches)
     sample = (facts["policy"].get("pseudo") or {}).get("sample")
     return {"figures": compute_metrics(totals, facts["figure"], sample, facts.get("units", "text")), "totals": totals}
 
@@ -161,9 +156,7 @@ def read(path: Path) -> Records:
         certificate = json.loads(run.certificate.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{run.certificate} can't be read: {first_line(error)}.\n{again}") from error
-    if not isinstance(certificate, dict) or "format" not in certificate:
-        raise UserError(f"{run.certificate} is no certificate of lmlab.\n{again}")
-    version = certificate["format"]
+    version = certificate.get("format") if isinstance(certificate, dict) else None
     if version not in SCHEMAS:
         raise UserError(
             f"{path} holds records of version {version}, and this lmlab reads versions up to {FORMAT}.\n"
@@ -201,18 +194,18 @@ def check_agreement(one: Records, other: Records) -> dict[str, float]:
     """Compares two evaluations of the same model and text at another batch size and number of devices.
 
     Returns:
-        by how much the total nll and that of a row moved at most, relative to themselves.
+        the relative change of the total nll, and the largest of a row's.
 
     Raises:
-        UserError: they moved further than the rounding of the precision explains, or other tokens were scored.
+        UserError: a change is larger than the rounding of the precision explains, or other tokens were scored.
     """
-    (nll, units), (other_nll, other_units) = one.sums, other.sums
-    if not np.array_equal(units, other_units):
+    (nll, counts), (other_nll, other_counts) = one.sums, other.sums
+    if not np.array_equal(counts, other_counts):
         raise UserError("the check failed: another batch size or number of devices scored other tokens.")
     limit = ROUNDING["32" if one.certificate["precision"] == "32-true" else "16"]
     totals = math.fsum(nll[:, 0]), math.fsum(other_nll[:, 0])
     total = abs(totals[0] - totals[1]) / max(totals[0], 1.0)
-    scored = units[:, 0] > 0
+    scored = counts[:, 0] > 0
     document = float(np.max(np.abs(nll[scored, 0] - other_nll[scored, 0]) / np.maximum(nll[scored, 0], 1)))
     if not (total <= limit["total"] and document <= limit["document"]):
         raise UserError(
@@ -224,7 +217,7 @@ def check_agreement(one: Records, other: Records) -> dict[str, float]:
 
 
 def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the metrics of a certificate and what was scored as people read it, by titles."""
+    """Returns texts on the metrics of a certificate and on the scored text, by titles."""
     metrics, totals, policy = (certificate[part] for part in ("figures", "totals", "policy"))
     unknown, bound = totals.get("unknown_tokens", 0), BOUND if is_bound(certificate) else ""
     lines = {}
@@ -235,7 +228,7 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
             lines[name.replace("_", " ")] = f"{sign}{value:{',.4f' if value < 1e6 else '.4g'}}" + (
                 "" if error is None else f" ± {error:.4f} (standard error)"
             )
-    lines["scored"] = ", ".join(f"{totals[unit]:,} {unit}" for unit in ("tokens", "bytes", "words"))
+    lines["scored"] = ", ".join(f"{totals[name]:,} {name}" for name in ("tokens", "bytes", "words"))
     if unknown:
         lines["unknown tokens"] = (
             f"{unknown:,}, for {totals['unknown_bytes']:,} bytes, which are charged 8 bits each: ≤ is an upper bound"
@@ -268,7 +261,7 @@ def rows_hash(table: pa.Table) -> str:
 
 
 def weights_hash(state_dict: Mapping[str, "Tensor"]) -> str:
-    """Returns a hash of tensors: of their names, dtypes, shapes and bytes."""
+    """Returns a hash of the names, dtypes, shapes and bytes of tensors."""
     import torch
 
     digest = hashlib.sha256()

@@ -35,15 +35,15 @@ class ScoringBatch(NamedTuple):
     input_ids: Tensor
     """[B, T] int64."""
     attention_mask: Tensor | None
-    """[B, T] int64, 0 on padding; None where no row is padded."""
+    """[B, T] int64, 0 on padding; None if no row is padded."""
     positions: Tensor
-    """[N] int64: the scored positions, as indices into the B·T of the flattened batch."""
+    """[N] int64 indices of the scored positions in the flattened [B·T]."""
     targets: Tensor
     """[N] int64: the id to predict at each of them."""
     stretches: Tensor
     """[N] int64: the stretch of the documents that each target belongs to."""
-    units: Tensor
-    """[N, 7] int64: `documents.COUNTS` of each target."""
+    counts: Tensor
+    """[N, 7] int64: the `documents.COUNTS` of each target."""
 
 
 class Row(NamedTuple):
@@ -56,7 +56,7 @@ class Row(NamedTuple):
     targets: np.ndarray
     """[n] the id to predict at each of them."""
     tokens: np.ndarray
-    """[n] which of the documents' tokens each target is."""
+    """[n] the number of each target among the documents' tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ class WindowRows:
     windows: Windows
     objective: Objective
     seed: int
-    """Decides what the objective draws; another one than a run's, so that runs of several seeds are scored on the same
+    """The seed of the objective's masks. It is not that of a run, so that runs of all seeds are scored on the same
     positions."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """[rows] tokens of each, special ones around it not counted."""
+        """[rows] the number of tokens of each, without special ones around it."""
         return self.windows.lengths
 
     def row(self, index: int) -> Row:
         """Returns the row of a window.
 
-        Where the model does not see ahead, the objective is given the window as one text, and of its targets those are
-        left out that an earlier window has: window 1 of `overlapping_windows`' example becomes
+        If the model does not see ahead, the objective is given the window as one text, and its targets without those
+        of earlier windows are kept: window 1 of `overlapping_windows`' example becomes
 
         ```
         inputs      b  c  d  e             (nothing is predicted from the last token, f)
@@ -88,7 +88,7 @@ class WindowRows:
         ```
 
         Otherwise it is given the part of each document on its own: what it draws for a token is then a function of
-        (seed, document, position in it), wherever the windows lie.
+        (seed, document, position in it), whatever the windows are.
         """
         w, shift = self.windows, self.objective.target_shift
         start, end = int(w.starts[index]), int(w.ends[index])
@@ -108,15 +108,12 @@ class WindowRows:
         return Row(np.array([*head, *inputs, *tail]), tokens - shift - start + len(head), targets, tokens)
 
     def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yields the documents that have tokens in start … end - 1, each with the first of them and the one after the
-        last."""
+        """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""
         edges = self.documents.edges
-        document = int(np.searchsorted(edges, start, side="right")) - 1
-        while start < end:
-            stop = min(end, int(edges[document + 1]))
-            if stop > start:
-                yield document, start, stop
-            start, document = stop, document + 1
+        for document in range(np.searchsorted(edges, start, side="right") - 1, np.searchsorted(edges, end)):
+            first, stop = max(start, int(edges[document])), min(end, int(edges[document + 1]))
+            if first < stop:
+                yield document, first, stop
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -128,10 +125,10 @@ def check_targets(objective: Objective, ids: np.ndarray) -> None:
     Bytes and document of a target are those of that token, so they would be counted wrongly.
 
     Args:
-        ids: [T] the block to look at.
+        ids: [T] the block to check it on.
 
     Raises:
-        UserError: names a position.
+        UserError: a target is another token; names its position.
     """
     _, positions, targets = objective(ids, (0, EVALUATION, 0))
     tokens = positions + objective.target_shift
@@ -170,10 +167,11 @@ class PseudoRows:
         """Chooses the tokens to score.
 
         Args:
-            mask_id: hides a token.
-            special_ids: are never scored.
-            within_word: also hides the rest of the token's word (PLL-word-l2r, Kauf and Ivanova 2023).
-            sample: probability by which each token is taken, decided by (seed, document, position); None takes all.
+            mask_id: the id that hides a token.
+            special_ids: the ids that are never scored.
+            within_word: True to hide the rest of the token's word as well (PLL-word-l2r, Kauf and Ivanova 2023).
+            sample: the probability with which each token is scored, drawn from (seed, document, position); None scores
+                all.
         """
         self.documents, self.windows, self.mask_id, self.within_word = documents, windows, mask_id, within_word
         candidates = ~np.isin(documents.tokens, special_ids)
@@ -217,7 +215,7 @@ class HeldOut(Dataset[ScoringBatch]):
         """Orders the rows.
 
         Args:
-            facts: all that the metrics depend on but the model, for the certificate: see records.py.
+            facts: all that the metrics depend on but the model, for the certificate (records.py).
         """
         self.rows, self.documents, self.pad_id, self.facts = rows, rows.documents, pad_id, facts
         self.order = np.argsort(-rows.lengths, kind="stable")
@@ -226,19 +224,15 @@ class HeldOut(Dataset[ScoringBatch]):
         return len(self.rows)
 
     def __getitem__(self, indices: list[int]) -> ScoringBatch:
-        """Returns a batch; without an index a row that has no target, for a rank that has no row left."""
+        """Returns the batch of some rows; without an index a row without targets, for a rank that has no row left."""
         documents = self.documents
         rows = [self.rows.row(int(self.order[index])) for index in indices]
         if not rows:
             nothing = np.zeros(0, np.int64)
             rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
-        input_ids, attention_mask, positions = pad_rows([(row.inputs, row.positions) for row in rows], self.pad_id)
         tokens = np.concatenate([row.tokens for row in rows])
         return ScoringBatch(
-            input_ids,
-            attention_mask,
-            positions,
-            torch.from_numpy(np.concatenate([row.targets for row in rows]).astype(np.int64)),
+            *pad_rows([(row.inputs, row.positions, row.targets) for row in rows], self.pad_id),
             torch.from_numpy(np.searchsorted(documents.stretches, tokens, side="right") - 1),
             torch.from_numpy(documents.counts(tokens)),
         )
@@ -279,12 +273,12 @@ class DocumentSums(Metric):
 
     full_state_update = False
     nll: Tensor
-    units: Tensor
+    counts: Tensor
 
     def __init__(self, stretches: int):
         super().__init__()
         self.add_state("nll", torch.zeros((stretches, 2), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("units", torch.zeros((stretches, len(COUNTS)), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros((stretches, len(COUNTS)), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, batch: ScoringBatch) -> None:
         """Adds the nll [N] of a batch's targets; N may be 0."""
@@ -292,11 +286,11 @@ class DocumentSums(Metric):
         # Not in place: a validation under inference mode may have made the state. In float64: a trainer in
         # bf16-true casts the empty state with the weights.
         self.nll = self.nll.double().index_add(0, batch.stretches, torch.stack([nll, nll.square()], dim=1))
-        self.units = self.units.index_add(0, batch.stretches, batch.units)
+        self.counts = self.counts.index_add(0, batch.stretches, batch.counts)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Returns Σ nll and Σ nll² [S, 2] float64, and `documents.COUNTS` of what was scored [S, 7] int64."""
-        return self.nll, self.units
+        return self.nll, self.counts
 
 
 class Scorer(L.LightningModule):
@@ -306,8 +300,8 @@ class Scorer(L.LightningModule):
         """Keeps a model to score with.
 
         Args:
-            stretches: S, how many stretches of documents are summed apart.
-            chunk_size: how many rows of logits are held at once: see `logits_chunk_size`.
+            stretches: S, the number of stretches of the documents.
+            chunk_size: the number of scored positions whose logits are in memory at once; None for all.
         """
         super().__init__()
         self.model, self.chunk_size = model, chunk_size
@@ -326,6 +320,6 @@ class Scorer(L.LightningModule):
         self.sums.update(self.score(batch).nll, batch)
 
     def on_validation_epoch_end(self) -> None:
-        nll, units = self.sums.compute()
-        self.result = nll.cpu().numpy(), units.cpu().numpy()
+        nll, counts = self.sums.compute()
+        self.result = nll.cpu().numpy(), counts.cpu().numpy()
         self.sums.reset()

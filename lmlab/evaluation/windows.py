@@ -23,18 +23,20 @@ CONTEXTS = ("blocks", "document", "sliding")
 
 @dataclass(frozen=True)
 class Context:
-    """The rule that says how much text before a token (or around it) a model sees."""
+    """The rule that says how much of the text before a token (or around it) a model sees."""
 
     name: str = "blocks"
-    """blocks: as in training, across documents; a causal model is not scored on a block's first token.
+    """The name of the rule, one of `CONTEXTS`.
+
+    blocks: as in training, across documents; a causal model is not scored on a block's first token.
     document: each document on its own, with the tokenizer's special tokens around it; one that is longer than a block
     in several windows.
     sliding: all documents as one text; windows overlap, so that every token is scored, with at least
-    block_size - stride tokens before it where there are so many."""
+    block_size - stride tokens before it if there are so many."""
     block_size: int = 128
-    """Positions that the model is given at once."""
+    """The number of positions that the model is given at once."""
     stride: int | None = None
-    """Tokens from one window to the next, for sliding and for long documents; None is half a block."""
+    """The number of tokens from one window to the next, for sliding and for long documents; None is half a block."""
 
     def __post_init__(self) -> None:
         if self.name not in CONTEXTS:
@@ -53,7 +55,7 @@ class Context:
 
     @property
     def step(self) -> int:
-        """Tokens from one window to the next."""
+        """The number of tokens from one window to the next."""
         return self.stride if self.stride is not None else self.block_size // 2
 
 
@@ -64,19 +66,19 @@ class Windows:
     starts: np.ndarray
     """[W] int64: the first token of each."""
     ends: np.ndarray
-    """[W] int64: the token after its last."""
+    """[W] int64: the token after the last of each."""
     scored: np.ndarray
-    """[W] int64: the first token that may be a target; those before it are context alone."""
+    """[W] int64: the first token of each that may be a target; those before it are context alone."""
     framed: np.ndarray
-    """[W] bool: whether special tokens are put around it."""
+    """[W] bool: True if special tokens are put around the window."""
     head: list[int]
     """The id put before a framed window; empty if there is none."""
     tail: list[int]
-    """The id put after it."""
+    """The id put after a framed window; empty if there is none."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """[W] tokens of each, special ones around it not counted."""
+        """[W] the number of tokens of each, without special ones around it."""
         lengths: np.ndarray = self.ends - self.starts
         return lengths
 
@@ -95,8 +97,8 @@ def windows(
 
     Args:
         bounds: [blocks, 2] the first token of each block that `group_texts` cuts, and the one after its last.
-        objective: windows overlap only where it does not let the model see the tokens after a position.
-        tokenizer: gives the special tokens that begin and end a text.
+        objective: the objective; windows overlap only if it does not let the model see the tokens after a position.
+        tokenizer: the tokenizer, which has the special tokens that begin and end a text.
     """
     if context.name == "blocks":
         shift = objective.target_shift
@@ -136,7 +138,7 @@ def overlapping_windows(context: Context, tokens: np.ndarray, edges: np.ndarray,
     needs block_size positions.
 
     Args:
-        tokens: of all texts, end to end.
+        tokens: the tokens of all texts, end to end.
         edges: [texts + 1] text i has the tokens edges[i] … edges[i + 1] - 1.
         opening: the special tokens that a text may begin with already; if it begins with none, the first is put there.
     """
@@ -167,7 +169,7 @@ def disjoint_windows(block_size: int, documents: Documents, opening: Sequence[in
 
     Args:
         opening: the special tokens that a document may begin with already; the first is put before each piece.
-        closing: those that it may end with already; the first is put after each piece.
+        closing: the special tokens that it may end with already; the first is put after each piece.
     """
     head, tail = list(opening[:1]), list(closing[:1])
     room = block_size - len(head) - len(tail)
@@ -192,5 +194,5 @@ def numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_one_of(ids: Sequence[int], tokens: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Returns whether the token at each index is one of `ids`; an index past either end means the token there."""
+    """Returns whether the token at each index is one of `ids`; an index past either end stands for the token there."""
     return np.isin(tokens[np.clip(indices, 0, len(tokens) - 1)], ids)

@@ -16,7 +16,7 @@ from lmlab.models.loading import auto_class_of, max_positions
 SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
 """The guide's options for `generate`."""
 MASKS = ("<mask>", "[MASK]", "<|mask|>")
-"""Masks people write, whatever the tokenizer calls its own."""
+"""The masks that people write, whatever the tokenizer calls its own."""
 
 
 def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -128,26 +128,6 @@ def fill_mask(
         [candidate(position, score, token) for score, token in zip(*row, strict=True)]
         for position, *row in zip(positions, scores.tolist(), tokens.tolist(), strict=True)
     ]
-
-
-def continue_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
-    """Returns the first half of a block's beginning as text, and that text as the model continues it."""
-    tokens = beginning(model, tokenizer, ids)
-    text = " ".join(tokenizer.decode(tokens[: len(tokens) // 2]).split())
-    return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]
-
-
-def fill_block(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
-    """Returns a block's beginning as text with a mask in its middle, and the three best tokens for it, on lines."""
-    tokens = beginning(model, tokenizer, ids)
-    half = len(tokens) // 2
-    before, hidden, after = (
-        tokenizer.decode(part) for part in (tokens[:half], tokens[half : half + 1], tokens[half + 1 :])
-    )
-    space = " " if hidden.startswith(" ") else ""
-    text = " ".join(f"{before}{space}{tokenizer.mask_token}{after}".split())
-    candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
-    return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
 
 
 def beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -81,6 +81,11 @@ def from_scratch(
         defaults = AutoConfig.for_model(architecture)
         auto = auto_model(defaults, auto_class)
         changes = config_values(config, defaults)
+        if changes.get("vocab_size", len(tokenizer)) < len(tokenizer):
+            raise UserError(
+                f"model.config.vocab_size={changes['vocab_size']}: the tokenizer has {len(tokenizer)} tokens.\n"
+                "Leave it out, as the tokenizer gives it. A tokenizer with fewer tokens: tokenizer.vocab_size=N."
+            )
         values = {"vocab_size": len(tokenizer)} | {
             f"{token}_token_id": getattr(tokenizer, f"{token}_token_id")
             for token in ("bos", "eos", "pad", "cls", "sep")

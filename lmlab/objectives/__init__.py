@@ -19,11 +19,11 @@ class Example(NamedTuple):
     """The inputs that a model is given for one text, and the targets that it has to predict."""
 
     inputs: np.ndarray
-    """[T] ids that the model reads."""
+    """The ids that the model reads, [T]."""
     positions: np.ndarray
-    """[N] positions whose output is scored, ascending."""
+    """The positions whose output is scored, ascending, [N]."""
     targets: np.ndarray
-    """[N] id that has to be predicted at each of them."""
+    """The id that has to be predicted at each of these positions, [N]."""
 
 
 class Objective(Protocol):
@@ -44,12 +44,12 @@ class Objective(Protocol):
     """
 
     metric: str
-    """Name of exp(mean nll per target). Only a model that never sees its targets may call it "perplexity"."""
+    """The name of exp(mean nll per target). Only a model that never sees its targets may call it "perplexity"."""
     auto_class: str
     """The class of transformers that makes its models, such as "AutoModelForCausalLM"."""
     bidirectional: bool
-    """Whether the model may see the tokens after a position. If not, held-out text can be scored in windows that
-    overlap; if so, each document is framed by the tokenizer's special tokens and cut into pieces."""
+    """True if the model may see the tokens after a position. Then each document is framed by the tokenizer's special
+    tokens and cut into pieces; otherwise held-out text can be scored in windows that overlap."""
     target_shift: int
     """The number of positions that a target stands after its scored position in the text: 1 for the next token, 0 for
     the token itself."""
@@ -68,7 +68,7 @@ class Objective(Protocol):
         ...
 
     def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
-        """Returns a prompt made of a block's ids, and what the model writes when it is given that.
+        """Returns a prompt made of the ids of a text, and what the model writes when it is given that.
 
         Args:
             model: in evaluation mode.

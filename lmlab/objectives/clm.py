@@ -30,7 +30,9 @@ class CausalLM:
         return Example(ids, np.arange(len(ids) - 1), ids[1:])
 
     def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
-        """Returns the first half of a text, and the text as the model continues it."""
-        from lmlab.models.generation import continue_block
+        """Returns the first half of a block's beginning as text, and that text as the model continues it."""
+        from lmlab.models.generation import beginning, generate
 
-        return continue_block(model, tokenizer, ids)
+        tokens = beginning(model, tokenizer, ids)
+        text = " ".join(tokenizer.decode(tokens[: len(tokens) // 2]).split())
+        return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]

@@ -3,7 +3,10 @@
 Shapes: T positions of one text, N scored positions in it.
 """
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Gt, Le
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
@@ -29,10 +32,10 @@ class MaskedLM:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        mask_probability: float = 0.15,
+        mask_probability: Annotated[float, Gt(0), Le(1)] = 0.15,
         replace_mask: float = 0.8,
         replace_random: float = 0.1,
-        validation_mask_probability: float | None = None,
+        validation_mask_probability: Annotated[float, Gt(0), Le(1)] | None = None,
     ):
         """Checks the shares and the tokenizer.
 
@@ -44,9 +47,6 @@ class MaskedLM:
             validation_mask_probability: `mask_probability` of held-out text (config/build.py builds another objective
                 with it), so that runs which train with different ones can be compared. None: the same as in training.
         """
-        for name, value in (("", mask_probability), ("validation_", validation_mask_probability)):
-            if value is not None and not 0 < value <= 1:
-                raise UserError(f"objective.{name}mask_probability must be over 0 and at most 1, not {value}.")
         if min(replace_mask, replace_random) < 0 or replace_mask + replace_random > 1:
             raise UserError(
                 "objective.replace_mask and objective.replace_random are shares of the masked tokens: "
@@ -80,10 +80,16 @@ class MaskedLM:
         return Example(inputs, positions, ids[positions])
 
     def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
-        """Returns a text with a mask in its middle, and the tokens that the model fills it with."""
-        from lmlab.models.generation import fill_block
+        """Returns a block's beginning as text with a mask in its middle, and the three best tokens for it, on lines."""
+        from lmlab.models.generation import beginning, fill_mask
 
-        return fill_block(model, tokenizer, ids)
+        tokens = beginning(model, tokenizer, ids)
+        half = len(tokens) // 2
+        before, hidden, after = map(tokenizer.decode, (tokens[:half], tokens[half : half + 1], tokens[half + 1 :]))
+        space = " " if hidden.startswith(" ") else ""
+        text = " ".join(f"{before}{space}{tokenizer.mask_token}{after}".split())
+        candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
+        return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
 
 
 def random_words(key: tuple[int, int, int], first: int, count: int) -> np.ndarray:

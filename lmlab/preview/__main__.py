@@ -72,9 +72,8 @@ def preview(plan: Plan) -> None:
     measured = Measurement() if gpus_elsewhere else measure(cfg, steps)
     seconds = None
     if measured.parameters:
-        estimate.show_parameters(measured)
-    if measured.steps:
         estimate.show_measured(cfg, measured)
+    if measured.steps:
         if submitted and cfg.trainer.accelerator == "auto" and not schema.uses_gpu(cfg.trainer):
             print("Measured without a GPU, as this machine has none; a node may have some.")
         seconds = estimate.show_estimate(plan, measured, steps, interval, len(held_out), len(whole or ()))

@@ -6,41 +6,34 @@ from datetime import datetime, timedelta
 from omegaconf import DictConfig
 
 from lmlab.config import schema
-from lmlab.console import duration, show_result, show_rows
+from lmlab.console import counted, duration, show_result, show_rows
 from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan
 
 
-def show_parameters(measured: Measurement) -> None:
-    """Prints a row for each part of the model, with its share."""
-    parts = measured.parameters
-    total, trainable = (sum(counts) for counts in zip(*parts.values(), strict=True))
-    rows = [(name, f"{n:,}", f"{n / (total or 1):.1%}", f"{trained:,}") for name, (n, trained) in parts.items()]
-    columns = ("part", "parameters", "share", "trainable")
-    show_rows("Parameters", columns, [*rows, ("all", f"{total:,}", "", f"{trainable:,}")])
-
-
 def show_measured(cfg: DictConfig, measured: Measurement) -> None:
-    """Prints the memory and the time of the steps of a short run."""
-    world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
-    whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"
-    least, most = duration(min(later)), duration(max(later))
-    flops = f", {measured.flops / measured.step / 1e9:,.1f} GFLOP/s of a device" if measured.flops else ""
-    rows = {name: f"{size / 2**20:,.1f} MiB" for name, size in measured.bytes.items()} | {
-        "peak memory": f"{measured.device_memory:.2f} GiB of {whose}",
-        "first step": duration(measured.steps[0]),
-        "a step": f"{duration(measured.step)} (median of {len(later)}, {least} to {most})",
-        "speed": f"{measured.tokens * world / measured.step:,.0f} tokens/s{flops}",
-        "validation batch": duration(measured.validation_batch),
-        "checkpoint": "no room here to write one",
-    }
-    if measured.checkpoint is not None:
-        rows["checkpoint"] = f"{duration(measured.checkpoint)} to write"
-    if world > 1:
-        rows["devices"] = f"one of {world} measured, with its share of the batch; what they say to each other is not"
-        if cfg.trainer.strategy == "fsdp":
-            rows["sharding"] = "not measured: sharded, a device holds less than this one did"
+    """Prints the parameters of a model, and the memory and the time of the steps of a short run, if it made some."""
+    rows = {"parameters": f"{measured.parameters:,}, {measured.trainable:,} of them trainable"}
+    if measured.steps:
+        world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
+        whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"
+        least, most = duration(min(later)), duration(max(later))
+        flops = f", {measured.flops / measured.step / 1e9:,.1f} GFLOP/s of a device" if measured.flops else ""
+        rows |= {name: f"{size / 2**20:,.1f} MiB" for name, size in measured.bytes.items()} | {
+            "peak memory": f"{measured.device_memory:.2f} GiB of {whose}",
+            "first step": duration(measured.steps[0]),
+            "a step": f"{duration(measured.step)} (median of {len(later)}, {least} to {most})",
+            "speed": f"{measured.tokens * world / measured.step:,.0f} tokens/s{flops}",
+            "validation batch": duration(measured.validation_batch),
+            "checkpoint": "no room here to write one",
+        }
+        if measured.checkpoint is not None:
+            rows["checkpoint"] = f"{duration(measured.checkpoint)} to write"
+        if world > 1:
+            rows["devices"] = f"one of {world} measured, with its share of the batch; communication is left out"
+            if cfg.trainer.strategy == "fsdp":
+                rows["sharding"] = "not measured: sharded, a device holds less than this one did"
     show_result(rows, "Measured")
 
 
@@ -74,7 +67,7 @@ def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, 
     seconds = math.ceil(plan.points / plan.at_once) * total
     if plan.first is not None:
         side = f", {plan.at_once} at a time" if plan.at_once > 1 else ""
-        print(f"{plan.points} points{side}: {duration(seconds)}, if each takes as long as this one.")
+        print(f"{counted(plan.points, 'point')}{side}: {duration(seconds)}, if each takes as long as this one.")
     end = datetime.now().astimezone() + timedelta(seconds=seconds)
     print(f"Begun now, it would end at {end:%Y-%m-%d %H:%M %Z}. Not in it: W&B, the export, and what callbacks add.")
     return total

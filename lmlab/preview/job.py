@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 from textwrap import indent
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig
 
-from lmlab.console import duration
+from lmlab.console import counted, duration
 from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan
 
@@ -37,40 +37,38 @@ def script(launcher: dict[str, Any], points: int) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "preview")
 
 
-class Check(NamedTuple):
-    """One of a job's limits against what the run needs."""
-
-    met: bool | None
-    """Whether it is enough; None where that can't be known."""
-    text: str
+Check = tuple[bool | None, str]
+"""True if a limit of a job is enough, None where that can't be known; and a text on the limit and on the need."""
 
 
 def checks(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement, seconds: float | None) -> Iterator[Check]:
     """Yields the checks of a job's limits against its run, which takes so many `seconds`, if that is known."""
     devices, nodes = cfg.trainer.devices, cfg.trainer.get("num_nodes", 1)
     tasks, asked = launcher["tasks_per_node"], launcher["nodes"]
-    text = f"tasks: {tasks} per node × {asked} nodes, for {devices} devices × {nodes} nodes"
-    yield Check((tasks, asked) == (devices, nodes), text)
+    yield (
+        (tasks, asked) == (devices, nodes),
+        f"tasks per node × nodes: {tasks} × {asked}, for {devices} × {nodes} devices",
+    )
     if cfg.trainer.accelerator in ("gpu", "cuda", "auto"):
         gpus, others = launcher.get("gpus_per_node"), [key for key in ("gres", "gpus_per_task") if launcher.get(key)]
         text = f"GPUs: {gpus or others or 'none'} per node, for {devices}"
-        yield Check(bool(others) or (gpus or 0) >= devices, text)
+        yield bool(others) or (gpus or 0) >= devices, text
     yield check_time(launcher, cfg, measured, seconds)
     if measured.steps:
         ahead, step = launcher["signal_delay_s"], max(measured.steps[1:] or measured.steps)
         need = max(step, measured.validation_batch) + (measured.checkpoint or 0.0)
         text = f"signal: {ahead} s ahead of the limit, and to stop and write a checkpoint takes {duration(need)}"
-        yield Check(need <= ahead, text)
+        yield need <= ahead, text
     memory, need = launcher.get("mem_gb"), measured.host_memory * devices
     if memory is None:
-        yield Check(None, "memory: none asked for, so the cluster's own default holds")
+        yield None, "memory: none asked for, so the cluster's own default holds"
     elif measured.steps:
-        yield Check(need <= memory, f"memory: {memory} GB of a node, {need:.1f} GiB measured for {devices} tasks")
+        yield need <= memory, f"memory: {memory} GB of a node, {need:.1f} GiB measured for {counted(devices, 'task')}"
     else:
-        yield Check(None, f"memory: {memory} GB of a node, not measured")
+        yield None, f"memory: {memory} GB of a node, not measured"
     cpus = launcher.get("cpus_per_task") or 1
-    text = f"CPUs: {cpus} per task, for {cfg.num_workers} workers and the training itself"
-    yield Check(cpus >= cfg.num_workers + 1, text)
+    text = f"CPUs: {cpus} per task, for {counted(cfg.num_workers, 'worker')} and the training itself"
+    yield cpus >= cfg.num_workers + 1, text
 
 
 def check_time(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement, seconds: float | None) -> Check:
@@ -79,9 +77,9 @@ def check_time(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement,
     useful = limit - launcher["signal_delay_s"]
     text = f"time: {duration(limit)}"
     if seconds is None:
-        return Check(None, f"{text}; the run's is not measured")
+        return None, f"{text}; the run's is not measured"
     if seconds <= useful:
-        return Check(True, f"{text}, for some {duration(seconds)}")
+        return True, f"{text}, for some {duration(seconds)}"
     text += f" is less than the {duration(seconds)} that the run takes"
     useful -= measured.start
     checkpoints = next((b for b in (cfg.get("callbacks") or {}).values() if b and "max_requeues" in b), None)
@@ -93,12 +91,12 @@ def check_time(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement,
         text += f", and {REQUEUE} is not there to go on"
     else:
         times = math.ceil((seconds - measured.start) / useful) - 1
-        text += f": re-queued {times} time{'s' * (times > 1)}, "
+        text += f": re-queued {counted(times, 'time')}, "
         if times > checkpoints.max_requeues:
             text += f"and callbacks.checkpoints.max_requeues={checkpoints.max_requeues}"
         else:
             text += "it goes on from its last checkpoint each time"
-    return Check(False, text)
+    return False, text
 
 
 def show_job(plan: Plan, measured: Measurement, seconds: float | None) -> None:

@@ -13,13 +13,11 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PreTrainedModel
 
 from lmlab.config import build, changes, compose, schema
 from lmlab.distributed import launch
 from lmlab.errors import UserError, plainly, shown_plainly
 from lmlab.io import read_json, rows, write_json
-from lmlab.models.efficiency import layers
 from lmlab.processes import last_line, printed_error, processes, python_call
 from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import redacted_text
@@ -43,8 +41,10 @@ TRAINER = {
 class Measurement:
     """The findings of a short run, as far as it came. Times are in seconds, memory is in GiB."""
 
-    parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Parameters of each part of the model, in all and trainable; empty if the model was not made."""
+    parameters: int = 0
+    """The number of parameters; 0 if the model was not made."""
+    trainable: int = 0
+    """The number of trainable parameters."""
     steps: list[float] = field(default_factory=list)
     """Time of each optimizer step; empty if none was made."""
     start: float = 0.0
@@ -123,7 +123,9 @@ def train_briefly(folder: str, began: str) -> None:
         cfg = compose.read_config(run.path)
         data = build.prepare_data(cfg)
         objective, model = build.build_model(cfg, data.tokenizer)
-        measured = Measurement(parameters=count_parameters(model))
+        counts = ((p.numel(), p.numel() * p.requires_grad) for p in model.parameters())  # a shared one once
+        parameters, trainable = map(sum, zip(*counts, strict=True))
+        measured = Measurement(parameters, trainable)
         write_json(run.path / "measurement.json", asdict(measured))
         module, datamodule = build.build_training(cfg, data, objective, model)
         trainer = build.build_trainer(cfg, module.val_interval, "preview")
@@ -145,25 +147,6 @@ def train_briefly(folder: str, began: str) -> None:
             trainer.save_checkpoint(run.path / "checkpoint.ckpt")
             measured.checkpoint = time.perf_counter() - before
         write_json(run.path / "measurement.json", asdict(measured))
-
-
-def count_parameters(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Returns parameters and trainable parameters by part; what parts share is counted in the first of them."""
-    repeated, head = layers(model), model.get_output_embeddings()
-    embeddings = [module for module in model.base_model.modules() if isinstance(module, nn.Embedding)]
-    counts = {"embeddings": (0, 0), f"layers ({len(repeated)})": (0, 0)}
-    part_of = {id(p): "rest of the body" for p in model.base_model.parameters()}
-    part_of |= {id(p): "embeddings" for module in embeddings for p in module.parameters()}
-    part_of |= {id(p): f"layers ({len(repeated)})" for layer in repeated for p in layer.parameters()}
-    tied = head is not None and any(part_of.get(id(p)) == "embeddings" for p in head.parameters())
-    name_of_head = "head, tied to the embeddings" if tied else "head"
-    for p in model.parameters():  # each once, however many names it has
-        part = part_of.get(id(p), name_of_head)
-        count, trainable = counts.get(part, (0, 0))
-        counts[part] = count + p.numel(), trainable + p.numel() * p.requires_grad
-    if tied:
-        counts.setdefault(name_of_head, (0, 0))
-    return counts
 
 
 def count_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

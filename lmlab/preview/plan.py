@@ -9,9 +9,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import changes
-from lmlab.config.compose import create_hydra, job_config, name_directory
+from lmlab.config.compose import create_hydra, job_config, name_directory, refuse_sweep_overrides
 from lmlab.config.files import CONF
-from lmlab.console import console
+from lmlab.console import console, counted
 from lmlab.runs.choices import as_typed, flatten
 from lmlab.sweeps import parameters
 
@@ -53,6 +53,8 @@ def plan_command(given: Namespace) -> Plan:
     with create_hydra(given.config_path or str(CONF), given.config_dir) as hydra:
         loader = hydra.config_loader
         swept = given.multirun or hydra.get_mode(name, given.overrides) is RunMode.MULTIRUN
+        if not swept:
+            refuse_sweep_overrides(given.overrides)
         mode = RunMode.MULTIRUN if swept else RunMode.RUN
         command = cfg = loader.load_configuration(name, given.overrides, mode)
         points, first, trials_at_once = 1, None, None
@@ -108,7 +110,9 @@ def show_config(plan: Plan) -> None:
 
     if plan.first is not None:
         kind = "sweep" if plan.trials_at_once is None else "search"
-        print(f"A {kind} of {plan.points} points; shown: {' '.join(word.lstrip('+') for word in plan.first)}")
+        print(
+            f"A {kind} of {counted(plan.points, 'point')}; shown: {' '.join(word.lstrip('+') for word in plan.first)}"
+        )
     changed = changed_keys(plan)
     if not changed:
         print("Config: the default. All of it: --cfg job")

@@ -3,17 +3,17 @@
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
-from lmlab.console import command
+from lmlab.console import command, counted
 from lmlab.errors import UserError, first_line
 from lmlab.evaluation.comparison import run_choices
 from lmlab.evaluation.records import Records, read
@@ -24,14 +24,19 @@ from lmlab.runs.status import ENDED, Status, read_status
 from lmlab.secrets import redacted_command
 from lmlab.sweeps.points import Point, read_points
 
+if TYPE_CHECKING:
+    import pandas as pd  # imported where it is used, as what is refused need not wait for it
+
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with libyaml
 SPLITS = {"validation": "val/loss", "training": "train/loss"}
 COUNTS = ("parameters", "trainable_parameters", "flops")
-METRICS = {*SPLITS.values(), "data/tokens_seen", "perf/tokens_per_s", "tokens_per_s", *COUNTS}
-"""What a report shows of metrics and summaries, beside those that begin with val/."""
+POINTS = {"step": "step", "data/tokens_seen": "tokens", "seconds": "seconds", "perf/tokens_per_s": "speed"}
+"""The columns of metrics that a curve has, and their names there."""
+METRICS = {*SPLITS.values(), *POINTS, "tokens_per_s", *COUNTS}
+"""The metrics and parts of summaries that a report shows, beside those that begin with val/."""
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets")
 DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError)
-"""What reading the files of a run can raise when somebody or something else has written in them."""
+"""The errors of reading the files of a run in which somebody or something else has written."""
 
 
 @dataclass
@@ -40,25 +45,27 @@ class Run:
 
     path: Path
     name: str
-    """Its path below the directory that holds all of the report's runs."""
+    """The path below the directory that holds all of the report's runs."""
     objective: str
-    """The dotted name of its objective's class; of a run that has not begun what its sweep calls it, or nothing."""
+    """The dotted name of the class of the objective; of a run that has not begun its name in the sweep, or nothing."""
     chosen: dict[str, Any]
-    """What was chosen for it, by dotted keys; of a run that has not begun what its sweep says."""
+    """The choices of the config by dotted keys; of a run that has not begun those of its sweep."""
     status: Status
     manifest: dict[str, Any]
     origin: dict[str, list[str]]
-    """What made it, in words: commands, code, versions, machines, and where it went on after a pause."""
-    rows: list[dict[str, Any]]
-    """Its metrics, a row each time that some were logged."""
+    """The commands, the software and the machines that made it, and where it went on after a pause, in words."""
+    metrics: "pd.DataFrame"
+    """A row each time that metrics were logged, with the `seconds` since the first, pauses left out."""
     summary: dict[str, Any]
     """The summary of its end; empty before that."""
     records: Records | None
     """The evaluation at its end."""
     samples: list[dict[str, Any]]
+    """The samples that its model generated at validations."""
     sweep: Path | None
+    """The directory of the sweep that it is a point of."""
     faults: list[str]
-    """What could not be read of its files, and why."""
+    """The parts of its files that could not be read, and why."""
 
     @property
     def begun(self) -> bool:
@@ -70,58 +77,52 @@ class Run:
         """The name of its perplexity, such as masked_perplexity; None where none was measured."""
         if self.records:
             return self.records.certificate["figure"]
-        named = (
-            key.removeprefix("val/") for row in (self.summary, *self.rows) for key in row if key.startswith("val/")
-        )
+        named = [key.removeprefix("val/") for key in (*self.summary, *self.metrics) if key.startswith("val/")]
         return next((key for key in named if key.endswith("perplexity") and "word_" not in key), None)
 
     @cached_property
     def final(self) -> dict[str, float | None]:
         """Perplexity and bits per byte at its end, or the best so far."""
         if self.records:
-            return final_metrics(self.records)
+            return evaluation_metrics(self.records)
         source, bits = self.summary or self.best_so_far, bits_per_byte(self.metric or "")
         return {"perplexity": source.get(f"val/{self.metric}"), "bits_per_byte": source.get(f"val/{bits}")}
 
     @cached_property
     def best_so_far(self) -> dict[str, Any]:
         """The row of the lowest perplexity of its validations; empty before the first of weights that were trained."""
-        name = f"val/{self.metric}"
-        logged = [row for row in self.rows if row["step"] and row.get(name) is not None and not math.isnan(row[name])]
-        return min(logged, key=lambda row: row[name], default={})
+        logged = self.metrics[self.metrics["step"] > 0].get(f"val/{self.metric}")
+        return {} if logged is None or logged.isna().all() else self.metrics.loc[logged.idxmin()].to_dict()
 
     @property
     def so_far_at(self) -> int | None:
         """The step whose metrics `final` has, where the run has not ended."""
-        return None if self.status.name in ENDED else self.best_so_far.get("step")
-
-    @cached_property
-    def seconds(self) -> list[float]:
-        """The time of each row since the first, without the pauses between two attempts."""
-        resumed = sorted(datetime.fromisoformat(a["time"]).timestamp() for a in self.manifest.get("went_on", ()))
-        times = np.array([row["time"] for row in self.rows], dtype=float)
-        attempts = np.array([-np.inf, *resumed])[np.searchsorted(resumed, times, side="right")]
-        return np.cumsum([0.0, *times[1:] - np.maximum(times[:-1], attempts[1:])])[: len(times)].round(3).tolist()
+        return None if self.status.name in ENDED or not self.best_so_far else int(self.best_so_far["step"])
 
     @property
     def tokens(self) -> int:
         """Tokens seen in training."""
-        return next((row["data/tokens_seen"] for row in reversed(self.rows) if "data/tokens_seen" in row), 0)
+        return int(max([0, *self.metrics["data/tokens_seen"].dropna()]))
 
     @property
-    def speed(self) -> float | None:
-        """Tokens a second over the whole run, or the median so far."""
-        logged = sorted(row["perf/tokens_per_s"] for row in self.rows if "perf/tokens_per_s" in row)
-        return self.summary.get("tokens_per_s", logged[len(logged) // 2] if logged else None)
+    def seconds(self) -> float:
+        """The time from the first row of metrics to the last."""
+        return max([0.0, *self.metrics["seconds"]])
 
-    def curves(self) -> Iterator[dict[str, Any]]:
-        """Yields a point of each curve for each row that has one: split, step, tokens, seconds, loss and speed."""
-        for split, key in SPLITS.items():
-            for row, seconds in zip(self.rows, self.seconds, strict=True):
-                if key in row:
-                    speed = row.get("perf/tokens_per_s") if split == "training" else None
-                    point = {"step": row["step"], "tokens": row.get("data/tokens_seen"), "seconds": seconds}
-                    yield {"split": split, **point, "loss": row[key], "speed": speed}
+    @property
+    def speed(self) -> float:
+        """Tokens a second over the whole run, or the median so far."""
+        return self.summary.get("tokens_per_s", self.metrics["perf/tokens_per_s"].median())
+
+    def curves(self) -> "pd.DataFrame":
+        """Returns a row for each point of a curve: run, split, step, tokens, seconds, loss and speed."""
+        import pandas as pd
+
+        points = [
+            self.metrics[self.metrics[key].notna()].assign(run=self.name, split=split, loss=self.metrics[key])
+            for split, key in SPLITS.items()
+        ]
+        return pd.concat(points).rename(columns=POINTS)[["run", "split", "loss", *POINTS.values()]]
 
 
 def load_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[str, Records], list[str]]:
@@ -225,7 +226,7 @@ def load_run(path: Path, name: str, point: Point | None) -> Run | Records:
     if status.name == "done" and not records:
         faults.append("It has finished, without an evaluation to rank it by.")
     overrides = [override.lstrip("+~").partition("=") for override in point.overrides] if point else []
-    loaded = Run(
+    return Run(
         path=path,
         name=name,
         objective=config["objective"]["_target_"] if config else "",
@@ -235,19 +236,29 @@ def load_run(path: Path, name: str, point: Point | None) -> Run | Records:
         status=status,
         manifest=manifest,
         origin=describe_origin(manifest) if manifest else {},
-        rows=read_whole_rows(
-            run.metrics,
-            lambda row: math.isfinite(row["step"] + row["time"]) and are_numbers(row),
-            faults,
-        ),
+        metrics=read_metrics(run, manifest, faults),
         summary=summary,
         records=records,
         samples=read_whole_rows(run.samples, lambda row: {"step", "text", "said"} <= row.keys(), faults),
         sweep=path.parent if point else None,
         faults=faults,
     )
-    _ = loaded.seconds  # the times of a manifest are read here, where they can fail
-    return loaded
+
+
+def read_metrics(run: RunDirectory, manifest: Mapping[str, Any], faults: list[str]) -> "pd.DataFrame":
+    """Reads the logged metrics of a run, and works out their seconds without the pauses between two attempts."""
+    import pandas as pd
+
+    logged = read_whole_rows(
+        run.metrics, lambda row: math.isfinite(row["step"] + row["time"]) and are_numbers(row), faults
+    )
+    metrics = pd.DataFrame(logged)
+    metrics = metrics.reindex(columns=metrics.columns.union([*SPLITS.values(), *POINTS, "time"], sort=False))
+    times = metrics["time"].to_numpy(float)
+    resumed = sorted(datetime.fromisoformat(attempt["time"]).timestamp() for attempt in manifest.get("went_on", ()))
+    attempts = np.array([-np.inf, *resumed])[np.searchsorted(resumed, times, side="right")]
+    steps = times[1:] - np.maximum(times[:-1], attempts[1:])
+    return metrics.assign(seconds=np.cumsum([0.0, *steps])[: len(times)].round(3))
 
 
 def read_evaluation(path: Path) -> Records:
@@ -257,11 +268,16 @@ def read_evaluation(path: Path) -> Records:
         one of `DAMAGED`: there is none, or it lacks a part.
     """
     records = read(path)
-    _ = run_choices(records), final_metrics(records), objective_of(records), records.certificate["policy"]["masks_seed"]
+    _ = (
+        run_choices(records),
+        evaluation_metrics(records),
+        objective_of(records),
+        records.certificate["policy"]["masks_seed"],
+    )
     return records
 
 
-def final_metrics(records: Records) -> dict[str, float | None]:
+def evaluation_metrics(records: Records) -> dict[str, float | None]:
     """Returns perplexity and bits per byte of an evaluation, whatever their names are in its certificate."""
     metrics, name = records.certificate["figures"], records.certificate["figure"]
     return {"perplexity": metrics[name], "bits_per_byte": metrics[bits_per_byte(name)]}
@@ -279,32 +295,26 @@ def objective_of(records: Records) -> str:
 
 def describe_origin(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
     """Returns what a manifest says of a run's making, in words."""
+    attempts = manifest.get("went_on", ())
     return {
         "commands": [command(*redacted_command(manifest["command"]))],
-        "code": [f"lmlab {manifest['lmlab']}, {describe_commit(manifest['git'])}, Python {manifest['python']}"],
-        "versions": [describe_versions(manifest["packages"])],
-        "went on": [describe_attempt(attempt) for attempt in manifest.get("went_on", ())],
+        "software": [f"lmlab {manifest['lmlab']}, Python {manifest['python']}, {describe_software(manifest)}"],
+        "went on": [
+            f"{local_time(attempt['time'])} from step {attempt.get('step', '?')} on {attempt.get('host', '?')}"
+            + (f", {counted(attempt['devices'], 'device')}" if "devices" in attempt else "")
+            + f", {describe_software(attempt)}"
+            for attempt in attempts
+        ],
         "machines": ["{host}: {platform}, {cpus} CPUs".format(**manifest["machine"])],
         "runs began": [local_time(manifest["started"])],
     }
 
 
-def describe_attempt(attempt: Mapping[str, Any]) -> str:
-    """Returns where, when and by what a run went on after a pause."""
-    parts = [f"{local_time(attempt['time'])} from step {attempt.get('step', '?')} on {attempt.get('host', '?')}"]
-    parts += [f"{attempt['devices']} device{'s' if attempt['devices'] != 1 else ''}"] if "devices" in attempt else []
-    parts += [describe_commit(attempt["git"])] if "git" in attempt else []
-    return ", ".join([*parts, describe_versions(attempt.get("packages", {}))])
-
-
-def describe_versions(packages: Mapping[str, str]) -> str:
-    """Returns the versions of the packages that a result depends on most."""
-    return ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages)
-
-
-def describe_commit(git: Mapping[str, Any] | None) -> str:
-    """Returns a commit, and whether there were changes beside it."""
-    return "no git commit" if not git else f"commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}"
+def describe_software(made: Mapping[str, Any]) -> str:
+    """Returns the commit, and the versions of the packages that a result depends on most, of a run or an attempt."""
+    git, packages = made.get("git"), made.get("packages", {})
+    commit = f"commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else "no git commit"
+    return ", ".join([commit, *(f"{name} {packages[name]}" for name in PACKAGES if name in packages)])
 
 
 def local_time(time: str | None = None) -> str:

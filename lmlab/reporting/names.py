@@ -1,4 +1,4 @@
-"""Names what a report shows: the keys in which runs differ, their values, and the configurations that these make.
+"""Names what a report shows: the keys in which runs differ, and the configurations that these make.
 
 A *configuration* is what runs share that differ from each other in their seed only.
 """
@@ -36,28 +36,10 @@ def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     """Returns each dotted key by its last part, or by as many as tell it from the others."""
     short = {}
     for key in keys:
-        parts = key.split(".")
-        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        others = [f".{other}" for other in keys if other != key]
-        short[key] = shorten(next((e for e in ends if not any(o.endswith(f".{e}") for o in others)), key), HEAD)
+        ends = (key.split(".", cuts)[-1] for cuts in range(key.count("."), 0, -1))
+        alone = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
+        short[key] = shorten(next(alone, key), HEAD)
     return short
-
-
-def value_texts(runs: Sequence[Run], key: str) -> dict[Path, str]:
-    """Returns the value of a key in each run, as short as tells it from the others; none of a run that has not said."""
-    values = {run.path: run.chosen.get(key) for run in runs if run.begun or key in run.chosen}
-    texts: dict[Path, str] = {}
-    for digits in (4, 6, 9, 17):
-        for path, value in values.items():
-            texts[path] = f"{value:.{digits}g}" if isinstance(value, float) else brief(value, 10 * digits)
-        if len(set(texts.values())) == len(set(map(identity, values.values()))):
-            break
-    return texts
-
-
-def identity(value: Any) -> str:
-    """Returns what is equal for the same choices: 0 and 0.0 are, True and 1 are not."""
-    return repr(float(value)) if type(value) in (int, float) else repr(value)
 
 
 def name_configurations(runs: Sequence[Run], heads: Mapping[str, str]) -> dict[Path, str]:
@@ -68,23 +50,27 @@ def name_configurations(runs: Sequence[Run], heads: Mapping[str, str]) -> dict[P
     """
     if not heads:
         return dict.fromkeys((run.path for run in runs), "all runs")
-    alike: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        alike.setdefault(tuple(identity(run.chosen.get(key)) for key in heads), []).append(run)
+        groups.setdefault(tuple(identity(run.chosen.get(key)) for key in heads), []).append(run)
     names: dict[Path, str] = {}
-    for group in alike.values():
+    for group in groups.values():
         first = group[0]
         name = f"{shorten(first.name, LABEL - 14)}{' and its seeds' if len(group) > 1 else ''}"
         if len(heads) <= 4:
-            name = ", ".join(f"{head}={brief(first.chosen.get(key))}" for key, head in heads.items())
-        if len(name) > LABEL:
-            room = max(8, LABEL // (2 * len(heads)))
-            pairs = ((shorten(head, room), brief(first.chosen.get(key), room)) for key, head in heads.items())
-            name = ", ".join(map("=".join, pairs))
+            room = LABEL // (2 * len(heads))
+            name = ", ".join(
+                f"{shorten(head, room)}={brief(first.chosen.get(key), room)}" for key, head in heads.items()
+            )
         if name in names.values():  # what tells them apart was cut off
             name = f"{name} ({shorten(first.name, 20)})"
         names |= {run.path: name for run in group}
     return names
+
+
+def identity(value: Any) -> str:
+    """Returns what is equal for the same choices: 0 and 0.0 are, True and 1 are not."""
+    return repr(float(value)) if type(value) in (int, float) else repr(value)
 
 
 def name_evaluations(evaluations: Mapping[str, Records], runs: Sequence[Run]) -> dict[Path, str]:

@@ -6,21 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pandas as pd
 import vl_convert
-from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
-from lmlab.console import command
+from lmlab.console import command, counted
 from lmlab.errors import UserError
 from lmlab.io import PARTIAL, from_here, read_json
 from lmlab.reporting.load import Run, local_time
 from lmlab.reporting.section import Section
-from lmlab.reporting.statistics import BEST
-from lmlab.reporting.text import latex, letter
+from lmlab.reporting.text import as_text, latex, letter
 from lmlab.runs.manifest import environment
 from lmlab.secrets import redacted_command
 
@@ -40,20 +37,17 @@ def report_files(sections: Sequence[Section], unread: Sequence[str]) -> Iterator
     Args:
         unread: a line on each thing that could not be read.
     """
-    with debug_mode(False):  # Altair's check of specifications takes half the time, and they are not the user's
-        drawn = [(section, chart) for section in sections for chart in section.charts]
-        tables = {f"{name}.csv": text for section in sections for name, text in section.csv.items()}
-        images = [f"{chart.name}.{kind}" for _, chart in drawn for kind in ("svg", "png")]
-        listed = [*images, *tables, "runs.csv", "runs.tex", "report.html"]
-        yield LISTED, json.dumps({"files": listed}, indent=2) + "\n"
-        yield from tables.items()
-        yield "runs.csv", pd.concat([section.table for section in sections]).to_csv(index=False)
-        yield "runs.tex", runs_latex(sections)
-        yield "report.html", html(sections, unread)
-    data = {section.slug: {name: to_json(table) for name, table in section.chart_data.items()} for section in sections}
-    for section, chart in drawn:
-        datasets = {name: data[section.slug][name] for name in chart.data}
-        svg = vl_convert.vegalite_to_svg(chart.spec | {"datasets": datasets})
+    charts = [chart for section in sections for chart in section.charts]
+    tables = {name: table for section in sections for name, table in section.csv.items()}
+    tables["runs"] = pd.concat([section.table for section in sections])
+    images = [f"{chart.name}.{kind}" for chart in charts for kind in ("svg", "png")]
+    listed = [*images, *(f"{name}.csv" for name in tables), "runs.tex", "report.html"]
+    yield LISTED, json.dumps({"files": listed}, indent=2) + "\n"
+    yield from ((f"{name}.csv", table.to_csv(index=False)) for name, table in tables.items())
+    yield "runs.tex", runs_latex(sections)
+    yield "report.html", html(sections, unread)
+    for chart in charts:
+        svg = vl_convert.vegalite_to_svg(chart.spec)
         yield f"{chart.name}.svg", svg
         yield f"{chart.name}.png", vl_convert.svg_to_png(svg, scale=2)
 
@@ -76,59 +70,41 @@ def runs_latex(sections: Sequence[Section]) -> str:
     """Returns the table of runs of each section as a `tabular`."""
     tables = []
     for section in sections:
-        if section.rows:
-            texts = [[" ".join(cell.text.split()) for cell in row] for row in section.rows]
-            table = pd.DataFrame(texts, columns=[cell.head for cell in section.rows[0]])
-            layout = "".join("r" if numeric else "l" for numeric in section.numeric)
-            tables.append(f"% {section.objective}\n{latex(table, layout)}")
+        if section.runs:
+            layout = ["l" if column.map(type).eq(str).any() else "r" for _, column in section.shown.items()]
+            tables.append(f"% {section.objective}\n{latex(section.shown, ''.join(layout))}")
     return "\n".join(tables)
 
 
 def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
     """Returns the page, with all that it needs in it."""
-    environment = jinja2.Environment(
+    jinja = jinja2.Environment(
         loader=jinja2.PackageLoader("lmlab", "reporting"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    jinja.filters["text"] = as_text
     here = resources.files("lmlab") / "reporting"
     style, script = ((here / name).read_text("utf-8") for name in ("page.css", "page.js"))
     # A bundle is source code; the sign that would end its element stands in strings and patterns only.
     vega = vl_convert.javascript_bundle(SNIPPET).replace("</script", "<\\/script")
     runs = [run for section in sections for run in section.runs]
-    return environment.get_template("page.html").render(
+    return jinja.get_template("page.html").render(
         style=Markup(style),
         script=Markup(script),
         vega=Markup(vega),
         sections=sections,
+        charts={chart.name: chart.spec for section in sections for chart in section.charts},
         origin=describe_origins(runs),
         statuses=Counter(run.status.name for run in runs),
-        count=len(runs),
+        count=counted(len(runs), "run"),
+        counted=counted,
         unread=unread,
         clip=CLIP,
-        best=BEST,
         letter=letter,
-        zip=zip,
-        drawings=[drawing(section) for section in sections],
     )
-
-
-def drawing(section: Section) -> dict[str, Any]:
-    """Returns what the page's script draws the charts of a section from."""
-    every = [*section.charts, *(chart for variants in section.curves for chart in variants.values())]
-    finals = [final for kind in section.finals for final in kind]
-    return {
-        "specs": {chart.name: {"spec": chart.spec, "data": chart.data} for chart in every},
-        "data": {name: to_json(table, "split") for name, table in section.chart_data.items()},
-        "members": [section.members(final) for final in finals],
-    }
-
-
-def to_json(table: pd.DataFrame, orient: Any = "records") -> Any:
-    """Returns a table as JSON knows it: with null for what is missing or no finite number."""
-    return json.loads(table.to_json(orient=orient, double_precision=15, index=False))
 
 
 def describe_origins(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -141,7 +117,7 @@ def describe_origins(runs: Sequence[Run]) -> dict[str, list[str]]:
         "runs began": list(dict.fromkeys(began[:1] + began[-1:])),
         "sweeps": count_values(str(from_here(run.sweep)) for run in runs if run.sweep),
     }
-    for name in ("commands", "code", "versions", "went on", "machines"):
+    for name in ("commands", "software", "went on", "machines"):
         origins[name] = count_values(line for run in runs for line in run.origin.get(name, ()))
     return {name: values for name, values in origins.items() if values}
 
@@ -151,5 +127,5 @@ def count_values(values: Iterable[str]) -> list[str]:
     counts = Counter(values).most_common()
     if len(counts) == 1:
         return [counts[0][0]]
-    lines = [f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in counts[:5]]
+    lines = [f"{value} ({counted(count, 'run')})" for value, count in counts[:5]]
     return lines + ([f"and {len(counts) - 5} others"] if len(counts) > 5 else [])

@@ -1,4 +1,4 @@
-"""The part of a report on the runs of one objective: its tables, its charts, and the data that these are drawn from."""
+"""The part of a report on the runs of one objective: its tables and its charts."""
 
 import math
 import re
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,31 +14,16 @@ from lmlab.console import command
 from lmlab.evaluation.comparison import Difference
 from lmlab.evaluation.records import BOUND, Records, is_bound
 from lmlab.io import from_here
-from lmlab.reporting.charts import Chart, Key, draw_curve, draw_effect, draw_final
+from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final
 from lmlab.reporting.load import COUNTS, SPLITS, Run, objective_of
-from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys, value_texts
-from lmlab.reporting.statistics import BEST, Final, final_metrics, split_comparable, verdict
-from lmlab.reporting.text import duration, interval_text, letter, number_text, p_text, perplexity_text, shorten
+from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys
+from lmlab.reporting.statistics import BEST, final_metrics, split_comparable, verdict
+from lmlab.reporting.text import as_text, brief, letter, p_text, shorten
+from lmlab.runs.choices import as_typed
 from lmlab.runs.status import ENDED
 
 KEYS = 8
 """Keys whose effect is drawn."""
-OPTIONS = 30
-"""Values that a filter offers."""
-
-
-class Cell(NamedTuple):
-    """A value of a run in the table of runs."""
-
-    name: str
-    """The name of its column in the CSV file."""
-    value: Any
-    head: str = ""
-    """The title of its column on the page; empty where only the CSV file has it."""
-    text: str = ""
-    """What the page shows."""
-    meaning: str = ""
-    """What the column holds, in full."""
 
 
 class Section:
@@ -49,14 +33,14 @@ class Section:
         objective: the dotted name of its class.
         runs: its runs.
         evaluations: those of other models, by their names.
-        slug: what the names of its files begin with.
-        points: of curves that the report has room for, in this section.
+        slug: the beginning of the names of its files.
+        points: the number of points of curves that the report has room for, in this section.
     """
 
     def __init__(
         self, objective: str, runs: Sequence[Run], evaluations: Mapping[str, Records], slug: str, points: int
     ) -> None:
-        self.objective, self.slug, self.points = objective, slug, points
+        self.objective, self.slug = objective, slug
         self.title = objective.rpartition(".")[2]
         of_runs = [run.records for run in runs if run.records and run.status.name == "done"]
         self.kinds, self.apart = split_comparable([*of_runs, *evaluations.values()])
@@ -69,128 +53,98 @@ class Section:
         last = (len(runs), 0)
         self.runs = sorted(runs, key=lambda run: (*self.ranks.get(run.path, last), by_bits_per_byte(run)))
         self.heads = shorten_keys(differing_keys(self.runs))
-        self.texts = {key: value_texts(self.runs, key) for key in self.heads}
-        self.fields = {key: f"k{number}" for number, key in enumerate(self.heads)}
-        """The name of each key in data for charts: Vega takes a dot for a part of a thing."""
+        """The keys in which the runs differ, and what each is called."""
+        numbers = (int, float, type(None))
+        self.numeric = {key for key in self.heads if all(type(run.chosen.get(key)) in numbers for run in self.runs)}
+        """The keys whose values are all numbers."""
         self.configurations = name_configurations(self.runs, self.heads)
         names = self.configurations | name_evaluations(evaluations, self.runs)
         self.finals = [final_metrics(kind, names) for kind in self.kinds]
         self.several = len(set(self.configurations.values())) < len(self.runs)
-        """Whether there are runs that differ in their seed only."""
-        self.seeds = len({repr(run.chosen.get("seed")) for run in self.runs})
+        """True if there are runs that differ in their seed only."""
+        self.points = max(20, points // max(1, 3 * len(set(self.configurations.values()))))
+        """The number of points that the page has room for in each curve."""
         self.statuses = Counter(run.status.name for run in self.runs)
         self.metric = next((run.metric for run in self.runs if run.metric), "perplexity").replace("_", " ")
         """The name of the perplexity; of each kind of evaluation it is one of `kind_metrics`."""
         self.kind_metrics = [kind[0].certificate["figure"].replace("_", " ") for kind in self.kinds]
         # Where tokenizers differ, charts show bits per byte.
-        one_tokenizer = len({records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}) < 2
-        self.charted = ("perplexity", self.metric) if one_tokenizer else ("bits_per_byte", bits_name(self.metric))
-
-    def cells(self, run: Run) -> list[Cell]:
-        """Returns the row of a run in the table of runs."""
-        kind, rank = self.ranks.get(run.path, (None, None))
-        evaluation = None if kind is None else letter(kind)
-        seed, status = run.chosen.get("seed"), run.status
-        value, bits, bits_head = run.final["perplexity"], run.final["bits_per_byte"], bits_name(self.metric)
-        so_far = "" if run.so_far_at is None else f" so far, step {run.so_far_at:,}"
-        value_text = perplexity_text(value) + so_far if value is not None else ""
-        bound = BOUND if run.records and is_bound(run.records.certificate) else ""
-        bits_text = f"{bound}{bits:.4f}{so_far}" if bits is not None else ""
-        of_steps = f" of {status.steps:,}" if status.steps not in (None, status.step) else ""
-        steps, tokens = (f"{status.step:,}{of_steps}", f"{run.tokens:,}") if run.begun else ("", "")
-        size, trainable, flops = (run.summary.get(name) for name in COUNTS)
-        size_text = number_text(size) + (f" ({trainable:,})" if trainable != size else "")
-        seconds = run.seconds[-1] if run.seconds else None
-        held_out = "of the best weights on the held-out text; so far, and from which step, where the run has not ended"
-        keys = [
-            Cell(key, run.chosen.get(key), head, self.texts[key].get(run.path, ""), key)
-            for key, head in self.heads.items()
-        ]
-        return [
-            Cell("objective", self.objective),
-            Cell("evaluation", evaluation, "evaluation" if self.apart else "", evaluation or "", "kind of evaluation"),
-            Cell("rank", rank, "rank", number_text(rank), "rank among evaluations of its kind"),
-            Cell("run", run.name, "run", run.name, "directory"),
-            Cell("run_id", run.manifest.get("run_id")),
-            Cell("seed", seed, "seed" if self.seeds > 1 else "", "" if seed is None else str(seed), "seed"),
-            *keys,
-            Cell(self.metric.replace(" ", "_"), value, self.metric, value_text, held_out),
-            Cell(bits_head.replace(" ", "_"), bits, "bits/byte", bits_text, bits_head),
-            Cell("so_far_at_step", run.so_far_at),
-            Cell("state", status.name, "state", ": ".join(filter(None, (status.name, status.cause))), "state"),
-            Cell("cause", status.cause),
-            Cell("step", status.step, "steps", steps, "optimizer steps"),
-            Cell("of_steps", status.steps),
-            Cell("parameters", size, "parameters", size_text, "how many of them are trainable, where not all are"),
-            Cell("trainable_parameters", trainable),
-            Cell("tokens", run.tokens, "tokens", tokens, "seen in training"),
-            Cell("flops", flops, "FLOPs", number_text(flops, ".3g"), "operations of training, over the whole run"),
-            Cell("tokens_per_s", run.speed, "tokens/s", number_text(run.speed, ",.0f"), "the median, before the end"),
-            Cell("seconds", seconds, "time", duration(seconds), "wall clock, validation included, pauses left out"),
-            Cell("directory", str(run.path)),
-        ]
+        tokenizers = {records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}
+        self.charted = bits_name(self.metric) if len(tokenizers) > 1 else self.metric
+        """The metric that charts show."""
+        longest = max((run.seconds for run in self.runs), default=0)
+        self.time = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """The table of runs for other programs."""
-        return pd.DataFrame([{cell.name: cell.value for cell in self.cells(run)} for run in self.runs], dtype=object)
+        """The table of runs, whole, for other programs."""
+        rows = []
+        for run in self.runs:
+            kind, rank = self.ranks.get(run.path, (None, None))
+            rows.append(
+                {
+                    "objective": self.objective,
+                    "evaluation": None if kind is None else letter(kind),
+                    "rank": rank,
+                    "run": run.name,
+                    "run_id": run.manifest.get("run_id"),
+                    "configuration": self.configurations[run.path],
+                    "seed": run.chosen.get("seed"),
+                    **{key: run.chosen.get(key) for key in self.heads},
+                    self.metric.replace(" ", "_"): run.final["perplexity"],
+                    bits_name(self.metric).replace(" ", "_"): run.final["bits_per_byte"],
+                    "so_far_at_step": run.so_far_at,
+                    "status": run.status.name,
+                    "cause": run.status.cause,
+                    "step": run.status.step,
+                    "of_steps": run.status.steps,
+                    **{name: run.summary.get(name) for name in COUNTS},
+                    "tokens": run.tokens,
+                    "tokens_per_s": run.speed,
+                    "seconds": run.seconds,
+                    "directory": str(run.path),
+                }
+            )
+        return pd.DataFrame(rows, dtype=object)
 
     @cached_property
-    def rows(self) -> list[list[Cell]]:
-        """The table of runs for a person, a row for each run."""
-        return [[cell for cell in self.cells(run) if cell.head] for run in self.runs]
+    def shown(self) -> pd.DataFrame:
+        """The table of runs for a person: what differs between them, in few columns."""
+        table, bits = self.table.copy(), bits_name(self.metric).replace(" ", "_")
+        bounds = [BOUND if run.records and is_bound(run.records.certificate) else "" for run in self.runs]
+        if any(bounds):
+            table[bits] = [bound + as_text(value, "per byte") for bound, value in zip(bounds, table[bits], strict=True)]
+        for key in self.heads.keys() - self.numeric:
+            table[key] = [brief(run.chosen[key]) if key in run.chosen else None for run in self.runs]
+        table["seconds"] /= self.time[0]
+        left_out = ["objective", "run_id", "configuration", "directory"]
+        left_out += [] if self.apart else ["evaluation"]
+        left_out += [] if table["seed"].nunique() > 1 else ["seed"]
+        left_out += ["trainable_parameters"] if table["trainable_parameters"].equals(table["parameters"]) else []
+        table = table.drop(columns=left_out).dropna(axis="columns", how="all")
+        heads = {name: name.replace("_", " ") for name in table.columns}
+        return table.rename(columns=heads | self.heads | {"seconds": f"time ({self.time[1]})"})
 
     @cached_property
-    def numeric(self) -> list[bool]:
-        """Returns whether each column of `rows` holds numbers."""
-        columns = zip(*self.rows, strict=True)
-        return [all(isinstance(cell.value, int | float | None) for cell in column) for column in columns]
-
-    def marks(self, run: Run) -> dict[str, str]:
-        """Returns the values of a run by which its row can be filtered."""
-        texts = {field: self.texts[key].get(run.path, "") for key, field in self.fields.items()}
-        return {"state": run.status.name} | texts
-
-    @property
-    def filters(self) -> dict[str, tuple[str, list[str]]]:
-        """The head and the values of each field of few values by which rows can be filtered."""
-        offered = {"state": ("state", [*self.statuses])}
-        for key, field in self.fields.items():
-            pairs = zip(self.runs, self.run_data[field], strict=True)
-            values = {self.texts[key][run.path]: value for run, value in pairs if run.path in self.texts[key]}
-            offered[field] = self.heads[key], sorted(values, key=values.__getitem__)
-        return {field: (head, values) for field, (head, values) in offered.items() if 1 < len(values) <= OPTIONS}
-
-    @cached_property
-    def run_data(self) -> pd.DataFrame:
-        """The runs as charts show them: name, configuration, kind of evaluation, final metric, values of the keys."""
-        data = pd.DataFrame(
-            {
-                "run": [run.name for run in self.runs],
-                "configuration": [self.configurations[run.path] for run in self.runs],
-                "evaluation": [
-                    letter(self.ranks[run.path][0]) if run.path in self.ranks else "none" for run in self.runs
-                ],
-                "final": [run.final[self.charted[0]] if run.status.name == "done" else None for run in self.runs],
-            }
-        )
-        data["final"] = data["final"].astype(float).replace(math.inf, math.nan)
-        for key, field in self.fields.items():
-            values = [run.chosen.get(key) if run.path in self.texts[key] else None for run in self.runs]
-            numbers = all(type(value) in (int, float, type(None)) for value in values)
-            data[field] = values if numbers else [self.texts[key].get(run.path) for run in self.runs]
-        return data
+    def done(self) -> pd.DataFrame:
+        """The finished runs as charts show them: run, configuration, kind of evaluation, keys, final metric."""
+        done = self.table[self.table["status"] == "done"].rename(columns={self.charted.replace(" ", "_"): "final"})
+        done = done[np.isfinite(done["final"].astype(float))].fillna({"evaluation": "none"})
+        texts = {key: done[key].map(as_typed) for key in self.heads if key not in self.numeric}
+        columns = ["run", "configuration", "evaluation", *self.heads, "final"]
+        return done.assign(**texts)[columns].infer_objects()
 
     @cached_property
     def curve_data(self) -> pd.DataFrame:
-        """The curves, a row for each point of each."""
-        rows = (
-            {"run": run.name, "configuration": self.configurations[run.path], **point, "perplexity": exp(point["loss"])}
-            for run in self.runs
-            for point in run.curves()
-        )
-        columns = ["run", "configuration", "split", "step", "tokens", "seconds", "loss", "speed", "perplexity"]
-        return pd.DataFrame(rows, columns=columns)
+        """The curves of the runs, a row for each point of each."""
+        frames = [run.curves() for run in self.runs if len(run.metrics)]
+        if not frames:
+            return pd.DataFrame(columns=["run", "configuration", "split", "speed", "loss"], dtype=float)
+        curves = pd.concat(frames)
+        names = {run.name: self.configurations[run.path] for run in self.runs}
+        curves.insert(1, "configuration", curves["run"].map(names))
+        with np.errstate(over="ignore"):
+            return curves.assign(perplexity=np.exp(curves["loss"]))
 
     @cached_property
     def final_data(self) -> pd.DataFrame:
@@ -213,92 +167,71 @@ class Section:
         ]
         return pd.DataFrame(rows)
 
+    def final_table(self, number: int) -> pd.DataFrame:
+        """Returns the table of the final metrics of a kind of evaluation for a person."""
+        data = self.final_data[self.final_data["evaluation"] == letter(number)][:BEST]
+        data = data.drop(columns=["rank", "evaluation", *([] if data["upper_bound"].any() else ["upper_bound"])])
+        for name in ("bits_per_byte", "perplexity", "difference"):
+            ends = zip(data.pop(f"{name}_low"), data.pop(f"{name}_high"), strict=True)
+            texts = [" to ".join(filter(None, (as_text(end, name.replace("_", " ")) for end in both))) for both in ends]
+            data.insert(data.columns.get_loc(name) + 1, f"{name}, 95 %", texts)
+        data["p"] = [p_text(final.difference.p if final.difference else None) for final in self.finals[number][:BEST]]
+        names = {name: name.replace("perplexity", self.kind_metrics[number]).replace("_", " ") for name in data.columns}
+        return data.rename(columns=names)
+
     @property
-    def csv(self) -> dict[str, str]:
+    def csv(self) -> dict[str, pd.DataFrame]:
         """The data of the charts, whole, by the names of their files."""
-        tables = {"finals": self.final_data}
-        for split in SPLITS:
-            left_out = ["split"] if split == "training" else ["split", "speed"]
-            tables[split] = self.curve_data[self.curve_data["split"] == split].drop(columns=left_out)
+        tables = {split: self.curve_data[self.curve_data["split"] == split].drop(columns="split") for split in SPLITS}
+        tables["validation"] = tables["validation"].drop(columns="speed")
+        tables["finals"] = self.final_data
         if self.effects:
-            names = {field: key for key, field in self.fields.items()} | {"final": self.charted[1]}
-            effects = self.run_data[["run", "evaluation", *self.fields.values(), "final"]]
-            tables["effects"] = effects[effects["final"].notna()].rename(columns=names)
-        return {f"{self.slug}_{name}": table.to_csv(index=False) for name, table in tables.items() if len(table)}
-
-    @cached_property
-    def chart_data(self) -> dict[str, pd.DataFrame]:
-        """The data of the charts, by the names that they know it by; curves no denser than a screen shows."""
-        curves = self.curve_data.round(4)
-        most = max(20, self.points // max(1, len(curves[["run", "split"]].drop_duplicates())))
-
-        def select(steps: pd.Series) -> pd.Series:
-            # Runs of one configuration keep the same steps, so that their mean stays one of all of them.
-            known = np.unique(steps)
-            return steps.isin(known[np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int)])
-
-        if len(curves):
-            curves = curves[curves.groupby(["configuration", "split"])["step"].transform(select)]
-        columns = ["run", "step", "tokens", "seconds", "loss", "speed"]
-        by_split = {split: curves.loc[curves["split"] == split, columns] for split in SPLITS}
-        return by_split | {"runs": self.run_data, "finals": self.final_data}
+            tables["effects"] = self.done.drop(columns="configuration").rename(columns={"final": self.charted})
+        return {f"{self.slug}_{name}": table for name, table in tables.items() if len(table)}
 
     @property
     def thinned(self) -> bool:
         """True if charts show fewer points of curves than there are."""
-        return sum(len(self.chart_data[split]) for split in SPLITS) < len(self.curve_data)
+        return bool((self.curve_data.groupby(["run", "split"]).size() > self.points).any())
 
     @cached_property
-    def chart_keys(self) -> dict[str, Key]:
-        """The keys in which finished runs differ."""
-        done = self.run_data[self.run_data["final"].notna()]
-        values = {key: sorted(done[field].dropna().unique().tolist()) for key, field in self.fields.items()}
-        return {key: Key(self.fields[key], self.heads[key], of) for key, of in values.items() if len(of) > 1}
-
-    @cached_property
-    def curves(self) -> list[dict[str, Chart]]:
-        """The charts of curves: each against tokens, steps and time."""
-        configurations = list(dict.fromkeys(self.configurations.values()))  # best first, as the runs
-        numeric = [key for key in self.chart_keys.values() if key.numeric]
-        by = max(numeric, key=lambda key: len(key.values), default=None)
-        longest = self.curve_data["seconds"].max()
-        divisor, unit = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
-        against = {
-            "tokens": ("datum.tokens", "tokens seen in training"),
-            "steps": ("datum.step", "optimizer steps"),
-            "time": (f"datum.seconds / {divisor}", f"time ({unit})"),
-        }
+    def curves(self) -> list[Chart]:
+        """The charts of the loss and the speed over training."""
         loss = f"loss (nats per {'scored ' if 'masked' in self.metric else ''}token)"
-        shown = [
-            (f"{split}_{y}", f"{split.capitalize()} {title.partition(' (')[0]}", split, y, title)
-            for split in SPLITS
-            for y, title in (("loss", loss), ("perplexity", self.metric))
-        ]
-        shown.append(("throughput", "Throughput", "training", "speed", "tokens per second"))
+        configurations = list(dict.fromkeys(self.configurations.values()))  # best first, as the runs
+        numeric = [key for key in self.chart_heads if key in self.numeric]
+        by = max(numeric, key=lambda key: self.done[key].nunique(), default=None)
+        data = self.curve_data
+        if by:
+            data = data.assign(**{by: data["run"].map(self.table.set_index("run")[by])})
         drawn = []
-        for name, heading, split, y, title in shown:
-            if self.chart_data[split]["speed" if y == "speed" else "loss"].notna().any():
-                file, table = f"{self.slug}_{name}", f"{self.slug}_{split}"
-                specs = {
-                    x: draw_curve(split, axis, (y, title), configurations, self.several, by)
-                    for x, axis in against.items()
-                }
-                names = {x: file if x == "tokens" else f"{file}_by_{x}" for x in specs}
-                drawn.append({x: Chart(names[x], heading, spec, (split, "runs"), table) for x, spec in specs.items()})
+        for name, title, split, y in [
+            ("validation_loss", "Validation loss", "validation", ("loss", loss)),
+            ("training_loss", "Training loss", "training", ("loss", loss)),
+            ("throughput", "Throughput", "training", ("speed", "tokens per second")),
+        ]:
+            points = data[(data["split"] == split) & data[y[0]].notna()]
+            if len(points):
+                select = f"#against-{self.slug}"
+                spec = draw_curve(points, y, self.time, configurations, by, select, self.points)
+                drawn.append(Chart(f"{self.slug}_{name}", title, spec, f"{self.slug}_{split}"))
         return drawn
+
+    @property
+    def chart_heads(self) -> dict[str, str]:
+        """The keys in which finished runs differ, and what each is called."""
+        return {key: head for key, head in self.heads.items() if self.done[key].nunique() > 1}
 
     @cached_property
     def effects(self) -> list[Chart]:
         """The charts of the final metric by the value of each key."""
-        done, metric = self.run_data[self.run_data["final"].notna()], self.charted[1]
         drawn: dict[str, Chart] = {}
-        for name, key in list(self.chart_keys.items())[:KEYS]:
-            others = [other for other in self.chart_keys.values() if other is not key]
-            spec = draw_effect(key, others, metric, done["final"].tolist(), sorted(done["evaluation"].unique()))
-            file = f"{self.slug}_effect_{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:80]}"
-            file = f"{file}_{key.field}" if file in drawn else file
-            title = f"{metric.capitalize()} by {shorten(name, 60)}"
-            drawn[file] = Chart(file, title, spec, ("runs",), f"{self.slug}_effects")
+        for key in list(self.chart_heads)[:KEYS]:
+            spec = draw_effect(self.done, key, self.chart_heads, self.charted)
+            file = f"{self.slug}_effect_{re.sub(r'[^A-Za-z0-9._-]+', '-', key)[:80]}"
+            file = f"{file}_{len(drawn)}" if file in drawn else file
+            title = f"{self.charted.capitalize()} by {shorten(key, 60)}"
+            drawn[file] = Chart(file, title, spec, f"{self.slug}_effects")
         return list(drawn.values())
 
     @cached_property
@@ -308,75 +241,31 @@ class Section:
         for number, perplexity in enumerate(self.kind_metrics):
             data = self.final_data[self.final_data["evaluation"] == letter(number)]
             best = f", the {BEST} best of {len(data)}" if len(data) > BEST else ""
-            field, bits = self.charted[0], bits_name(perplexity)
-            metric = perplexity if field == "perplexity" else bits
-            file, table = f"{self.slug}_{{}}{f'_{letter(number)}' if self.apart else ''}", f"{self.slug}_finals"
+            bits = bits_name(perplexity)
+            field, metric = ("perplexity", perplexity) if self.charted == self.metric else ("bits_per_byte", bits)
+            ending, table = f"_{letter(number)}" if self.apart else "", f"{self.slug}_finals"
             spec = draw_final(data[:BEST], field, metric)
-            kind = [Chart(file.format("final"), f"Final {metric}{best}", spec, ("finals",), table)]
+            kind = [Chart(f"{self.slug}_final{ending}", f"Final {metric}{best}", spec, table)]
             if len(data) > 1:
                 spec = draw_final(data[:BEST], "difference", f"difference from the best ({bits})")
-                title = f"Difference from the best{best}"
-                kind.append(Chart(file.format("difference"), title, spec, ("finals",), table))
+                kind.append(Chart(f"{self.slug}_difference{ending}", f"Difference from the best{best}", spec, table))
             drawn.append(kind)
         return drawn
 
     @property
     def charts(self) -> list[Chart]:
-        """All charts that have files: curves are drawn against tokens there."""
-        curves = [variants["tokens"] for variants in self.curves]
-        return [*curves, *self.effects, *(chart for kind in self.intervals for chart in kind)]
-
-    def members(self, final: Final) -> list[int]:
-        """Returns the indices of the runs of a configuration; none where it evaluates what is no run of the section."""
-        return [i for i, run in enumerate(self.runs) if run.path in final.paths]
-
-    def final_texts(self, number: int) -> pd.DataFrame:
-        """Returns the table of the final metrics of a kind of evaluation for a person."""
-        ends = "95 % interval"
-        heads = [
-            "configuration",
-            "runs",
-            self.kind_metrics[number],
-            ends,
-            "bits/byte",
-            ends,
-            "from the best",
-            ends,
-            "p",
-        ]
-        rows = []
-        for final in self.finals[number][:BEST]:
-            gap = final.difference or Difference()
-            rows.append(
-                [
-                    final.name,
-                    str(len(final.paths)),
-                    perplexity_text(final.perplexity[0]),
-                    " to ".join(map(perplexity_text, final.perplexity[1:])) if final.perplexity[1] else "",
-                    f"{BOUND if final.bound else ''}{final.bits_per_byte[0]:.4f}",
-                    interval_text(*final.bits_per_byte[1:], ".4f"),
-                    number_text(gap.difference, "+.4f"),
-                    interval_text(gap.low, gap.high),
-                    p_text(gap.p),
-                ]
-            )
-        return pd.DataFrame(rows, columns=heads)
+        """All charts."""
+        return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind)]
 
     @property
-    def samples(self) -> list[tuple[int, Run, list[dict[str, Any]]]]:
-        """The index of each run with samples, the run, and the last of them."""
-        return [
-            (i, run, [sample for sample in run.samples if sample["step"] == run.samples[-1]["step"]])
-            for i, run in enumerate(self.runs)
-            if run.samples
-        ]
-
-    @property
-    def troubles(self) -> list[tuple[int, Run, str]]:
-        """The index of each run that has not ended, or can't be read in full, the run, and how to go on with it."""
-        return [
-            (i, run, next_command(run)) for i, run in enumerate(self.runs) if run.status.name not in ENDED or run.faults
-        ]
+    def troubles(self) -> pd.DataFrame:
+        """The table of the runs that have not ended or can't be read in full, with why, and how to go on."""
+        table = self.table[["run", "configuration", "status", "cause", "step", "of_steps"]].assign(
+            message=["\n".join([run.status.message or "", *run.faults]).strip() for run in self.runs],
+            command=[next_command(run) for run in self.runs],
+        )
+        table = table[[run.status.name not in ENDED or bool(run.faults) for run in self.runs]]
+        return table.rename(columns={"of_steps": "of steps", "command": "to go on"})
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -391,7 +280,7 @@ class Section:
             # With many choices, a configuration goes by the name of a run.
             choices = [self.configurations[run.path]] if 0 < len(self.heads) <= 4 else []
             which = ", ".join([run.name, *choices, f"seed {run.chosen.get('seed')}"])
-            value = perplexity_text(run.final["perplexity"])
+            value = as_text(run.final["perplexity"])
             sentences.append(f"The best single run{of} is {which}, with {self.kind_metrics[kind]} {value}.")
         return sentences
 
@@ -400,7 +289,7 @@ def make_sections(runs: Sequence[Run], evaluations: Mapping[str, Records], point
     """Returns a section for each objective, each with a slug of its own for the names of its files.
 
     Args:
-        points: of curves that the report has room for in all.
+        points: the number of points of curves that the report has room for in all.
     """
     sections: list[Section] = []
     for objective in dict.fromkeys([*(run.objective for run in runs), *map(objective_of, evaluations.values())]):
@@ -428,11 +317,6 @@ def with_ends(name: str, values: Sequence[float | None]) -> dict[str, float | No
 def bits_name(perplexity: str) -> str:
     """Returns what bits per byte are called beside a perplexity of that name."""
     return perplexity.replace("perplexity", "bits per byte")
-
-
-def exp(loss: float) -> float:
-    """Returns the exponential; infinity where that is beyond a float."""
-    return math.exp(loss) if loss < 709 else math.inf
 
 
 def next_command(run: Run) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmlab.console import counted
 from lmlab.errors import UserError, first_line
 from lmlab.evaluation.comparison import (
     CELLS,
@@ -50,13 +51,13 @@ class Final:
     bits_per_byte: Estimate
     """The mean over the runs."""
     bound: bool
-    """Whether bits per byte are an upper bound, as some tokens were unknown."""
+    """True if bits per byte are an upper bound, as some tokens were unknown."""
     unit: str
-    """What the intervals are over: documents, or stretches of them."""
+    """The unit that the intervals are over: documents, or stretches of them."""
     perplexity: Estimate
     """exp of the mean over the runs of nll per token."""
     difference: Difference | None
-    """From the best, in bits per byte; None for the best itself, and beyond `BEST`."""
+    """The difference from the best, in bits per byte; None for the best itself, and beyond `BEST`."""
 
 
 def split_comparable(evaluations: Sequence[Records]) -> tuple[list[list[Records]], list[str]]:
@@ -178,8 +179,8 @@ def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], statuses: Mapping[str,
 
     Args:
         kinds: the name of the bits per byte and the configurations, best first, of each kind of evaluation.
-        statuses: how many runs have each.
-        unranked: how many have finished without an evaluation.
+        statuses: the number of runs of each.
+        unranked: the number of runs that have finished without an evaluation.
     """
     sentences = [
         (f"{letter(number)}: " if len(kinds) > 1 else "") + kind_verdict(name, finals)
@@ -191,13 +192,13 @@ def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], statuses: Mapping[str,
         )
     if unranked:
         them = "it" if unranked == 1 else "them"
-        sentences.append(f"{count_runs(unranked)} finished, without an evaluation to rank {them} by.")
+        sentences.append(f"{counted(unranked, 'run')} finished, without an evaluation to rank {them} by.")
     unfinished = sum(count for status, count in statuses.items() if status not in ENDED)
     if unfinished and not kinds and not unranked:
         sentences.append("None has finished, so none is ranked; what is known so far is shown.")
     elif unfinished:
         verb = "has" if unfinished == 1 else "have"
-        sentences.append(f"{count_runs(unfinished)} {verb} not finished, and {verb} no part in this.")
+        sentences.append(f"{counted(unfinished, 'run')} {verb} not finished, and {verb} no part in this.")
     return sentences
 
 
@@ -234,8 +235,3 @@ def kind_verdict(bits_per_byte: str, finals: Sequence[Final]) -> str:
 def bits_text(final: Final) -> str:
     """Returns the bits per byte of a configuration for a person."""
     return f"{BOUND if final.bound else ''}{final.bits_per_byte[0]:.4f}"
-
-
-def count_runs(runs: int) -> str:
-    """Returns a number of runs in words."""
-    return f"{runs} run{'s' if runs != 1 else ''}"

@@ -11,12 +11,40 @@ SIGNS = {"±": r"$\pm$", "−": "$-$", "≤": r"$\le$"}
 """Signs that LaTeX does not know, and what it knows for them."""
 
 
+FORMATS = {
+    "perplexity": ",.2f",
+    "per byte": ".4f",
+    "difference": "+.4f",
+    "flops": ".3g",
+    "per s": ",.0f",
+    "time": ",.2f",
+}
+"""The format of the numbers of a column that are not whole, by a part of its head; those of others have five digits."""
+
+
 def latex(table: "DataFrame", layout: str | None = None) -> str:
-    """Returns a table of texts as a `tabular` for the booktabs package; its first column is of words if no other is."""
-    text = table.to_latex(index=False, escape=True, column_format=layout or "l" + "r" * (table.shape[1] - 1))
+    """Returns a table as a `tabular` for the booktabs package; its first column is of words if no other is."""
+    texts = table.apply(lambda column: column.map(lambda value: " ".join(as_text(value, str(column.name)).split())))
+    text = texts.to_latex(index=False, escape=True, column_format=layout or "l" + "r" * (table.shape[1] - 1))
     for sign, macro in SIGNS.items():
         text = text.replace(sign, macro)
     return text
+
+
+def as_text(value: Any, head: str = "") -> str:
+    """Returns a value of a table in the column of a head for a person; the empty string for None.
+
+    Numbers of a million and more are whole or have three digits.
+    """
+    if value is None or value != value:
+        return ""
+    if type(value) not in (int, float):
+        return str(value)
+    if abs(value) >= 1e6 and isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 1e12 else f"{value:.3g}"
+    return format(value, next((form for part, form in FORMATS.items() if part in head), ",.5g"))
 
 
 def p_text(p: float | None) -> str:
@@ -27,26 +55,6 @@ def p_text(p: float | None) -> str:
 def interval_text(low: float | None, high: float | None, spec: str = "+.4f") -> str:
     """Returns the ends of an interval by a format specification; empty where there is none."""
     return "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
-
-
-def number_text(value: float | None, spec: str = ",") -> str:
-    """Returns a number by a format specification; empty where there is none."""
-    return "" if value is None else f"{value:{spec}}"
-
-
-def perplexity_text(value: float | None) -> str:
-    """Returns a perplexity with the digits that a person reads."""
-    return "" if value is None else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def duration(seconds: float | None) -> str:
-    """Returns a time in the largest two units that it fills; empty where there is none."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def brief(value: Any, most: int = 40) -> str:

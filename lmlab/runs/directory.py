@@ -40,18 +40,18 @@ class RunDirectory:
         self.log = self.path / "train.log"
         self.logs = self.path / "logs"
         self.failure = self.path / "failure.json"
-        self.locked = self.path / ".lock"
+        self.lock_file = self.path / ".lock"
 
     def checkpoint_at(self, step: int) -> Path:
-        """The checkpoint after `step` optimizer steps."""
+        """Returns the path of the checkpoint after `step` optimizer steps."""
         return self.checkpoints / f"step-{step}.ckpt"
 
     def best_at(self, step: int) -> Path:
-        """The weights after `step` optimizer steps, kept because they are among the best."""
+        """Returns the path of the weights after `step` optimizer steps, kept because they are among the best."""
         return self.checkpoints / f"best-{step}.ckpt"
 
     def rank_log(self, rank: int) -> Path:
-        """The output of a rank other than 0."""
+        """Returns the path of the output of a rank other than 0."""
         return self.logs / f"rank{rank}.log"
 
     def checkpoint_files(self) -> list[Path]:
@@ -85,7 +85,7 @@ class RunDirectory:
         before = content(self.path)
         with empty_folders_removed(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            with self.locked.open("a+") as file:
+            with self.lock_file.open("a+") as file:
                 try:
                     lock(file, wait=False)
                 except OSError as error:
@@ -103,7 +103,7 @@ class RunDirectory:
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """Explains an error inside by the directory's having been moved or deleted, where it has been.
+        """Explains an error inside that comes of the directory being moved or deleted.
 
         Raises:
             UserError: the directory holds no run any more.
@@ -123,7 +123,7 @@ class RunDirectory:
 
     def held(self) -> bool:
         """Returns whether another process holds the lock of this directory."""
-        return held(self.locked)
+        return held(self.lock_file)
 
     def begun(self) -> bool:
         """Returns whether the directory holds a run or an evaluation."""
@@ -163,12 +163,6 @@ class RunDirectory:
         }
         write_json(self.manifest, manifest)
 
-    def give_up(self) -> None:
-        """Frees the directory of a run that was refused before it began to train, or of an evaluation that failed."""
-        if not self.ledger.exists() and not self.certificate.exists():
-            for file in (self.manifest, self.config, self.overrides):
-                file.unlink(missing_ok=True)
-
     def finished(self) -> bool:
         """Returns whether the directory holds a run that has finished."""
         return self.summary.is_file()
@@ -176,10 +170,6 @@ class RunDirectory:
     def unfinished(self) -> bool:
         """Returns whether the directory holds a run that has begun to train and has not finished."""
         return self.has_config() and self.ledger.is_file() and not self.model.is_dir()
-
-    def read_failure(self) -> dict[str, Any] | None:
-        """Returns how the last attempt at an unfinished run ended (see status.py), if it did."""
-        return read_json(self.failure) if self.failure.is_file() else None
 
     def read_manifest(self) -> dict[str, Any]:
         """Returns what the run is: its id, command, seeds, data, software and machine."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lmlab.console import show_rows
 
 if TYPE_CHECKING:
-    from lmlab.data.preprocess import Ledger
+    from lmlab.data.prepared import Ledger
 
 LOG = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ from lmlab.runs.manifest import environment, version_changes
 from lmlab.runs.status import write_failure
 
 if TYPE_CHECKING:
-    from lmlab.data.preprocess import Prepared
+    from lmlab.data.prepared import Prepared
     from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(run: RunDirectory, in_sweep: bool = False) -> Iterator[None]:
+def failure_recorded(run: RunDirectory, in_sweep: bool = False) -> Iterator[None]:
     """Holds the lock of a run directory, and records there how an attempt at the run failed.
 
     An attempt that is refused before the run has begun leaves the directory as it was, unless the run is one of a
@@ -78,7 +78,9 @@ def new(run: RunDirectory, config: str, overrides: str, seeds: dict[str, int], *
     except BaseException as error:
         if cause_of(error) == "bad config":  # found by a callback or the objective, before the first step
             run.ledger.unlink(missing_ok=True)
-        run.give_up()
+        if not run.ledger.exists() and not run.certificate.exists():  # it did not begin to train, or has no metrics
+            for file in (run.manifest, run.config, run.overrides):
+                file.unlink(missing_ok=True)
         raise
 
 
@@ -184,4 +186,4 @@ def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads:
         check_fits(content, module, Path(checkpoint))
         size = content["metrics"]
     if leads:
-        loggers.rewind(run.metrics, size)
+        loggers.truncate(run.metrics, size)

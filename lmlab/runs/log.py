@@ -18,7 +18,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 class StdoutHandler(logging.StreamHandler):
-    """Writes to what is standard output at the time: a progress bar puts itself in front of it."""
+    """Writes to what is standard output at the time, which a progress bar may have replaced."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -29,7 +29,7 @@ class StdoutHandler(logging.StreamHandler):
 
 
 class TolerantFileHandler(logging.FileHandler):
-    """Leaves out a line that can't be written: a full disk ends no run."""
+    """Writes to a file, and leaves out a line that can't be written: a full disk ends no run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from lmlab import secrets
 from lmlab.distributed.signals import BEFORE_THE_LIMIT
 from lmlab.errors import Stopped, UserError, cause_of, first_line, plainly
-from lmlab.io import write_json
+from lmlab.io import read_json, write_json
 from lmlab.runs.directory import RunDirectory
 
 ENDED = ("done", "pruned")
@@ -19,16 +19,16 @@ class Status:
     """The status of a run, which does not depend on what became of its process."""
 
     name: str
-    """waiting, running, done, pruned, stopped (by a signal, with a checkpoint) or failed."""
+    """One of waiting, running, done, pruned, stopped (by a signal, with a checkpoint) and failed."""
     cause: str | None = None
-    """Why it failed: out of memory, non-finite loss, killed, crashed, bad config, disk full, gone (its directory),
-    damaged or error; or why it stopped: timed out, or the signal."""
+    """The cause of a failure: out of memory, non-finite loss, killed, crashed, bad config, disk full, gone (the
+    directory), damaged or error; or that of a stop: timed out, or the signal."""
     message: str | None = None
-    """The message that was shown then."""
+    """The message that was shown when the run failed or stopped."""
     step: int = 0
-    """Optimizer steps that were made, as far as the directory knows."""
+    """The number of optimizer steps that were made, as far as the directory knows."""
     steps: int | None = None
-    """Optimizer steps of the whole run."""
+    """The number of optimizer steps of the whole run."""
 
 
 def read_status(run: RunDirectory) -> Status:
@@ -37,7 +37,7 @@ def read_status(run: RunDirectory) -> Status:
         if run.finished():
             summary = run.read_summary()
             return Status("pruned" if "pruned" in summary else "done", step=summary["steps"], steps=summary["steps"])
-        failure = run.read_failure()
+        failure = read_json(run.failure) if run.failure.is_file() else None
         step, steps = last_step(run), run.read_manifest().get("steps") if run.begun() else None
         if run.held():
             return Status("running", None, None, step, steps)

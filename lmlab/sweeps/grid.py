@@ -80,8 +80,7 @@ class GridSweeper(Sweeper):
             raise UserError("there is no SLURM here, as there is no srun: give the command where jobs are submitted.")
         submitted = launcher.startswith(slurm.SUBMITIT)
         if ranks.rank() is not None and not submitted:
-            with ranks.leading():
-                raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
+            raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
         begun = {point_identity(point.overrides) for point in read_points(self.folder) if point.run.begun()}
         for point in points:
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, [*shared, *point])

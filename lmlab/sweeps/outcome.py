@@ -37,7 +37,7 @@ def show(points: Sequence[Point]) -> list[Status]:
         loss = f"{result['val/loss']:.4f}" if result else ""
         steps = f"{status.step}/{status.steps}" if status.steps else ""
         rows.append([f"{point.number}  {' '.join(point.overrides)}", status.name, steps, loss, status.cause or ""])
-    show_rows("Runs", ["run", "state", "step", "val/loss", "cause"], rows)
+    show_rows("Runs", ["run", "status", "step", "val/loss", "cause"], rows)
     for point, status in zip(points, statuses, strict=True):
         if status.name == "failed":
             print(f"{point.number}: {status.message}")

@@ -25,7 +25,7 @@ class Point:
 
     number: int
     overrides: list[str]
-    """Those that it does not share with the other points."""
+    """The overrides that it does not share with the other points."""
     run: RunDirectory
 
 

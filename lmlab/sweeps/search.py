@@ -5,10 +5,12 @@ Hydra imports this at each start, so nothing heavy is imported at the top.
 
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 
+from lmlab.config.targets import check_value
 from lmlab.errors import UserError
 from lmlab.io import content, empty_folders_removed, held, kept_locked, locked, take_back
 from lmlab.runs.status import ENDED, Status, read_status
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from lmlab.sweeps.study import Direction
 
+NUMBER = Annotated[int, Ge(1)]
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
 
@@ -59,16 +62,15 @@ class SearchSweeper(GridSweeper):
         self.storage = storage
 
     def sweep(self, arguments: list[str]) -> None:
-        for key, count in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
-            if type(count) is not int or count < 1:
-                raise UserError(f"hydra.sweeper.{key} is a whole number, 1 or more, not {count}.")
-        swept, shared = parameters.overrides(self.params, arguments, self.hydra_context.config_loader)
-        if not swept:
-            raise UserError("nothing to search: add KEY='interval(1e-4,1e-2)', KEY='range(1,5)' or KEY=a,b.")
         from optuna.trial import TrialState
 
         from lmlab.sweeps import study
 
+        for key, kind in {"n_trials": NUMBER, "n_jobs": NUMBER, "direction": study.Direction}.items():
+            check_value(f"hydra.sweeper.{key}", getattr(self, key), kind)
+        swept, shared = parameters.overrides(self.params, arguments, self.hydra_context.config_loader)
+        if not swept:
+            raise UserError("nothing to search: add KEY='interval(1e-4,1e-2)', KEY='range(1,5)' or KEY=a,b.")
         space = {key: study.distribution(override) for key, override in swept.items()}
         list(self.composed([[f"{key}={study.first_value(space[key])}" for key in space]], shared))
         study.check_search(self.sampler, self.pruner, self.direction, space)

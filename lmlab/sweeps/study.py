@@ -3,7 +3,7 @@
 import inspect
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -108,8 +108,6 @@ def check_search(
     Raises:
         UserError: names the key of hydra.sweeper.
     """
-    if direction not in get_args(Direction):
-        raise UserError(f'hydra.sweeper.direction is minimize or maximize, not "{direction}".')
     trial = optuna.create_study(direction=direction, pruner=pruner(pruner_block), sampler=sampler(sampler_block, 0))
     try:
         for _ in range(2):  # some draw at random first

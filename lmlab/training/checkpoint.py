@@ -31,7 +31,7 @@ from lmlab.evaluation.scoring import DocumentSums
 from lmlab.io import replaced
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint
-from lmlab.training.loggers import close, flush
+from lmlab.training.loggers import close, flushed_size
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: LMModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         # So that a run that goes on from here can take back the metrics of steps that it makes again.
-        checkpoint["metrics"] = flush(self.run.metrics) if trainer.is_global_zero else 0
+        checkpoint["metrics"] = flushed_size(self.run.metrics) if trainer.is_global_zero else 0
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: LMModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         step = checkpoint["global_step"]

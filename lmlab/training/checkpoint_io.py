@@ -35,10 +35,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.checked = False
-        """Whether the states of the callbacks are known to load again."""
+        """True once the states of the callbacks are known to load again."""
         self.thread: ThreadPoolExecutor | None = None
-        """Writes files while training goes on, which waits only for a copy to main memory and for earlier saves but the
-        last one. None writes them where training waits."""
+        """The thread that writes files while training goes on; that waits only for a copy to main memory and for
+        earlier saves but the last one. If None, training waits until they are written."""
         self.pending: list[Future[None]] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -52,19 +52,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def run_after_saves(self, job: Callable[[], None]) -> None:
         """Runs a job once all that was saved before is written."""
-        if not self.thread:
+        if self.thread:
+            self.pending.append(self.thread.submit(job))
+        else:
             job()
-            return
-        self.pending.append(self.thread.submit(job))
 
     def wait(self, left: int = 0) -> None:
         """Waits until at most `left` jobs are unfinished, and raises the error of one that failed."""
         while self.pending and (len(self.pending) > left or self.pending[0].done()):
             self.pending.pop(0).result()
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loads a checkpoint as tensors and plain values; nothing in the file is run (promise 10)."""
-        return torch.load(path, map_location="cpu", weights_only=True)
 
     def teardown(self) -> None:
         self.wait()

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Gt
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import lmlab
 from lmlab.console import command
 from lmlab.errors import Stopped, UserError, disk_full, first_line, nearest
-from lmlab.io import read_json, rows
+from lmlab.io import flush, read_json, rows
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.manifest import git_state
 from lmlab.secrets import redacted_command
@@ -28,7 +29,8 @@ LOG = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline", "disabled")
 AXES = {"steps": "trainer/global_step", "tokens": "data/tokens_seen"}
 SUMMARIES = {"val": "min", "train": "min", "perf": "mean", "perf/peak_memory_gib": "max"}
-"""What W&B's summary keeps of a metric, by its name or the part before the slash; of others, the last value."""
+"""The statistic that W&B's summary keeps of a metric, by its name or the part before the slash; of others, the last
+value."""
 ANSWER = 5  # seconds that W&B waits for its service when it is handed a table or an artifact, which it asks about first
 COLUMNS = ("step", "text", "said")  # of samples.jsonl
 
@@ -64,19 +66,15 @@ class JSONLines:
         self.unwritten = b"" if done else lines
 
 
-def flush(path: Path) -> int:
-    """Brings a file to the disk, so that no checkpoint outlives the lines of its steps, and returns its size in bytes.
-
-    A file that is not there has 0 bytes.
-    """
+def flushed_size(path: Path) -> int:
+    """Returns the bytes of a file, 0 if there is none, once they are on the disk: no checkpoint outlives its lines."""
     if not path.is_file():
         return 0
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
+    flush(path)
+    return path.stat().st_size
 
 
-def rewind(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     """Removes the lines of a file behind its first `size` bytes: a run that goes on from there writes them again."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n", 0, size) + 1)
@@ -162,17 +160,18 @@ class WandB(WandbLogger):
     def log_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
         """Adds a table of the samples of a validation to the row that was logged last."""
         if self.row > self.received:
-            self.send_table(samples, lambda table: self.experiment.log({"samples": table}, step=self.row - 1))
+            self.send_samples(samples, partial(self.experiment.log, step=self.row - 1))
 
-    def send_table(self, samples: Sequence[Mapping[str, Any]], send: Callable[[Any], Any]) -> None:
-        """Makes a table of samples and calls `send` with it, as long as W&B takes them."""
+    def send_samples(self, samples: Sequence[Mapping[str, Any]], send: Callable[[dict[str, Any]], Any]) -> None:
+        """Calls `send` with a table of samples, as long as W&B takes them."""
         import wandb
 
         if not samples or self.accepted != {"metrics", "samples"}:
             return
         began = time.monotonic()
         try:
-            send(wandb.Table(columns=list(COLUMNS), data=[[sample[name] for name in COLUMNS] for sample in samples]))
+            data = [[sample[name] for name in COLUMNS] for sample in samples]
+            send({"samples": wandb.Table(columns=list(COLUMNS), data=data)})
         except Exception as error:  # there may also be no room for the file that a table becomes
             self.give_up("samples", first_line(error))
         else:
@@ -189,24 +188,20 @@ class WandB(WandbLogger):
         import wandb
 
         run = self.experiment
-        steps: list[Callable[[], Any]] = [run.mark_preempting] if will_go_on else []
-        if not run.disabled:
-            # The last row goes first: it would have the last word in the summary.
-            steps += [partial(run.log, {}, commit=True), self.send_all_samples]
-            if result is not None:
-                steps += [lambda: run.summary.update(dict(result)), partial(self.send_artifacts, result)]
-        steps.append(partial(run.finish, exit_code=exit_code))
-        if will_go_on:  # W&B's own process is ended too: SLURM would kill it first, and this one then complain
-            steps.append(wandb.teardown)
-        for step in steps:
-            try:
-                step()
-            except Exception as error:
-                self.warn_unsent(first_line(error))
-
-    def send_all_samples(self) -> None:
-        """Puts a table of all samples where W&B looks for the last of them."""
-        self.send_table(list(rows(self.run.samples)), lambda table: self.experiment.summary.update({"samples": table}))
+        with self.unsent_reported():
+            if will_go_on:
+                run.mark_preempting()
+            if not run.disabled:
+                run.log({}, commit=True)  # the last row goes first: it would have the last word in the summary
+                self.send_samples(list(rows(self.run.samples)), run.summary.update)
+                if result is not None:
+                    run.summary.update(dict(result))
+                    self.send_artifacts(result)
+        with self.unsent_reported():
+            run.finish(exit_code=exit_code)
+        with self.unsent_reported():
+            if will_go_on:  # W&B's own process is ended too: SLURM would kill it first, and this one then complain
+                wandb.teardown()
 
     def send_artifacts(self, result: Mapping[str, Any]) -> None:
         """Sends the certificate, the model if it is wanted, and what data they are of."""
@@ -231,14 +226,21 @@ class WandB(WandbLogger):
             model.add_dir(str(self.run.model), policy="immutable")
             self.experiment.log_artifact(model)
 
+    @contextmanager
+    def unsent_reported(self) -> Iterator[None]:
+        """Logs an error inside as the reason why W&B may not have all of the run."""
+        try:
+            yield
+        except Exception as error:
+            self.warn_unsent(first_line(error))
+
     def warn_unsent(self, why: str) -> None:
         """Warns, once, that W&B may not have all of the run, with the command that sends it."""
-        if self.warned:
-            return
-        self.warned = True
-        online = [] if self.experiment.offline else ["--no-skip-online"]
-        send = command("wandb", "sync", *online, Path(self.experiment.dir).parent)
-        LOG.warning("W&B may not have all of the run: %s\nTo send it: %s", why, send)
+        if not self.warned:
+            self.warned = True
+            online = [] if self.experiment.offline else ["--no-skip-online"]
+            send = command("wandb", "sync", *online, Path(self.experiment.dir).parent)
+            LOG.warning("W&B may not have all of the run: %s\nTo send it: %s", why, send)
 
 
 def weights_and_biases(
@@ -253,10 +255,10 @@ def weights_and_biases(
     job_type: str | None = "train",
     tags: list[str] | None = None,
     notes: str | None = None,
-    mode: str = "auto",
-    against: str = "tokens",
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+    against: Literal["steps", "tokens"] = "tokens",
     log_model: bool = False,
-    patience: float = 60.0,
+    patience: Annotated[float, Gt(0)] = 60.0,
 ) -> Logger:
     """Returns the logger of a W&B run whose id is the run's own, so that it stays one however often it is started.
 
@@ -274,14 +276,9 @@ def weights_and_biases(
 
     if getattr(rank_zero_only, "rank", 0) != 0:
         return WandbLogger(offline=True)  # which logs on rank 0 only
-    for key, value in (("logger.wandb.mode", mode), ("WANDB_MODE", os.environ.get("WANDB_MODE", mode))):
-        if value not in MODES:
-            raise UserError(f'{key} is one of {", ".join(MODES)}, not "{value}".{nearest(value, MODES)}')
-    mode = value
-    if against not in AXES:
-        raise UserError(f'logger.wandb.against is one of {", ".join(AXES)}, not "{against}".{nearest(against, AXES)}')
-    if patience <= 0:
-        raise UserError(f"logger.wandb.patience is more than 0 seconds, not {patience}.")
+    chosen: Any = os.environ.get("WANDB_MODE", mode)
+    if chosen not in MODES:
+        raise UserError(f'WANDB_MODE is one of {", ".join(MODES)}, not "{chosen}".{nearest(chosen, MODES)}')
     code = Path(lmlab.__file__).parent
     settings = wandb.Settings(
         silent=True,
@@ -294,33 +291,31 @@ def weights_and_biases(
         git_root=str(code) if git_state(code) else None,
     )
 
-    def init(mode: Any) -> Any:
-        with redacted_arguments():
-            return wandb.init(
-                dir=run_dir,
-                id=run_id,
-                project=project,
-                entity=entity,
-                name=name,
-                group=group,
-                job_type=job_type,
-                tags=tags,
-                notes=notes,
-                config=config,
-                resume="allow",
-                settings=settings,
-                mode=mode,
-            )
-
+    init = partial(
+        wandb.init,
+        dir=run_dir,
+        id=run_id,
+        project=project,
+        entity=entity,
+        name=name,
+        group=group,
+        job_type=job_type,
+        tags=tags,
+        notes=notes,
+        config=config,
+        resume="allow",
+        settings=settings,
+    )
     earlier = list(Path(run_dir).glob("wandb/offline-run-*"))
-    try:
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
-        run = init(mode)
-    except (wandb.errors.Error, ValueError) as error:  # a key that is none is a ValueError
-        LOG.warning("W&B could not be reached (%s); this run is logged offline.", first_line(error))
-        wandb.teardown()  # its own process would take the id for one in use
-        run = init("offline")
+    with redacted_arguments():
+        try:
+            if chosen == "auto":
+                chosen = "online" if wandb.login(prompt=False) else "offline"
+            run = init(mode=chosen)
+        except (wandb.errors.Error, ValueError) as error:  # a key that is none is a ValueError
+            LOG.warning("W&B could not be reached (%s); this run is logged offline.", first_line(error))
+            wandb.teardown()  # its own process would take the id for one in use
+            run = init(mode="offline")
     received = 0
     if run.offline and not run.disabled:
         for folder in earlier:  # the new one has their rows, and those that a kill has kept from them

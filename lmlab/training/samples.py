@@ -1,16 +1,17 @@
 """Samples of what the model generates while it is trained, from the same few texts at each validation."""
 
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
+from annotated_types import Ge
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.errors import UserError, first_line
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.loggers import JSONLines, WandB, flush, rewind
+from lmlab.training.loggers import JSONLines, WandB, flushed_size, truncate
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
@@ -24,17 +25,15 @@ class Samples(Callback):
     one without.
     """
 
-    def __init__(self, run_dir: str, count: int = 3):
+    def __init__(self, run_dir: str, count: Annotated[int, Ge(0)] = 3):
         """Takes the first `count` documents that are long enough."""
-        if count < 0:
-            raise UserError(f"callbacks.samples.count is a whole number, 0 or more, not {count}.")
         self.run, self.count = RunDirectory(run_dir), count
         self.lines = JSONLines(self.run.samples, "samples")
         self.size = 0
-        """Bytes of the file at the checkpoint that the run goes on from."""
+        """The size of the file, in bytes, at the checkpoint that the run goes on from."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"size": flush(self.run.samples)}
+        return {"size": flushed_size(self.run.samples)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.size = state["size"]
@@ -44,7 +43,7 @@ class Samples(Callback):
         long = [number for number, length in enumerate(documents.lengths) if length >= SHORTEST]
         self.texts = [documents.tokens[slice(*documents.edges[i : i + 2])].tolist() for i in long[: self.count]]
         if trainer.is_global_zero:
-            rewind(self.run.samples, self.size)
+            truncate(self.run.samples, self.size)
         if module.device_mesh is not None and self.texts:
             LOG.info("No samples while training: each rank has only a shard of the model.")
             self.texts = []

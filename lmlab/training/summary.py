@@ -1,8 +1,5 @@
 """The end of a run: its summary on disk, and a table on the terminal."""
 
-import shutil
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmlab.console import command, show_result
@@ -75,8 +72,7 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
     rows["peak memory"] = f"{summary['peak_memory_gib']:.2f} GiB"
     rows |= {"run directory": str(path), "model": str(path / run.model.name), "it says": generated}
     show_result(rows)
-    python = "python" if shutil.which("python") == sys.executable else from_here(Path(sys.executable))
-    print("Next:", command(python, "-m", "lmlab.predict", path, text))
+    print("Next:", command("python", "-m", "lmlab.predict", path, text))
 
 
 def title(metric: str) -> str:

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.data import guide_preprocessing
 from lmlab.config.files import CONF
-from lmlab.data.preprocess import Preprocessing, prepare, split
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import prepare
+from lmlab.data.preprocess import split
 from lmlab.data.sources import Corpus, load_sample
 from lmlab.data.tokenizers import bpe
 

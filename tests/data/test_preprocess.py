@@ -21,18 +21,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lmlab.data import prepared as prepared_data
 from lmlab.data import preprocess
 from lmlab.data import texts as from_records
-from lmlab.data.preprocess import (
-    Prepared,
-    Preprocessing,
-    flatten,
-    group_texts,
-    prepare,
-    prepare_validation,
-    split,
-)
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import Prepared, prepare, prepare_validation
+from lmlab.data.preprocess import group_texts, split
 from lmlab.data.sources import Corpus, load_files
+from lmlab.data.texts import flatten
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 
@@ -461,7 +457,7 @@ def test_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = random_texts(random.Random(0), 100)
     first = prepare(corpus_of(texts), Preprocessing(block_size=8), bpe, {"kind": "bpe"}, tmp_path)
     kept = entries(tmp_path)
-    monkeypatch.setattr(preprocess, "tokenize", never)
+    monkeypatch.setattr(prepared_data, "tokenize", never)
     second = prepare(corpus_of(texts), Preprocessing(block_size=8), never, {"kind": "bpe"}, tmp_path)
     assert entries(tmp_path) == kept
     assert second.ledger == first.ledger
@@ -508,7 +504,7 @@ def test_another_cut_of_what_is_kept(
     """Blocks cut from a cache that another block size filled are those that would be made afresh."""
     texts = random_texts(random.Random(0), 100)
     run(corpus_of(texts), block_size=64)
-    monkeypatch.setattr(preprocess, "tokenize", never)
+    monkeypatch.setattr(prepared_data, "tokenize", never)
     for block_size, every in ((2, None), (7, None), (7, 3), (10_000, None)):
         prepared = run(corpus_of(texts), block_size=block_size, drop_remainder_every=every)
         for name in ("train", "validation"):
@@ -530,7 +526,7 @@ def test_an_evaluation_reads_what_a_run_kept(
     kept = entries(tmp_path)
     choices = Preprocessing(block_size=8)
     with monkeypatch.context() as patched:
-        patched.setattr(preprocess, "tokenize", never)
+        patched.setattr(prepared_data, "tokenize", never)
         part = prepare_validation(corpus_of(texts), choices, tokenizer, tmp_path)
     assert entries(tmp_path) == kept
     assert part.train is None
@@ -565,14 +561,14 @@ def test_key_of_tokenizers(tmp_path: Path) -> None:
 def test_writer_that_fails(run: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an entry is never kept, and the next writer starts afresh."""
     texts = random_texts(random.Random(0), 100)
-    real = preprocess.tokenize
+    real = prepared_data.tokenize
 
     def halfway(*args: Any) -> Iterator:
         rows = real(*args)
         yield from (next(rows) for _ in range(10))
         raise OSError("disk full")
 
-    monkeypatch.setattr(preprocess, "tokenize", halfway)
+    monkeypatch.setattr(prepared_data, "tokenize", halfway)
     with pytest.raises(OSError, match="disk full"):
         run(corpus_of(texts))
     assert entries(tmp_path) == set()
@@ -614,7 +610,7 @@ def test_memory_is_flat_in_the_corpus(
         texts = ([f"{i} " + "some words " * 100] for i in range(count))
         (tmp_path / str(count)).mkdir()
         tracemalloc.start()
-        preprocess.write_split(tmp_path / str(count), name, texts, tokenizer, Preprocessing())
+        prepared_data.write_split(tmp_path / str(count), name, texts, tokenizer, Preprocessing())
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -638,7 +634,7 @@ def test_a_filled_cache_is_only_read(run: Callable[..., Prepared], monkeypatch: 
     """No record is loaded and no lock taken, so that it may lie where nothing can be written."""
     texts = random_texts(random.Random(0), 100)
     first = run(corpus_of(texts))
-    monkeypatch.setattr(preprocess, "locked", never)
+    monkeypatch.setattr(prepared_data, "locked", never)
     second = run(Corpus(never, None, "text", "texts"))
     assert second.ledger == first.ledger
 
@@ -671,7 +667,7 @@ def test_leftovers_of_a_killed_writer(
 
 def prepare_slowly(cache: Path, log: Path, start: Any) -> None:
     """One of several processes: all start at once, and who writes notes it down."""
-    real = preprocess.write_split
+    real = prepared_data.write_split
 
     def note(line: str) -> None:
         with log.open("a") as stream:
@@ -686,7 +682,7 @@ def prepare_slowly(cache: Path, log: Path, start: Any) -> None:
         note("tokenizer")
         return bpe(texts, 300)
 
-    preprocess.write_split = write_split
+    prepared_data.write_split = write_split
     start.wait(60)
     prepared = prepare(corpus_of(HARD * 9), Preprocessing(block_size=8), make, {"kind": "bpe"}, cache)
     note(json.dumps([prepared.tokenizer_hash, *(block.tolist() for block in prepared.train)]))
@@ -717,13 +713,15 @@ def test_held_out_records_are_read_in_the_order_of_their_file(
     records = [[f"{i}, text {n}" for n in range(draw.randint(0, 3))] for i in range(100)]
     corpus = corpus_of(records)
     read = []
-    monkeypatch.setattr(preprocess, "flatten", lambda part, path: read.append(part) or from_records.flatten(part, path))
+    monkeypatch.setattr(
+        prepared_data, "flatten", lambda part, path: read.append(part) or from_records.flatten(part, path)
+    )
     prepared = run(corpus, join=join, test_size=0.3)
     held_out = next(part for part in read if part._indices is not None and len(part) == 30)
     order = held_out._indices.column(0).to_pylist()
     assert order == sorted(order)
     choices = Preprocessing(join=join, test_size=0.3)
-    drawn = preprocess.split(corpus, choices)["validation"]
+    drawn = split(corpus, choices)["validation"]
     assert drawn._indices.column(0).to_pylist() != order
     texts = list(preprocess.join_texts(drawn["text"], join))
     whole = [f"{text}{tokenizer.eos_token}" for text in texts if text]

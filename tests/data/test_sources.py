@@ -16,9 +16,11 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from lmlab.data import preprocess, sources
-from lmlab.data.preprocess import Preprocessing, flatten, prepare, prepare_validation
+from lmlab.data import prepared, sources
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import prepare, prepare_validation
 from lmlab.data.sources import SAMPLE, Corpus, load_files, load_hub, load_sample
+from lmlab.data.texts import flatten
 from lmlab.data.tokenizers import char
 from lmlab.errors import UserError
 
@@ -270,7 +272,7 @@ def memos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     return lambda: list((tmp_path / "datasets").glob("lmlab-*.json"))
 
 
-def prepared(train: str, place: Path) -> list[list[int]]:
+def blocks_from(train: str, place: Path) -> list[list[int]]:
     """The training blocks of files, from the cache in `place` if they are there."""
     corpus = load_files(train, document="line")
     data = prepare(corpus, Preprocessing(block_size=8), char, {"kind": "char"}, place)
@@ -281,12 +283,12 @@ def test_second_start(memos: Callable[[], list[Path]], tmp_path: Path, monkeypat
     """Reads no data file, no record, and tokenizes nothing; an evaluation neither."""
     file, place = tmp_path / "a.txt", tmp_path / "cache"
     file.write_text("".join(f"line {i}\n" for i in range(50)))
-    first = prepared(str(file), place)
+    first = blocks_from(str(file), place)
     assert len(memos()) == 1
     with monkeypatch.context() as patched:
-        for module, name in ((sources, "digest"), (sources, "read_files"), (preprocess, "tokenize")):
+        for module, name in ((sources, "digest"), (sources, "read_files"), (prepared, "tokenize")):
             patched.setattr(module, name, never)
-        assert prepared(str(file), place) == first
+        assert blocks_from(str(file), place) == first
         tokenizer = AutoTokenizer.from_pretrained(next(place.glob("tokenizer-*[!k]")))
         corpus = load_files(str(file), document="line")
         assert len(prepare_validation(corpus, Preprocessing(block_size=8), tokenizer, place).validation) == 5
@@ -298,7 +300,7 @@ def test_a_file_that_changed_is_noticed(memos: Callable[[], list[Path]], tmp_pat
     """Written over in place: the same size, the same inode, and the time of modification set back."""
     file, place = tmp_path / "a.txt", tmp_path / "cache"
     file.write_text("".join(f"line {i}\n" for i in range(50)))
-    before, about = prepared(str(file), place), file.stat()
+    before, about = blocks_from(str(file), place), file.stat()
     old = load_files(str(file), document="line")
     with file.open("r+") as stream:
         stream.write("Line")
@@ -307,7 +309,7 @@ def test_a_file_that_changed_is_noticed(memos: Callable[[], list[Path]], tmp_pat
     assert [(x.st_size, x.st_mtime_ns, x.st_ino) for x in (about, again)] == [
         (about.st_size, about.st_mtime_ns, about.st_ino)
     ] * 2
-    assert prepared(str(file), place) != before
+    assert blocks_from(str(file), place) != before
     assert load_files(str(file), document="line").fingerprint != old.fingerprint
     # Nor are its new records ever taken for the old ones.
     with pytest.raises(UserError, match="has changed since"):

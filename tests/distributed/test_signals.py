@@ -26,11 +26,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STOPS = [
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.compose.read_command"),
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.schema.check_run"),
-    ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.data.preprocess.prepare"),
+    ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.data.prepared.prepare"),
     ("train", [*TINY, "hydra.run.dir=OUT"], "lmlab.config.build.build_model"),
     ("train", ["-m", *TINY, "seed=1,2", "hydra.sweep.dir=OUT"], "lmlab.config.schema.check_run"),
     ("preview", TINY, "lmlab.preview.plan.plan_command"),
-    ("preview", TINY, "lmlab.data.preprocess.prepare"),
+    ("preview", TINY, "lmlab.data.prepared.prepare"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.prepare_data"),
     ("resume", ["RUNS/1", "--fresh", "--into", "OUT"], "lmlab.config.build.build_model"),
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.schema.check_choices"),
@@ -100,3 +100,22 @@ def test_what_a_finalizer_drops_is_sent_again() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heeding)
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, NOTHING)
+
+
+def test_after_the_command() -> None:
+    """A Ctrl-C while Python shuts down ends the process, and says no more than the first one did."""
+    code = (
+        "import atexit, os, signal, time\n"
+        "from lmlab import early\n"
+        "early.heed()\n"
+        "from lmlab.errors import shown_plainly\n"
+        "from lmlab.distributed.signals import SIGNALS\n"
+        "@atexit.register\n"
+        "def end():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(10)\n"
+        "with shown_plainly(), SIGNALS.heeded():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=heeding)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, NOTHING)

@@ -165,7 +165,7 @@ def test_too_little_disk(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_locks_that_keep_nobody_out(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def lock(run: RunDirectory) -> Iterator[None]:
-        run.locked.touch()
+        run.lock_file.touch()
         yield
 
     monkeypatch.setattr(RunDirectory, "lock", lock)
@@ -180,10 +180,11 @@ def test_compiler(doctor: Doctor, commands: Callable[..., None], monkeypatch: py
     failed, said = doctor("compiler")
     assert not failed
     assert "skip  compiler     no g++, which compile=true needs: apt install" in said
-    commands(**{"g++": "echo 'try.cpp:1:10: fatal error: Python.h: No such file' >&2; echo stopped >&2; exit 1"})
+    commands(**{"g++": "exit 1"})
+    monkeypatch.setattr("sysconfig.get_path", lambda *_, **__: "/nowhere")
     failed, said = doctor("compiler")
     assert failed
-    assert "can't compile for Python: try.cpp:1:10: fatal error: Python.h" in said
+    assert "compile=true needs /nowhere/Python.h, which is missing" in said
     assert "fix: apt install g++ python3-dev" in said
 
 

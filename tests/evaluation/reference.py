@@ -54,7 +54,7 @@ class Sums:
         self.unknown_bytes += token.unspelled
 
     @property
-    def units(self) -> list[int]:
+    def counts(self) -> list[int]:
         counts = [self.tokens, self.bytes, self.words, self.ends, self.lines]
         return [*counts, self.unknown_tokens, self.unknown_bytes]
 

@@ -41,7 +41,7 @@ def write(tmp_path: Path) -> Write:
             "",
         )
         none = np.zeros(count, np.int64)
-        units = np.stack([sizes // 4, sizes, sizes // 5, none, none, none, none], axis=1)
+        counts = np.stack([sizes // 4, sizes, sizes // 5, none, none, none, none], axis=1)
         run = None if config is None else {"run_id": name, "config": {"run_dir": str(place), **config}}
         made = {
             "figure": "perplexity",
@@ -54,7 +54,7 @@ def write(tmp_path: Path) -> Write:
             "run": run,
             "units": "text",
         }
-        records.write(place, documents, np.stack([nll, nll**2], axis=1), units, made | facts)
+        records.write(place, documents, np.stack([nll, nll**2], axis=1), counts, made | facts)
         return records.read(place)
 
     return write
@@ -151,7 +151,7 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
             write(f"{lr}/{seed}", np.full(40, lr + seed / 10), config=config)
     sides = comparison.make_sides(comparison.read_evaluations([tmp_path]))
     assert [(side.name, len(side.runs)) for side in sides] == [("optim.lr=1", 3), ("optim.lr=2", 3)]
-    assert comparison.differing_keys(sides) == {"optim.lr": [1, 2]}
+    assert comparison.differing_choices(sides) == {"optim.lr": [1, 2]}
     first, second = comparison.compare_sides(sides)
     assert (first["value"], second["value"]) == (pytest.approx(1.2), pytest.approx(2.2))
     assert first["deviation_of_seeds"] == pytest.approx(0.1)

@@ -13,8 +13,22 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lmlab.data.documents import CONTINUES, COUNTS, END, FEW, START, STRETCH, Documents, read_lengths, spans, stretches
-from lmlab.data.preprocess import Preprocessing, Tokens, tokenize, write_split
+from lmlab.data.documents import (
+    CONTINUES,
+    COUNTS,
+    END,
+    FEW,
+    START,
+    STRETCH,
+    UNKNOWN,
+    Documents,
+    read_lengths,
+    spans,
+    stretches,
+)
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import write_split
+from lmlab.data.preprocess import Tokens, tokenize
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.evaluation import records
@@ -246,15 +260,15 @@ def test_text_without_paragraphs_is_cut_at_lines_or_words() -> None:
 def test_many_documents_are_whole(tmp_path: Path) -> None:
     documents = documents_of([PARAGRAPHS, *(f"text {i}" for i in range(FEW - 1))], "bpe", tmp_path)
     assert documents.parts == [0] * FEW
-    assert documents.stretches is documents.edges
+    assert documents.stretches.tolist() == documents.edges.tolist()
 
 
 def test_ends_lines_and_unknown_tokens_are_counted(tmp_path: Path) -> None:
     """A document's end is that of its last line, unless the text ends with one."""
     documents = documents_of(["The cat\nsat", "on the\nmat\n", "你 cat"], "char", tmp_path)
-    units = documents.counts(np.arange(len(documents.tokens)))
-    owners = np.searchsorted(documents.edges, np.arange(len(units)), side="right") - 1
-    sums = [dict(zip(COUNTS, units[owners == i].sum(axis=0).tolist(), strict=True)) for i in range(3)]
+    counts = documents.counts(np.arange(len(documents.tokens)))
+    owners = np.searchsorted(documents.edges, np.arange(len(counts)), side="right") - 1
+    sums = [dict(zip(COUNTS, counts[owners == i].sum(axis=0).tolist(), strict=True)) for i in range(3)]
     assert [(s["words"], s["ends"], s["lines"]) for s in sums] == [(3, 1, 2), (3, 1, 2), (2, 1, 1)]
     assert [(s["unknown_tokens"], s["unknown_bytes"]) for s in sums] == [(0, 0), (0, 0), (1, 3)]
 
@@ -269,6 +283,11 @@ def word_level(unknown: str = "[UNK]", at: Any = None, normalizer: Any = None, *
     if normalizer:
         model.normalizer = normalizer
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=EOT, **named)
+
+
+def unknown(spans: np.ndarray) -> tuple[int, int]:
+    """The tokens that do not spell all of their text, and the bytes that they leave unspelled."""
+    return int((spans[:, UNKNOWN] > 0).sum()), int(spans[:, UNKNOWN].sum())
 
 
 def vanishing() -> PreTrainedTokenizerBase:
@@ -291,15 +310,16 @@ def vanishing() -> PreTrainedTokenizerBase:
 def test_text_that_no_token_spells_is_unknown(make: Callable[[], PreTrainedTokenizerBase], replaced: int) -> None:
     """Whatever the tokenizer calls it, and whether it is replaced (with the space before it) or left out."""
     texts = ["the cat 你好 sat", "你好", "the cat", " \n"]
-    found = tokens_of(texts, make())
-    assert [each.unknown for each in found] == [(1, replaced), (1, 6), (0, 0), (0, 0)]
-    assert found[1].spans is not None
-    assert found[1].spans[:, 0].sum() == 6  # of bytes that count, also where nothing but the end is left
+    found = [each.spans for each in tokens_of(texts, make())]
+    assert [*map(unknown, found)] == [(1, replaced), (1, 6), (0, 0), (0, 0)]
+    assert found[1] is not None
+    assert found[1][:, 0].sum() == 6  # of bytes that count, also where nothing but the end is left
 
 
 def test_a_text_may_spell_the_unknown_token_out() -> None:
     tokenizer = word_level(at=pre_tokenizers.WhitespaceSplit(), unk_token="[UNK]")
-    assert [each.unknown for each in tokens_of(["the [UNK] sat", "the dog sat"], tokenizer)] == [(0, 0), (1, 4)]
+    found = tokens_of(["the [UNK] sat", "the dog sat"], tokenizer)
+    assert [unknown(each.spans) for each in found] == [(0, 0), (1, 4)]
 
 
 def test_edges_and_lengths(tmp_path: Path) -> None:
@@ -346,36 +366,36 @@ def some_sums(count: int = 500) -> tuple[np.ndarray, np.ndarray]:
     """Of very different sizes, so that the order of adding would show in the last bits."""
     draw = np.random.default_rng(0)
     nll = draw.gamma(0.3, 10.0 ** draw.uniform(-8, 8, (count, 1)), (count, 2))
-    units = draw.integers(0, 10**6, (count, len(COUNTS)))
-    nll[::7], units[::7] = 0, 0
-    return nll, units
+    counts = draw.integers(0, 10**6, (count, len(COUNTS)))
+    nll[::7], counts[::7] = 0, 0
+    return nll, counts
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """A directory with an evaluation in it."""
-    nll, units = some_sums()
-    records.write(tmp_path, documents_for(nll), nll, units, FACTS)
+    nll, counts = some_sums()
+    records.write(tmp_path, documents_for(nll), nll, counts, FACTS)
     return tmp_path
 
 
 def test_records_come_back_bit_by_bit(tmp_path: Path) -> None:
-    nll, units = some_sums()
-    records.write(tmp_path, documents_for(nll), nll, units, FACTS)
+    nll, counts = some_sums()
+    records.write(tmp_path, documents_for(nll), nll, counts, FACTS)
     found = records.read(tmp_path)
     assert found.certificate.items() >= FACTS.items()
-    assert found.certificate["figures"] == compute_metrics(sum_totals(nll, units))
-    assert found.certificate["totals"] == sum_totals(nll, units)
+    assert found.certificate["figures"] == compute_metrics(sum_totals(nll, counts))
+    assert found.certificate["totals"] == sum_totals(nll, counts)
     assert found.certificate["totals"]["nll"] == math.fsum(nll[:, 0])
-    assert found.certificate["totals"]["documents_scored"] == (units[:, 0] > 0).sum()
+    assert found.certificate["totals"]["documents_scored"] == (counts[:, 0] > 0).sum()
     np.testing.assert_array_equal(found.sums[0], nll)
-    np.testing.assert_array_equal(found.sums[1], units)
+    np.testing.assert_array_equal(found.sums[1], counts)
     assert found.table["document"].to_pylist() == documents_for(nll).names
     # Totals do not hang on the order of the documents; a plain sum of these would.
     orders = [np.random.default_rng(seed).permutation(len(nll)) for seed in range(20)]
     assert len({float(nll[order, 0].sum()) for order in orders}) > 1
     for order in orders:
-        assert sum_totals(nll[order], units[order]) == found.certificate["totals"]
+        assert sum_totals(nll[order], counts[order]) == found.certificate["totals"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["certificate.json", "records.parquet"]
 
 
@@ -530,9 +550,9 @@ def test_other_columns(written: Path, change: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_model_that_gives_no_number(tmp_path: Path, value: float) -> None:
     """A diverged model's figures are no numbers, but nobody changed its records."""
-    nll, units = some_sums()
+    nll, counts = some_sums()
     nll[1] = value
-    records.write(tmp_path, documents_for(nll), nll, units, FACTS)
+    records.write(tmp_path, documents_for(nll), nll, counts, FACTS)
     message = ""
     try:
         records.read(tmp_path)
@@ -550,10 +570,10 @@ def test_a_mean_that_is_no_number_has_no_perplexity() -> None:
 
 def twice(tmp_path: Path, precision: str = "32-true") -> tuple[records.Records, records.Records]:
     """Two evaluations that came to the same."""
-    nll, units = some_sums()
+    nll, counts = some_sums()
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        records.write(tmp_path / name, documents_for(nll), nll, units, {**FACTS, "precision": precision})
+        records.write(tmp_path / name, documents_for(nll), nll, counts, {**FACTS, "precision": precision})
     return records.read(tmp_path / "one"), records.read(tmp_path / "other")
 
 

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lmlab.data.documents import Documents, read_documents
-from lmlab.data.preprocess import Preprocessing, group_texts, write_split
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import write_split
+from lmlab.data.preprocess import group_texts
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.objectives.clm import CausalLM
@@ -147,9 +149,9 @@ def test_masked_totals_do_not_follow_batches_and_ranks(
 
 def same(held_out: Any, model: Any, batch_size: int, ranks: int) -> None:
     """One row at a time in one process comes to the same."""
-    nll, units = sums_of(model, held_out, batch_size, ranks)
-    one_nll, one_units = sums_of(model, held_out, 1)
-    np.testing.assert_array_equal(units, one_units)
+    nll, counts = sums_of(model, held_out, batch_size, ranks)
+    one_nll, one_counts = sums_of(model, held_out, 1)
+    np.testing.assert_array_equal(counts, one_counts)
     np.testing.assert_allclose(nll.sum(0), one_nll.sum(0), rtol=1e-6)
     np.testing.assert_allclose(nll, one_nll, rtol=1e-5, atol=1e-6)
 
@@ -162,9 +164,9 @@ def test_two_processes_come_to_the_same(train: Callable[..., Path], evaluate: Ca
     one = records.read(evaluate(*common, "batch_size=16"))
     ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "batch_size=5"]
     two = records.read(evaluate(*common, *ranks))
-    (nll, units), (other_nll, other_units) = one.sums, two.sums
+    (nll, counts), (other_nll, other_counts) = one.sums, two.sums
     assert len(nll) > 5
-    np.testing.assert_array_equal(units, other_units)
+    np.testing.assert_array_equal(counts, other_counts)
     np.testing.assert_allclose(nll, other_nll, rtol=1e-5)
     totals, others = one.certificate["totals"], two.certificate["totals"]
     for name, value in totals.items():

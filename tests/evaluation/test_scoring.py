@@ -30,7 +30,8 @@ from transformers import (
 from lmlab.config.build import build_held_out
 from lmlab.data.datamodule import HeldOutData
 from lmlab.data.documents import COUNTS
-from lmlab.data.preprocess import Prepared, Preprocessing, prepare_validation
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import Prepared, prepare_validation
 from lmlab.data.sampler import EvaluationSampler
 from lmlab.data.sources import Corpus
 from lmlab.data.tokenizers import bpe, char
@@ -149,7 +150,7 @@ def held_out_of(data: Any, objective: Any, block_size: int, **choices: Any) -> H
 def sums_of(
     model: PreTrainedModel, held_out: HeldOut, batch_size: int = 4, ranks: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per document nll [D, 2] and units [D, 7], added up over ranks."""
+    """Per document nll [D, 2] and counts [D, 7], added up over ranks."""
     sums = []
     for rank in range(ranks):
         metric = DocumentSums(len(held_out.documents))
@@ -159,14 +160,14 @@ def sums_of(
                 score(model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets).nll, batch
             )
         sums.append([part.numpy() for part in metric.compute()])
-    nll, units = (np.sum(parts, axis=0) for parts in zip(*sums, strict=True))
-    return nll, units
+    nll, counts = (np.sum(parts, axis=0) for parts in zip(*sums, strict=True))
+    return nll, counts
 
 
 def agree(sums: tuple[np.ndarray, np.ndarray], wanted: list[reference.Sums]) -> None:
     """Units are the same; nll to the rounding of float32."""
-    nll, units = sums
-    np.testing.assert_array_equal(units, [each.units for each in wanted])
+    nll, counts = sums
+    np.testing.assert_array_equal(counts, [each.counts for each in wanted])
     expected = np.array([each.nll for each in wanted])
     assert expected.sum() > 0
     np.testing.assert_allclose(nll[:, 0].sum(), expected.sum(), rtol=1e-6)
@@ -307,9 +308,9 @@ def test_sums_are_float64_whatever_the_precision(precision: str, tmp_path: Path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer(tmp_path, precision=precision).validate(scorer, HeldOutData(held_out, 3), verbose=False)
-    nll, units = scorer.result
+    nll, counts = scorer.result
     assert nll.dtype == np.float64
-    assert units[:, 0].sum() == len(one_row)
+    assert counts[:, 0].sum() == len(one_row)
     assert nll[:, 0].sum() == pytest.approx(math.fsum(one_row), rel=1e-12)
 
 
@@ -429,8 +430,8 @@ def test_the_standard_error_of_a_sample(tmp_path: Path) -> None:
     for seed in range(300):
         rows = held_out_of(data, MaskedLM(tokenizer), 64, sample=0.6, seed=seed, **choices).rows
         nll = each[rows.tokens]
-        units = np.ones((len(nll), len(COUNTS)), np.int64)
-        totals = sum_totals(np.stack([nll, nll**2], axis=1), units)
+        counts = np.ones((len(nll), len(COUNTS)), np.int64)
+        totals = sum_totals(np.stack([nll, nll**2], axis=1), counts)
         figures = compute_metrics(totals, "pseudo_perplexity", sample=0.6)
         error = figures["nll_per_token_standard_error"]
         np.testing.assert_allclose(figures["pseudo_perplexity_standard_error"], math.exp(nll.mean()) * error)

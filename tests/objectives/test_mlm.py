@@ -177,8 +177,6 @@ def test_random_words() -> None:
 @pytest.mark.parametrize(
     "choices",
     [
-        {"mask_probability": 0},
-        {"mask_probability": 1.1},
         {"replace_mask": 0.8, "replace_random": 0.3},
         {"replace_mask": -0.1},
         {"replace_random": -0.1},

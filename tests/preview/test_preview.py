@@ -29,7 +29,7 @@ from lmlab.errors import UserError
 from lmlab.models import loading
 from lmlab.preview import batch as batches
 from lmlab.preview import job
-from lmlab.preview.measure import Measurement, count_parameters
+from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan, plan_command
 from lmlab.training.module import LMModule
 from tests.conftest import TINY, TINY_MLM, run_verb
@@ -77,7 +77,7 @@ def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
     assert "run_dir" not in text
     assert re.search(r"bytes +│ +143,686 │ +14,301 ", text)  # the ledger that the run prints
     assert "3 of the 8 samples" in text
-    for name in ("embeddings", "layers (1)", "weights", "gradients", "optimizer state", "peak memory", "first step"):
+    for name in ("parameters", "weights", "gradients", "optimizer state", "peak memory", "first step"):
         assert f"│ {name} " in text
     assert re.search(rf"│ steps +│ +{STEPS - 1} │", text)  # behind the first
     assert re.search(r"it would end at \d{4}-\d\d-\d\d \d\d:\d\d", text)
@@ -190,36 +190,9 @@ def test_causal_targets_are_those_of_the_token_before() -> None:
     ]
 
 
-def test_parameters_by_part() -> None:
-    """Against what GPT-2's and RoBERTa's own formulas give; a tied head is counted once, a frozen part as such."""
-    vocabulary, width, positions = 100, 16, 24
-
-    class Tokenizer:
-        bos_token_id = eos_token_id = pad_token_id = cls_token_id = sep_token_id = 0
-
-        def __len__(self) -> int:
-            return vocabulary
-
-    shape = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": positions}
-    gpt = loading.from_scratch(Tokenizer(), "AutoModelForCausalLM", "gpt2", shape)  # type: ignore[arg-type]
-    embeddings = (vocabulary + positions) * width
-    layer = 12 * width**2 + 13 * width
-    assert [(name, *counts) for name, counts in count_parameters(gpt).items()] == [
-        ("embeddings", embeddings, embeddings),
-        ("layers (2)", 2 * layer, 2 * layer),
-        ("rest of the body", 2 * width, 2 * width),
-        ("head, tied to the embeddings", 0, 0),
-    ]
-    untied = loading.from_scratch(Tokenizer(), "AutoModelForCausalLM", "gpt2", {**shape, "tie_word_embeddings": False})  # type: ignore[arg-type]
-    untied.base_model.wte.weight.requires_grad = False
-    rows = count_parameters(untied)
-    assert rows["head"] == (vocabulary * width, vocabulary * width)
-    assert rows["embeddings"] == (embeddings, positions * width)
-
-
 def test_bytes_are_those_of_adamw(shown: Callable[..., str]) -> None:
     text = shown(*TINY, f"trainer.max_steps={STEPS}")
-    parameters = int(re.search(r"│ all +│ +([\d,]+)", text)[1].replace(",", ""))  # type: ignore[index]
+    parameters = int(re.search(r"│ parameters +│ ([\d,]+), ", text)[1].replace(",", ""))  # type: ignore[index]
     for name, times in (("weights", 1), ("gradients", 1), ("optimizer state", 2)):
         said = float(re.search(rf"│ {name} +│ ([\d.,]+) MiB", text)[1])  # type: ignore[index]
         assert said == pytest.approx(4 * times * parameters / 2**20, abs=0.06)
@@ -300,7 +273,7 @@ MEASURED = Measurement(
     ("words", "taken", "says"),
     [
         ([], 3600.0, None),
-        (["hydra.launcher.tasks_per_node=4"], 3600.0, "tasks: 4 per node × 1 nodes, for 1 devices × 1 nodes"),
+        (["hydra.launcher.tasks_per_node=4"], 3600.0, "tasks per node × nodes: 4 × 1, for 1 × 1 devices"),
         (["hydra.launcher.timeout_min=30"], 7200.0, "time: 30 min is less than the 2 h 00 min .* re-queued 4 times"),
         (["hydra.launcher.timeout_min=5"], 7200.0, "leave none to train: raise hydra.launcher.timeout_min"),
         (
@@ -314,7 +287,7 @@ MEASURED = Measurement(
             7200.0,
             "additional_parameters.requeue=true",
         ),
-        (["hydra.launcher.mem_gb=1"], 3600.0, "memory: 1 GB of a node, 2.0 GiB measured for 1 tasks"),
+        (["hydra.launcher.mem_gb=1"], 3600.0, "memory: 1 GB of a node, 2.0 GiB measured for 1 task$"),
         (["num_workers=8"], 3600.0, "CPUs: 8 per task, for 8 workers"),
         (["hydra.launcher.signal_delay_s=6"], 3600.0, "signal: 6 s ahead of the limit, .* takes 7.0 s"),
         (["trainer=ddp", "hydra.launcher.gpus_per_node=1"], 3600.0, "GPUs: 1 per node, for 2"),
@@ -322,7 +295,7 @@ MEASURED = Measurement(
 )
 def test_limits_of_a_job(words: list[str], taken: float, says: str | None) -> None:
     plan = slurm(*words)
-    unmet = [one.text for one in job.checks(plan.launcher, plan.cfg, MEASURED, taken) if not one.met]
+    unmet = [text for met, text in job.checks(plan.launcher, plan.cfg, MEASURED, taken) if not met]
     assert (len(unmet) == 1 and re.search(says, unmet[0])) if says else not unmet
 
 
@@ -399,7 +372,7 @@ def test_what_does_not_fit(
     assert re.search(says, said.err)
     assert "activation_checkpointing=true" in said.err  # what to do
     assert "First batch" in said.out
-    assert ("│ embeddings" in said.out) == (model == "too_large")
+    assert ("│ parameters" in said.out) == (model == "too_large")
     assert not any(tmp_path.iterdir())
 
 

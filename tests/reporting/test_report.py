@@ -114,12 +114,12 @@ def sections_of(folder: Path) -> list[Section]:
 
 def test_files(report: Path, study: Path) -> None:
     charts = [chart for section in sections_of(study) for chart in section.charts]
-    assert len(charts) == 15
+    assert len(charts) == 11
     for chart in charts:
         assert (report / f"{chart.name}.svg").read_text().count("<path") > 2
         assert (report / f"{chart.name}.png").read_bytes().startswith(b"\x89PNG")
         assert table(report / f"{chart.table}.csv")
-        alt.LayerChart.from_dict(chart.spec, validate=True)
+        alt.Chart.from_dict(chart.spec, validate=True)
     assert not list(report.glob(".*"))
 
 
@@ -136,7 +136,7 @@ def test_tables(report: Path, study: Path) -> None:
         assert causal[-1][count] == ""
     assert f"{summary['parameters']:,}" in (report / "report.html").read_text()
     assert float(causal[0]["perplexity"]) == RunDirectory(study / "0").read_summary()["val/perplexity"]
-    assert {row["run"]: row["state"] for row in causal if not row["rank"]} == {
+    assert {row["run"]: row["status"] for row in causal if not row["rank"]} == {
         "4": "failed",
         "10": "waiting",
         "11": "failed",
@@ -155,7 +155,8 @@ def test_curves_are_whole(report: Path, study: Path) -> None:
     logged = [json.loads(line) for line in (study / "3" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in logged if "train/loss" in row]
     assert [float(row["loss"]) for row in rows if row["run"] == "3"] == losses
-    assert [float(row["perplexity"]) for row in rows if row["run"] == "3"] == [math.exp(loss) for loss in losses]
+    found = [float(row["perplexity"]) for row in rows if row["run"] == "3"]
+    assert found == pytest.approx([math.exp(loss) for loss in losses])
     assert any(row["run"] == "4" for row in rows)  # the killed one, as far as it went
 
 
@@ -188,7 +189,7 @@ def test_a_killed_run_was_down_for_no_time(trained: dict[str, Path], tmp_path: P
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(gone_on))
     (place / "manifest.json").write_text(json.dumps(manifest | {"went_on": [{"time": stamp, "step": 2}]}))
     run = load_runs([place])[0][0]
-    assert run.seconds[-1] < lines[-1]["time"] - lines[0]["time"] - 4990
+    assert run.seconds < lines[-1]["time"] - lines[0]["time"] - 4990
 
 
 def test_other_evaluations_are_ranked_apart(
@@ -250,11 +251,11 @@ def test_a_run_before_its_end_is_shown_with_its_best_so_far(
     )
     run_verb("report", tmp_path / "runs", "--out", tmp_path / "out")
     done, before = table(tmp_path / "out" / "runs.csv")
-    assert (before["run"], before["rank"], before["state"]) == ("before", "", status)
+    assert (before["run"], before["rank"], before["status"]) == ("before", "", status)
     assert (float(before["perplexity"]), float(before["bits_per_byte"])) == (math.exp(6), 3.0)
     assert (before["so_far_at_step"], done["so_far_at_step"], done["rank"]) == ("4", "", "1")
     html = (tmp_path / "out" / "report.html").read_text()
-    assert ">403.43 so far, step 4</td>" in html
+    assert ">403.43</td>" in html
     assert "1 run has not finished, and has no part in this.<br>The best single run is done, " in html
     assert any(row["run"] == "before" for row in table(tmp_path / "out" / "clm_validation.csv"))
     assert {row["configuration"]: row["runs"] for row in table(tmp_path / "out" / "clm_finals.csv")} == {
@@ -450,13 +451,13 @@ def test_in_a_browser(report: Path, opened: Callable[..., Any]) -> None:
     assert "<b>bold</b>" in page.locator(".troubles").first.inner_text()
     assert page.locator(".samples").count() == 1
     charts = page.locator(".chart")
-    assert charts.count() >= 13
+    assert charts.count() == 11
     for i in range(charts.count()):
         marks = "g.mark-line > path, g.mark-symbol > path, g.mark-rule > line, g.mark-area > path"
         assert charts.nth(i).locator(marks).count() > 0, charts.nth(i).get_attribute("data-chart")
 
 
-def test_sorting_and_filters(report: Path, opened: Callable[..., Any]) -> None:
+def test_sorting_finding_and_the_axis_of_curves(report: Path, opened: Callable[..., Any]) -> None:
     page = opened(report)
     section = page.locator("section").first
 
@@ -470,23 +471,13 @@ def test_sorting_and_filters(report: Path, opened: Callable[..., Any]) -> None:
     head.click()
     assert shown()[0] == "9"
     assert shown()[-2:] == ["10", "11"]  # what is not known stays last
-    points = section.locator('[data-chart="clm_effect_optim.lr"] g.mark-symbol.role-mark path')
-    lines = section.locator('[data-chart="clm_validation_loss"] g.mark-line path')
-    before = points.count(), lines.count()
-    assert before[0] == 9
-    section.get_by_label("lr", exact=True).select_option("0.0003")
-    page.wait_for_function("document.querySelector('.count').textContent.includes('4 of 12')")
-    page.wait_for_timeout(300)
-    assert sorted(shown()) == ["4", "5", "6", "7"]
-    assert points.count() == 3
-    assert lines.count() < before[1]
-    assert section.locator(".finals tbody tr:visible").count() == 2
-    assert section.locator(".samples:visible").count() == 0
+    assert section.locator('[data-chart="clm_effect_optim.lr"] g.mark-symbol.role-mark path').count() == 9
     section.locator(".find").fill("killed")
-    page.wait_for_function("document.querySelector('.count').textContent.includes('1 of 12')")
     assert shown() == ["4"]
-    section.locator(".against").select_option("time")
-    section.locator('[data-chart="clm_validation_loss_by_time"] svg').wait_for()
+    chart = section.locator('[data-chart="clm_validation_loss"]')
+    assert "tokens seen in training" in chart.inner_text()
+    section.get_by_label("against").select_option("time")
+    chart.get_by_text("time (s)").wait_for()
     assert page.said == [f"file://{report / 'report.html'}"]
 
 

@@ -75,7 +75,7 @@ def test_kinds_that_can_not_be_compared_have_a_sentence_each() -> None:
 
 
 @pytest.mark.parametrize(
-    ("states", "unranked", "said"),
+    ("statuses", "unranked", "said"),
     [
         ({"done": 1, "stopped": 1}, 0, ["1 run has not finished, and has no part in this."]),
         (
@@ -87,8 +87,8 @@ def test_kinds_that_can_not_be_compared_have_a_sentence_each() -> None:
         ({"done": 3}, 2, ["2 runs finished, without an evaluation to rank them by."]),
     ],
 )
-def test_what_has_no_part_in_it_is_said(states: dict[str, int], unranked: int, said: list[str]) -> None:
-    assert verdict([(BITS, [BEST])], states, unranked)[1:] == said
+def test_what_has_no_part_in_it_is_said(statuses: dict[str, int], unranked: int, said: list[str]) -> None:
+    assert verdict([(BITS, [BEST])], statuses, unranked)[1:] == said
 
 
 def test_nothing_has_finished() -> None:

@@ -52,16 +52,17 @@ def found(folder: Path) -> list[tuple[list[str], str, str | None]]:
 @pytest.mark.usefixtures("here")
 def test_a_failed_point_is_kept_and_the_others_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
-        swept(tmp_path, "optim.lr=1e30,-1,1e-3", "trainer.log_every_n_steps=1")
+        swept(tmp_path, "optim.lr=1e30,1e-3", "optim.schedule=linear,linaer", "trainer.log_every_n_steps=1")
     assert found(tmp_path) == [
-        (["optim.lr=1e+30"], "failed", "non-finite loss"),
-        (["optim.lr=-1"], "failed", "bad config"),
-        (["optim.lr=0.001"], "done", None),
+        (["optim.lr=1e+30", "optim.schedule=linear"], "failed", "non-finite loss"),
+        (["optim.lr=1e+30", "optim.schedule=linaer"], "failed", "bad config"),
+        (["optim.lr=0.001", "optim.schedule=linear"], "done", None),
+        (["optim.lr=0.001", "optim.schedule=linaer"], "failed", "bad config"),
     ]
     out, err = capsys.readouterr()
-    assert "2 failed, 1 done" in out
+    assert "3 failed, 1 done" in out
     assert "the loss or its gradient became not finite at step" in out
-    assert err.splitlines()[-1].startswith("error: 2 of 3 runs failed. To run again what has not come to its end: ")
+    assert err.splitlines()[-1].startswith("error: 3 of 4 runs failed. To run again what has not come to its end: ")
     # The run directories of what was refused are as free as before.
     assert not RunDirectory(tmp_path / "1").begun()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from lmlab.data.datamodule import BlocksDataModule, collate
-from lmlab.data.preprocess import Blocks
+from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import draws
 from lmlab.models.loading import from_scratch
 from lmlab.objectives.clm import CausalLM

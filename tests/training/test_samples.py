@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmlab.objectives.clm import CausalLM
 from lmlab.training.samples import Samples
 from tests.conftest import TINY, TINY_MLM, Refused, losses, metrics, stop_after
 
@@ -79,7 +80,7 @@ def test_a_model_that_can_not_speak_is_said_once(
     def fails(*_: object) -> None:
         raise RuntimeError("no voice")
 
-    monkeypatch.setattr("lmlab.models.generation.continue_block", fails)
+    monkeypatch.setattr(CausalLM, "sample", fails)
     run = train(*SIX)
     assert not (run / "samples.jsonl").exists()
     assert (run / "train.log").read_text().count("the model can't speak, so there are no samples: no voice") == 1
@@ -102,7 +103,7 @@ def test_a_full_disk_loses_no_sample(full_disk: Path, tmp_path: Path) -> None:
 def test_sampling_is_no_part_of_the_speed(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    monkeypatch.setattr("lmlab.models.generation.continue_block", lambda *_: time.sleep(0.3) or ("a", "b"))
+    monkeypatch.setattr(CausalLM, "sample", lambda *_: time.sleep(0.3) or ("a", "b"))
     run = train(*SIX, "trainer.log_every_n_steps=1")
     assert max(line["perf/step_ms"] for line in metrics(run) if "perf/step_ms" in line) < 300
     assert json.loads((run / "summary.json").read_text())["seconds"] < 4 * 3 * 0.3 / 2
@@ -110,4 +111,4 @@ def test_sampling_is_no_part_of_the_speed(train: Train, monkeypatch: pytest.Monk
 
 def test_a_count_that_is_none(refused: Refused, tmp_path: Path) -> None:
     said = refused("train", *TINY, "callbacks.samples.count=-1", f"hydra.run.dir={tmp_path / 'run'}")
-    assert "callbacks.samples.count is a whole number, 0 or more, not -1." in said
+    assert "callbacks.samples.count=-1: it has to be a whole number, 0 or more." in said

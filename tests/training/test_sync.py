@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmlab.data.datamodule import BlocksDataModule
-from lmlab.data.preprocess import Blocks
+from lmlab.data.prepared import Blocks
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 from lmlab.optim import AdamW

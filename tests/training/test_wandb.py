@@ -320,7 +320,8 @@ def test_what_the_agent_of_a_sweep_runs(name: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("override", "says"), [("against=token", 'Did you mean "tokens"?'), ("patience=0", "more than 0 seconds, not 0")]
+    ("override", "says"),
+    [("against=token", 'Did you mean "tokens"?'), ("patience=0", "it has to be a number, more than 0")],
 )
 def test_what_is_refused(override: str, says: str, refused: Refused, tmp_path: Path) -> None:
     assert says in refused("train", *SHORT, f"logger.wandb.{override}", f"hydra.run.dir={tmp_path / 'run'}")
