@@ -16,9 +16,16 @@ from hydra._internal.utils import _locate
 
 READ = ("lmlab.", "lightning.")
 """Packages whose functions take what their source says; elsewhere decorators or metaclasses may change that."""
-PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Callable, Sequence)}
+PLAIN: dict[str, Any] = {kind.__name__: kind for kind in (bool, float, int, str, dict, list, Sequence)}
 PLAIN |= {kind.__name__: kind for kind in (Ge, Gt, Le, Len, Lt)}
-PLAIN |= {"Annotated": Annotated, "Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union}
+PLAIN |= {
+    "Annotated": Annotated,
+    "Any": Any,
+    "Callable": Callable,
+    "Literal": Literal,
+    "Optional": Optional,
+    "Union": Union,
+}
 """The names that an annotation may consist of to be evaluated."""
 
 
