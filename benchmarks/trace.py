@@ -46,7 +46,8 @@ from benchmarks.arguments import Arguments
 from benchmarks.train import SIZES, SPECIAL, make_model, make_tokenizer, vocabulary_of
 from lmlab.console import duration, show_rows
 from lmlab.data.datamodule import BlocksDataModule
-from lmlab.data.preprocess import Blocks, group_texts
+from lmlab.data.prepared import Blocks
+from lmlab.data.preprocess import group_texts
 from lmlab.errors import shown_plainly
 from lmlab.models import efficiency, loss
 from lmlab.models.flops import Flops

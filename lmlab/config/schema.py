@@ -123,8 +123,8 @@ class Trainer:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """auto and ddp keep a copy of the model on each device, fsdp shards it over them (trainer=fsdp)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] | None = None
-    """The number formats of weights and computation; 32, bf16 and 16 are short for the first three. null takes bf16-mixed on GPUs
-    that have it, else 32-true."""
+    """The number formats of weights and computation; 32, bf16 and 16 are short for the first three. null takes
+    bf16-mixed on GPUs that have it, else 32-true."""
     max_epochs: int | None = None
     """Passes over the training blocks."""
     max_steps: Annotated[int, Ge(1)] | Literal[-1] | None = None

@@ -149,7 +149,7 @@ class LMModule(Scorer):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self._device_mesh is not None:  # sharded; gradients are summed over ranks once a step
             last = (batch.number + 1) % self.trainer.accumulate_grad_batches == 0
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.model.set_requires_gradient_sync(last)
         nll, auxiliary = self.score(batch)  # [N], scalar or None
         loss = nll.sum()
         self.train_nll.update(nll)
