@@ -97,7 +97,7 @@ ANSWERS: dict[str, Any] = {
     "get_rng_state": torch.get_rng_state(),
     "get_rng_state_all": [],
 }
-"""What functions of `torch.cuda` return."""
+"""The values that functions of `torch.cuda` return."""
 IGNORED = (
     *("set_device", "empty_cache", "manual_seed_all", "reset_peak_memory_stats"),
     *("set_rng_state", "set_rng_state_all", "_lazy_init", "synchronize"),

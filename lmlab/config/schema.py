@@ -97,7 +97,7 @@ class Evaluate(Config):
     score: Literal["labels", "pseudo"] = "labels"
     """The scored tokens: labels are those that the objective masks or predicts, pseudo hides each token in turn."""
     within_word: bool = False
-    """With score=pseudo, hide the rest of the word too."""
+    """Hide the rest of the word too, with score=pseudo."""
     sample: Annotated[float, Gt(0), Lt(1)] | None = None
     """The share of the tokens that score=pseudo scores; null scores all."""
     units: Literal["text", "words"] = "text"
@@ -154,7 +154,7 @@ DECLARED = {
     "validation": f"{__name__}.Validation",
     "preprocess": "lmlab.data.options.Preprocessing",
 }
-"""Where the keys of the root configs, by the name of each, and those of blocks without a target of their own stand."""
+"""The classes that declare the keys of the root configs, by their names, and of blocks without a target."""
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
 SUPPLIED = {
     "tokenizer": ("texts",),

@@ -24,7 +24,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.counted = 0.0
         self.started: float | None = None
-        """When it was started last, by `time.perf_counter`; None while it stands still."""
+        """The time of the last start, by `time.perf_counter`; None while it stands still."""
 
     def start(self, seconds_ago: float = 0.0) -> None:
         """Starts counting, from some seconds ago."""
