@@ -555,9 +555,9 @@ COMMANDS = {
     "validation={nothing:1}": ['no key "validation.nothing"'],
     "hydra.sweeper.sampler.nothing=1": ['no key "hydra.sweeper.sampler.nothing"'],
     # Names of which none in the same block is near.
-    "callbacks.checkpoints.foo=1": ['no key "callbacks.checkpoints.foo". For those there are'],
-    "objective.foo=1": ['no key "objective.foo". For those there are'],
-    "trainer.barebones=true": ['no key "trainer.barebones". For those there are'],
+    "callbacks.checkpoints.foo=1": ['no key "callbacks.checkpoints.foo". Keys there: background, '],
+    "objective.foo=1": ['no key "objective.foo". Keys there: none.', "+objective.foo=…"],
+    "trainer.barebones=true": ['no key "trainer.barebones". Keys there: accelerator, ', "+trainer.barebones=…"],
     "context=document": ['no key "context". For those there are'],
     # What means nothing without -m.
     "hydra/launcher=slurm": ["hydra/launcher=slurm is for a sweep: add -m to the command."],
@@ -599,7 +599,7 @@ COMMANDS = {
     "trainer.accumulate_grad_batches=3": ["batch_size=8 does not divide", "multiple of 3"],
     "preprocess.block_size=1": ["preprocess.block_size=1: it has to be a whole number, 2 or more"],
     "preprocess.block_size=x": ["preprocess.block_size"],
-    "preprocess.test_size=1.5": ["preprocess.test_size=1.5: ", "more than 0, less than 1", "Share of the records"],
+    "preprocess.test_size=1.5": ["preprocess.test_size=1.5: ", "more than 0, less than 1", "share of the records"],
     "tokenizer.vocab_size=10": ["tokenizer.vocab_size must be at least 259"],
     "tokenizer.vocab_size=x": ["tokenizer.vocab_size"],
     "optim.lr=x": ["optim.lr"],
