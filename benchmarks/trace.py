@@ -277,7 +277,7 @@ def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
         (torch.nn.Module, "_apply", apply),
         (torch.Tensor, "pin_memory", pin_memory),
         (torch.nn.functional, "scaled_dot_product_attention", flash_attention),
-        (loss, "has_triton", lambda: True),
+        (loss, "can_compile", lambda: True),
         (loss, "compiled_nll_and_slope", lambda: watch.compiled_nll_and_slope),
     ]
     with ExitStack() as stack:

@@ -138,7 +138,7 @@ def evaluate_job(cfg: DictConfig) -> float:
         try:
             with snapshot_of_unfinished(cfg, trusted):
                 cfg = compose.freeze(evaluated.completed(cfg, overrides, trusted))
-                changes.fit_to_ranks(cfg)
+                changes.fit_to_machine(cfg)
                 schema.check_evaluation(cfg)
                 return evaluate_on_all_ranks(cfg, run, overrides)
         except BaseException as error:

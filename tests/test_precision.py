@@ -24,13 +24,13 @@ def test_the_best_of_the_device(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     cfg = OmegaConf.create({"batch_size": 8, "trainer": {"accelerator": accelerator, "devices": 1, "precision": None}})
-    changes.fit_to_ranks(cfg)
+    changes.fit_to_machine(cfg)
     assert cfg.trainer.precision == precision
     # A run that goes on keeps what it was begun with, wherever it goes on.
     for begun in ("32-true", "bf16-mixed"):
         previous = OmegaConf.create(OmegaConf.to_container(cfg))
         previous.trainer.precision, cfg.trainer.precision = begun, None
-        changes.fit_to_ranks(cfg, previous)
+        changes.fit_to_machine(cfg, previous)
         assert cfg.trainer.precision == begun
 
 

@@ -179,7 +179,7 @@ def check(cfg: DictConfig, previous: DictConfig | None, run: RunDirectory) -> No
     Args:
         previous: the config in the run directory, that of the last attempt; None for a new run.
     """
-    fit_to_ranks(cfg, previous)
+    fit_to_machine(cfg, previous)
     schema.check_run(cfg)
     if previous is not None:
         # What LOCATED names may move once a checkpoint is there: before it, the manifest may have no hashes yet.
@@ -244,7 +244,7 @@ def changed_values(cfg: DictConfig, previous: DictConfig) -> dict[str, str]:
     }
 
 
-def fit_to_ranks(cfg: DictConfig, previous: DictConfig | None = None) -> None:
+def fit_to_machine(cfg: DictConfig, previous: DictConfig | None = None) -> None:
     """Sets what a config leaves to the machine: devices to the ranks that torchrun or srun started, and precision.
 
     A run that goes on keeps its precision, and accumulates as its ranks need it: it never has a larger micro batch than

@@ -4,6 +4,8 @@ Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V v
 """
 
 import math
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
@@ -171,7 +173,7 @@ class ChunkedNLL(torch.autograd.Function):
             d_hidden = torch.empty_like(h)
             d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
             d_bias = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=w.device)
-        step = compiled_nll_and_slope() if device == "cuda" and has_triton() else nll_and_slope
+        step = compiled_nll_and_slope() if device == "cuda" and can_compile() else nll_and_slope
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), chunk_size):
                 part = slice(start, start + chunk_size)
@@ -219,6 +221,12 @@ def nll_and_slope(logits: Tensor, targets: Tensor, train: bool) -> tuple[Tensor,
         return nll, None
     slope = logits.sub_(norm).exp_().to(dtype)
     return nll, slope.scatter_(1, targets[:, None], (-nll).expm1().to(dtype)[:, None])
+
+
+@cache
+def can_compile() -> bool:
+    """Returns whether kernels for a GPU can be made here: by Triton, which needs a C compiler."""
+    return has_triton() and any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))
 
 
 @cache

@@ -139,11 +139,11 @@ class LMModule(Scorer):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so that resuming needs no generator state (promise 1).
         state = np.random.SeedSequence([self.seed, batch.number, self.global_rank]).generate_state(1, np.uint64)
-        # Not by `torch.manual_seed`, which also formats its caller's stack for devices that are not there.
-        generators = [torch.default_generator]
-        if self.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[self.device.index])
-        for generator in generators:
+        if self.device.type != "cuda":
+            torch.manual_seed(int(state[0]))
+            return
+        # As that does, but for the stack of its caller, which it formats for each kind of device that is not there.
+        for generator in (torch.default_generator, torch.cuda.default_generators[self.device.index]):
             generator.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
