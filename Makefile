@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-long test-longest test-slurm check docs bench build clean
+.PHONY: train test test-long test-longest test-slurm test-gpu check docs bench build clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lmlab.train
 
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/slurm -m "not long and not longest"
+	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/slurm -m "not long and not longest and not gpu"
 
 # Ranks and whole runs in processes of their own, killed and gone on with.
 test-long: $(VENV)/installed-dev
@@ -27,6 +27,10 @@ test-slurm: $(VENV)/installed-dev
 		{ echo "test-slurm: skipped, as SLURM's packages can't be had here"; exit; }; \
 	trap 'tests/slurm/cluster.sh down' EXIT; trap 'exit 1' INT TERM; \
 	tests/slurm/cluster.sh up && eval "$$(tests/slurm/cluster.sh env)" && timeout -k 10 500 $(BIN)/pytest -vv -rs tests/slurm
+
+# Real runs on a GPU, skipped where there is none.
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/pytest -rs -m gpu tests/gpu
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

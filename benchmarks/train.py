@@ -44,6 +44,8 @@ SIZES = {  # layers, width, heads, positions of a block; vocabulary of a causal 
     "distil": (6, 768, 12, 128, 50257, 50265),
     "gpt2": (12, 768, 12, 1024, 50257, 50265),
 }
+SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
+"""The special tokens, with the ids 0 to 3: RoBERTa wants a low id to pad with."""
 SEED, STEPS, LR, WARMUP_STEPS, WEIGHT_DECAY = 0, 100_000, 1e-3, 20, 0.01
 # What lmlab's side may not be told otherwise: speeds are of so many tokens a step.
 WORK = ("batch_size", "preprocess", "data", "objective", "model", "trainer.accumulate", "trainer.devices", "seed")
@@ -127,36 +129,49 @@ def compare_memory(settings: Settings, sides: tuple[Side, Side]) -> dict[str, An
 def make(folder: Path, size: str, causal: bool, positions: int, vocabulary: int = 0, blocks: int = 256) -> None:
     """Makes weights, a tokenizer with a word for each token, and a text: `blocks` lines of one block each."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
-    from lmlab.models.loading import from_scratch
-
     disable_progress_bar()
-    layers, width, heads, _, *vocabularies = SIZES[size]
-    count = vocabulary or vocabularies[not causal]
-    special = ["<s>", "<pad>", "</s>", "<mask>"]  # RoBERTa wants a low id to pad with
-    words = [f"w{i}" for i in range(count - len(special))]
-    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="w0"))
-    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(zip(("bos_token", "pad_token", "eos_token", "mask_token"), special, strict=True))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, **names)
+    tokenizer = make_tokenizer(vocabulary or vocabulary_of(size, causal))
     tokenizer.save_pretrained(folder / "tokenizer")
-    if causal:
-        config = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": max(positions, 1024)}
-    else:
-        config = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-        config |= {"intermediate_size": 4 * width, "max_position_embeddings": max(positions, 512) + 2}
-        config |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
     torch.manual_seed(SEED)
-    auto_class, architecture = ("AutoModelForCausalLM", "gpt2") if causal else ("AutoModelForMaskedLM", "roberta")
-    from_scratch(tokenizer, auto_class, architecture, config).save_pretrained(folder / "model")
+    make_model(tokenizer, size, causal, positions).save_pretrained(folder / "model")
+    words = [f"w{i}" for i in range(len(tokenizer) - len(SPECIAL))]
     # Skewed, so that there is something to learn.
     drawn = (len(words) * np.random.default_rng(SEED).random((blocks, positions)) ** 3).astype(int)
     lines = [" ".join(words[i] for i in row) for row in drawn]
     (folder / "train.txt").write_text("\n".join(lines) + "\n")
     (folder / "validation.txt").write_text("\n".join(lines[:2]) + "\n")
+
+
+def vocabulary_of(size: str, causal: bool) -> int:
+    """Returns the number of tokens that a model of a size knows."""
+    return SIZES[size][4 if causal else 5]
+
+
+def make_tokenizer(count: int) -> Any:
+    """Returns a tokenizer of `count` tokens, a word for each but the special ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL.values(), *(f"w{i}" for i in range(count - len(SPECIAL)))]
+    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=known, **SPECIAL)
+
+
+def make_model(tokenizer: Any, size: str, causal: bool, positions: int) -> Any:
+    """Returns a model of a size with random weights."""
+    from lmlab.models.loading import from_scratch
+
+    layers, width, heads, *_ = SIZES[size]
+    if causal:
+        config = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": max(positions, 1024)}
+        return from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", config)
+    config = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    config |= {"intermediate_size": 4 * width, "max_position_embeddings": max(positions, 512) + 2}
+    config |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    return from_scratch(tokenizer, "AutoModelForMaskedLM", "roberta", config)
 
 
 class Batches:

@@ -64,7 +64,7 @@ def measure(cfg: DictConfig) -> None:
         trainer=build.build_evaluation_trainer(cfg),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
-        chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer)),
+        chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer), cfg.trainer.precision),
         facts=facts,
     )
 
@@ -138,7 +138,7 @@ def evaluate_job(cfg: DictConfig) -> float:
         try:
             with snapshot_of_unfinished(cfg, trusted):
                 cfg = compose.freeze(evaluated.completed(cfg, overrides, trusted))
-                changes.fit_to_ranks(cfg)
+                changes.fit_to_machine(cfg)
                 schema.check_evaluation(cfg)
                 return evaluate_on_all_ranks(cfg, run, overrides)
         except BaseException as error:

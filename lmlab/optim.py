@@ -63,7 +63,7 @@ class AdamW:
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
     """The share of all steps that go from 0 up to lr, where warmup_steps is null."""
     decay_ratio: Annotated[float, Ge(0), Le(1)] = 0.2
-    """For warmup_stable_decay, the share of the steps after warm-up that decays."""
+    """The share of the steps after warm-up over which warmup_stable_decay decays."""
 
     def __post_init__(self) -> None:
         if callable(self.schedule):

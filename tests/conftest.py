@@ -21,6 +21,8 @@ os.environ["LMLAB_CACHE"] = f"{HOME}/lmlab"
 os.environ["HF_HOME"] = f"{HOME}/huggingface"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+GPUS = shutil.which("nvidia-smi") is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+"""True if there are GPUs, which only the tests of tests/gpu are to see."""
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tests run side by side; threads that wait for a core another test holds cost far more than they bring.
 os.environ["OMP_NUM_THREADS"] = "1"

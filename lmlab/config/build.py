@@ -201,7 +201,7 @@ def build_training(
         seed=cfg.seed,
         stretches=len(held_out.documents.names),
         metric=objective.metric,
-        logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu),
+        logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu, trainer.precision),
         val_interval=interval,
     )
     lengths = np.concatenate([np.diff(data.train.bounds)[:, 0], (whole or held_out).rows.lengths])
@@ -268,10 +268,12 @@ def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":
 def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     """Returns the trainer of the block `trainer`, with `options` over it, which prints nothing of its own."""
     import lightning as L
+    import torch
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
     # Lightning's greetings and hints; what a run has to say, it says itself.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -288,8 +290,10 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
         options["strategy"] = ModelParallelStrategy(world(cfg.trainer), 1, save_distributed_checkpoint=False)
     else:
         # Otherwise DDP orders its buckets anew after the first step of each process, and with them the sums
-        # over ranks: a run that goes on would have other last bits.
-        options["strategy"] = DDPStrategy(find_unused_parameters=True)
+        # over ranks: a run that goes on would have other last bits. No buffer differs between ranks.
+        options["strategy"] = DDPStrategy(
+            find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     try:
         return L.Trainer(
             **options,

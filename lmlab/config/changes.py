@@ -179,7 +179,7 @@ def check(cfg: DictConfig, previous: DictConfig | None, run: RunDirectory) -> No
     Args:
         previous: the config in the run directory, that of the last attempt; None for a new run.
     """
-    fit_to_ranks(cfg, previous)
+    fit_to_machine(cfg, previous)
     schema.check_run(cfg)
     if previous is not None:
         # What LOCATED names may move once a checkpoint is there: before it, the manifest may have no hashes yet.
@@ -244,10 +244,11 @@ def changed_values(cfg: DictConfig, previous: DictConfig) -> dict[str, str]:
     }
 
 
-def fit_to_ranks(cfg: DictConfig, previous: DictConfig | None = None) -> None:
-    """Sets the devices of a config to the ranks that torchrun or srun started, and accumulates as they need it.
+def fit_to_machine(cfg: DictConfig, previous: DictConfig | None = None) -> None:
+    """Sets what a config leaves to the machine: devices to the ranks that torchrun or srun started, and precision.
 
-    A run that goes on never has a larger micro batch than before.
+    A run that goes on keeps its precision, and accumulates as its ranks need it: it never has a larger micro batch than
+    before.
 
     Args:
         previous: the config in the run directory, that of the last attempt; None for a new run.
@@ -259,6 +260,8 @@ def fit_to_ranks(cfg: DictConfig, previous: DictConfig | None = None) -> None:
     trainer = cfg.trainer
     for one in (trainer, *([] if previous is None else [previous.trainer])):
         schema.check_trainer(one)
+    if trainer.precision is None:
+        trainer.precision = previous.trainer.precision if previous is not None else schema.best_precision(trainer)
     if ranks.rank() is not None:
         started = ranks.width()
         if world(trainer) == 1:

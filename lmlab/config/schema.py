@@ -76,6 +76,8 @@ class Train(Config):
     """Compile each layer with torch.compile."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass, to take less memory."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Precision of products of float32 matrices on a GPU: highest is float32, high is TF32, medium is bf16."""
     profile: bool = False
     """Write a trace of torch's profiler for a few steps into the run directory."""
 
@@ -95,11 +97,13 @@ class Evaluate(Config):
     score: Literal["labels", "pseudo"] = "labels"
     """The scored tokens: labels are those that the objective masks or predicts, pseudo hides each token in turn."""
     within_word: bool = False
-    """With score=pseudo, hide the rest of the word too."""
+    """Hide the rest of the word too, with score=pseudo."""
     sample: Annotated[float, Gt(0), Lt(1)] | None = None
     """The share of the tokens that score=pseudo scores; null scores all."""
     units: Literal["text", "words"] = "text"
     """The words of the perplexity per word: words and ends of documents, or words and ends of all lines."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Precision of products of float32 matrices on a GPU: highest is float32, high is TF32, medium is bf16."""
     trust: str | list[str] | None = None
     """Packages whose code may run where the config of the run names it."""
     check: bool = False
@@ -118,8 +122,9 @@ class Trainer:
     """Nodes; on more than one, SLURM or torchrun starts the ranks."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """auto and ddp keep a copy of the model on each device, fsdp shards it over them (trainer=fsdp)."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
-    """The number formats of weights and computation; 32, bf16 and 16 are short for the first three."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] | None = None
+    """The number formats of weights and computation; 32, bf16 and 16 are short for the first three. null takes
+    bf16-mixed on GPUs that have it, else 32-true."""
     max_epochs: int | None = None
     """Passes over the training blocks."""
     max_steps: Annotated[int, Ge(1)] | Literal[-1] | None = None
@@ -149,7 +154,7 @@ DECLARED = {
     "validation": f"{__name__}.Validation",
     "preprocess": "lmlab.data.options.Preprocessing",
 }
-"""Where the keys of the root configs, by the name of each, and those of blocks without a target of their own stand."""
+"""The classes that declare the keys of the root configs, by their names, and of blocks without a target."""
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
 SUPPLIED = {
     "tokenizer": ("texts",),
@@ -295,6 +300,16 @@ def uses_gpu(trainer: DictConfig) -> bool:
     import torch
 
     return torch.cuda.device_count() > 0
+
+
+def best_precision(trainer: DictConfig) -> str:
+    """Returns bf16-mixed where a trainer's GPUs have units for it, else 32-true."""
+    if not uses_gpu(trainer):
+        return "32-true"
+    import torch
+
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bf16 else "32-true"
 
 
 def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import HeldOutData
@@ -126,5 +127,11 @@ def certify(
         )
     if trainer.is_global_zero:
         path.mkdir(parents=True, exist_ok=True)
-        facts = {**held_out.facts, **facts, "precision": trainer.precision}
+        facts = {**held_out.facts, **facts, "precision": precision_of(trainer)}
         records.write(path, held_out.documents, *scorer.result, facts)
+
+
+def precision_of(trainer: L.Trainer) -> str:
+    """Returns the precision in which a trainer computes, as a certificate names it."""
+    products = torch.get_float32_matmul_precision()
+    return trainer.precision if products == "highest" else f"{trainer.precision}, float32 products {products}"

@@ -202,7 +202,7 @@ def check_agreement(one: Records, other: Records) -> dict[str, float]:
     (nll, counts), (other_nll, other_counts) = one.sums, other.sums
     if not np.array_equal(counts, other_counts):
         raise UserError("the check failed: another batch size or number of devices scored other tokens.")
-    limit = ROUNDING["32" if one.certificate["precision"].startswith("32") else "16"]
+    limit = ROUNDING["32" if one.certificate["precision"] == "32-true" else "16"]
     totals = math.fsum(nll[:, 0]), math.fsum(other_nll[:, 0])
     total = abs(totals[0] - totals[1]) / max(totals[0], 1.0)
     scored = counts[:, 0] > 0

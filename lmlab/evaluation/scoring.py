@@ -310,7 +310,7 @@ class Scorer(L.LightningModule):
 
     def configure_model(self) -> None:
         if self._device_mesh is not None:
-            shard(self.model, self._device_mesh["data_parallel"])
+            shard(self.model, self._device_mesh["data_parallel"], self.trainer.precision == "bf16-mixed")
 
     def score(self, batch: Any) -> Scores:
         """Returns the losses of a batch's targets."""

@@ -89,12 +89,18 @@ def share_tied_gradient(model: PreTrainedModel) -> None:
         embedding.sparse = True
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Divides parameters, gradients and optimizer states over the ranks of a mesh, layer by layer (FSDP2)."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard  # most runs need not wait for it
+def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:
+    """Divides parameters, gradients and optimizer states over the ranks of a mesh, layer by layer (FSDP2).
+
+    Args:
+        bf16: gather the weights in bf16 (2 bytes a parameter in the forward and in the backward pass) rather than as
+            they are kept, in float32. Gradients are summed in float32 either way, and what autocast computes stays the
+            same.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # most runs need not wait for it
 
     if isinstance(model, FSDPModule):
         return  # Lightning asks for it before each of its runs
-    for layer in layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    for module in (*layers(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)

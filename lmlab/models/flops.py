@@ -30,11 +30,11 @@ class Flops(NamedTuple):
     """
 
     per_token: int
-    """In the backbone's matrices, for each token."""
+    """Operations in the backbone's matrices, for each token."""
     per_layer_attention: tuple[tuple[int, int | None], ...]
-    """For each layer with attention: operations per token and position, and how many positions it spans (None: all)."""
+    """Operations per token and position of each layer with attention, and the positions that it spans (None: all)."""
     per_target: int
-    """In the head, for each scored position."""
+    """Operations in the head, for each scored position."""
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> "Flops | None":

@@ -4,20 +4,26 @@ Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V v
 """
 
 import math
+import os
+import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel, masking_utils
 
 from lmlab.errors import UserError, first_line
 from lmlab.models.probe import backbone, evaluation_mode, example_ids, forward, probe
 
-LOGITS_BYTES = 128 * 2**20
-"""Size of a chunk of float32 logits on a CPU: as fast as all at once, which fewer are not (benchmarks/README.md)."""
+LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
+"""Size of a chunk of logits, counted in float32. On a CPU it is as fast as all at once, which a smaller one is not
+(benchmarks/README.md). On a GPU the products of some thousands of rows keep it busy, and all at once take many GiB."""
 
 DEVICE_READS = (
     (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
@@ -72,10 +78,12 @@ def score(
         return output
 
     def project_nothing(module: nn.Module, args: Any) -> Any:
-        projected.append(args[0][0])  # [N, H], through the head's transform
+        projected.append(args[0].flatten(0, 1))  # [N, H], through the head's transform
         return (args[0][:, :0],)
 
     head, body = model.get_output_embeddings(), backbone(model)
+    if not probe(model).needs_mask and not getattr(model.config.get_text_config(), "output_router_logits", False):
+        attention_mask = None  # with a mask there is no flash attention; only an auxiliary loss would count padding
     with ExitStack() as stack:
         stack.callback(body.register_forward_hook(keep_scored).remove)
         if chunk_size is not None:
@@ -85,7 +93,7 @@ def score(
         output = forward(model, input_ids, attention_mask)
     auxiliary = auxiliary_loss(model, output)
     if chunk_size is None:
-        logits = output.logits[0]  # [N, V]
+        logits = output.logits.flatten(0, 1)  # [N, V]; the gradient of [0] would be copied into zeros
         return Scores(F.cross_entropy(logits.float(), targets, reduction="none"), auxiliary)
     nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return Scores(nll, auxiliary)
@@ -165,25 +173,21 @@ class ChunkedNLL(torch.autograd.Function):
             d_hidden = torch.empty_like(h)
             d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
             d_bias = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=w.device)
+        step = compiled_nll_and_slope() if device == "cuda" and can_compile() else nll_and_slope
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), chunk_size):
                 part = slice(start, start + chunk_size)
-                target = targets[part, None]  # [R, 1]
-                logits = F.linear(h[part], w, b).float()  # [R, V]
-                norm = logits.logsumexp(1, keepdim=True)
-                nll[part] = (norm - logits.gather(1, target))[:, 0]
-                if train:
-                    # The probabilities, less 1 for the target: d nll / d logits.
-                    slope = logits.sub_(norm).exp_()
-                    slope.scatter_(1, target, slope.gather(1, target) - 1)
-                    if d_bias is not None:
-                        d_bias += slope.sum(0)
-                    slope = slope.to(dtype)
-                    torch.mm(slope, w, out=d_hidden[part])
-                    if dtype == torch.float32:
-                        d_weight.addmm_(slope.t(), h[part])
-                    else:
-                        d_weight += slope.t() @ h[part]
+                logits = F.linear(h[part], w, b)  # [R, V]
+                nll[part], slope = step(logits, targets[part], train)
+                if slope is None:
+                    continue
+                if d_bias is not None:
+                    d_bias += slope.sum(0, dtype=torch.float32)
+                torch.mm(slope, w, out=d_hidden[part])
+                if dtype == torch.float32:
+                    d_weight.addmm_(slope.t(), h[part])
+                else:
+                    d_weight += slope.t() @ h[part]
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
             ctx.gradients = d_hidden, d_weight, d_bias
@@ -204,6 +208,33 @@ class ChunkedNLL(torch.autograd.Function):
         return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
 
 
+def nll_and_slope(logits: Tensor, targets: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in their dtype.
+
+    The derivative, None without `train`, is the probabilities less 1 for the target. It may be made in the place of the
+    logits.
+    """
+    dtype, logits = logits.dtype, logits.float()
+    norm = logits.logsumexp(1, keepdim=True)
+    nll = (norm - logits.gather(1, targets[:, None]))[:, 0]
+    if not train:
+        return nll, None
+    slope = logits.sub_(norm).exp_().to(dtype)
+    return nll, slope.scatter_(1, targets[:, None], (-nll).expm1().to(dtype)[:, None])
+
+
+@cache
+def can_compile() -> bool:
+    """Returns whether kernels for a GPU can be made here: by Triton, which needs a C compiler."""
+    return has_triton() and any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))
+
+
+@cache
+def compiled_nll_and_slope() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+    """Returns `nll_and_slope` in two passes over the logits rather than ten, for a GPU."""
+    return torch.compile(nll_and_slope, dynamic=True)
+
+
 def multiplies_in_float32(device: str, dtype: torch.dtype) -> bool:
     """Returns whether the head's products are made in float32, whatever the precision of the rest.
 
@@ -214,17 +245,18 @@ def multiplies_in_float32(device: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or slow
 
 
-def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: bool) -> int | None:
+def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: bool, precision: str) -> int | None:
     """Returns how many rows of logits `score` should hold at once; None for all.
 
     Args:
-        requested: the config's `logits_chunk_size`. None: on a CPU what was measured to be fastest, on a GPU, where
-            nothing was measured yet, all.
+        requested: the config's `logits_chunk_size`. None: as many as `LOGITS_BYTES` hold, but all in 16-mixed on a GPU,
+            whose products in chunks are made in float32 (see `multiplies_in_float32`).
+        precision: of the trainer.
 
     Raises:
         UserError: a number was requested, and the model does more to its logits than project.
     """
-    if requested is None and on_gpu:
+    if requested is None and on_gpu and precision == "16-mixed":
         return None
     if not probe(model).projects:
         if requested is not None:
@@ -233,4 +265,5 @@ def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: boo
                 "that they can't be made a few at a time.\nLeave it out."
             )
         return None
-    return requested or max(1, LOGITS_BYTES // (4 * model.get_output_embeddings().out_features))
+    size = LOGITS_BYTES["gpu" if on_gpu else "cpu"]
+    return requested or max(1, size // (4 * model.get_output_embeddings().out_features))

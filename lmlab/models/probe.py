@@ -27,11 +27,13 @@ class Probe(NamedTuple):
     backbone: str
     """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model."""
     projects: bool
-    """Whether the logits are just what the output embedding, a plain `nn.Linear`, returns."""
+    """True if the logits are just what the output embedding, a plain `nn.Linear`, returns."""
     sees_ahead: bool
-    """Whether a token changes the logits of positions before it."""
+    """True if a token changes the logits of positions before it."""
     padding_matters: bool
-    """Whether padding on the right changes the logits of a row's own positions."""
+    """True if padding on the right changes the logits of a row's own positions."""
+    needs_mask: bool
+    """True if it does so where no mask hides it. Models that do not see ahead mostly need none."""
 
 
 PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
@@ -109,7 +111,7 @@ def run_probe(model: PreTrainedModel) -> Probe:
         finally:
             handle.remove()
         last_changed = forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits
-        padding_matters = padding_changes(model, ids, logits)
+        padding_matters, needs_mask = (padding_changes(model, ids, logits, masked) for masked in (True, False))
     if not inner:
         raise UserError(
             f"lmlab can't score {model.config.model_type}: none of its modules returns a last_hidden_state.\n"
@@ -121,16 +123,17 @@ def run_probe(model: PreTrainedModel) -> Probe:
         projects=plain and len(projected) == 1 and torch.equal(projected[0], logits),
         sees_ahead=differ(logits[:, :-1], last_changed[:, :-1]),
         padding_matters=padding_matters,
+        needs_mask=needs_mask,
     )
 
 
-def padding_changes(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
-    """Returns whether padding changes the logits [1, T, V] of ids [1, T]."""
+def padding_changes(model: PreTrainedModel, ids: Tensor, logits: Tensor, masked: bool) -> bool:
+    """Returns whether padding changes the logits [1, T, V] of ids [1, T], with a mask that hides it or without one."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded = nn.functional.pad(ids, (0, PADDING), value=0 if pad is None else pad)
     mask = nn.functional.pad(torch.ones_like(ids), (0, PADDING))
     try:
-        return differ(logits, forward(model, padded, mask).logits[:, :TOKENS])
+        return differ(logits, forward(model, padded, mask if masked else None).logits[:, :TOKENS])
     except TypeError:  # it takes no mask
         return True
 

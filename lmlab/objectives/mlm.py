@@ -61,13 +61,14 @@ class MaskedLM:
         self.replace_mask = replace_mask
         self.replace_random = replace_random
         self.mask_id = tokenizer.mask_token_id
-        self.special_ids = np.array(sorted(tokenizer.all_special_ids))
         self.vocab_size = len(tokenizer)
+        self.special = np.isin(np.arange(self.vocab_size), tokenizer.all_special_ids)
+        """[V] bool: the special tokens, which are no targets."""
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
         """Returns the example of a text: see `Objective`."""
         choice, replacement, token, _ = random_words(key, first, len(ids))
-        positions = np.flatnonzero((uniform(choice) < self.mask_probability) & ~np.isin(ids, self.special_ids))
+        positions = np.flatnonzero((uniform(choice) < self.mask_probability) & ~self.special[ids])
         share = uniform(replacement[positions])
         tokens = (token[positions] % np.uint64(self.vocab_size)).astype(ids.dtype)
         inputs = ids.copy()

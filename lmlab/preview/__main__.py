@@ -47,7 +47,7 @@ def preview(plan: Plan) -> None:
 
     import torch
 
-    from lmlab.config import build
+    from lmlab.config import build, changes
     from lmlab.console import console
     from lmlab.preview import batch, estimate, job
     from lmlab.preview.measure import Measurement, measure
@@ -66,6 +66,7 @@ def preview(plan: Plan) -> None:
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
     batch.show_samples(first, data.tokenizer, not objective.bidirectional, console())
 
+    changes.fit_to_machine(cfg)
     if gpus_elsewhere:
         print("Nothing was measured: the run is for GPUs, and this machine has none. Give the command on a node.")
     measured = Measurement() if gpus_elsewhere else measure(cfg, steps)

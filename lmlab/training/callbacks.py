@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmlab.evaluation import records
+from lmlab.evaluation.certify import precision_of
 from lmlab.evaluation.scoring import ScoringBatch
 from lmlab.io import write_beside
 from lmlab.runs.directory import RunDirectory
@@ -49,7 +50,7 @@ class WriteCertificate(Callback):
         held_out = trainer.datamodule.held_out
         facts = {
             **held_out.facts,
-            "precision": trainer.precision,
+            "precision": precision_of(trainer),
             "weights_hash": records.weights_hash(weights),
             "model": str(self.run.model),
             "run": self.run.trained_as(),

@@ -84,7 +84,7 @@ class Checkpoints(Checkpoint):
         self.best: dict[int, float] = {}
         """The metric of the best weights, by their steps."""
         self.best_at_save: dict[int, dict[int, float]] = {}
-        """What `best` was at each checkpoint, by the step of that."""
+        """The value of `best` at each checkpoint, by the step of that."""
         self.early: int | None = None
         """The length of the run, in steps, that was stopped early; None if it was not."""
 

@@ -3,6 +3,7 @@
 # Hooks take the one module that there is, and only the arguments that they use.
 # mypy: disable-error-code="override, attr-defined"
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.counted = 0.0
         self.started: float | None = None
-        """When it was started last, by `time.perf_counter`; None while it stands still."""
+        """The time of the last start, by `time.perf_counter`; None while it stands still."""
 
     def start(self, seconds_ago: float = 0.0) -> None:
         """Starts counting, from some seconds ago."""
@@ -94,37 +95,38 @@ class Measure(Callback):
 
     def report(self, trainer: L.Trainer, module: LMModule) -> None:
         """Logs the metrics of the steps since the last report."""
-        module.stop_on_nonfinite()
-        loss = float(module.train_nll.compute())
-        targets = int(module.train_nll.targets)
-        module.train_nll.reset()
-        auxiliary = float(module.train_auxiliary.compute()) if module.train_auxiliary.targets else None
-        module.train_auxiliary.reset()
-        tokens = int(module.tokens)
-        # Only now, as reading these waited for the device to finish its steps.
-        seconds, waited = self.watch.seconds, trainer.datamodule.waited
-        own = [waited - self.waited_then, peak_memory(module.device), float(targets)]
-        ranks = module.by_rank(torch.tensor(own, dtype=torch.float64))
-        # Of the rank that waited longest, and of the one that needed the most memory.
-        (wait, memory, _), targets = ranks.amax(0).tolist(), int(ranks[:, 2].sum())
+        waited = trainer.datamodule.waited
+        on_host = torch.tensor([waited - self.waited_then, peak_memory(module.device)], dtype=torch.float64)
+        norm = torch.zeros((), device=module.device) if module.grad_norm is None else module.grad_norm
+        on_device = torch.stack([module.tokens.double(), norm.double(), module.first_bad_batch.double()])
+        sums = module.sums_of_reports()
+        # One copy for all of them: each would have the host wait for the device to finish its steps.
+        by_rank = module.by_rank(torch.cat([on_host.to(module.device), on_device, sums])).T.tolist()
+        seconds = self.watch.seconds
+        waits, memories, tokens_seen, norms, bad_batches, *others = by_rank
+        nll, targets, auxiliary, auxiliary_targets = map(math.fsum, others)
+        module.refuse_nonfinite(int(min(bad_batches)))
+        for metric in (module.train_nll, module.train_auxiliary):
+            metric.reset()
+        loss, tokens, wait = nll / targets, int(tokens_seen[0]), max(waits)
         new_tokens = tokens - self.tokens_then
-        flops_of_all = self.flops.step(new_tokens, targets, module.block_size) if self.flops else 0
+        flops_of_all = self.flops.step(new_tokens, int(targets), module.block_size) if self.flops else 0
         flops = flops_of_all / trainer.world_size
-        sums = {"seconds": seconds, "waited": wait, "tokens": new_tokens, "flops": flops, "flops_of_all": flops_of_all}
-        self.total = {name: total + sums[name] for name, total in self.total.items()}
+        new = {"seconds": seconds, "waited": wait, "tokens": new_tokens, "flops": flops, "flops_of_all": flops_of_all}
+        self.total = {name: total + new[name] for name, total in self.total.items()}
         self.latest = {
             "train/loss": loss,
             f"train/{module.metric}": perplexity(loss),
             "optim/lr": module.lr,
-            "optim/grad_norm": float(module.grad_norm) if module.grad_norm is not None else 0.0,
+            "optim/grad_norm": norms[0],
             "perf/tokens_per_s": new_tokens / seconds,
             "perf/step_ms": 1000 * seconds / (trainer.global_step - self.step),
             "perf/data_wait": wait / seconds,
-            "perf/peak_memory_gib": memory,
+            "perf/peak_memory_gib": max(memories),
             "data/tokens_seen": tokens,
         }
-        if auxiliary is not None:
-            self.latest["train/aux_loss"] = auxiliary
+        if auxiliary_targets:
+            self.latest["train/aux_loss"] = auxiliary / auxiliary_targets
         if self.peak_flops:
             self.latest["perf/mfu"] = flops / seconds / self.peak_flops
         for logger in trainer.loggers:

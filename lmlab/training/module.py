@@ -139,9 +139,17 @@ class LMModule(Scorer):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so that resuming needs no generator state (promise 1).
         state = np.random.SeedSequence([self.seed, batch.number, self.global_rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(state[0]))
+        if self.device.type != "cuda":
+            torch.manual_seed(int(state[0]))
+            return
+        # As that does, but for the stack of its caller, which it formats for each kind of device that is not there.
+        for generator in (torch.default_generator, torch.cuda.default_generators[self.device.index]):
+            generator.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self._device_mesh is not None:  # sharded; gradients are summed over ranks once a step
+            last = (batch.number + 1) % self.trainer.accumulate_grad_batches == 0
+            self.model.set_requires_gradient_sync(last)
         nll, auxiliary = self.score(batch)  # [N], scalar or None
         loss = nll.sum()
         self.train_nll.update(nll)
@@ -195,17 +203,28 @@ class LMModule(Scorer):
     def stop_on_nonfinite(self) -> None:
         """Ends the run if the loss or the gradient of any batch was not finite.
 
-        All ranks have to call it: at the log interval, and before weights are validated or saved.
+        All ranks have to call it, before weights are validated or saved.
 
         Raises:
-            UserError: names the step and the blocks of its global batch.
+            UserError: as `refuse_nonfinite` does.
         """
         first = self.first_bad_batch.clone()
         if dist.is_initialized():
             dist.all_reduce(first, dist.ReduceOp.MIN)
-        if first == NEVER:
+        self.refuse_nonfinite(int(first))
+
+    def refuse_nonfinite(self, first: int) -> None:
+        """Ends the run if a batch was bad.
+
+        Args:
+            first: the least `first_bad_batch` of all ranks.
+
+        Raises:
+            UserError: names the step and the blocks of its global batch.
+        """
+        if first >= NEVER:
             return
-        step = int(first) // self.trainer.accumulate_grad_batches
+        step = first // self.trainer.accumulate_grad_batches
         size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
         blocks = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
         raise UserError(
@@ -262,9 +281,12 @@ class LMModule(Scorer):
             # The sums of the last validation lie with the weights they are of, for their certificate.
             nll, units = self.result
             checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
+        checkpoint["train_nll"] = self.by_rank(self.sums_of_reports()).cpu()
+
+    def sums_of_reports(self) -> Tensor:
+        """Returns the sums of this rank since the last report [4]: nll and targets, of the model and auxiliary loss."""
         metrics = (self.train_nll, self.train_auxiliary)
-        sums = torch.stack([s for metric in metrics for s in (metric.nll, metric.targets.double())])
-        checkpoint["train_nll"] = self.by_rank(sums).cpu()
+        return torch.stack([s for metric in metrics for s in (metric.nll, metric.targets.double())])
 
     def by_rank(self, values: Tensor) -> Tensor:
         """Returns the values [n] of all ranks, [world size, n]; each of them has to call it."""

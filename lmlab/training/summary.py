@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmlab.console import command, show_result
 from lmlab.errors import UserError, first_line
+from lmlab.evaluation.certify import precision_of
 from lmlab.io import from_here, write_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.measure import Measure
@@ -67,6 +68,7 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
     rows["speed"] = f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['data_wait']:.1%} of the time waiting for data"
     if "mfu" in summary:
         rows["mfu"] = f"{summary['mfu']:.1%} of what the device could do"
+    rows["precision"] = precision_of(module.trainer)
     rows["peak memory"] = f"{summary['peak_memory_gib']:.2f} GiB"
     rows |= {"run directory": str(path), "model": str(path / run.model.name), "it says": generated}
     show_result(rows)

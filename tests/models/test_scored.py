@@ -1,5 +1,6 @@
 """The head sees only scored positions, and the loss is the model's own (promise 3)."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
 from lmlab.models.loading import from_scratch
-from lmlab.models.loss import logits_chunk_size, score
+from lmlab.models.loss import compiled_nll_and_slope, logits_chunk_size, nll_and_slope, score
 from lmlab.models.probe import probe
 
 SMALL: dict[str, Any] = {
@@ -125,6 +126,50 @@ def test_without_gradients_none_are_made() -> None:
     assert not nll.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_derivative_of_a_chunk_is_that_of_autograd(dtype: torch.dtype) -> None:
+    logits, targets = torch.randn(7, 90).to(dtype), torch.randint(90, (7,))
+    reference = logits.double().requires_grad_()
+    expected = F.cross_entropy(reference, targets, reduction="none")
+    expected.sum().backward()
+    nll, slope = nll_and_slope(logits.clone(), targets, True)
+    assert slope is not None
+    assert slope.dtype == dtype
+    torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(slope.double(), reference.grad, rtol=tolerance, atol=tolerance**2)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_a_chunk_gives_the_same() -> None:
+    """As on a GPU, with chunks of two sizes: the last one of a batch is shorter."""
+    for rows in (8, 3):
+        logits, targets = torch.randn(rows, 90).bfloat16(), torch.randint(90, (rows,))
+        found = compiled_nll_and_slope()(logits.clone(), targets, True)
+        torch.testing.assert_close(found, nll_and_slope(logits.clone(), targets, True))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "causal", "needed"), [("gpt2", True, False), ("opt", True, False), ("roberta", False, True)]
+)
+def test_padding_on_the_right_needs_no_mask_where_nothing_is_seen_ahead(
+    architecture: str, causal: bool, needed: bool
+) -> None:
+    """With a mask a GPU does not take flash attention."""
+    model = small(architecture, causal).eval()
+    ids = torch.randint(5, 90, (2, 8))
+    ids[1, 5:], mask = 1, torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    positions = torch.tensor([0, 3, 6, 8, 11])  # none in the padding
+    masks = []
+    model.register_forward_pre_hook(lambda _, args, given: masks.append(given.get("attention_mask")), with_kwargs=True)
+    own = model(input_ids=ids, attention_mask=mask).logits.flatten(0, 1)[positions]
+    nll = score(model, ids, mask, positions, positions + 5).nll
+    torch.testing.assert_close(nll, F.cross_entropy(own, positions + 5, reduction="none"))
+    assert probe(model).needs_mask == needed == (masks[-1] is not None)
+
+
 def test_rows_of_unequal_weight_are_refused() -> None:
     model = small("gpt2", True)
     positions = torch.arange(5)
@@ -170,13 +215,15 @@ def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
         AutoConfig.for_model("gemma2", **{k: v for k, v in SMALL.items() if k != "embedding_size"})
     )
     assert not probe(bent).projects
-    assert logits_chunk_size(bent, None, on_gpu=False) is None
+    assert logits_chunk_size(bent, None, False, "32-true") is None
     with pytest.raises(UserError, match="gemma2 does more to its logits"):
-        logits_chunk_size(bent, 8, on_gpu=False)
+        logits_chunk_size(bent, 8, False, "32-true")
     plain = small("gpt2", True)
     assert probe(plain).projects
-    assert [logits_chunk_size(plain, wanted, on_gpu) for wanted, on_gpu in ((8, True), (None, True))] == [8, None]
-    assert logits_chunk_size(plain, None, on_gpu=False) == 128 * 2**20 // 400
+    sizes = [logits_chunk_size(plain, *wanted) for wanted in ((8, True, "bf16-mixed"), (None, True, "bf16-mixed"))]
+    assert sizes == [8, 2**30 // 400]
+    assert logits_chunk_size(plain, None, True, "16-mixed") is None  # in chunks its products are made in float32
+    assert logits_chunk_size(plain, None, False, "32-true") == 128 * 2**20 // 400
 
 
 def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
@@ -184,4 +231,4 @@ def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
     tokenizer = bpe(["a text of a few words"], vocab_size=280)
     model = from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1})
     model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.tanh())
-    assert logits_chunk_size(model, None, on_gpu=False) is None
+    assert logits_chunk_size(model, None, False, "32-true") is None

@@ -1,6 +1,9 @@
 """Cheaper steps that compute the same, and leave no trace in what is saved."""
 
 import copy
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,3 +228,47 @@ def test_layers_are_compiled_in_training_only() -> None:
     with torch.no_grad():
         model.eval()(IDS)
     assert not torch._dynamo.utils.counters["frames"]
+
+
+COLLECTIVES = """
+import json, torch
+from torch.distributed import init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from lmlab.models.efficiency import shard
+from tests.models.test_scored import small
+
+moved = {}
+
+class Collectives(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.strip("_")
+        if name.startswith(("allgather", "reduce_scatter")):
+            whole = max((t for t in args if isinstance(t, torch.Tensor)), key=torch.Tensor.numel)
+            kind = f"{name.split('_base')[0]} {whole.dtype}"
+            moved[kind] = moved.get(kind, 0) + whole.numel() / count
+        return function(*args, **(kwargs or {}))
+
+init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+model = small("gpt2", True).train()
+count = sum(p.numel() for p in model.parameters())
+shard(model, init_device_mesh("cpu", (2,)), bf16=True)
+with Collectives():
+    for last in (False, True):
+        model.set_requires_gradient_sync(last)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=torch.arange(16)[None]).logits.float().logsumexp(-1).sum()
+        loss.backward()
+print(json.dumps(moved))
+"""
+
+
+def test_sharded_weights_are_gathered_in_bf16_and_gradients_summed_once_a_step() -> None:
+    """Counted on one of two ranks, whose other one is a fake: of a step of two batches, in parameters of the model."""
+    done = subprocess.run([sys.executable, "-c", COLLECTIVES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    moved = json.loads(done.stdout.splitlines()[-1])
+    assert moved.keys() == {"allgather torch.bfloat16", "reduce_scatter torch.float32"}
+    assert moved["allgather torch.bfloat16"] <= 4  # for the forward and the backward pass of each batch: 2 bytes each
+    assert moved["reduce_scatter torch.float32"] == pytest.approx(1)

@@ -42,6 +42,17 @@ def test_same_run_as_on_one_device(
 
 
 @pytest.mark.long
+def test_in_bf16_with_accumulated_batches(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights are gathered in bf16, as autocast rounds them on one device."""
+    common = [*DROPOUT_OFF["clm"], *COMMON, "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"]
+    one = train(*common, run_dir=tmp_path / "one")
+    two = train(*common, *FSDP, run_dir=tmp_path / "two")
+    for name, tolerance in (("train/loss", 1e-3), ("optim/grad_norm", 2e-2), ("val/loss", 1e-3)):
+        expected, found = ([line[name] for line in metrics(run) if name in line] for run in (one, two))
+        assert found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.long
 def test_over_nodes_and_at_other_widths(train: Callable[..., Path], tmp_path: Path) -> None:
     """Two nodes of one rank each; then one device, unsharded; then two ranks of one node: all as on one device."""
     common = [*DROPOUT_OFF["clm"], *COMMON, "optim.schedule=constant"]

@@ -1,0 +1,374 @@
+"""Steps of training on a GPU that is not there, and what they would take on one.
+
+  python -m benchmarks.trace                                   GPT-2 124M, 32 × 1024, bf16
+  python -m benchmarks.trace objective=mlm size=distil batch_size=64 block_size=512
+
+Keys, with their defaults:
+
+  objective=clm         clm, mlm
+  size=gpt2             tiny, small, distil, gpt2
+  batch_size=32         blocks of a step
+  block_size=0          positions of a block; 0: 16, 64, 128 or 1024, by size
+  accumulate=1          micro batches of a step
+  chunk=0               scored positions whose logits are held at once; 0: lmlab's choice
+  checkpointing=false   compute activations again in the backward pass
+
+torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
+in a few seconds on any machine. The command fails where a step makes the host wait for the device, copies from
+memory that is not pinned, mixes devices, or does not use flash attention. The time is an estimate: of each operation
+the longer of its arithmetic and of the bytes that it reads and writes, at the rates of an H100.
+
+It changes torch for the rest of the process, and needs Linux and a build of torch for CPUs.
+"""
+
+import ctypes
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import lightning as L
+import numpy as np
+import torch
+import torch._subclasses.fake_tensor as fake
+import transformers.masking_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.arguments import Arguments
+from benchmarks.train import SIZES, SPECIAL, make_model, make_tokenizer, vocabulary_of
+from lmlab.console import duration, show_rows
+from lmlab.data.datamodule import BlocksDataModule
+from lmlab.data.prepared import Blocks
+from lmlab.data.preprocess import group_texts
+from lmlab.errors import shown_plainly
+from lmlab.models import efficiency, loss
+from lmlab.models.flops import Flops
+from lmlab.objectives.clm import CausalLM
+from lmlab.objectives.mlm import MaskedLM
+from lmlab.optim import AdamW
+from lmlab.training.measure import Measure
+from lmlab.training.module import LMModule
+
+STEPS = 4
+"""Steps that are made; the first one, which allocates, is not counted."""
+FLOPS_PER_SECOND = {"bf16": 620e12, "float32": 51e12}
+BYTES_PER_SECOND = 2.6e12
+"""Rates that an H100 SXM reaches in large products and in passes over memory."""
+PEAK = 989.4e12
+"""Floating-point operations per second in bf16 that its maker states (NVIDIA H100 data sheet), for its utilization."""
+
+
+@dataclass
+class Settings(Arguments):
+    objective: Literal["clm", "mlm"] = "clm"
+    size: Literal["tiny", "small", "distil", "gpt2"] = "gpt2"
+    batch_size: int = 32
+    block_size: int = 0
+    accumulate: int = 1
+    chunk: int = 0
+    checkpointing: Literal["false", "true"] = "false"
+
+    @property
+    def causal(self) -> bool:
+        return self.objective == "clm"
+
+    @property
+    def positions(self) -> int:
+        return self.block_size or SIZES[self.size][3]
+
+
+ANSWERS: dict[str, Any] = {
+    "is_available": True,
+    "device_count": 1,
+    "current_device": 0,
+    "is_initialized": True,
+    "get_device_capability": (9, 0),
+    "get_device_name": "NVIDIA H100 80GB HBM3",
+    "is_bf16_supported": True,
+    "max_memory_allocated": 0,
+    "get_rng_state": torch.get_rng_state(),
+    "get_rng_state_all": [],
+}
+"""The values that functions of `torch.cuda` return."""
+IGNORED = (
+    *("set_device", "empty_cache", "manual_seed_all", "reset_peak_memory_stats"),
+    *("set_rng_state", "set_rng_state_all", "_lazy_init", "synchronize"),
+)
+"""Functions of `torch.cuda` that do nothing."""
+
+
+def install_hooks() -> tuple[Any, ...]:
+    """Gives autograd the hooks and the device guard of CUDA, which a build for CPUs lacks: they do nothing.
+
+    Returns:
+        What has to stay in memory.
+    """
+    c10, torch_cpu = (ctypes.CDLL(f"{torch.__path__[0]}/lib/lib{name}.so") for name in ("c10", "torch_cpu"))
+    get_hooks = torch_cpu._ZN2at6detail12getCUDAHooksEv
+    word = get_hooks.restype = ctypes.c_void_p
+    hooks = word.from_address(get_hooks())
+    # A copy of its virtual functions, in the order of AcceleratorHooksInterface.h.
+    functions = (word * 96)(*(word * 96).from_address(hooks.value))
+    no, yes = functions[2], ctypes.cast(ctypes.pythonapi.Py_IsInitialized, word).value
+    functions[2], functions[3], functions[4] = yes, yes, no  # isBuilt, isAvailable, hasPrimaryContext
+    hooks.value = ctypes.addressof(functions)
+    # A guard that counts 0 devices: torch puts one that does nothing in its place.
+    counts_none = (word * 32)(*[no] * 32)
+    guard = word(ctypes.addressof(counts_none))
+    registry = (word * 2).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
+    registry[1] = ctypes.addressof(guard)
+    torch._C._ensureCUDADeviceGuardSet()
+    return functions, counts_none, guard
+
+
+class Watch(TorchDispatchMode):
+    """Counts the work of the steps by the kind of operation, and the operations for which the host waits."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        """Names the sizes by which the logits are known: rows of the head's matrix, and its columns."""
+        super().__init__()
+        self.vocabulary, self.width = vocabulary, width
+        self.on = False
+        self.operations: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        """Read and written, by the kind of operation; views move nothing."""
+        self.flops: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        """At `FLOPS_PER_SECOND` and `BYTES_PER_SECOND`, whichever takes longer."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.__name__.split(".")[0], kwargs or {}
+        if name == "_local_scalar_dense" and args[0].constant is None:
+            result: Any = True if args[0].dtype == torch.bool else 1
+        else:
+            result = True if name in ("equal", "allclose") else function(*args, **kwargs)
+        if self.on:
+            self.operations[name] += 1
+            self.waits[name] += self.makes_the_host_wait(name, args, kwargs)
+            self.count(function, args, kwargs, result)
+        return result
+
+    @staticmethod
+    def makes_the_host_wait(name: str, args: Any, kwargs: Any) -> bool:
+        """Returns whether the host needs the result of an operation, or a copy to be finished, before it goes on."""
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            return True
+        if name == "index":  # a mask is counted first
+            return any(index is not None and index.dtype == torch.bool for index in args[1])
+        source = args[0] if args and torch.is_tensor(args[0]) else None
+        if source is None or kwargs.get("device") is None or torch.device(kwargs["device"]).type == source.device.type:
+            return False
+        return not (kwargs.get("non_blocking") and getattr(source, "pinned", False))
+
+    def count(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Adds the bytes, operations and time of one call."""
+        read = [value for value in tree_leaves((args, kwargs)) if torch.is_tensor(value)]
+        written = [value for value in tree_leaves(result) if torch.is_tensor(value)]
+        if not written and function.__name__.startswith(("_foreach", "_fused")):  # they write what they read
+            written = read
+        if is_view(function) or all(value.device.type == "cpu" for value in written):
+            return
+        flops = (
+            flop_registry[function.overloadpacket](*args, **kwargs, out_val=result)
+            if function.overloadpacket in flop_registry
+            else 0
+        )
+        moved = sum(value.numel() * value.element_size() for value in [*read, *written])
+        kind = "loss" if any(map(self.are_logits, [*read, *written])) else kind_of(function.__name__, flops)
+        half = any(value.dtype == torch.bfloat16 for value in read)
+        self.bytes[kind] += moved
+        self.flops[kind] += flops
+        self.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
+
+    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, train: bool) -> Any:
+        """Stands in for the compiled function, which no trace sees into: it reads the logits twice, and writes once."""
+        on, self.on = self.on, False
+        result = loss.nll_and_slope(logits, targets, train)
+        self.on = on
+        if on:
+            moved = (2 + train) * logits.numel() * logits.element_size()
+            self.bytes["loss"] += moved
+            self.seconds["loss"] += moved / BYTES_PER_SECOND
+        return result
+
+    def are_logits(self, value: torch.Tensor) -> bool:
+        """Returns whether a tensor holds a number for each token of the vocabulary at some positions."""
+        return value.ndim > 1 and self.vocabulary in value.shape and self.width not in value.shape
+
+
+def is_view(function: Any) -> bool:
+    """Returns whether an operation moves nothing."""
+    return function.is_view or function.__name__.startswith("_unsafe_view")
+
+
+def kind_of(name: str, flops: int) -> str:
+    """Returns what kind of work an operation is, for the table."""
+    if "attention" in name:
+        return "attention"
+    if flops:
+        return "products"
+    return "optimizer" if "adam" in name else "elementwise"
+
+
+class WatchSteps(L.Callback):
+    """Turns the watch on for all steps but the first, which allocates."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        self.watch.on = index > 0
+
+    def on_train_end(self, *args: Any) -> None:
+        self.watch.on = False
+
+
+def apply(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
+    """Stands in for `Module._apply`, which would swap the content of tensors: fake ones have none."""
+    made: dict[Any, torch.nn.Parameter] = {}
+    for owner in self.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = made.setdefault(
+                    parameter, torch.nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+                )
+        for held, names in ((owner._buffers, owner._buffers), (vars(owner), getattr(owner, "_defaults", ()))):
+            held.update({name: function(held[name]) for name in names if torch.is_tensor(held.get(name))})
+    return self
+
+
+def pin_memory(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Stands in for `Tensor.pin_memory`."""
+    tensor.pinned = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def flash_attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
+) -> Any:
+    """Stands in for `scaled_dot_product_attention` on a GPU, which takes flash attention where there is no mask."""
+    assert attn_mask is None, "no flash attention: there is a mask"
+    query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))  # as autocast does
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, dropout_p, options.get("is_causal", False), False, scale=options.get("scale"))[0]
+
+
+@contextmanager
+def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
+    """Makes torch believe that it has a GPU, for the rest of the process; the arguments are those of `Watch`."""
+    watch = Watch(vocabulary, width)
+    kept = install_hooks()
+    replaced: list[tuple[Any, str, Any]] = [
+        *((torch.cuda, name, lambda *args, answer=answer, **options: answer) for name, answer in ANSWERS.items()),
+        *((torch.cuda, name, lambda *args, **options: None) for name in IGNORED),
+        (torch.cuda, "default_generators", (torch.Generator(),)),
+        (fake, "init_gpu_context", lambda device: None),
+        (fake.FakeTensorMode, "avoid_device_init", True),
+        (transformers.masking_utils, "is_tracing", lambda *args: False),
+        (torch.nn.Module, "_apply", apply),
+        (torch.Tensor, "pin_memory", pin_memory),
+        (torch.nn.functional, "scaled_dot_product_attention", flash_attention),
+        (loss, "can_compile", lambda: True),
+        (loss, "compiled_nll_and_slope", lambda: watch.compiled_nll_and_slope),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(patch.object(owner, name, value))
+        stack.enter_context(fake.FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(watch)
+        yield watch
+    del kept
+
+
+def trace(settings: Settings) -> tuple[Watch, float]:
+    """Trains for `STEPS` steps; returns what they did, and the floating-point operations that a step needs."""
+    vocabulary = vocabulary_of(settings.size, settings.causal)
+    tokenizer = make_tokenizer(vocabulary)
+    count = (STEPS + 1) * settings.batch_size
+    ids = np.random.default_rng(0).integers(len(SPECIAL), vocabulary, count * settings.positions).astype(np.int32)
+    path = Path(tempfile.mkdtemp()) / "tokens"
+    ids.tofile(path)
+    blocks = Blocks(path, group_texts(np.array([len(ids)]), settings.positions))
+    with fake_cuda(vocabulary, SIZES[settings.size][1]) as watch:
+        objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
+        model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
+        efficiency.fuse_activations(model)
+        if settings.checkpointing == "true":
+            efficiency.checkpoint_activations(model)
+        module = LMModule(
+            model,
+            AdamW(),
+            steps=STEPS + 1,
+            batch_size=settings.batch_size,
+            block_size=settings.positions,
+            seed=0,
+            stretches=1,
+            metric=objective.metric,
+            logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True, "bf16-mixed"),
+        )
+        datamodule = BlocksDataModule(
+            blocks, [], objective, 1, settings.batch_size, STEPS + 1, 0, accumulate=settings.accumulate
+        )
+        trainer = L.Trainer(
+            accelerator="gpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_epochs=1,
+            max_steps=STEPS,
+            gradient_clip_val=1.0,
+            accumulate_grad_batches=settings.accumulate,
+            limit_val_batches=0,
+            callbacks=[WatchSteps(watch), Measure()],
+            log_every_n_steps=100,
+            logger=False,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule)
+        flops = Flops.from_model(model)
+        assert flops is not None
+        tokens = settings.batch_size * settings.positions
+        targets = settings.batch_size * (settings.positions - 1) if settings.causal else round(0.15 * tokens)
+    return watch, flops.step(tokens, targets, settings.positions)
+
+
+def show(watch: Watch, needed: float) -> None:
+    """Prints the work of a step by its kind, and fails if the host waited."""
+    steps, rows = STEPS - 1, []
+    total = sum(watch.seconds.values()) / steps
+    for kind, seconds in watch.seconds.most_common():
+        moved, flops = watch.bytes[kind] / steps, watch.flops[kind] / steps
+        rows.append([kind, f"{moved / 1e9:,.1f} GB", f"{flops / 1e12:,.2f} TFLOP", duration(seconds / steps)])
+    moved, flops = (sum(counts.values()) / steps for counts in (watch.bytes, watch.flops))
+    rows.append(["a step", f"{moved / 1e9:,.1f} GB", f"{flops / 1e12:,.2f} TFLOP", duration(total)])
+    show_rows("Trace", ("", "read and written", "computed", "estimate"), rows)
+    print(f"{needed / total / PEAK:.0%} of the peak of an H100 would be used.")
+    waits = +watch.waits
+    assert not waits, f"the host waits for the device: {dict(waits)}"
+    for operation in ("_fused_adamw_", "_scaled_dot_product_flash_attention_backward"):
+        assert watch.operations[operation], f"no {operation} in a step"
+
+
+def main() -> None:
+    with shown_plainly():
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(__doc__)
+            return
+        show(*trace(Settings.parse(sys.argv[1:])))
+        sys.stdout.flush()
+        os._exit(0)  # autograd's thread for the device would not end by itself
+
+
+if __name__ == "__main__":
+    main()
