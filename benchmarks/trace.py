@@ -25,6 +25,7 @@ import ctypes
 import os
 import sys
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -142,6 +143,10 @@ class Watch(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         """Read and written, by the kind of operation; views move nothing."""
         self.flops: Counter[str] = Counter()
+        self.storages: set[int] = set()
+        """The pieces of the device's memory that are in use."""
+        self.in_use = self.most_in_use = 0
+        """Their bytes, now and at most."""
         self.seconds: Counter[str] = Counter()
         """At `FLOPS_PER_SECOND` and `BYTES_PER_SECOND`, whichever takes longer."""
 
@@ -151,11 +156,28 @@ class Watch(TorchDispatchMode):
             result: Any = True if args[0].dtype == torch.bool else 1
         else:
             result = True if name in ("equal", "allclose") else function(*args, **kwargs)
+        self.keep_account(result)
         if self.on:
             self.operations[name] += 1
             self.waits[name] += self.makes_the_host_wait(name, args, kwargs)
             self.count(function, args, kwargs, result)
         return result
+
+    def keep_account(self, result: Any) -> None:
+        """Adds the memory of new tensors to what is in use, and takes it off again when it is freed."""
+        for value in tree_leaves(result):
+            if torch.is_tensor(value) and value.device.type == "cuda":
+                storage = value.untyped_storage()
+                if storage._cdata not in self.storages:
+                    self.storages.add(storage._cdata)
+                    self.in_use += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.most_in_use = max(self.most_in_use, self.in_use)
+
+    def free(self, storage: int, size: int) -> None:
+        """Takes the memory of a storage off what is in use."""
+        self.storages.remove(storage)
+        self.in_use -= size
 
     @staticmethod
     def makes_the_host_wait(name: str, args: Any, kwargs: Any) -> bool:
@@ -353,6 +375,7 @@ def show(watch: Watch, needed: float) -> None:
     moved, flops = (sum(counts.values()) / steps for counts in (watch.bytes, watch.flops))
     rows.append(["a step", f"{moved / 1e9:,.1f} GB", f"{flops / 1e12:,.2f} TFLOP", duration(total)])
     show_rows("Trace", ("", "read and written", "computed", "estimate"), rows)
+    print(f"{watch.most_in_use / 2**30:.1f} GiB of memory at most, without what an allocator leaves unused.")
     print(f"{needed / total / PEAK:.0%} of the peak of an H100 would be used.")
     waits = +watch.waits
     assert not waits, f"the host waits for the device: {dict(waits)}"
