@@ -47,7 +47,7 @@ def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, 
         whole: rows that are scored once more when training has ended.
 
     Returns:
-        The seconds of a run.
+        the seconds of a run.
     """
     trainer, batch_size = plan.cfg.trainer, plan.cfg.batch_size
     world = schema.world(trainer)

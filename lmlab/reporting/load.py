@@ -129,7 +129,7 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[str, Records], lis
     """Reads what lies in directories and under them.
 
     Returns:
-        The runs, the evaluations of other models by their names, and a line on each thing that could not be read.
+        the runs, the evaluations of other models by their names, and a line on each thing that could not be read.
 
     Raises:
         UserError: a directory does not exist, or holds nothing to report.
