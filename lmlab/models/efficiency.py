@@ -93,9 +93,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:
     """Divides parameters, gradients and optimizer states over the ranks of a mesh, layer by layer (FSDP2).
 
     Args:
-        bf16: gather the weights in bf16 (2 bytes a parameter in the forward and in the backward pass) rather than as
-            they are kept, in float32. Gradients are summed in float32 either way, and what autocast computes stays the
-            same.
+        bf16: True to gather the weights in bf16 (2 bytes a parameter in the forward and in the backward pass), False
+            to gather them in float32, in which they are kept. Gradients are summed in float32 either way, and autocast
+            computes the same.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # most runs need not wait for it
 

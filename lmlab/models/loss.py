@@ -22,7 +22,7 @@ from lmlab.errors import UserError, first_line
 from lmlab.models.probe import backbone, evaluation_mode, example_ids, forward, probe
 
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
-"""Size of a chunk of logits, counted in float32. On a CPU it is as fast as all at once, which a smaller one is not
+"""The bytes of a chunk of logits, counted in float32. On a CPU it is as fast as all at once, a smaller one is slower
 (benchmarks/README.md). On a GPU the products of some thousands of rows keep it busy, and all at once take many GiB."""
 
 DEVICE_READS = (
@@ -67,8 +67,8 @@ def score(
         attention_mask: [B, T], 0 on padding; None where no row is padded.
         positions: [N] the scored positions, as indices into the B·T of the flattened batch.
         targets: [N] the id to predict at each of them.
-        chunk_size: how many rows of logits are held at once (`logits_chunk_size` says how many can be); only the sum
-            of the nll can then be differentiated, see `ChunkedNLL`. None holds all [N, V].
+        chunk_size: the number of scored positions whose logits are in memory at once (see `logits_chunk_size`); only
+            the sum of the nll can then be differentiated, see `ChunkedNLL`. None holds all [N, V].
     """
     projected: list[Tensor] = []
 
@@ -211,8 +211,7 @@ class ChunkedNLL(torch.autograd.Function):
 def nll_and_slope(logits: Tensor, targets: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
     """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in their dtype.
 
-    The derivative, None without `train`, is the probabilities less 1 for the target. It may be made in the place of the
-    logits.
+    The derivative, None without `train`, is the probabilities less 1 for the target. It may overwrite the logits.
     """
     dtype, logits = logits.dtype, logits.float()
     norm = logits.logsumexp(1, keepdim=True)
@@ -231,7 +230,7 @@ def can_compile() -> bool:
 
 @cache
 def compiled_nll_and_slope() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
-    """Returns `nll_and_slope` in two passes over the logits rather than ten, for a GPU."""
+    """Returns `nll_and_slope` compiled for a GPU, which then passes over the logits twice rather than ten times."""
     return torch.compile(nll_and_slope, dynamic=True)
 
 
@@ -246,12 +245,12 @@ def multiplies_in_float32(device: str, dtype: torch.dtype) -> bool:
 
 
 def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: bool, precision: str) -> int | None:
-    """Returns how many rows of logits `score` should hold at once; None for all.
+    """Returns the number of scored positions whose logits `score` should hold at once; None for all.
 
     Args:
         requested: the config's `logits_chunk_size`. None: as many as `LOGITS_BYTES` hold, but all in 16-mixed on a GPU,
             whose products in chunks are made in float32 (see `multiplies_in_float32`).
-        precision: of the trainer.
+        precision: the precision of the trainer.
 
     Raises:
         UserError: a number was requested, and the model does more to its logits than project.

@@ -33,7 +33,7 @@ class Probe(NamedTuple):
     padding_matters: bool
     """True if padding on the right changes the logits of a row's own positions."""
     needs_mask: bool
-    """True if it does so where no mask hides it. Models that do not see ahead mostly need none."""
+    """True if such padding changes them when no mask hides it. Models that do not see ahead mostly need no mask."""
 
 
 PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()

@@ -65,9 +65,9 @@ class LMModule(Scorer):
             batch_size: samples of an optimizer step, over all ranks and accumulated batches.
             block_size: tokens of a sample, at most.
             seed: decides the dropout of each batch on each rank.
-            stretches: how many stretches of held-out documents are summed apart (see `DocumentSums`).
+            stretches: the number of stretches of the held-out documents.
             metric: the name of exp(mean nll), such as `masked_perplexity`.
-            logits_chunk_size: rows of logits held at once; None holds all of a batch.
+            logits_chunk_size: the number of scored positions whose logits are in memory at once; None for all.
             val_interval: optimizer steps between validations; None validates before the first and after the last only.
         """
         super().__init__(model, stretches, logits_chunk_size)
@@ -142,7 +142,8 @@ class LMModule(Scorer):
         if self.device.type != "cuda":
             torch.manual_seed(int(state[0]))
             return
-        # As that does, but for the stack of its caller, which it formats for each kind of device that is not there.
+        # Not by torch.manual_seed: for each kind of device that is not there it formats the stack of its caller, in
+        # each batch.
         for generator in (torch.default_generator, torch.cuda.default_generators[self.device.index]):
             generator.manual_seed(int(state[0]))
 
@@ -206,7 +207,7 @@ class LMModule(Scorer):
         All ranks have to call it, before weights are validated or saved.
 
         Raises:
-            UserError: as `refuse_nonfinite` does.
+            UserError: as by `refuse_nonfinite`.
         """
         first = self.first_bad_batch.clone()
         if dist.is_initialized():
@@ -214,10 +215,10 @@ class LMModule(Scorer):
         self.refuse_nonfinite(int(first))
 
     def refuse_nonfinite(self, first: int) -> None:
-        """Ends the run if a batch was bad.
+        """Ends the run if the loss or the gradient of a batch of any rank was not finite.
 
         Args:
-            first: the least `first_bad_batch` of all ranks.
+            first: the least `first_bad_batch` of all ranks; `NEVER` if there is none.
 
         Raises:
             UserError: names the step and the blocks of its global batch.
@@ -279,8 +280,8 @@ class LMModule(Scorer):
         checkpoint["validations"] = self.validations
         if hasattr(self, "result"):
             # The sums of the last validation lie with the weights they are of, for their certificate.
-            nll, units = self.result
-            checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
+            nll, counts = self.result
+            checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(counts)}
         checkpoint["train_nll"] = self.by_rank(self.sums_of_reports()).cpu()
 
     def sums_of_reports(self) -> Tensor:
