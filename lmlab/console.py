@@ -39,7 +39,11 @@ def show_result(rows: Mapping[str, str], title: str = "Result") -> None:
 
 
 def show_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> None:
-    """Prints a table whose first columns, so many, hold words; the others hold numbers, and are aligned right."""
+    """Prints a table, without a header if all its columns have empty names.
+
+    Args:
+        words: the number of first columns that hold words; the others hold numbers, and are aligned right.
+    """
     from rich.table import Table
     from rich.text import Text
 

@@ -55,7 +55,7 @@ class AdamW:
     betas: Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)] = (0.9, 0.999)
     """The decay rates of the running means of the gradient and of its square."""
     eps: Annotated[float, Ge(0)] = 1e-8
-    """Added to the denominator of the update, for numerical stability."""
+    """The term added to the denominator of the update, for numerical stability."""
     schedule: str | Callable[[float, float], float] = "linear"
     """linear, cosine, constant, warmup_stable_decay, or a function of (done, decay_ratio) or its import path."""
     warmup_steps: Annotated[int, Ge(0)] | None = None

@@ -175,6 +175,7 @@ def redacted_value(typed: str, key: str) -> str:
                 shown += f"{name}: "
             piece = redacted_literal(piece.strip(), kind)
         shown += piece
+    # A bracket without its end may be a part of the secret itself.
     return MARK if around and secret_kind(key) else shown
 
 

@@ -33,7 +33,7 @@ def attempt(
         facts: more of a new run's manifest.
 
     Returns:
-        The val/loss of the run.
+        the val/loss of the run.
     """
     run = RunDirectory(cfg.run_dir)
     with lifecycle.failure_recorded(run, in_sweep):

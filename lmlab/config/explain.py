@@ -85,7 +85,7 @@ def no_option(missing: str, options: list[str] | None, name: str) -> str:
 
 
 def no_name(name: str) -> str | None:
-    """Returns the message for a group that the command gives a number or null; None where it gives none one."""
+    """Returns the message for a group that the command gives a number or null; None where there is no such group."""
     groups = groups_of(name)
     for word in sys.argv[1:]:
         group = word.partition("=")[0]

@@ -77,7 +77,8 @@ class Train(Config):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass, to take less memory."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Precision of products of float32 matrices on a GPU: highest is float32, high is TF32, medium is bf16."""
+    """Precision of products of float32 matrices: highest is float32; high lets devices with units for it use TF32, and
+    medium lets CPUs use bf16."""
     profile: bool = False
     """Write a trace of torch's profiler for a few steps into the run directory."""
 
@@ -103,7 +104,8 @@ class Evaluate(Config):
     units: Literal["text", "words"] = "text"
     """The words of the perplexity per word: words and ends of documents, or words and ends of all lines."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Precision of products of float32 matrices on a GPU: highest is float32, high is TF32, medium is bf16."""
+    """Precision of products of float32 matrices: highest is float32; high lets devices with units for it use TF32, and
+    medium lets CPUs use bf16."""
     trust: str | list[str] | None = None
     """Packages whose code may run where the config of the run names it."""
     check: bool = False

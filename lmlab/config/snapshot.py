@@ -25,7 +25,7 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
         trusted: packages, modules or what is in them, that the config of the run may name.
 
     Returns:
-        A description of these weights.
+        a description of these weights.
 
     Raises:
         UserError: the run has kept none yet, or its config names what is neither lmlab's own nor trusted.

@@ -83,11 +83,11 @@ def takes(block: DictConfig, key: str) -> Mapping[str, Parameter]:
 
 
 def arguments(block: DictConfig, key: str, declared: str | None = None, **given: Any) -> dict[str, Any]:
-    """Returns the values of a block as arguments of its target.
+    """Checks the values of a block, and returns them as arguments of its target.
 
     Args:
         key: the block's dotted name; empty for a whole config.
-        declared: the name of the class that has the block's keys, if it has no target of its own.
+        declared: the import path of the class that declares the block's keys, if the block has no target.
         given: more arguments, each passed on where there is a parameter for it. A block can't have them.
 
     Raises:

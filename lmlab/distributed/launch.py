@@ -100,7 +100,7 @@ def wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Waits until all ranks have ended, or until their time is over once one has failed; passes a signal on to them.
 
     Returns:
-        The rank that failed first, or None if none has.
+        the rank that failed first, or None if none has.
     """
     first, deadline, passed_on = None, math.inf, 0
     while True:
@@ -165,7 +165,7 @@ def report(text: str, error: BaseException, plainly: bool) -> bool:
         plainly: whether it is a message.
 
     Returns:
-        Whether lmlab started this rank; if not, nobody reads the report.
+        True if lmlab started this rank; if not, nobody reads the report.
     """
     path = os.environ.get("LMLAB_REPORT")
     if path is not None:

@@ -34,7 +34,7 @@ def requeue(limit: int) -> str:
     """Puts the job of this process back in the queue, unless that was done `limit` times already.
 
     Returns:
-        A sentence for the log that says whether the job is re-queued.
+        a sentence for the log that says whether the job is re-queued.
     """
     env = os.environ
     job = env["SLURM_JOB_ID"]

@@ -14,7 +14,8 @@ from lmlab.preview.plan import Plan
 
 def show_measured(cfg: DictConfig, measured: Measurement) -> None:
     """Prints the parameters of a model, and the memory and the time of the steps of a short run, if it made some."""
-    rows = {"parameters": f"{measured.parameters:,}, {measured.trainable:,} of them trainable"}
+    count, trainable = measured.parameters, measured.trainable
+    rows = {"parameters": f"{count:,}" + (f", {trainable:,} of them trainable" if trainable < count else "")}
     if measured.steps:
         world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
         whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"
@@ -46,7 +47,7 @@ def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, 
         whole: rows that are scored once more when training has ended.
 
     Returns:
-        The seconds of a run.
+        the seconds of a run.
     """
     trainer, batch_size = plan.cfg.trainer, plan.cfg.batch_size
     world = schema.world(trainer)

@@ -123,9 +123,10 @@ def train_briefly(folder: str, began: str) -> None:
         cfg = compose.read_config(run.path)
         data = build.prepare_data(cfg)
         objective, model = build.build_model(cfg, data.tokenizer)
-        counts = ((p.numel(), p.numel() * p.requires_grad) for p in model.parameters())  # a shared one once
-        parameters, trainable = map(sum, zip(*counts, strict=True))
-        measured = Measurement(parameters, trainable)
+        parameters = list(model.parameters())  # a shared one once
+        measured = Measurement(
+            sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        )
         write_json(run.path / "measurement.json", asdict(measured))
         module, datamodule = build.build_training(cfg, data, objective, model)
         trainer = build.build_trainer(cfg, module.val_interval, "preview")

@@ -16,7 +16,7 @@ DECADE = 10
 BLUE = "#4c78a8"
 VIRIDIS = alt.SchemeParams(name="viridis", extent=[0, 0.87])  # beyond, it is too light for lines on white
 AXIS: dict[str, Any] = {"labelExpr": "format(datum.value, abs(datum.value) < 1e4 ? ',.6~g' : '~s')", "tickCount": 6}
-"""An axis whose numbers have their digits below 10,000, and are like 10k and 2M above."""
+"""The options of an axis: numbers below 10,000 in full, larger ones like 10k and 2M."""
 
 
 class Chart(NamedTuple):
@@ -46,10 +46,10 @@ def draw_curve(
         points: a row for each point of the curve of each run, as `Run.curves` yields it, with run and configuration.
         y: the column of the metric, and the title of its axis.
         time: the seconds of a unit of time, and the unit.
-        configurations: best first.
+        configurations: the names of the configurations, best first.
         key: the column that colours stand for where there are more configurations than `COLOURS`.
         select: the CSS selector of the element of the page that says what the curve is drawn against.
-        most: points of each curve.
+        most: the greatest number of points of a curve.
     """
     few, several = len(configurations) <= COLOURS, points["configuration"].nunique() < points["run"].nunique()
     colour: Any = alt.value(BLUE)
@@ -74,6 +74,7 @@ def draw_curve(
             **values,
         )
     )
+    # Every n-th point of a configuration, counted from its last, which is kept.
     of_each = curves.groupby("configuration")["step"]
     stride = np.ceil(of_each.transform("size") / most)
     curves = curves[of_each.cumcount(ascending=False) % stride == 0].round(4)

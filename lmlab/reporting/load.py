@@ -111,7 +111,7 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Tokens a second over the whole run, or the median so far."""
+        """Tokens a second over the whole run, or the median so far; NaN if none were logged."""
         return self.summary.get("tokens_per_s", self.metrics["perf/tokens_per_s"].median())
 
     def curves(self) -> "pd.DataFrame":
@@ -129,7 +129,7 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], dict[str, Records], lis
     """Reads what lies in directories and under them.
 
     Returns:
-        The runs, the evaluations of other models by their names, and a line on each thing that could not be read.
+        the runs, the evaluations of other models by their names, and a line on each thing that could not be read.
 
     Raises:
         UserError: a directory does not exist, or holds nothing to report.
@@ -246,7 +246,7 @@ def load_run(path: Path, name: str, point: Point | None) -> Run | Records:
 
 
 def read_metrics(run: RunDirectory, manifest: Mapping[str, Any], faults: list[str]) -> "pd.DataFrame":
-    """Reads the logged metrics of a run, and works out their seconds without the pauses between two attempts."""
+    """Reads the logged metrics of a run, and computes their seconds without the pauses between two attempts."""
     import pandas as pd
 
     logged = read_whole_rows(
@@ -257,8 +257,8 @@ def read_metrics(run: RunDirectory, manifest: Mapping[str, Any], faults: list[st
     times = metrics["time"].to_numpy(float)
     resumed = sorted(datetime.fromisoformat(attempt["time"]).timestamp() for attempt in manifest.get("went_on", ()))
     attempts = np.array([-np.inf, *resumed])[np.searchsorted(resumed, times, side="right")]
-    steps = times[1:] - np.maximum(times[:-1], attempts[1:])
-    return metrics.assign(seconds=np.cumsum([0.0, *steps])[: len(times)].round(3))
+    elapsed = times[1:] - np.maximum(times[:-1], attempts[1:])
+    return metrics.assign(seconds=np.cumsum([0.0, *elapsed])[: len(times)].round(3))
 
 
 def read_evaluation(path: Path) -> Records:
@@ -268,7 +268,7 @@ def read_evaluation(path: Path) -> Records:
         one of `DAMAGED`: there is none, or it lacks a part.
     """
     records = read(path)
-    _ = (
+    _ = (  # what is missing shows here, not while a section is made
         run_choices(records),
         evaluation_metrics(records),
         objective_of(records),

@@ -23,7 +23,7 @@ from lmlab.runs.choices import as_typed
 from lmlab.runs.status import ENDED
 
 KEYS = 8
-"""Keys whose effect is drawn."""
+"""The greatest number of keys whose effect is drawn."""
 
 
 class Section:
@@ -58,6 +58,7 @@ class Section:
         self.numeric = {key for key in self.heads if all(type(run.chosen.get(key)) in numbers for run in self.runs)}
         """The keys whose values are all numbers."""
         self.configurations = name_configurations(self.runs, self.heads)
+        """The name of the configuration of each run, by the directory of the run."""
         names = self.configurations | name_evaluations(evaluations, self.runs)
         self.finals = [final_metrics(kind, names) for kind in self.kinds]
         self.several = len(set(self.configurations.values())) < len(self.runs)
@@ -74,6 +75,7 @@ class Section:
         """The metric that charts show."""
         longest = max((run.seconds for run in self.runs), default=0)
         self.time = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
+        """The unit of times: its seconds, and its name."""
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -254,7 +256,7 @@ class Section:
 
     @property
     def charts(self) -> list[Chart]:
-        """All charts."""
+        """All charts of the section."""
         return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind)]
 
     @property

@@ -64,7 +64,7 @@ def split_comparable(evaluations: Sequence[Records]) -> tuple[list[list[Records]
     """Puts evaluations together whose metrics mean the same.
 
     Returns:
-        The kinds of evaluation, the most frequent first, and for each but the first why it stands apart from it.
+        the kinds of evaluation, the most frequent first, and for each but the first why it stands apart from it.
     """
     kinds: list[list[Records]] = []
     for records in evaluations:

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
 
 SIGNS = {"±": r"$\pm$", "−": "$-$", "≤": r"$\le$"}
 """Signs that LaTeX does not know, and what it knows for them."""
-
-
 FORMATS = {
     "perplexity": ",.2f",
     "per byte": ".4f",
@@ -19,7 +17,7 @@ FORMATS = {
     "per s": ",.0f",
     "time": ",.2f",
 }
-"""The format of the numbers of a column that are not whole, by a part of its head; those of others have five digits."""
+"""The format of a column's numbers that are not whole, by a part of its head; other columns have five digits."""
 
 
 def latex(table: "DataFrame", layout: str | None = None) -> str:
@@ -32,9 +30,9 @@ def latex(table: "DataFrame", layout: str | None = None) -> str:
 
 
 def as_text(value: Any, head: str = "") -> str:
-    """Returns a value of a table in the column of a head for a person; the empty string for None.
+    """Returns a value of a table for a person, formatted by the head of its column; empty for None and NaN.
 
-    Numbers of a million and more are whole or have three digits.
+    A float of a million and more has three digits.
     """
     if value is None or value != value:
         return ""
@@ -52,9 +50,9 @@ def p_text(p: float | None) -> str:
     return "" if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def interval_text(low: float | None, high: float | None, spec: str = "+.4f") -> str:
-    """Returns the ends of an interval by a format specification; empty where there is none."""
-    return "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
+def interval_text(low: float | None, high: float | None) -> str:
+    """Returns the ends of the interval of a difference; the empty string if there is none."""
+    return "" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def brief(value: Any, most: int = 40) -> str:

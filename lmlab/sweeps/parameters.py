@@ -20,7 +20,7 @@ def overrides(
     """Merges the `params` of a sweeper with the overrides of a command, which win.
 
     Returns:
-        The swept overrides by key, and the fixed ones as they would be typed.
+        the swept overrides by key, and the fixed ones as they would be typed.
 
     Raises:
         UserError: a secret is swept over.

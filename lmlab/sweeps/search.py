@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lmlab.sweeps.study import Direction
 
-NUMBER = Annotated[int, Ge(1)]
+COUNT = Annotated[int, Ge(1)]
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")
 
 
@@ -35,9 +35,9 @@ class SearchSweeper(GridSweeper):
     The study lies in a database, so that the search goes on after a stop, and in several processes at once.
 
     Args:
-        n_trials: in all, those of other processes and of before a stop included.
-        n_jobs: given to the launcher at a time; without a cluster one waits for the other all the same.
-        metric: of a run's validations; val/bits_per_byte where tokenizers differ.
+        n_trials: the number of all trials, those of other processes and of before a stop included.
+        n_jobs: the number of trials that the launcher is given at a time; without a cluster they run one by one.
+        metric: the metric of a run's validations; val/bits_per_byte where tokenizers differ.
         direction: minimize or maximize.
         sampler: `name` of a class of optuna.samplers, and its arguments. From `seed` follows that of each trial.
         pruner: the same of optuna.pruners, which knows validations by their number; None prunes nothing.
@@ -66,7 +66,7 @@ class SearchSweeper(GridSweeper):
 
         from lmlab.sweeps import study
 
-        for key, kind in {"n_trials": NUMBER, "n_jobs": NUMBER, "direction": study.Direction}.items():
+        for key, kind in {"n_trials": COUNT, "n_jobs": COUNT, "direction": study.Direction}.items():
             check_value(f"hydra.sweeper.{key}", getattr(self, key), kind)
         swept, shared = parameters.overrides(self.params, arguments, self.hydra_context.config_loader)
         if not swept:

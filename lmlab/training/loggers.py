@@ -67,7 +67,10 @@ class JSONLines:
 
 
 def flushed_size(path: Path) -> int:
-    """Returns the bytes of a file, 0 if there is none, once they are on the disk: no checkpoint outlives its lines."""
+    """Brings a file to the disk and returns its size in bytes; 0 if there is none.
+
+    Called before a checkpoint is written, so that no checkpoint outlives the lines of its steps.
+    """
     if not path.is_file():
         return 0
     flush(path)
@@ -268,7 +271,7 @@ def weights_and_biases(
         mode: `online`, `offline`, `disabled`, or `auto`: online where an API key is configured. The
             variable WANDB_MODE wins. A service that can't be reached leaves the run offline.
         against: what curves are drawn against, `steps` or `tokens`.
-        log_model: whether W&B also gets the exported model.
+        log_model: True to give W&B the exported model as well.
         patience: seconds that W&B has at the end to send what it has not yet.
     """
     os.environ.setdefault("WANDB_HTTP_TIMEOUT", str(ANSWER))

@@ -100,7 +100,8 @@ class Measure(Callback):
         norm = torch.zeros((), device=module.device) if module.grad_norm is None else module.grad_norm
         on_device = torch.stack([module.tokens.double(), norm.double(), module.first_bad_batch.double()])
         sums = module.sums_of_reports()
-        # One copy for all of them: each would have the host wait for the device to finish its steps.
+        # A list over the ranks for each value. They come in one copy, as each copy has the host wait for the device to
+        # finish its steps.
         by_rank = module.by_rank(torch.cat([on_host.to(module.device), on_device, sums])).T.tolist()
         seconds = self.watch.seconds
         waits, memories, tokens_seen, norms, bad_batches, *others = by_rank
@@ -108,7 +109,8 @@ class Measure(Callback):
         module.refuse_nonfinite(int(min(bad_batches)))
         for metric in (module.train_nll, module.train_auxiliary):
             metric.reset()
-        loss, tokens, wait = nll / targets, int(tokens_seen[0]), max(waits)
+        loss = nll / targets if targets else math.nan  # as a masked block may have none
+        tokens, wait = int(tokens_seen[0]), max(waits)
         new_tokens = tokens - self.tokens_then
         flops_of_all = self.flops.step(new_tokens, int(targets), module.block_size) if self.flops else 0
         flops = flops_of_all / trainer.world_size

@@ -56,6 +56,7 @@ class LMModule(Scorer):
         metric: str = "perplexity",
         logits_chunk_size: int | None = None,
         val_interval: int | None = None,
+        reduces_once: bool = True,
     ):
         """Takes a model, and how it is trained.
 
@@ -65,14 +66,17 @@ class LMModule(Scorer):
             batch_size: samples of an optimizer step, over all ranks and accumulated batches.
             block_size: tokens of a sample, at most.
             seed: decides the dropout of each batch on each rank.
-            stretches: how many stretches of held-out documents are summed apart (see `DocumentSums`).
+            stretches: the number of stretches of the held-out documents.
             metric: the name of exp(mean nll), such as `masked_perplexity`.
-            logits_chunk_size: rows of logits held at once; None holds all of a batch.
+            logits_chunk_size: the number of scored positions whose logits are in memory at once; None for all.
             val_interval: optimizer steps between validations; None validates before the first and after the last only.
+            reduces_once: True to sum the gradients of a sharded model over the ranks once a step, for which each rank
+                keeps one of the whole model between accumulated batches; False to sum them after each batch.
         """
         super().__init__(model, stretches, logits_chunk_size)
         self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
         self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
+        self.reduces_once = reduces_once
         self.nominal_targets = batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
@@ -142,12 +146,13 @@ class LMModule(Scorer):
         if self.device.type != "cuda":
             torch.manual_seed(int(state[0]))
             return
-        # As that does, but for the stack of its caller, which it formats for each kind of device that is not there.
+        # Not by torch.manual_seed: for each kind of device that is not there it formats the stack of its caller, in
+        # each batch.
         for generator in (torch.default_generator, torch.cuda.default_generators[self.device.index]):
             generator.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self._device_mesh is not None:  # sharded; gradients are summed over ranks once a step
+        if self._device_mesh is not None and self.reduces_once:
             last = (batch.number + 1) % self.trainer.accumulate_grad_batches == 0
             self.model.set_requires_gradient_sync(last)
         nll, auxiliary = self.score(batch)  # [N], scalar or None
@@ -206,7 +211,7 @@ class LMModule(Scorer):
         All ranks have to call it, before weights are validated or saved.
 
         Raises:
-            UserError: as `refuse_nonfinite` does.
+            UserError: as by `refuse_nonfinite`.
         """
         first = self.first_bad_batch.clone()
         if dist.is_initialized():
@@ -214,10 +219,10 @@ class LMModule(Scorer):
         self.refuse_nonfinite(int(first))
 
     def refuse_nonfinite(self, first: int) -> None:
-        """Ends the run if a batch was bad.
+        """Ends the run if the loss or the gradient of a batch of any rank was not finite.
 
         Args:
-            first: the least `first_bad_batch` of all ranks.
+            first: the least `first_bad_batch` of all ranks; `NEVER` if there is none.
 
         Raises:
             UserError: names the step and the blocks of its global batch.
@@ -279,8 +284,8 @@ class LMModule(Scorer):
         checkpoint["validations"] = self.validations
         if hasattr(self, "result"):
             # The sums of the last validation lie with the weights they are of, for their certificate.
-            nll, units = self.result
-            checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(units)}
+            nll, counts = self.result
+            checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(counts)}
         checkpoint["train_nll"] = self.by_rank(self.sums_of_reports()).cpu()
 
     def sums_of_reports(self) -> Tensor:

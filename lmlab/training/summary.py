@@ -20,7 +20,7 @@ def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best_step: in
         best_step: the step of the exported weights; None for the last ones.
 
     Returns:
-        The metrics of the exported weights on held-out text, those before training, and what training took.
+        the metrics of the exported weights on held-out text, those before training, and what training took.
     """
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
     pruned = [step for callback in trainer.callbacks if (step := getattr(callback, "pruned", None)) is not None]

@@ -192,7 +192,7 @@ def test_causal_targets_are_those_of_the_token_before() -> None:
 
 def test_bytes_are_those_of_adamw(shown: Callable[..., str]) -> None:
     text = shown(*TINY, f"trainer.max_steps={STEPS}")
-    parameters = int(re.search(r"│ parameters +│ ([\d,]+), ", text)[1].replace(",", ""))  # type: ignore[index]
+    parameters = int(re.search(r"│ parameters +│ ([\d,]+) ", text)[1].replace(",", ""))  # type: ignore[index]
     for name, times in (("weights", 1), ("gradients", 1), ("optimizer state", 2)):
         said = float(re.search(rf"│ {name} +│ ([\d.,]+) MiB", text)[1])  # type: ignore[index]
         assert said == pytest.approx(4 * times * parameters / 2**20, abs=0.06)
