@@ -25,6 +25,7 @@ import ctypes
 import os
 import sys
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -142,6 +143,10 @@ class Watch(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         """Read and written, by the kind of operation; views move nothing."""
         self.flops: Counter[str] = Counter()
+        self.storages: set[int] = set()
+        """The pieces of the device's memory that are in use."""
+        self.in_use = self.most_in_use = 0
+        """Their bytes, now and at most."""
         self.seconds: Counter[str] = Counter()
         """At `FLOPS_PER_SECOND` and `BYTES_PER_SECOND`, whichever takes longer."""
 
@@ -151,11 +156,28 @@ class Watch(TorchDispatchMode):
             result: Any = True if args[0].dtype == torch.bool else 1
         else:
             result = True if name in ("equal", "allclose") else function(*args, **kwargs)
+        self.keep_account(result)
         if self.on:
             self.operations[name] += 1
             self.waits[name] += self.makes_the_host_wait(name, args, kwargs)
             self.count(function, args, kwargs, result)
         return result
+
+    def keep_account(self, result: Any) -> None:
+        """Adds the memory of new tensors to what is in use, and takes it off again when it is freed."""
+        for value in tree_leaves(result):
+            if torch.is_tensor(value) and value.device.type == "cuda":
+                storage = value.untyped_storage()
+                if storage._cdata not in self.storages:
+                    self.storages.add(storage._cdata)
+                    self.in_use += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.most_in_use = max(self.most_in_use, self.in_use)
+
+    def free(self, storage: int, size: int) -> None:
+        """Takes the memory of a storage off what is in use."""
+        self.storages.remove(storage)
+        self.in_use -= size
 
     @staticmethod
     def makes_the_host_wait(name: str, args: Any, kwargs: Any) -> bool:
@@ -189,13 +211,13 @@ class Watch(TorchDispatchMode):
         self.flops[kind] += flops
         self.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
 
-    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, train: bool) -> Any:
+    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any) -> Any:
         """Stands in for the compiled function, which no trace sees into: it reads the logits twice, and writes once."""
         on, self.on = self.on, False
-        result = loss.nll_and_slope(logits, targets, train)
+        result = loss.nll_and_slope(logits, targets, dtype)
         self.on = on
         if on:
-            moved = (2 + train) * logits.numel() * logits.element_size()
+            moved = (2 + (dtype is not None)) * logits.numel() * logits.element_size()
             self.bytes["loss"] += moved
             self.seconds["loss"] += moved / BYTES_PER_SECOND
         return result
@@ -277,8 +299,7 @@ def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
         (torch.nn.Module, "_apply", apply),
         (torch.Tensor, "pin_memory", pin_memory),
         (torch.nn.functional, "scaled_dot_product_attention", flash_attention),
-        (loss, "can_compile", lambda: True),
-        (loss, "compiled_nll_and_slope", lambda: watch.compiled_nll_and_slope),
+        (loss, "compiled_nll_and_slope", lambda device: watch.compiled_nll_and_slope),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
@@ -353,6 +374,7 @@ def show(watch: Watch, needed: float) -> None:
     moved, flops = (sum(counts.values()) / steps for counts in (watch.bytes, watch.flops))
     rows.append(["a step", f"{moved / 1e9:,.1f} GB", f"{flops / 1e12:,.2f} TFLOP", duration(total)])
     show_rows("Trace", ("", "read and written", "computed", "estimate"), rows)
+    print(f"{watch.most_in_use / 2**30:.1f} GiB of memory at most, without what an allocator leaves unused.")
     print(f"{needed / total / PEAK:.0%} of the peak of an H100 would be used.")
     waits = +watch.waits
     assert not waits, f"the host waits for the device: {dict(waits)}"

@@ -32,6 +32,21 @@ METRICS = ["perplexity", "bits_per_byte", "bits_per_word", "word_perplexity"]
 """The names of the metrics of a causal model."""
 
 
+def test_a_report_without_a_target(train: Callable[..., Path]) -> None:
+    """Of a few blocks of which none has a masked token."""
+    words = [
+        *TINY_MLM,
+        "preprocess.block_size=8",
+        "batch_size=1",
+        "trainer.max_steps=20",
+        "trainer.log_every_n_steps=1",
+    ]
+    losses = [row["train/loss"] for row in metrics(train(*words)) if "train/loss" in row]
+    assert len(losses) == 20
+    assert any(map(math.isnan, losses))
+    assert not all(map(math.isnan, losses))
+
+
 def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     umask = os.umask(0o027)
     try:

@@ -191,7 +191,8 @@ def build_training(
     tensors = 3 if isinstance(optimizer, AdamW) else 1
     half = str(trainer.precision) in ("bf16-true", "16-true")
     shards = world(trainer) if trainer.strategy == "fsdp" else 1
-    check_training(model, tensors, half, torch.device("cuda" if gpu else "cpu"), trainer.devices, shards)
+    device = torch.device("cuda" if gpu else "cpu")
+    has_room = check_training(model, tensors, half, device, trainer.devices, shards)
     module = LMModule(
         model,
         optimizer,
@@ -203,6 +204,7 @@ def build_training(
         metric=objective.metric,
         logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu, trainer.precision),
         val_interval=interval,
+        reduces_once=has_room,
     )
     lengths = np.concatenate([np.diff(data.train.bounds)[:, 0], (whole or held_out).rows.lengths])
     check_padding(model, lengths, micro_batch_size(cfg.batch_size, world(trainer), trainer.accumulate_grad_batches))
@@ -273,7 +275,7 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    torch.set_float32_matmul_precision(cfg.get("float32_matmul_precision", "highest"))
+    torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     # Lightning's greetings and hints; what a run has to say, it says itself.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

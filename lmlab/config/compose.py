@@ -36,7 +36,7 @@ from lmlab.config.overrides import readable
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import UserError, cause_of, first_line, plainly, shown_plainly
 from lmlab.io import empty_folders_removed, write_text
-from lmlab.runs.choices import with_present_names
+from lmlab.runs.choices import ADDED, with_present_names
 from lmlab.runs.directory import RunDirectory
 
 OF_SWEEPS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")
@@ -299,7 +299,7 @@ def read_config(run_dir: Path) -> DictConfig:
     for key in BLOCKS:
         if key in cfg and not isinstance(cfg[key], DictConfig):
             raise UserError(f"{path} is damaged: {key} is no mapping in it. Bring back what it was.")
-    values = with_present_names(OmegaConf.to_container(cfg))
+    values = ADDED | with_present_names(OmegaConf.to_container(cfg))
     for keys, secret in json.loads(os.environ.pop(SECRETS_VARIABLE, "[]")):  # they are taken once
         holder = values
         for key in keys[:-1]:

@@ -94,13 +94,18 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:
 
     Args:
         bf16: True to gather the weights in bf16 (2 bytes a parameter in the forward and in the backward pass), False
-            to gather them in float32, in which they are kept. Gradients are summed in float32 either way, and autocast
-            computes the same.
+            to gather them in float32, in which they are kept. Gradients are summed over the ranks in float32 either
+            way. Products are those of autocast, which rounds weights too; in bf16, embeddings and the weights of norms
+            are rounded as well.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # most runs need not wait for it
 
     if isinstance(model, FSDPModule):
         return  # Lightning asks for it before each of its runs
+    if bf16:  # what the layers add to stays in float32, as under autocast
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(lambda module, args, output: output.float())
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     for module in (*layers(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)

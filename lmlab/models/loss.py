@@ -3,34 +3,25 @@
 Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V vocabulary, R positions of a chunk.
 """
 
+import logging
 import math
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
 from lmlab.errors import UserError, first_line
 from lmlab.models.probe import backbone, evaluation_mode, example_ids, forward, probe
 
+LOG = logging.getLogger(__name__)
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
 """The bytes of a chunk of logits, counted in float32. On a CPU it is as fast as all at once, a smaller one is slower
 (benchmarks/README.md). On a GPU the products of some thousands of rows keep it busy, and all at once take many GiB."""
-
-DEVICE_READS = (
-    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
-    (masking_utils, "find_packed_sequence_indices"),
-)
-"""Functions of transformers that read from the device in each forward pass, so that the host would wait for it:
-whether rows end in padding, or position ids begin anew, where no mask says so. In lmlab's batches neither happens."""
 
 
 class Scores(NamedTuple):
@@ -88,8 +79,6 @@ def score(
         stack.callback(body.register_forward_hook(keep_scored).remove)
         if chunk_size is not None:
             stack.callback(head.register_forward_pre_hook(project_nothing).remove)
-        for owner, function in DEVICE_READS:
-            stack.enter_context(patch.object(owner, function, lambda *args: None))
         output = forward(model, input_ids, attention_mask)
     auxiliary = auxiliary_loss(model, output)
     if chunk_size is None:
@@ -173,12 +162,14 @@ class ChunkedNLL(torch.autograd.Function):
             d_hidden = torch.empty_like(h)
             d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
             d_bias = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=w.device)
-        step = compiled_nll_and_slope() if device == "cuda" and can_compile() else nll_and_slope
+        step = compiled_nll_and_slope(device) if device == "cuda" else nll_and_slope
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), chunk_size):
                 part = slice(start, start + chunk_size)
                 logits = F.linear(h[part], w, b)  # [R, V]
-                nll[part], slope = step(logits, targets[part], train)
+                if step is nll_and_slope:
+                    logits = logits.float()  # here, so that memory holds them once
+                nll[part], slope = step(logits, targets[part], dtype if train else None)
                 if slope is None:
                     continue
                 if d_bias is not None:
@@ -208,30 +199,34 @@ class ChunkedNLL(torch.autograd.Function):
         return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
 
 
-def nll_and_slope(logits: Tensor, targets: Tensor, train: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in their dtype.
+def nll_and_slope(logits: Tensor, targets: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in a dtype.
 
-    The derivative, None without `train`, is the probabilities less 1 for the target. It may overwrite the logits.
+    The derivative, None without a dtype, is the probabilities less 1 for the target. It may overwrite the logits.
     """
-    dtype, logits = logits.dtype, logits.float()
+    logits = logits.float()
     norm = logits.logsumexp(1, keepdim=True)
     nll = (norm - logits.gather(1, targets[:, None]))[:, 0]
-    if not train:
+    if dtype is None:
         return nll, None
     slope = logits.sub_(norm).exp_().to(dtype)
     return nll, slope.scatter_(1, targets[:, None], (-nll).expm1().to(dtype)[:, None])
 
 
 @cache
-def can_compile() -> bool:
-    """Returns whether kernels for a GPU can be made here: by Triton, which needs a C compiler."""
-    return has_triton() and any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))
+def compiled_nll_and_slope(device: str) -> Callable[[Tensor, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None]]:
+    """Returns `nll_and_slope` compiled for a kind of device: in two passes over the logits rather than ten.
 
-
-@cache
-def compiled_nll_and_slope() -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
-    """Returns `nll_and_slope` compiled for a GPU, which then passes over the logits twice rather than ten times."""
-    return torch.compile(nll_and_slope, dynamic=True)
+    It is returned as it is, and a warning logged, where it can't be compiled: Triton needs a C compiler, Python's
+    headers and the driver's library.
+    """
+    compiled = torch.compile(nll_and_slope, dynamic=True)
+    try:
+        compiled(torch.zeros(2, 8, device=device), torch.zeros(2, dtype=torch.int64, device=device), torch.float32)
+    except Exception as error:  # of Triton, of the compiler that it calls, or of torch
+        LOG.warning("the loss is not compiled, and so takes longer: %s", first_line(error))
+        return nll_and_slope
+    return compiled
 
 
 def multiplies_in_float32(device: str, dtype: torch.dtype) -> bool:

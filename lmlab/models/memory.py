@@ -42,7 +42,7 @@ def check_weights(auto: Any, config: PreTrainedConfig) -> None:
         )
 
 
-def check_training(model: nn.Module, tensors: int, half: bool, device: torch.device, ranks: int, shards: int) -> None:
+def check_training(model: nn.Module, tensors: int, half: bool, device: torch.device, ranks: int, shards: int) -> bool:
     """Refuses a model whose gradients and optimizer do not fit beside its weights.
 
     Activations and logits, which follow from the batch, are not counted.
@@ -52,6 +52,9 @@ def check_training(model: nn.Module, tensors: int, half: bool, device: torch.dev
         half: whether all of them take 2 bytes a number rather than 4.
         ranks: how many ranks share the main memory of this node.
         shards: over how many ranks all of it is divided.
+
+    Returns:
+        Whether a gradient of the whole model takes less than half of what is left.
 
     Raises:
         UserError: says how much they need, and how much there is.
@@ -70,3 +73,5 @@ def check_training(model: nn.Module, tensors: int, half: bool, device: torch.dev
             f"to train the model takes {needed / GIB:,.1f} GiB for its {parts}, and {owner} {free / GIB:,.1f} GiB.\n"
             "Use a smaller model, a device with more memory, or several that share it (trainer=fsdp)."
         )
+    gradient = more / tensors * (1 if device.type == "cuda" else ranks)
+    return gradient < (free - needed) / 2

@@ -4,14 +4,15 @@ Shapes: B rows, T positions, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.utils import ModelOutput
 
 from lmlab.errors import UserError
@@ -19,6 +20,14 @@ from lmlab.errors import UserError
 TOKENS, PADDING = 4, 2  # of a probe: no more than any model has positions
 PORTABLE = ("eager", "sdpa")
 """Implementations of attention that run on any device."""
+
+
+DEVICE_READS = (
+    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    (masking_utils, "find_packed_sequence_indices"),
+)
+"""Functions of transformers that read from the device in each forward pass, so that the host would wait for it:
+whether rows end in padding, or position ids begin anew, where no mask says so. In lmlab's batches neither happens."""
 
 
 class Probe(NamedTuple):
@@ -83,7 +92,10 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> 
         mask: [B, T], 0 on padding. None where no row is padded: some models take no mask.
     """
     masked = {} if mask is None else {"attention_mask": mask}
-    return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
+    with ExitStack() as stack:
+        for owner, function in DEVICE_READS:
+            stack.enter_context(patch.object(owner, function, lambda *args: None))
+        return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
 
 
 @torch.no_grad()
@@ -123,7 +135,8 @@ def run_probe(model: PreTrainedModel) -> Probe:
         projects=plain and len(projected) == 1 and torch.equal(projected[0], logits),
         sees_ahead=differ(logits[:, :-1], last_changed[:, :-1]),
         padding_matters=padding_matters,
-        needs_mask=needs_mask,
+        # Fresh weights of an encoder may hide what trained ones show: its mask is always kept.
+        needs_mask=needs_mask or not model.can_generate(),
     )
 
 

@@ -41,6 +41,8 @@ RENAMED = errors.RENAMED | {
     "lmlab.training.pruning.": "lmlab.sweeps.pruning.",
 }
 """Keys and targets in configs of lmlab 0.1, and their names since."""
+ADDED = {"float32_matmul_precision": "highest"}
+"""Keys that configs of lmlab 0.1 lack, and the values by which they ran."""
 
 
 def with_present_names(config: Any) -> Any:
@@ -76,7 +78,7 @@ def config_choices(config: dict[str, Any]) -> dict[str, Any]:
     directory = config["run_dir"]
     return {
         key: value.removeprefix(directory) if f"{value}/".startswith(f"{directory}/") else value
-        for key, value in flatten(with_present_names(config)).items()
+        for key, value in flatten(ADDED | with_present_names(config)).items()
         if not is_in(key, MACHINERY)
     }
 

@@ -109,7 +109,8 @@ class Measure(Callback):
         module.refuse_nonfinite(int(min(bad_batches)))
         for metric in (module.train_nll, module.train_auxiliary):
             metric.reset()
-        loss, tokens, wait = nll / targets, int(tokens_seen[0]), max(waits)
+        loss = nll / targets if targets else math.nan  # as a masked block may have none
+        tokens, wait = int(tokens_seen[0]), max(waits)
         new_tokens = tokens - self.tokens_then
         flops_of_all = self.flops.step(new_tokens, int(targets), module.block_size) if self.flops else 0
         flops = flops_of_all / trainer.world_size

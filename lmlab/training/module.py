@@ -56,6 +56,7 @@ class LMModule(Scorer):
         metric: str = "perplexity",
         logits_chunk_size: int | None = None,
         val_interval: int | None = None,
+        reduces_once: bool = True,
     ):
         """Takes a model, and how it is trained.
 
@@ -69,10 +70,13 @@ class LMModule(Scorer):
             metric: the name of exp(mean nll), such as `masked_perplexity`.
             logits_chunk_size: the number of scored positions whose logits are in memory at once; None for all.
             val_interval: optimizer steps between validations; None validates before the first and after the last only.
+            reduces_once: True to sum the gradients of a sharded model over the ranks once a step, for which each rank
+                keeps one of the whole model between accumulated batches; False to sum them after each batch.
         """
         super().__init__(model, stretches, logits_chunk_size)
         self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
         self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
+        self.reduces_once = reduces_once
         self.nominal_targets = batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
@@ -148,7 +152,7 @@ class LMModule(Scorer):
             generator.manual_seed(int(state[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self._device_mesh is not None:  # sharded; gradients are summed over ranks once a step
+        if self._device_mesh is not None and self.reduces_once:
             last = (batch.number + 1) % self.trainer.accumulate_grad_batches == 0
             self.model.set_requires_gradient_sync(last)
         nll, auxiliary = self.score(batch)  # [N], scalar or None

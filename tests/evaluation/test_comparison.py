@@ -12,6 +12,7 @@ from lmlab.data.documents import Documents
 from lmlab.errors import UserError
 from lmlab.evaluation import comparison, records
 from lmlab.evaluation.comparison import Side, difference
+from lmlab.runs.choices import config_choices
 
 POLICY = {"context": "blocks", "block_size": 32, "stride": None, "objective": {}, "pseudo": None, "masks_seed": None}
 BYTES = np.random.default_rng(1).integers(50, 400, 40)
@@ -263,6 +264,12 @@ def test_one_draw_twice_is_no_two_seeds(write: Write, same: str) -> None:
     ]
     with pytest.raises(UserError, match=f"the same {same}: .* they would count twice"):
         comparison.make_sides(runs)
+
+
+def test_a_key_that_older_runs_lack_is_no_difference() -> None:
+    old = {"run_dir": "outputs/one", "seed": 1}
+    assert config_choices(old) == config_choices(old | {"float32_matmul_precision": "highest"})
+    assert config_choices(old) != config_choices(old | {"float32_matmul_precision": "high"})
 
 
 def test_precision_is_a_difference(write: Write) -> None:

@@ -91,8 +91,8 @@ def test_every_precision_trains_alike(overrides: list[str], run: Run) -> None:
         pytest.skip("16-mixed needs a GPU")
     common = [*DROPOUT_OFF["clm"], *LARGER, *COMMON]
     exact, found = run("exact", *common, "trainer.precision=32-true"), run("found", *common, *overrides)
-    names = ("train/loss", "val/loss")
-    assert logged(found, names) == pytest.approx(logged(exact, names), rel=2e-2)
+    for name, tolerance in (("train/loss", 2e-2), ("val/loss", 2e-2), ("optim/grad_norm", 5e-2)):
+        assert logged(found, [name]) == pytest.approx(logged(exact, [name]), rel=tolerance)
 
 
 def test_a_run_goes_on_bit_for_bit(run: Run, tmp_path: Path) -> None:
@@ -129,19 +129,22 @@ ids = torch.arange(5, 37, device=device)[None]
 positions = torch.arange(31, device=device)
 found = []
 for sharded in (False, True):
-    model = small("gpt2", True).train(False).to(device)
+    model = small("llama", True).train(False).to(device)
     if sharded:
-        shard(model, init_device_mesh(device, (1,)), bf16=False)
-    nll = score(model, ids, None, positions, ids[0, 1:], 8).nll
+        shard(model, init_device_mesh(device, (1,)), bf16=sys.argv[2] == "bf16")
+    with torch.autocast(device, torch.bfloat16, enabled=sys.argv[2] == "bf16"):
+        nll = score(model, ids, None, positions, ids[0, 1:], 8).nll
     nll.sum().backward()
     grads = [p.grad.full_tensor() if sharded else p.grad for p in model.parameters()]
     found.append((nll.detach(), torch.stack([grad.norm() for grad in grads])))
+tolerance = 3e-2 if sys.argv[2] == "bf16" else 1e-4
 for one, other in zip(*found):
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 print("same")
 dist.destroy_process_group()
 """
 
 
-def test_sharded_over_one_rank_is_the_same() -> None:
-    assert python("-c", FSDP, DEVICE).splitlines()[-1] == "same"
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_sharded_over_one_rank_is_the_same(precision: str) -> None:
+    assert python("-c", FSDP, DEVICE, precision).splitlines()[-1] == "same"

@@ -132,7 +132,7 @@ def test_the_derivative_of_a_chunk_is_that_of_autograd(dtype: torch.dtype) -> No
     reference = logits.double().requires_grad_()
     expected = F.cross_entropy(reference, targets, reduction="none")
     expected.sum().backward()
-    nll, slope = nll_and_slope(logits.clone(), targets, True)
+    nll, slope = nll_and_slope(logits.clone(), targets, dtype)
     assert slope is not None
     assert slope.dtype == dtype
     torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-6, atol=1e-6)
@@ -146,8 +146,8 @@ def test_compiled_a_chunk_gives_the_same() -> None:
     """As on a GPU, with chunks of two sizes: the last one of a batch is shorter."""
     for rows in (8, 3):
         logits, targets = torch.randn(rows, 90).bfloat16(), torch.randint(90, (rows,))
-        found = compiled_nll_and_slope()(logits.clone(), targets, True)
-        torch.testing.assert_close(found, nll_and_slope(logits.clone(), targets, True))
+        found = compiled_nll_and_slope("cpu")(logits.clone(), targets, torch.bfloat16)
+        torch.testing.assert_close(found, nll_and_slope(logits.clone(), targets, torch.bfloat16))
 
 
 @pytest.mark.parametrize(

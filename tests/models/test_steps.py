@@ -251,9 +251,10 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-model = small("gpt2", True).train()
+model = small("llama", True).train()
 count = sum(p.numel() for p in model.parameters())
 shard(model, init_device_mesh("cpu", (2,)), bf16=True)
+model.model.layers[1].register_forward_pre_hook(lambda module, args: moved.update({f"stream {args[0].dtype}": 0}))
 with Collectives():
     for last in (False, True):
         model.set_requires_gradient_sync(last)
@@ -269,6 +270,6 @@ def test_sharded_weights_are_gathered_in_bf16_and_gradients_summed_once_a_step()
     done = subprocess.run([sys.executable, "-c", COLLECTIVES], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     moved = json.loads(done.stdout.splitlines()[-1])
-    assert moved.keys() == {"allgather torch.bfloat16", "reduce_scatter torch.float32"}
+    assert moved.keys() == {"allgather torch.bfloat16", "reduce_scatter torch.float32", "stream torch.float32"}
     assert moved["allgather torch.bfloat16"] <= 4  # for the forward and the backward pass of each batch: 2 bytes each
     assert moved["reduce_scatter torch.float32"] == pytest.approx(1)

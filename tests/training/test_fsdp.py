@@ -43,7 +43,7 @@ def test_same_run_as_on_one_device(
 
 @pytest.mark.long
 def test_in_bf16_with_accumulated_batches(train: Callable[..., Path], tmp_path: Path) -> None:
-    """Weights are gathered in bf16, as autocast rounds them on one device."""
+    """Gradients are summed over the ranks once a step."""
     common = [*DROPOUT_OFF["clm"], *COMMON, "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"]
     one = train(*common, run_dir=tmp_path / "one")
     two = train(*common, *FSDP, run_dir=tmp_path / "two")

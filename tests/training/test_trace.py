@@ -4,6 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None or torch.version.hip is not None, reason="the trace needs a torch for CPUs alone"
+)
 
 
 @pytest.mark.parametrize(
