@@ -36,18 +36,20 @@ def draw_curve(
     y: tuple[str, str],
     time: tuple[float, str],
     configurations: Sequence[str],
-    key: str | None,
+    key: tuple[str, str] | None,
     select: str,
     most: int,
 ) -> dict[str, Any]:
     """Draws a metric over training: the mean of the runs of a configuration, and the range that they span.
 
     Args:
-        points: a row for each point of the curve of each run, as `Run.curves` yields it, with run and configuration.
+        points: a row for each point of the curve of each run, as `Run.curves` yields it, with run and configuration,
+            where the metric is finite.
         y: the column of the metric, and the title of its axis.
         time: the seconds of a unit of time, and the unit.
-        configurations: the names of the configurations, best first.
-        key: the column that colours stand for where there are more configurations than `COLOURS`.
+        configurations: the names of all configurations that have curves, best first; the legend lists those that
+            have points here, and each has the same colour in every chart.
+        key: the column that colours stand for where there are more configurations than `COLOURS`, and its title.
         select: the CSS selector of the element of the page that says what the curve is drawn against.
         most: the greatest number of points of a curve.
     """
@@ -55,14 +57,15 @@ def draw_curve(
     colour: Any = alt.value(BLUE)
     values = {}
     if few:
-        colour = alt.Color("configuration:N").scale(domain=[*configurations]).title(None)
+        here = set(points["configuration"])
+        listed = [name for name in configurations if name in here]
+        colour = alt.Color("configuration:N").scale(domain=[*configurations]).title(None).legend(values=listed)
     elif key:
-        colour = alt.Color("value:Q", title=key)
-        colour = colour.scale(scheme=VIRIDIS, type=scale(points[key].dropna()).to_dict().get("type", "linear"))
-        values = {"value": (key, "first")}
+        colour = alt.Color("value:Q", title=key[1])
+        colour = colour.scale(scheme=VIRIDIS, type=scale(points[key[0]].dropna()).to_dict().get("type", "linear"))
+        values = {"value": (key[0], "first")}
     curves = (
-        points[np.isfinite(points[y[0]])]
-        .assign(time=points["seconds"] / time[0])
+        points.assign(time=points["seconds"] / time[0])
         .groupby(["configuration", "step"], sort=False, as_index=False)
         .agg(
             tokens=("tokens", "mean"),
@@ -78,14 +81,19 @@ def draw_curve(
     of_each = curves.groupby("configuration")["step"]
     stride = np.ceil(of_each.transform("size") / most)
     curves = curves[of_each.cumcount(ascending=False) % stride == 0].round(4)
+    # A line of one point can't be seen: it gets a dot, which needs room at the edge.
+    curves["alone"] = curves.groupby(["configuration", "runs"])["step"].transform("size") == 1
+    dots = bool(curves["alone"].any())
+    room: dict[str, Any] = {"nice": False, "padding": 6} if dots else {}
 
     titles = {"tokens": "tokens seen in training", "step": "optimizer steps", "time": f"time ({time[1]})"}
     against = alt.param(name="against", value="tokens", bind=alt.BindDirect(element=select, event="change"))
+    x = alt.X("x:Q").title(None).scale(zero=False, **room).axis(**AXIS)
     base = (
         alt.Chart(curves)
         .transform_calculate(x="datum[against]")
         # A line does not go on from the mean of some runs to that of others.
-        .encode(x=alt.X("x:Q").title(None).axis(**AXIS), color=colour, detail=["configuration:N", "runs:O"])
+        .encode(x=x, color=colour, detail=["configuration:N", "runs:O"])
     )
     picked = alt.selection_point(fields=["configuration"], bind="legend", name="picked")
     zoomed = alt.selection_interval(
@@ -95,12 +103,15 @@ def draw_curve(
         translate="[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!",
     )
     shown = ["configuration", "tokens", "step", "time", "mean", *(["runs", "low", "high"] if several else [])]
-    lines = base.mark_line(strokeWidth=1.8 if few else 1.3).encode(
-        y=alt.Y("mean:Q").title(y[1]).scale(zero=y[0] == "speed", nice=False).axis(**AXIS),
-        strokeOpacity=alt.condition(picked, alt.value(1), alt.value(0.1)) if few else alt.value(0.6),
+    means = base.encode(
+        y=alt.Y("mean:Q").title(y[1]).scale(**{"zero": y[0] == "speed", "nice": False} | room).axis(**AXIS),
         tooltip=[tooltip(field, titles.get(field)) for field in shown],
     )
+    visible: Any = alt.condition(picked, alt.value(1), alt.value(0.1)) if few else alt.value(0.6)
+    lines = means.mark_line(strokeWidth=1.8 if few else 1.3).encode(strokeOpacity=visible)
     layers = [lines.add_params(zoomed, *([picked] if few else []))]
+    if dots:
+        layers.append(means.transform_filter("datum.alone").mark_circle(size=40, opacity=1).encode(fillOpacity=visible))
     if several and few:
         ranges = base.transform_filter("datum.runs > 1").mark_area()
         opacity = alt.condition(picked, alt.value(0.18), alt.value(0.02))

@@ -55,8 +55,11 @@ def name_configurations(runs: Sequence[Run], heads: Mapping[str, str]) -> dict[P
         groups.setdefault(tuple(identity(run.chosen.get(key)) for key in heads), []).append(run)
     names: dict[Path, str] = {}
     for group in groups.values():
-        first = group[0]
-        name = f"{shorten(first.name, LABEL - 14)}{' and its seeds' if len(group) > 1 else ''}"
+        first, more = group[0], ""
+        if len(group) > 1:
+            seeds = {run.chosen.get("seed") for run in group}
+            more = " and its seeds" if len(seeds) > 1 else f" and {len(group) - 1} more"
+        name = f"{shorten(first.name, LABEL - 14)}{more}"
         if len(heads) <= 4:
             room = LABEL // (2 * len(heads))
             name = ", ".join(

@@ -24,6 +24,8 @@ from lmlab.runs.status import ENDED
 
 KEYS = 8
 """The greatest number of keys whose effect is drawn."""
+HEADS = {"so_far_at_step": "best so far at step", "of_steps": "steps in all", "flops": "FLOPs"}
+"""The heads of columns on the page that are not the names of those of the CSV file."""
 
 
 class Section:
@@ -109,10 +111,17 @@ class Section:
             )
         return pd.DataFrame(rows, dtype=object)
 
+    @property
+    def page_table(self) -> pd.DataFrame:
+        """The table of runs without the zeros of those that logged nothing: their step, tokens and time are empty."""
+        table = self.table.copy()
+        table.loc[[run.metrics.empty for run in self.runs], ["step", "tokens", "seconds"]] = None
+        return table
+
     @cached_property
     def shown(self) -> pd.DataFrame:
         """The table of runs for a person: what differs between them, in few columns."""
-        table, bits = self.table.copy(), bits_name(self.metric).replace(" ", "_")
+        table, bits = self.page_table, bits_name(self.metric).replace(" ", "_")
         bounds = [BOUND if run.records and is_bound(run.records.certificate) else "" for run in self.runs]
         if any(bounds):
             table[bits] = [bound + as_text(value, "per byte") for bound, value in zip(bounds, table[bits], strict=True)]
@@ -125,7 +134,7 @@ class Section:
         left_out += ["trainable_parameters"] if table["trainable_parameters"].equals(table["parameters"]) else []
         table = table.drop(columns=left_out).dropna(axis="columns", how="all")
         heads = {name: name.replace("_", " ") for name in table.columns}
-        return table.rename(columns=heads | self.heads | {"seconds": f"time ({self.time[1]})"})
+        return table.rename(columns=heads | HEADS | self.heads | {"seconds": f"time ({self.time[1]})"})
 
     @cached_property
     def done(self) -> pd.DataFrame:
@@ -141,7 +150,7 @@ class Section:
         """The curves of the runs, a row for each point of each."""
         frames = [run.curves() for run in self.runs if len(run.metrics)]
         if not frames:
-            return pd.DataFrame(columns=["run", "configuration", "split", "speed", "loss"], dtype=float)
+            return pd.DataFrame(columns=["run", "configuration", "split", "step", "speed", "loss"], dtype=float)
         curves = pd.concat(frames)
         names = {run.name: self.configurations[run.path] for run in self.runs}
         curves.insert(1, "configuration", curves["run"].map(names))
@@ -194,28 +203,32 @@ class Section:
     @property
     def thinned(self) -> bool:
         """True if charts show fewer points of curves than there are."""
-        return bool((self.curve_data.groupby(["run", "split"]).size() > self.points).any())
+        steps = self.curve_data.groupby(["configuration", "split"])["step"].nunique()
+        return bool((steps > self.points).any())
 
     @cached_property
     def curves(self) -> list[Chart]:
         """The charts of the loss and the speed over training."""
         loss = f"loss (nats per {'scored ' if 'masked' in self.metric else ''}token)"
-        configurations = list(dict.fromkeys(self.configurations.values()))  # best first, as the runs
         numeric = [key for key in self.chart_heads if key in self.numeric]
         by = max(numeric, key=lambda key: self.done[key].nunique(), default=None)
         data = self.curve_data
         if by:
             data = data.assign(**{by: data["run"].map(self.table.set_index("run")[by])})
+        with_curves = set(data["configuration"])
+        names = dict.fromkeys(self.configurations.values())  # best first, as the runs
+        configurations = [name for name in names if name in with_curves]
         drawn = []
         for name, title, split, y in [
             ("validation_loss", "Validation loss", "validation", ("loss", loss)),
             ("training_loss", "Training loss", "training", ("loss", loss)),
             ("throughput", "Throughput", "training", ("speed", "tokens per second")),
         ]:
-            points = data[(data["split"] == split) & data[y[0]].notna()]
+            points = data[(data["split"] == split) & np.isfinite(data[y[0]])]
             if len(points):
                 select = f"#against-{self.slug}"
-                spec = draw_curve(points, y, self.time, configurations, by, select, self.points)
+                key = (by, self.heads[by]) if by else None
+                spec = draw_curve(points, y, self.time, configurations, key, select, self.points)
                 drawn.append(Chart(f"{self.slug}_{name}", title, spec, f"{self.slug}_{split}"))
         return drawn
 
@@ -262,12 +275,12 @@ class Section:
     @property
     def troubles(self) -> pd.DataFrame:
         """The table of the runs that have not ended or can't be read in full, with why, and how to go on."""
-        table = self.table[["run", "configuration", "status", "cause", "step", "of_steps"]].assign(
+        table = self.page_table[["run", "configuration", "status", "cause", "step", "of_steps"]].assign(
             message=["\n".join([run.status.message or "", *run.faults]).strip() for run in self.runs],
             command=[next_command(run) for run in self.runs],
         )
         table = table[[run.status.name not in ENDED or bool(run.faults) for run in self.runs]]
-        return table.rename(columns={"of_steps": "of steps", "command": "to go on"})
+        return table.rename(columns=HEADS | {"command": "to go on"})
 
     @cached_property
     def verdict(self) -> list[str]:

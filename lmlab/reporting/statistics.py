@@ -219,7 +219,7 @@ def kind_verdict(bits_per_byte: str, finals: Sequence[Final]) -> str:
     if gap is None or gap.low is None:
         return f"{head}; fewer than {FEWEST} {best.unit} were scored, too few to say whether that is chance."
     decided = gap.low > 0
-    head += f", 95 % of the difference {interval_text(gap.low, gap.high)}"
+    head += f", 95 % interval of the difference {interval_text(gap.low, gap.high)}"
     undecided = [other.name for other in others[1:] if other.difference and (other.difference.low or 0) <= 0]
     rest = ""
     if decided and undecided:

@@ -1,5 +1,6 @@
 """Numbers, values of a config and tables, as a report and a comparison write them for a person."""
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 from lmlab.runs.choices import as_typed
@@ -13,7 +14,7 @@ FORMATS = {
     "perplexity": ",.2f",
     "per byte": ".4f",
     "difference": "+.4f",
-    "flops": ".3g",
+    "FLOPs": ".3g",
     "per s": ",.0f",
     "time": ",.2f",
 }
@@ -36,12 +37,13 @@ def as_text(value: Any, head: str = "") -> str:
     """
     if value is None or value != value:
         return ""
-    if type(value) not in (int, float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return str(value)
-    if abs(value) >= 1e6 and isinstance(value, float):
-        return f"{value:.3g}"
+    value = int(value) if isinstance(value, numbers.Integral) else float(value)  # of Python, also where it is numpy's
     if isinstance(value, int):
         return f"{value:,}" if abs(value) < 1e12 else f"{value:.3g}"
+    if abs(value) >= 1e6:
+        return f"{value:.3g}"
     return format(value, next((form for part, form in FORMATS.items() if part in head), ",.5g"))
 
 

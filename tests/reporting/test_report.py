@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from typing import Any
 
 import altair as alt
 import pytest
+import vl_convert
 
 from lmlab.evaluation import comparison, records
 from lmlab.reporting import page as pages
+from lmlab.reporting.charts import COLOURS
 from lmlab.reporting.load import load_runs
 from lmlab.reporting.section import Section, make_sections
 from lmlab.reporting.statistics import final_metrics
@@ -148,6 +151,23 @@ def test_tables(report: Path, study: Path) -> None:
     tex = (report / "runs.tex").read_text()
     assert tex.count("\\begin{tabular}") == 2
     assert "n\\_embd" in tex
+    assert not re.search(r"\d\.\d{6}", tex)
+    html = (report / "report.html").read_text()
+    for head in ("FLOPs", "steps in all"):
+        assert f'<th class="number"><button>{head}</button>' in html
+
+
+def test_a_run_that_logged_nothing_has_no_zeros_on_the_page(report: Path, study: Path) -> None:
+    section = next(section for section in sections_of(study) if section.objective.endswith("CausalLM"))
+    for shown, heads in (
+        (section.shown, ["step", "tokens", f"time ({section.time[1]})"]),
+        (section.troubles, ["step"]),
+    ):
+        rows = shown.set_index("run")[heads]
+        assert rows.loc[["10", "11"]].isna().all(axis=None)
+        assert rows.loc["4"].notna().all()
+    (row,) = [row for row in table(report / "runs.csv") if row["run"] == "11"]
+    assert (row["step"], row["tokens"], row["seconds"]) == ("0", "0", "0.0")
 
 
 def test_curves_are_whole(report: Path, study: Path) -> None:
@@ -158,6 +178,44 @@ def test_curves_are_whole(report: Path, study: Path) -> None:
     found = [float(row["perplexity"]) for row in rows if row["run"] == "3"]
     assert found == pytest.approx([math.exp(loss) for loss in losses])
     assert any(row["run"] == "4" for row in rows)  # the killed one, as far as it went
+
+
+def test_a_curve_of_one_point_is_a_dot(trained: dict[str, Path], tmp_path: Path) -> None:
+    """And the legend lists those that a chart has points of."""
+    for number in range(3):
+        made(trained["clm"], tmp_path / str(number), {"optim.lr": 1 / (number + 3)})
+    first = (tmp_path / "1" / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "1" / "metrics.jsonl").write_text(first)
+    (tmp_path / "2" / "metrics.jsonl").unlink()
+    validation, training, _ = sections_of(tmp_path)[0].curves
+    dots = 'aria-roledescription="circle"'
+    svg = vl_convert.vegalite_to_svg(validation.spec)
+    assert svg.count(dots) == 1
+    assert re.findall(r">(lr=[\d.]+)<", svg) == ["lr=0.3333", "lr=0.25"]
+    svg = vl_convert.vegalite_to_svg(training.spec)
+    assert dots not in svg
+    assert re.findall(r">(lr=[\d.]+)<", svg) == ["lr=0.3333"]
+
+
+def test_colours_by_number_are_titled_as_a_column_is(trained: dict[str, Path], tmp_path: Path) -> None:
+    for number in range(COLOURS + 1):
+        made(trained["clm"], tmp_path / str(number), {"optim.lr": 1 / (number + 3)})
+    for chart in sections_of(tmp_path)[0].curves:
+        assert chart.spec["layer"][0]["encoding"]["color"]["title"] == "lr"
+
+
+def test_curves_of_runs_that_log_at_different_steps_are_thinned_together(
+    trained: dict[str, Path], tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        metrics = made(trained["clm"], tmp_path / str(seed), {"seed": seed}, rows=30) / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if json.loads(line)["step"] // 10 % 2 == seed))
+    runs, _, _ = load_runs([tmp_path])
+    (section,) = make_sections(runs, {}, points=1)
+    assert max(section.curve_data.groupby(["run", "split"]).size()) < section.points
+    assert section.thinned
+    assert not sections_of(tmp_path)[0].thinned
 
 
 def test_intervals_are_those_of_compare(study: Path) -> None:
@@ -256,6 +314,7 @@ def test_a_run_before_its_end_is_shown_with_its_best_so_far(
     assert (before["so_far_at_step"], done["so_far_at_step"], done["rank"]) == ("4", "", "1")
     html = (tmp_path / "out" / "report.html").read_text()
     assert ">403.43</td>" in html
+    assert '<th class="number"><button>best so far at step</button>' in html  # though the first row has none
     assert "1 run has not finished, and has no part in this.<br>The best single run is done, " in html
     assert any(row["run"] == "before" for row in table(tmp_path / "out" / "clm_validation.csv"))
     assert {row["configuration"]: row["runs"] for row in table(tmp_path / "out" / "clm_finals.csv")} == {
@@ -332,7 +391,8 @@ def test_the_headline_is_of_configurations_not_of_a_lucky_seed(
     assert low < 0 < high
     verdict = (
         f"lr=0.001 is best in the mean: {float(best['bits_per_byte']):.4f} against {float(other['bits_per_byte']):.4f} "
-        f"bits per byte for lr=0.003, 95 % of the difference {low:+.4f} to {high:+.4f}: not decided by 2 seeds."
+        f"bits per byte for lr=0.003, 95 % interval of the difference {low:+.4f} to {high:+.4f}: "
+        "not decided by 2 seeds."
     )
     single = "The best single run is 2, lr=0.003, seed 1, with perplexity "
     html = (tmp_path / "out" / "report.html").read_text()
@@ -351,6 +411,15 @@ def test_seeds_only_are_one_row(trained: dict[str, Path], tmp_path: Path) -> Non
     (row,) = table(tmp_path / "out" / "clm_finals.csv")
     assert row["runs"] == "3"
     assert float(row["perplexity_low"]) < float(row["perplexity"]) < float(row["perplexity_high"])
+
+
+def test_names_of_groups_say_whether_seeds_differ(trained: dict[str, Path], tmp_path: Path) -> None:
+    for number in range(6):
+        changes: dict[str, Any] = {f"optim.k{i}": number // 3 for i in range(5)}
+        changes |= {"seed": number} if number < 3 else {"trainer.devices": number}
+        made(trained["clm"], tmp_path / str(number), changes, 1 + number / 100)
+    names = sections_of(tmp_path)[0].configurations.values()
+    assert list(dict.fromkeys(names)) == ["0 and its seeds", "3 and 2 more"]
 
 
 def test_choices_of_any_length(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ def final(name: str, seeds: int, value: float, low: float | None = None, high: f
 BEST = final("lr=1", 3, 3.698)
 FOR = "lr=1 is best in the mean: 3.6980 against 3.7480 bits per byte for lr=3"
 ALONE = FOR.replace(" in the mean", "")
-OPEN = "95 % of the difference -0.1270 to +0.2170"
-CLEAR = "95 % of the difference +0.0200 to +0.0800"
+OPEN = "95 % interval of the difference -0.1270 to +0.2170"
+CLEAR = "95 % interval of the difference +0.0200 to +0.0800"
 TURN = "and with one run each, another seed could turn it round."
 
 
