@@ -28,6 +28,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.optim import AdamW
 from lmlab.runs.directory import RunDirectory
+from lmlab.runs.status import read_status
 from lmlab.training import checkpoint_io
 
 from .conftest import TINY, Refused, losses, metrics, run_verb, stop_after
@@ -76,6 +77,7 @@ def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFi
     manifest = json.loads((stopped / "manifest.json").read_text())
     assert manifest["run_id"] == identity["run_id"]
     assert [attempt["step"] for attempt in manifest["went_on"]] == [4]
+    assert json.loads((stopped / "certificate.json").read_text())["went_on"] == manifest["went_on"]
     # Figures, counts and the certificate are those of the whole run.
     for name in ("val/loss", "val/perplexity_before", "steps", "tokens"):
         assert (
@@ -84,6 +86,13 @@ def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFi
         )
     log = (stopped / "train.log").read_text()
     assert log.index("step 2/6") < log.index("Going on with run") < log.rindex("step 6/6")
+
+
+def test_the_step_of_a_run_is_that_of_its_last_checkpoint(stopped: Path) -> None:
+    """Its metrics may have been logged at an earlier one."""
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(lines[:2]))
+    assert read_status(RunDirectory(stopped)).step == 4
 
 
 @pytest.mark.parametrize("verb", ["train", "resume"])

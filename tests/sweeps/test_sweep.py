@@ -61,7 +61,7 @@ def test_a_failed_point_is_kept_and_the_others_run(tmp_path: Path, capsys: pytes
     ]
     out, err = capsys.readouterr()
     assert "3 failed, 1 done" in out
-    assert "the loss or its gradient became not finite at step" in out
+    assert "the loss or its gradient is not finite at step" in out
     assert err.splitlines()[-1].startswith("error: 3 of 4 runs failed. To run again what has not come to its end: ")
     # The run directories of what was refused are as free as before.
     assert not RunDirectory(tmp_path / "1").begun()
