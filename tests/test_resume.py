@@ -71,7 +71,7 @@ def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFi
     identity = json.loads((stopped / "manifest.json").read_text())
     words = [*SIX, f"hydra.run.dir={stopped}"] if verb == "train" else [stopped]
     run_verb(verb, *words)
-    assert f"Going on with run {identity['run_id']} from step 4." in capsys.readouterr().out
+    assert f"Resuming run {identity['run_id']} from step 4." in capsys.readouterr().out
     assert equal(stopped, whole)
     assert losses(stopped) == losses(whole)
     manifest = json.loads((stopped / "manifest.json").read_text())
@@ -85,7 +85,7 @@ def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFi
             == (json.loads((whole / "summary.json").read_text())[name])
         )
     log = (stopped / "train.log").read_text()
-    assert log.index("step 2/6") < log.index("Going on with run") < log.rindex("step 6/6")
+    assert log.index("step 2/6") < log.index("Resuming run") < log.rindex("step 6/6")
 
 
 def test_the_step_of_a_run_is_that_of_its_last_checkpoint(stopped: Path) -> None:

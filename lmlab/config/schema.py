@@ -119,7 +119,7 @@ class Trainer:
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "cpu"
     """The kind of device."""
     devices: Annotated[int, Ge(1)] = 1
-    """Ranks on each node, one a device."""
+    """Processes on each node, one for each device."""
     num_nodes: Annotated[int, Ge(1)] = 1
     """Nodes; on more than one, SLURM or torchrun starts the ranks."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"

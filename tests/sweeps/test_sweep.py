@@ -97,7 +97,7 @@ def test_only_what_is_missing_is_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row[1:] for row in found(tmp_path)] == [("done", None), ("failed", "killed"), ("waiting", None)]
     capsys.readouterr()
     run_verb("sweep", "resume", tmp_path)
-    assert "Going on with run" in capsys.readouterr().out
+    assert "Resuming run" in capsys.readouterr().out
     assert {number: losses(tmp_path / str(number)) for number in range(3)} == whole
     assert (tmp_path / "0" / "summary.json").stat().st_mtime_ns == untouched
     swept(tmp_path, "seed=0,1,2,3", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1")
@@ -397,7 +397,7 @@ class TestSearch:
         rows = found(tmp_path)
         assert [trial.state.name for trial in study_of(tmp_path).trials] == [told[row[1]] for row in rows]
         assert {"failed"} < {row[1] for row in rows}
-        assert "Going on with run" in capsys.readouterr().out
+        assert "Resuming run" in capsys.readouterr().out
 
     @pytest.mark.usefixtures("here")
     def test_a_wrong_metric_ends_the_search_and_can_be_mended(self, tmp_path: Path) -> None:
