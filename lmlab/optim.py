@@ -1,5 +1,6 @@
 """The optimizer and the schedules of its learning rate."""
 
+import logging
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lmlab.errors import UserError, nearest
 
+LOG = logging.getLogger(__name__)
 Schedule = Callable[[float, float], float]
 """Maps the share of the steps after warm-up that is done, 0 to 1, and `decay_ratio` to a factor of lr."""
 
@@ -82,6 +84,8 @@ class AdamW:
                 ) from error
 
     def __call__(self, model: nn.Module, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+        if self.warmup(steps) >= steps:
+            LOG.warning("the warm-up is as long as the run, %d steps: lr is not reached (optim.warmup_steps).", steps)
         trained = [p for p in model.parameters() if p.requires_grad]
         # Norms and biases are the vectors; matrices and embeddings decay.
         groups: list[dict[str, Any]] = [
@@ -94,9 +98,13 @@ class AdamW:
         )
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
+    def warmup(self, steps: int) -> int:
+        """Returns the number of steps from 0 up to lr, of `steps`."""
+        return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_ratio * steps)
+
     def factor(self, step: int, steps: int) -> float:
         """Returns the factor of lr at `step` of `steps`."""
-        warmup = self.warmup_steps if self.warmup_steps is not None else round(self.warmup_ratio * steps)
+        warmup = self.warmup(steps)
         if step < warmup:
             return step / warmup
         done = min(1.0, (step - warmup) / max(1, steps - warmup))

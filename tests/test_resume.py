@@ -28,6 +28,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.optim import AdamW
 from lmlab.runs.directory import RunDirectory
+from lmlab.runs.status import read_status
 from lmlab.training import checkpoint_io
 
 from .conftest import TINY, Refused, losses, metrics, run_verb, stop_after
@@ -70,12 +71,13 @@ def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFi
     identity = json.loads((stopped / "manifest.json").read_text())
     words = [*SIX, f"hydra.run.dir={stopped}"] if verb == "train" else [stopped]
     run_verb(verb, *words)
-    assert f"Going on with run {identity['run_id']} from step 4." in capsys.readouterr().out
+    assert f"Resuming run {identity['run_id']} from step 4." in capsys.readouterr().out
     assert equal(stopped, whole)
     assert losses(stopped) == losses(whole)
     manifest = json.loads((stopped / "manifest.json").read_text())
     assert manifest["run_id"] == identity["run_id"]
     assert [attempt["step"] for attempt in manifest["went_on"]] == [4]
+    assert json.loads((stopped / "certificate.json").read_text())["went_on"] == manifest["went_on"]
     # Figures, counts and the certificate are those of the whole run.
     for name in ("val/loss", "val/perplexity_before", "steps", "tokens"):
         assert (
@@ -83,7 +85,14 @@ def test_goes_on(verb: str, whole: Path, stopped: Path, capsys: pytest.CaptureFi
             == (json.loads((whole / "summary.json").read_text())[name])
         )
     log = (stopped / "train.log").read_text()
-    assert log.index("step 2/6") < log.index("Going on with run") < log.rindex("step 6/6")
+    assert log.index("step 2/6") < log.index("Resuming run") < log.rindex("step 6/6")
+
+
+def test_the_step_of_a_run_is_that_of_its_last_checkpoint(stopped: Path) -> None:
+    """Its metrics may have been logged at an earlier one."""
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(lines[:2]))
+    assert read_status(RunDirectory(stopped)).step == 4
 
 
 @pytest.mark.parametrize("verb", ["train", "resume"])

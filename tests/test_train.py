@@ -32,6 +32,13 @@ METRICS = ["perplexity", "bits_per_byte", "bits_per_word", "word_perplexity"]
 """The names of the metrics of a causal model."""
 
 
+def test_a_warm_up_as_long_as_the_run_is_warned_of(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(*TINY, "optim.warmup_steps=4")
+    assert "the warm-up is as long as the run, 4 steps" in capsys.readouterr().out
+
+
 def test_a_report_without_a_target(train: Callable[..., Path]) -> None:
     """Of a few blocks of which none has a masked token."""
     words = [
@@ -385,7 +392,7 @@ def test_weights_that_are_no_numbers_are_not_kept(train: Callable[..., Path], tm
             "trainer.log_every_n_steps=10",
         )
     run = tmp_path / "run"
-    assert "gradient became not finite at step 3." in json.loads((run / "failure.json").read_text())["message"]
+    assert "gradient is not finite at step 3." in json.loads((run / "failure.json").read_text())["message"]
     assert sorted(path.name for path in run.glob("checkpoints/step-*")) == ["step-1.ckpt", "step-2.ckpt"]
 
 

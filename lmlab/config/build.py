@@ -1,7 +1,5 @@
 """Builds the objects that a checked config names: data, model, module, trainer."""
 
-import logging
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,11 +273,10 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from lmlab.evaluation.certify import silence_lightning
+
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
-    # Lightning's greetings and hints; what a run has to say, it says itself.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    silence_lightning()  # what a run has to say, it says itself
     options = arguments(cfg.trainer, "trainer") | options
     # Who started the ranks is known, and not to be guessed from a SLURM job's variables.
     alone = world(cfg.trainer) == 1

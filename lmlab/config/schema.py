@@ -116,10 +116,10 @@ class Evaluate(Config):
 class Trainer:
     """The keys of the block trainer that lmlab reads itself; others are Lightning's."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "cpu"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "cpu"
     """The kind of device."""
     devices: Annotated[int, Ge(1)] = 1
-    """Ranks on each node, one a device."""
+    """Processes on each node, one for each device."""
     num_nodes: Annotated[int, Ge(1)] = 1
     """Nodes; on more than one, SLURM or torchrun starts the ranks."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -286,6 +286,11 @@ def check_devices(trainer: DictConfig) -> None:
                 f"trainer.devices={trainer.devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.\n"
                 f"Use trainer.devices={gpus}{' or less' if gpus > 1 else ''}."
             )
+    elif trainer.accelerator == "mps":
+        import torch
+
+        if not torch.backends.mps.is_available():
+            raise UserError("trainer.accelerator=mps: there is no GPU of Apple here.\nUse trainer=cpu.")
     elif trainer.precision == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs a GPU. On a CPU use bf16-mixed or 32-true.")
 

@@ -1,7 +1,10 @@
 """SLURM: the ranks that `srun` started, the launchers that submit jobs, and jobs that go back in the queue."""
 
 import os
+import shutil
 import subprocess
+
+from lmlab.errors import UserError
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
 """The package of Hydra's launchers that submit each run of a sweep as a job."""
@@ -28,6 +31,26 @@ def set_rank_variables() -> None:
     env["MASTER_ADDR"] = SLURMEnvironment.resolve_root_node_address(env["SLURM_STEP_NODELIST"])
     # Two steps, which may share a node, hardly get the same port.
     env["MASTER_PORT"] = str(12000 + (31 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000)
+
+
+def check_reachable() -> None:
+    """Refuses to submit jobs where no controller of SLURM answers.
+
+    Raises:
+        UserError: says why.
+    """
+    for name in ("srun", "scontrol"):
+        if not shutil.which(name):
+            raise UserError(
+                f"there is no SLURM here, as there is no {name}: give the command where jobs are submitted."
+            )
+    done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
+    lines = (done.stderr + done.stdout).strip().splitlines()
+    if done.returncode:
+        raise UserError(
+            f"SLURM does not answer: {lines[-1] if lines else 'scontrol ping failed'}\n"
+            "No job was submitted. `scontrol ping` names the controller, SLURM_CONF the configuration."
+        )
 
 
 def requeue(limit: int) -> str:

@@ -231,7 +231,7 @@ def check_bf16() -> str:
     else:
         cpuinfo = Path("/proc/cpuinfo")  # avx512_bf16 and amx_bf16 of x86, bf16 and svebf16 of ARM
         name, units = f"this CPU ({platform.machine()})", cpuinfo.is_file() and "bf16" in cpuinfo.read_text()
-    return f"right; {name} has {'units for it' if units else 'no units for it: precision=32-true is faster'}"
+    return f"right; {name} has {'bf16 units' if units else 'no bf16 units: precision=32-true is faster'}"
 
 
 def bf16_error(device: str) -> float:

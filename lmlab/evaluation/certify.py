@@ -1,5 +1,7 @@
 """Evaluates a model on held-out text: lays out the rows to score, scores them, and writes records and certificate."""
 
+import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import HeldOutData
@@ -109,13 +112,16 @@ def certify(
     Raises:
         UserError: the model gives a target no finite nll.
     """
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = trainer or L.Trainer(accelerator="cpu", **quiet)  # type: ignore[arg-type]
+    if trainer is None:
+        silence_lightning()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            plugins=[LightningEnvironment()],  # else Lightning looks for SLURM
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
     if facts is None:
         facts = {"model": model.name_or_path, "run": None, "weights_hash": records.weights_hash(model.state_dict())}
     scorer = Scorer(model, len(held_out.documents.names), chunk_size)
@@ -129,6 +135,13 @@ def certify(
         path.mkdir(parents=True, exist_ok=True)
         facts = {**held_out.facts, **facts, "precision": precision_of(trainer)}
         records.write(path, held_out.documents, *scorer.result, facts)
+
+
+def silence_lightning() -> None:
+    """Silences the greetings, hints and warnings of Lightning."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 def precision_of(trainer: L.Trainer) -> str:

@@ -23,7 +23,7 @@ KINDS = {
     "masked": ("black on red", "a target, hidden behind the mask token"),
     "random": ("black on yellow", "a target, a random token in its place"),
     "kept": ("black on green", "a target that stays as it is"),
-    "edge": ("black on cyan", "end of a document"),
+    "end": ("black on cyan", "end of a document"),
     "padding": ("dim", "padding"),
 }
 """The style and the meaning of each kind of token."""
@@ -56,7 +56,7 @@ def sample_pieces(batch: Batch, row: int, tokenizer: Any, causal: bool) -> list[
         if not text.endswith("\ufffd") or position + 1 == len(tokens):
             said, before = text[len(before) :], text
         if original in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-            kind = "edge"
+            kind = "end"
         elif position not in targets:
             kind = "input"
         elif causal:

@@ -20,7 +20,7 @@ def show_measured(cfg: DictConfig, measured: Measurement) -> None:
         world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
         whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"
         least, most = duration(min(later)), duration(max(later))
-        flops = f", {measured.flops / measured.step / 1e9:,.1f} GFLOP/s of a device" if measured.flops else ""
+        flops = f", {measured.flops / measured.step / 1e9:,.1f} GFLOP/s per device" if measured.flops else ""
         rows |= {name: f"{size / 2**20:,.1f} MiB" for name, size in measured.bytes.items()} | {
             "peak memory": f"{measured.device_memory:.2f} GiB of {whose}",
             "first step": duration(measured.steps[0]),

@@ -79,7 +79,7 @@ def check_time(launcher: dict[str, Any], cfg: DictConfig, measured: Measurement,
     if seconds is None:
         return None, f"{text}; the run's is not measured"
     if seconds <= useful:
-        return True, f"{text}, for some {duration(seconds)}"
+        return True, f"{text}, for about {duration(seconds)}"
     text += f" is less than the {duration(seconds)} that the run takes"
     useful -= measured.start
     checkpoints = next((b for b in (cfg.get("callbacks") or {}).values() if b and "max_requeues" in b), None)

@@ -190,6 +190,7 @@ class RunDirectory:
         return {"run_id": self.read_manifest()["run_id"], "config": yaml.safe_load(self.config.read_text())}
 
     def provenance(self) -> dict[str, Any]:
-        """Returns the command, the versions and the machine by which the directory was made."""
+        """Returns the command, versions and machine by which the directory was made, and where the run was resumed."""
         manifest = self.read_manifest()
-        return {key: manifest[key] for key in ("command", "lmlab", "git", "python", "packages", "machine")}
+        names = ("command", "lmlab", "git", "python", "packages", "machine", "went_on")
+        return {name: manifest[name] for name in names if name in manifest}

@@ -97,7 +97,7 @@ def resumed(run: RunDirectory, config: str, checkpoint: Path | None, **attempt: 
     for line in version_changes(manifest, now):
         LOG.warning("Changed since the run began: %s", line)
     step = run.step_of(checkpoint) if checkpoint else 0
-    LOG.info("Going on with run %s from step %d.", manifest["run_id"], step)
+    LOG.info("Resuming run %s from step %d.", manifest["run_id"], step)
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "host": now["machine"]["host"]}
     about |= {"packages": now["packages"], "git": now["git"], **attempt}
     changed = (run.summary, run.failure, run.manifest, run.config)

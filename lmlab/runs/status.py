@@ -52,10 +52,11 @@ def read_status(run: RunDirectory) -> Status:
 
 
 def last_step(run: RunDirectory) -> int:
-    """Returns the step of the last whole row of a run's metrics."""
+    """Returns the step of the last whole row of a run's metrics, or of its last checkpoint where that is later."""
     lines = run.metrics.read_bytes().splitlines(keepends=True) if run.metrics.is_file() else []
     whole = [line for line in lines[-2:] if line.endswith(b"\n")]
-    return json.loads(whole[-1])["step"] if whole else 0
+    checkpoints = run.checkpoint_files()
+    return max(json.loads(whole[-1])["step"] if whole else 0, run.step_of(checkpoints[-1]) if checkpoints else 0)
 
 
 def write_failure(run: RunDirectory, error: BaseException) -> None:

@@ -4,7 +4,6 @@ Hydra imports this at each start, so nothing heavy is imported at the top.
 """
 
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,8 +75,8 @@ class GridSweeper(Sweeper):
             UserError: a point would be refused.
         """
         launcher = self.config.hydra.launcher._target_
-        if launcher == slurm.SLURM and not shutil.which("srun"):
-            raise UserError("there is no SLURM here, as there is no srun: give the command where jobs are submitted.")
+        if launcher == slurm.SLURM:
+            slurm.check_reachable()
         submitted = launcher.startswith(slurm.SUBMITIT)
         if ranks.rank() is not None and not submitted:
             raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")

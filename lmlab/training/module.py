@@ -233,7 +233,7 @@ class LMModule(Scorer):
         size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
         blocks = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
         raise UserError(
-            f"the loss or its gradient became not finite at step {step + 1}. "
+            f"the loss or its gradient is not finite at step {step + 1}. "
             f"Blocks of that step's global batch: {blocks}.\n"
             "Lower optim.lr, lengthen optim.warmup_steps, set trainer.gradient_clip_val, "
             "or use trainer.precision=32-true.",

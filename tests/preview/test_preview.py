@@ -154,11 +154,11 @@ def test_masked_sample_is_read_back() -> None:
         ("kept", "c"),
         ("random", "d→r"),
         ("input", "e"),
-        ("edge", "|"),
+        ("end", "|"),
         ("padding", " pad×2"),
     ]
     text = batches.render(found, "input")
-    assert str(text) == "a[masked:b][kept:c][random:d→r]e[edge:|] [padding:pad×2]"
+    assert str(text) == "a[masked:b][kept:c][random:d→r]e[end:|] [padding:pad×2]"
     assert [str(span.style) for span in text.spans][:3] == [
         batches.KINDS[name][0] for name in ("masked", "kept", "random")
     ]
@@ -185,7 +185,7 @@ def test_causal_targets_are_those_of_the_token_before() -> None:
     assert [tuple(piece) for piece in batches.sample_pieces(made, 0, Letters(), causal=True)] == [
         ("input", "a"),
         ("target", "b"),
-        ("edge", "|"),
+        ("end", "|"),
         ("target", "c"),
     ]
 

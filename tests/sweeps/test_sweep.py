@@ -61,7 +61,7 @@ def test_a_failed_point_is_kept_and_the_others_run(tmp_path: Path, capsys: pytes
     ]
     out, err = capsys.readouterr()
     assert "3 failed, 1 done" in out
-    assert "the loss or its gradient became not finite at step" in out
+    assert "the loss or its gradient is not finite at step" in out
     assert err.splitlines()[-1].startswith("error: 3 of 4 runs failed. To run again what has not come to its end: ")
     # The run directories of what was refused are as free as before.
     assert not RunDirectory(tmp_path / "1").begun()
@@ -97,7 +97,7 @@ def test_only_what_is_missing_is_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row[1:] for row in found(tmp_path)] == [("done", None), ("failed", "killed"), ("waiting", None)]
     capsys.readouterr()
     run_verb("sweep", "resume", tmp_path)
-    assert "Going on with run" in capsys.readouterr().out
+    assert "Resuming run" in capsys.readouterr().out
     assert {number: losses(tmp_path / str(number)) for number in range(3)} == whole
     assert (tmp_path / "0" / "summary.json").stat().st_mtime_ns == untouched
     swept(tmp_path, "seed=0,1,2,3", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1")
@@ -397,7 +397,7 @@ class TestSearch:
         rows = found(tmp_path)
         assert [trial.state.name for trial in study_of(tmp_path).trials] == [told[row[1]] for row in rows]
         assert {"failed"} < {row[1] for row in rows}
-        assert "Going on with run" in capsys.readouterr().out
+        assert "Resuming run" in capsys.readouterr().out
 
     @pytest.mark.usefixtures("here")
     def test_a_wrong_metric_ends_the_search_and_can_be_mended(self, tmp_path: Path) -> None:
