@@ -85,9 +85,13 @@ def predict(arguments: argparse.Namespace) -> None:
 
     from lmlab.models import generation
 
+    fills_masks = generation.fills_masks(model)
+    for mask in () if fills_masks else generation.MASKS:
+        if any(mask in text for text in texts):
+            raise UserError(f"{mask}: the model is causal, and continues texts. Fill masks with a masked model.")
     with stopped_with(""):
         for text in texts:
-            if generation.fills_masks(model):
+            if fills_masks:
                 masks = generation.fill_mask(model, tokenizer, text, arguments.top_k or 5)
                 rows = [{"text": text, "masks": masks}]
                 shown = "\n".join(candidate_lines(masks))
@@ -156,6 +160,9 @@ def generate_options(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
     if arguments.greedy:
+        sampling = [name for name in ("temperature", "top_k", "top_p") if name in options]
+        if sampling:
+            raise UserError(f"--greedy does not sample: leave out --{sampling[0].replace('_', '-')}, or --greedy.")
         options["do_sample"] = False
     for option in arguments.option:
         key, equals, value = option.partition("=")

@@ -16,6 +16,8 @@ from lmlab.io import from_here, rows
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.manifest import environment, version_changes
 from lmlab.secrets import redacted_command
+from lmlab.sweeps.outcome import resume_command
+from lmlab.sweeps.points import SWEEP_FILE
 from lmlab.train import train, train_rank
 
 EXAMPLES = """\
@@ -51,6 +53,8 @@ def main() -> None:
     with shown_plainly(), SIGNALS.heeded():
         given = parser().parse_intermixed_args()
         run = RunDirectory(given.run.resolve())
+        if (run.path / SWEEP_FILE).is_file():
+            raise UserError(f"{given.run} is a sweep. To go on with it: {resume_command(run.path)}")
         if not run.begun():
             raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")
         if given.into and not given.fresh:

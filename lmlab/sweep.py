@@ -12,8 +12,9 @@ from typing import Any
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly
 from lmlab.runs import status
+from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import override_key, redacted_keys_of_command
-from lmlab.sweeps.outcome import show
+from lmlab.sweeps.outcome import resume_command, show
 from lmlab.sweeps.points import SWEEP_FILE, Point, read_points, read_sweep
 
 EXAMPLES = """\
@@ -49,7 +50,10 @@ def main() -> None:
         if given.action == "status":
             if given.overrides:
                 raise UserError(f"{given.overrides[0]}: status takes a directory alone.")
-            show(points)
+            statuses = show(points)
+            # A sweep that is going on comes to the others by itself.
+            if not RunDirectory(folder).held() and any(s.name not in (*status.ENDED, "running") for s in statuses):
+                print(f"To run what has not come to its end: {resume_command(folder)}")
         else:
             resume(folder, given.overrides)
 

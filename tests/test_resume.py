@@ -291,6 +291,8 @@ def test_a_finished_run_refuses_what_one_that_goes_on_does(refused: Refused, who
 def test_of_no_run(refused: Refused, tmp_path: Path, whole: Path) -> None:
     assert "is no run" in refused("resume", tmp_path)
     assert "is no run" in refused("resume", tmp_path / "nowhere")
+    (tmp_path / "sweep.json").write_text("{}")
+    assert f"is a sweep. To go on with it: python -m lmlab.sweep resume {tmp_path}" in refused("resume", tmp_path)
     assert "required: RUN_DIR." in refused("resume")
     assert "required: action, DIR." in refused("sweep")
     assert 'Did you mean "trainer.max_steps"?' in refused("resume", whole, "trainer.max_step=9")
@@ -304,7 +306,7 @@ def test_a_changed_config_names_its_keys(refused: Refused, stopped: Path) -> Non
     assert "optim.lr=0.003 (it was 0.001)" in shown
     assert "seed=7 (it was 0)" in shown
     assert "trainer.max_steps" not in shown
-    assert "hydra.run.dir=" in shown
+    assert "For a new run give another directory: hydra.run.dir=DIR" in shown
     assert "batch_size=4 (it was 8)" in refused("resume", stopped, "batch_size=4")
     assert before == {path: path.read_bytes() for path in before}
 
@@ -724,10 +726,20 @@ def test_no_more_than_one_save_waits_for_the_one_that_is_written(
     assert max(most) == 2
 
 
-@pytest.mark.parametrize("key", ["keep_best=-1", "every_steps=0", "every_minutes=0", "mode=least", "max_requeues=-1"])
-def test_checkpoints_that_can_not_be(key: str, refused: Refused, tmp_path: Path) -> None:
-    name = key.partition("=")[0]
-    assert name in refused("train", *SIX, f"callbacks.checkpoints.{key}", f"hydra.run.dir={tmp_path / 'run'}")
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("keep_best=-1", "a whole number, 0 or more"),
+        ("every_steps=0", "a whole number, 1 or more, or null"),
+        ("every_minutes=0", "a number, more than 0, or null"),
+        ("mode=least", "one of min, max"),
+        ("max_requeues=-1", "a whole number, 0 or more"),
+    ],
+)
+def test_checkpoints_that_can_not_be(key: str, kind: str, refused: Refused, tmp_path: Path) -> None:
+    shown = refused("train", *SIX, f"callbacks.checkpoints.{key}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert f"callbacks.checkpoints.{key.partition('=')[0]}=" in shown
+    assert f": it has to be {kind}" in shown
 
 
 @pytest.mark.long

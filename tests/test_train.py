@@ -123,6 +123,7 @@ def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pyte
     assert summary["val/perplexity_before"] == first["val/perplexity"]
     assert summary["val/loss"] == min(line["val/loss"] for line in lines[1:] if "val/loss" in line)
     assert "perplexity before" in shown
+    assert "│ generated " in shown
     # By the python that runs this, which may be called python3.
     assert re.search(r"python\S* -m lmlab\.predict ", shown[shown.index("Next: ") :])
 
@@ -367,7 +368,8 @@ def test_cheaper_validations_look_at_the_same_documents_and_the_last_one_at_all(
 def test_a_validation_says_where_it_is(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     train(*TINY, "callbacks.progress.every_seconds=0", "trainer.val_check_interval=2")
     shown = capsys.readouterr().out
-    batches = re.findall(r"step (\d)/4  validation (\d+)/(\d+)  ETA \d+ s", shown)
+    batches = re.findall(r"step (\d)/4  validation (\d+)/(\d+)  ETA [\d.]+ m?s", shown)
+    assert "  ETA 0 ms\n" in shown
     assert {step for step, _, _ in batches} == {"0", "2", "4"}
     assert batches[0][1] == "1"
     assert shown.index("step 0/4  validation 1/") < shown.index("step 0/4  val/loss")
@@ -456,7 +458,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
 
 
 def test_markup_in_what_a_model_says_is_text(capsys: pytest.CaptureFixture[str]) -> None:
-    show_result({"it says": "quote [/quote] [bold]end"})
+    show_result({"generated": "quote [/quote] [bold]end"})
     assert "quote [/quote] [bold]end" in capsys.readouterr().out
 
 

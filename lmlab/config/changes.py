@@ -193,8 +193,8 @@ def check_same(cfg: DictConfig, previous: DictConfig, free: tuple[str, ...]) -> 
     if changed:
         raise UserError(
             f"{cfg.run_dir} was begun with other choices, and can't go on with {', '.join(changed)}.\n"
-            "Choose another directory: hydra.run.dir=DIR, or of lmlab.resume --fresh --into DIR; "
-            "to begin there with this run's weights: model=pretrained model.name=RUN/model"
+            "For a new run give another directory: hydra.run.dir=DIR, or with lmlab.resume: --fresh --into DIR\n"
+            "To begin it with the weights of this run, add model=pretrained model.name=RUN/model"
         )
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config.files import CONF, files_of
 from lmlab.config.overrides import explain_override, suggest
 from lmlab.errors import first_line, nearest
+from lmlab.runs.choices import as_typed
 
 LIMITS = (
     "a share of the batches would give a metric over an arbitrary part of the text.\n"
@@ -89,9 +90,13 @@ def no_name(name: str) -> str | None:
     groups = groups_of(name)
     for word in sys.argv[1:]:
         group = word.partition("=")[0]
-        value = OverridesParser.create().parse_override(word).value() if group in groups else ""
-        if value is None or isinstance(value, int | float):
-            return f"{word}: it has to be the name of an option. Options: {', '.join(files_of(group))}."
+        if group not in groups:
+            continue
+        override = OverridesParser.create().parse_override(word)
+        for value in override.sweep_iterator() if override.is_discrete_sweep() else [override.value()]:
+            if value is None or isinstance(value, int | float):
+                options = ", ".join(files_of(group))
+                return f"{group}={as_typed(value)}: it has to be the name of an option. Options: {options}."
     return None
 
 

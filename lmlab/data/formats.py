@@ -37,14 +37,18 @@ def suffix_of(file: Path) -> str:
 
 def builder_for(files: list[Path]) -> str:
     """Returns the name of the `datasets` builder that reads files of this suffix."""
-    suffixes = {suffix_of(file) for file in files}
-    builders = {BUILDERS.get(suffix) for suffix in suffixes}
-    if None in builders or len(builders) > 1:
-        raise UserError(
-            f"data files end in {', '.join(sorted(suffixes - {''})) or 'nothing'}; "
-            f"they must all be of one kind: {', '.join(BUILDERS)} (or these with .gz)."
-        )
-    return BUILDERS[suffixes.pop()]
+    for file in files:
+        suffix = suffix_of(file)
+        if suffix not in BUILDERS:
+            raise UserError(
+                f"{file}: files {f'that end in {suffix}' if suffix else 'without a suffix'} are not read. "
+                f"Those that are: {', '.join(BUILDERS)} (also with .gz)."
+            )
+    suffixes = sorted({suffix_of(file) for file in files})
+    builders = {BUILDERS[suffix] for suffix in suffixes}
+    if len(builders) > 1:
+        raise UserError(f"the data files end in {', '.join(suffixes)}. Name files of one kind.")
+    return builders.pop()
 
 
 def delimiter_of(files: list[Path], text: str, given: str | None) -> str:
@@ -195,7 +199,7 @@ def json_records(file: Path, path: Path) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{file}, line {number + error.lineno - 1}: malformed JSON ({error.msg} at column {error.colno}).\n"
-                "Mend that line, or leave the file out."
+                "Fix that line, or leave the file out."
             ) from error
         if suffix_of(file) == ".jsonl" and not isinstance(value, dict):
             raise UserError(f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is.")
@@ -232,7 +236,7 @@ def check_files(files: Mapping[Path, Path], builder: str, text: str, options: di
         except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
             *_, deepest = causes(error)
             why = "no record" if isinstance(deepest, StopIteration) else f"could not be read: {first_line(deepest)}"
-            raise UserError(f"{file}: {why.rstrip('.!')}. Mend it, or leave it out.") from error
+            raise UserError(f"{file}: {why.rstrip('.!')}. Fix it, or leave it out.") from error
     check_columns(schemas, text)
 
 

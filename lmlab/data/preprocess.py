@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.documents import document_spans, running_sums
 from lmlab.data.options import Preprocessing
 from lmlab.data.sources import Corpus
-from lmlab.data.texts import batches
+from lmlab.data.texts import batches, flatten
 from lmlab.data.tokenizers import encode, end_of_text_id, unknown_tokens
 from lmlab.errors import UserError
 
@@ -52,16 +52,17 @@ def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
         held_out = min(math.ceil(records * choices.test_size), records - 1)
         halves = train.train_test_split(test_size=held_out, seed=choices.split_seed)
         train, validation = halves["train"], halves["test"]
-    if not validation and records == 1:
-        raise UserError(
-            "the validation split is empty: there is one record only, which can't be split.\n"
-            "Cut a text file into documents by data.document=paragraph (or line), or name data.validation."
-        )
     if not validation:
+        next(flatten(train, corpus.text))  # a wrong data.text is refused first
+        cut = "cut the text into more documents (data.document=paragraph or line), " if corpus.plain else ""
+        if records == 1:
+            raise UserError(
+                "the validation split is empty: there is one record only, which can't be split.\n"
+                f"To hold some out, {cut}give more records, or name data.validation."
+            )
         raise UserError(
             f"the validation split is empty: {records} records at preprocess.test_size={choices.test_size}.\n"
-            "Raise preprocess.test_size, name data.validation, "
-            "or cut the text into more records (data.document=line or paragraph)."
+            f"To hold some out, {cut}raise preprocess.test_size, or name data.validation."
         )
     return {"train": train, "validation": validation}
 

@@ -45,6 +45,7 @@ class Corpus:
         validation: the held-out records likewise; None if a share of `train` is to be held out.
         text: the dotted path of the text in a record, such as `answers.text`.
         fingerprint: a hash of the records, which keys the cache.
+        plain: whether the records are cut from plain text files, as `data.document` says.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Corpus:
         validation: "datasets.Dataset | Callable[[], datasets.Dataset] | None",
         text: str,
         fingerprint: str,
+        plain: bool = False,
     ):
-        self.parts, self.text, self.fingerprint = (train, validation), text, fingerprint
+        self.parts, self.text, self.fingerprint, self.plain = (train, validation), text, fingerprint, plain
 
     @cached_property
     def train(self) -> "datasets.Dataset | None":
@@ -211,7 +213,7 @@ def load_files(
         read()  # so that a fault in a file shows here
         write_memo(memo, before, list(digests.values()))
     records = {part: partial(lambda part: read()[part], part) for part in files}
-    return Corpus(records.get("train"), records.get("validation"), text, source)
+    return Corpus(records.get("train"), records.get("validation"), text, source, plain=builder == "text")
 
 
 def read_files(

@@ -18,17 +18,15 @@ from omegaconf import DictConfig
 
 from lmlab.config import compose, schema
 from lmlab.config.changes import CHANGEABLE, GROUPS, length
-from lmlab.console import command
 from lmlab.distributed import ranks, slurm
 from lmlab.errors import Stopped, UserError
-from lmlab.io import from_here
 from lmlab.runs import status
 from lmlab.runs.choices import is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import redact_logger
 from lmlab.secrets import MARK, override_key, redacted_command
 from lmlab.sweeps import parameters
-from lmlab.sweeps.outcome import conclude
+from lmlab.sweeps.outcome import conclude, resume_command
 from lmlab.sweeps.points import Point, add_points, begin_sweep, point_identity, read_points, read_sweep
 
 
@@ -125,8 +123,8 @@ class GridSweeper(Sweeper):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
         except Stopped as stop:
             stop.kept = None
-            again = command("python", "-m", "lmlab.sweep", "resume", from_here(self.folder))
-            print(f"The sweep was stopped; jobs of a cluster go on. To go on: {again}")
+            jobs = "; submitted jobs go on" if submits(self.launcher) else ""
+            print(f"The sweep was stopped{jobs}. To go on: {resume_command(self.folder)}")
             raise
         if not read_sweep(self.folder):  # it is gone, and is not to be made again
             return
@@ -150,10 +148,15 @@ def due(point: Point, lengths: set[Any]) -> bool:
         return True
 
 
+def submits(launcher: Launcher) -> bool:
+    """Returns whether a launcher submits the runs as jobs, which outlive this process."""
+    return type(launcher).__module__.startswith(slurm.SUBMITIT)
+
+
 @contextmanager
 def lost_jobs_answered(launcher: Launcher) -> Iterator[None]:
     """Lets a cluster's job that was lost count as failed, where submitit's launcher would end for all of them."""
-    if not type(launcher).__module__.startswith(slurm.SUBMITIT):
+    if not submits(launcher):
         yield
         return
     from submitit import Job

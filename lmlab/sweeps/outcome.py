@@ -23,9 +23,13 @@ def conclude(folder: Path) -> None:
     failed = sum(status.name == "failed" for status in statuses)
     if failed:
         raise UserError(
-            f"{failed} of {len(statuses)} runs failed. To run again what has not come to its end: "
-            f"{command('python', '-m', 'lmlab.sweep', 'resume', from_here(folder))}"
+            f"{failed} of {len(statuses)} runs failed. To run what has not come to its end: {resume_command(folder)}"
         )
+
+
+def resume_command(folder: Path) -> str:
+    """Returns the command that runs the points of a sweep that have not come to their end."""
+    return command("python", "-m", "lmlab.sweep", "resume", from_here(folder))
 
 
 def show(points: Sequence[Point]) -> list[Status]:

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lmlab.console import duration
 from lmlab.evaluation import records
 from lmlab.evaluation.certify import precision_of
 from lmlab.evaluation.scoring import ScoringBatch
@@ -126,7 +127,8 @@ class ShowProgress(Callback):
             self.bar.update(self.task, completed=step, metrics=metrics)
         elif step > self.first_step and time.perf_counter() - self.shown_at > self.every_seconds:
             self.shown_at = time.perf_counter()
-            LOG.info("step %d/%d  %sETA %.0f s", step, module.steps, metrics, self.seconds_left(trainer, module))
+            left = duration(self.seconds_left(trainer, module))
+            LOG.info("step %d/%d  %sETA %s", step, module.steps, metrics, left)
 
     def seconds_left(self, trainer: L.Trainer, module: LMModule) -> float:
         """Returns the seconds until the end of the run, with steps and validations as fast as they were so far."""
@@ -149,8 +151,8 @@ class ShowProgress(Callback):
             self.bar.update(self.task, metrics=f"validation {done}/{batches}  ")
         elif now - self.shown_at > self.every_seconds:
             self.shown_at = now
-            left = (now - self.validation_began) / done * (batches - done)
-            LOG.info("step %d/%d  validation %d/%d  ETA %.0f s", trainer.global_step, module.steps, done, batches, left)
+            left = duration((now - self.validation_began) / done * (batches - done))
+            LOG.info("step %d/%d  validation %d/%d  ETA %s", trainer.global_step, module.steps, done, batches, left)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, module: LMModule) -> None:
@@ -198,5 +200,5 @@ class ShowScoring(Callback):
             self.shown_at = now
             done, batches = batch_idx + 1, trainer.num_val_batches[0]
             speed = self.targets * trainer.world_size / (now - self.began)
-            left = (now - self.began) / done * (batches - done)
-            print(f"batch {done}/{batches}  {speed:,.0f} scored tokens/s  ETA {left:.0f} s", flush=True)
+            left = duration((now - self.began) / done * (batches - done))
+            print(f"batch {done}/{batches}  {speed:,.0f} scored tokens/s  ETA {left}", flush=True)

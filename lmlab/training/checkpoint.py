@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
 import torch.distributed as dist
 import transformers
+from annotated_types import Ge, Gt
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -54,29 +55,24 @@ class Checkpoints(Checkpoint):
         self,
         run_dir: str,
         monitor: str = "val/loss",
-        mode: str = "min",
-        keep_best: int = 1,
-        every_steps: int | None = None,
-        every_minutes: float | None = 30.0,
+        mode: Literal["min", "max"] = "min",
+        keep_best: Annotated[int, Ge(0)] = 1,
+        every_steps: Annotated[int, Ge(1)] | None = None,
+        every_minutes: Annotated[float, Gt(0)] | None = 30.0,
         background: bool | None = None,
-        max_requeues: int = 100,
+        max_requeues: Annotated[int, Ge(0)] = 100,
     ):
-        """Checks the options.
+        """Takes the options.
 
         Args:
             monitor: the metric of a validation that the best weights are chosen by.
             mode: `min` if the least of it is best, `max` if the most is.
             keep_best: how many of the best weights are kept.
+            every_steps: after how many steps a checkpoint is saved also between validations; None for never.
+            every_minutes: the same in minutes.
             background: whether training goes on while files are written; None for on GPUs only.
             max_requeues: how often a SLURM job that reaches its time limit is put back in the queue.
         """
-        if mode not in ("min", "max"):
-            raise UserError(f"callbacks.checkpoints.mode is min or max, not {mode}.")
-        if keep_best < 0 or max_requeues < 0:
-            raise UserError("callbacks.checkpoints.keep_best and max_requeues are whole numbers, 0 or more.")
-        for key, value in (("every_steps", every_steps), ("every_minutes", every_minutes)):
-            if value is not None and value <= 0:
-                raise UserError(f"callbacks.checkpoints.{key} is more than 0, or null for never, not {value}.")
         self.run = RunDirectory(run_dir)
         self.monitor, self.mode, self.keep_best = monitor, mode, keep_best
         self.every_steps, self.every_minutes = every_steps, every_minutes

@@ -70,7 +70,7 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
         rows["mfu"] = f"{summary['mfu']:.1%} of what the device could do"
     rows["precision"] = precision_of(module.trainer)
     rows["peak memory"] = f"{summary['peak_memory_gib']:.2f} GiB"
-    rows |= {"run directory": str(path), "model": str(path / run.model.name), "it says": generated}
+    rows |= {"run directory": str(path), "model": str(path / run.model.name), "generated": generated}
     show_result(rows)
     print("Next:", command("python", "-m", "lmlab.predict", path, text))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lmlab.distributed import launch
 from lmlab.errors import Stopped
 from lmlab.runs import status
 from lmlab.runs.directory import RunDirectory
+from lmlab.sweeps import grid
 from lmlab.sweeps.points import add_points, begin_sweep, name_run, read_points, read_sweep, updated_sweep
 from tests.conftest import TINY, Refused, losses, metrics, run_verb, stop_after
 from tests.test_conf import first_values
@@ -62,9 +64,47 @@ def test_a_failed_point_is_kept_and_the_others_run(tmp_path: Path, capsys: pytes
     out, err = capsys.readouterr()
     assert "3 failed, 1 done" in out
     assert "the loss or its gradient is not finite at step" in out
-    assert err.splitlines()[-1].startswith("error: 3 of 4 runs failed. To run again what has not come to its end: ")
+    assert err.splitlines()[-1].startswith("error: 3 of 4 runs failed. To run what has not come to its end: ")
     # The run directories of what was refused are as free as before.
     assert not RunDirectory(tmp_path / "1").begun()
+
+
+def test_status_says_how_to_run_the_rest(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_sweep(tmp_path)
+    add_points(tmp_path, [["seed=1"], ["seed=2"]])
+    shutil.copytree(whole, tmp_path / "0")
+
+    def hint() -> bool:
+        run_verb("sweep", "status", tmp_path)
+        last = capsys.readouterr().out.splitlines()[-1]
+        return last == f"To run what has not come to its end: python -m lmlab.sweep resume {tmp_path}"
+
+    assert hint()
+    for place in (tmp_path, tmp_path / "1"):  # the sweep goes on, or the run does
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "held", lambda run, place=place: run.path == place)
+            assert not hint()
+    shutil.copytree(whole, tmp_path / "1")
+    assert not hint()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("submitted", [False, True])
+def test_a_sweep_that_is_stopped(
+    submitted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object) -> None:
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(launch, "launch", stop)
+    monkeypatch.setattr(grid, "lost_jobs_answered", lambda launcher: nullcontext())
+    monkeypatch.setattr(grid, "submits", lambda launcher: submitted)
+    with pytest.raises(Stopped):
+        swept(tmp_path, "seed=1,2")
+    jobs = "; submitted jobs go on" if submitted else ""
+    assert f"The sweep was stopped{jobs}. To go on: python -m lmlab.sweep resume" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("here")
@@ -257,6 +297,8 @@ def test_a_sweep_that_can_not_be_is_refused_before_it_begins(refused: Refused, t
     for words, said in (
         (["optim.lrr=1,2"], 'there is no key "optim.lrr". Did you mean "optim.lr"?'),
         (["optim=adamw,sgd"], "optim=sgd: no such option."),
+        (["model=null,gpt2"], "model=null: it has to be the name of an option. Options: "),
+        (["model=gpt2,3"], "model=3: it has to be the name of an option. Options: "),
         (
             ["optim.lr=1e-3,abc", "seed=1,2"],
             'the point optim.lr=abc seed=1 is refused: optim.lr="abc": it has to be a number',
