@@ -10,7 +10,7 @@ from typing import Any
 
 from lmlab.console import counted, show_rows
 from lmlab.distributed.signals import SIGNALS
-from lmlab.errors import Arguments, UserError, shown_plainly
+from lmlab.errors import Arguments, shown_plainly
 from lmlab.evaluation import comparison
 from lmlab.evaluation.records import BOUND, Records
 from lmlab.io import from_here, write_out
@@ -53,7 +53,6 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Prints the comparison, and writes it as CSV and LaTeX."""
     runs = comparison.read_evaluations(arguments.directories)
-    check_one_kind(runs)
     comparison.check_comparable(runs)
     runs = comparison.align(runs)
     unit = comparison.row_unit(runs)
@@ -96,19 +95,6 @@ def compare(arguments: argparse.Namespace) -> None:
         show("Configs differ in", [{"key": key} | values for key, values in zip(keys, by_row, strict=True)])
     show(f"{unit.capitalize()} that differ most from {reference}", texts["documents"])
     print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
-
-
-def check_one_kind(runs: list[Records]) -> None:
-    """Refuses evaluations of a causal and of a masked model, and says why their metrics do not compare."""
-    by_figure = {run.certificate["figure"]: run for run in runs}
-    masked = next((figure for figure in ("masked_perplexity", "pseudo_perplexity") if figure in by_figure), None)
-    if masked and "perplexity" in by_figure:
-        raise UserError(
-            f"{by_figure['perplexity'].path} and {by_figure[masked].path} can't be compared: "
-            f"perplexity is not {masked}.\n"
-            "A causal model predicts each token from those before it, a masked one from those on both sides.\n"
-            "Compare causal models with causal ones, and masked with masked."
-        )
 
 
 def show(title: str, rows: list[dict[str, str]], words: int = 1) -> None:

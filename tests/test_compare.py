@@ -15,7 +15,7 @@ import pytest
 from lmlab import compare
 from lmlab.evaluation import comparison, records
 
-from .conftest import TINY, TINY_MLM, Refused
+from .conftest import TINY, Refused
 from .evaluation.test_documents import of_version_1
 from .reporting.synthetic import made
 
@@ -171,13 +171,6 @@ def test_bad_arguments(tmp_path: Path, said: Callable[..., str], capsys: pytest.
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("error: ")
         assert len(lines) <= 3
-
-
-def test_a_causal_and_a_masked_model(train: Callable[..., Path], refused: Refused, tmp_path: Path) -> None:
-    causal, masked = train(*TINY, run_dir=tmp_path / "causal"), train(*TINY_MLM, run_dir=tmp_path / "masked")
-    shown = refused("compare", masked, causal)
-    assert f"{causal} and {masked} can't be compared: perplexity is not masked_perplexity." in shown
-    assert "Compare causal models with causal ones" in shown
 
 
 def test_output_that_nobody_reads_on(train: Callable[..., Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def main() -> None:
         parser = Arguments(
             "python -m lmlab.doctor",
             description="Try out whether this machine can do what lmlab promises: one line for each check, "
-            "and how to mend it where it fails.",
+            "and how to repair it where it fails.",
             epilog="pass: it works. fail: it does not; exit code 1. skip: not there, which is no fault.",
         )
         parser.add_argument("--into", type=Path, metavar="DIR", default="outputs", help="where runs will go (outputs)")

@@ -111,7 +111,10 @@ def check_comparable(runs: Sequence[Records]) -> None:
         one, two = first.certificate, other.certificate
         both = f"{first.path} and {other.path} can't be compared:"
         if one["figure"] != two["figure"]:
-            raise UserError(f"{both} {one['figure']} is not {two['figure']}.")
+            raise UserError(
+                f"{both} {one['figure']} is not {two['figure']}.\n"
+                "Models of different objectives predict other tokens, or from other text. Compare those of one."
+            )
         if one["data_hash"] != two["data_hash"]:
             names = {*first.table["document"].to_pylist()}
             shared = len(names & {*other.table["document"].to_pylist()})
