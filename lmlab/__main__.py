@@ -27,6 +27,10 @@ def main() -> None:
         width = max(map(len, COMMANDS))
         listed = "\n".join(f"  {command:<{width}}  {does}" for command, does in COMMANDS.items())
         print(f"usage: lmlab COMMAND …\n\n{listed}\n\nFor all of a command: lmlab COMMAND --help")
+    elif name == "--version":
+        from lmlab import __version__
+
+        print(f"lmlab {__version__}")
     elif name not in COMMANDS:
         from lmlab.errors import nearest
 

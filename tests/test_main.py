@@ -34,6 +34,12 @@ def test_commands_are_listed(words: list[str], monkeypatch: pytest.MonkeyPatch, 
     assert all(len(does) > 10 for _, does in listed)
 
 
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["lmlab", "--version"])
+    entry.main()
+    assert capsys.readouterr().out == f"lmlab {lmlab.__version__}\n"
+
+
 def test_the_console_script_is_the_same() -> None:
     scripts = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["lmlab"].partition(":")

@@ -175,7 +175,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == 0:  # nothing to lose; and to save an optimizer that has not stepped, FSDP would step it
             return
-        module.stop_on_nonfinite()
+        module.check_finite()
         best_at_save = {**self.best_at_save, step: self.best}
         last = sorted(best_at_save)[-3:]
         self.best_at_save = {

@@ -99,14 +99,14 @@ class Measure(Callback):
         on_host = torch.tensor([waited - self.waited_then, peak_memory(module.device)], dtype=torch.float64)
         norm = torch.zeros((), device=module.device) if module.grad_norm is None else module.grad_norm
         on_device = torch.stack([module.tokens.double(), norm.double(), module.first_bad_batch.double()])
-        sums = module.sums_of_reports()
+        sums = module.sums_since_report()
         # A list over the ranks for each value. They come in one copy, as each copy has the host wait for the device to
         # finish its steps.
         by_rank = module.by_rank(torch.cat([on_host.to(module.device), on_device, sums])).T.tolist()
         seconds = self.watch.seconds
         waits, memories, tokens_seen, norms, bad_batches, *others = by_rank
         nll, targets, auxiliary, auxiliary_targets = map(math.fsum, others)
-        module.refuse_nonfinite(int(min(bad_batches)))
+        module.refuse_bad_batch(int(min(bad_batches)))
         for metric in (module.train_nll, module.train_auxiliary):
             metric.reset()
         loss = nll / targets if targets else math.nan  # as a masked block may have none

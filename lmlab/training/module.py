@@ -205,20 +205,20 @@ class LMModule(Scorer):
         bad = torch.where(value.isfinite(), NEVER, self.batch_number)
         self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
 
-    def stop_on_nonfinite(self) -> None:
+    def check_finite(self) -> None:
         """Ends the run if the loss or the gradient of any batch was not finite.
 
         All ranks have to call it, before weights are validated or saved.
 
         Raises:
-            UserError: as by `refuse_nonfinite`.
+            UserError: as by `refuse_bad_batch`.
         """
         first = self.first_bad_batch.clone()
         if dist.is_initialized():
             dist.all_reduce(first, dist.ReduceOp.MIN)
-        self.refuse_nonfinite(int(first))
+        self.refuse_bad_batch(int(first))
 
-    def refuse_nonfinite(self, first: int) -> None:
+    def refuse_bad_batch(self, first: int) -> None:
         """Ends the run if the loss or the gradient of a batch of any rank was not finite.
 
         Args:
@@ -248,7 +248,7 @@ class LMModule(Scorer):
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.stop_on_nonfinite()
+            self.check_finite()
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -286,9 +286,9 @@ class LMModule(Scorer):
             # The sums of the last validation lie with the weights they are of, for their certificate.
             nll, counts = self.result
             checkpoint["validation"] = {"nll": torch.from_numpy(nll), "units": torch.from_numpy(counts)}
-        checkpoint["train_nll"] = self.by_rank(self.sums_of_reports()).cpu()
+        checkpoint["train_nll"] = self.by_rank(self.sums_since_report()).cpu()
 
-    def sums_of_reports(self) -> Tensor:
+    def sums_since_report(self) -> Tensor:
         """Returns the sums of this rank since the last report [4]: nll and targets, of the model and auxiliary loss."""
         metrics = (self.train_nll, self.train_auxiliary)
         return torch.stack([s for metric in metrics for s in (metric.nll, metric.targets.double())])
