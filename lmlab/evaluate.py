@@ -46,7 +46,7 @@ def measure(cfg: DictConfig) -> None:
     weights = records.weights_hash(model.state_dict())  # before a precision changes them
     data = held_out_data(cfg, tokenizer, trained)
     hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
-    ranks.check_ranks_agree(config=fingerprint(OmegaConf.to_yaml(cfg)), **hashes)
+    ranks.check_ranks_agree(config=fingerprint(OmegaConf.to_yaml(cfg, sort_keys=True)), **hashes)
     if not ranks.rank():
         log_doubts(data.ledger)
     held_out = build.build_held_out(cfg, data, objective)

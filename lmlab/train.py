@@ -34,7 +34,9 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     run = RunDirectory(cfg.run_dir)
     data = build.prepare_data(cfg)
     ranks.check_ranks_agree(
-        config=fingerprint(OmegaConf.to_yaml(cfg)), data=data.data_fingerprint, tokenizer=data.tokenizer_hash
+        config=fingerprint(OmegaConf.to_yaml(cfg, sort_keys=True)),
+        data=data.data_fingerprint,
+        tokenizer=data.tokenizer_hash,
     )
     objective, model = build.build_model(cfg, data.tokenizer)
     module, datamodule = build.build_training(cfg, data, objective, model)

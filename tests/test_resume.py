@@ -392,7 +392,7 @@ def test_a_line_that_a_kill_left_unfinished(stopped: Path, whole: Path, tmp_path
 def test_a_run_that_goes_on_elsewhere_is_locked(refused: Refused, stopped: Path, tmp_path: Path) -> None:
     running = begin("resume", stopped, out=tmp_path / "out", faults={"lmlab.evaluation.scoring.score": ["slow", 0.5]})
     try:
-        wait_for(lambda: "Going on" in (tmp_path / "out").read_text() if (tmp_path / "out").exists() else False)
+        wait_for(lambda: "Resuming" in (tmp_path / "out").read_text() if (tmp_path / "out").exists() else False)
         for words in (["resume", stopped], ["train", *SIX, f"hydra.run.dir={stopped}"]):
             shown = refused(*words)
             assert f"another process: pid {running.pid} on {os.uname().nodename}" in shown

@@ -299,7 +299,8 @@ def read_config(run_dir: Path) -> DictConfig:
     for key in BLOCKS:
         if key in cfg and not isinstance(cfg[key], DictConfig):
             raise UserError(f"{path} is damaged: {key} is no mapping in it. Bring back what it was.")
-    values = ADDED | with_present_names(OmegaConf.to_container(cfg))
+    values = with_present_names(OmegaConf.to_container(cfg))
+    values |= {key: value for key, value in ADDED.items() if key not in values}
     for keys, secret in json.loads(os.environ.pop(SECRETS_VARIABLE, "[]")):  # they are taken once
         holder = values
         for key in keys[:-1]:
