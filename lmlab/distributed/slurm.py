@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 from lmlab.errors import UserError
+from lmlab.processes import last_line, run
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher"
 """The package of Hydra's launchers that submit each run of a sweep as a job."""
@@ -44,11 +45,12 @@ def check_reachable() -> None:
             raise UserError(
                 f"there is no SLURM here, as there is no {name}: give the command where jobs are submitted."
             )
-    done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=60)
-    lines = (done.stderr + done.stdout).strip().splitlines()
-    if done.returncode:
+    code, output = run(["scontrol", "ping"], 60)
+    if code:
+        # Root is shown a banner below the line of a controller.
+        why = next((line for line in output.splitlines() if line.endswith(" is DOWN")), last_line(output))
         raise UserError(
-            f"SLURM does not answer: {lines[-1] if lines else 'scontrol ping failed'}\n"
+            f"SLURM does not answer: {why}\n"
             "No job was submitted. `scontrol ping` names the controller, SLURM_CONF the configuration."
         )
 

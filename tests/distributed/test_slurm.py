@@ -76,23 +76,32 @@ def test_no_slurm_is_said_plainly(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_controller_that_does_not_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("Unable to contact slurm controller\n", "Unable to contact slurm controller"),
+        # What root is shown.
+        (
+            "Slurmctld(primary) at head is DOWN\n*****\n** RESTORE SLURMCTLD DAEMON TO SERVICE **\n*****\n",
+            "Slurmctld(primary) at head is DOWN",
+        ),
+    ],
+)
+def test_a_controller_that_does_not_answer(output: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    done = without(tmp_path / "here", path=f"{fake_slurm(tmp_path, answers=False)}:{os.environ['PATH']}")
+    done = without(tmp_path / "here", path=f"{fake_slurm(tmp_path, output)}:{os.environ['PATH']}")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: SLURM does not answer: Unable to contact slurm controller",
+        f"error: SLURM does not answer: {why}",
         "No job was submitted. `scontrol ping` names the controller, SLURM_CONF the configuration.",
     ]
     assert not list((tmp_path / "here").iterdir())
 
 
-def fake_slurm(folder: Path, answers: bool) -> Path:
-    """A folder with commands of a SLURM that has no nodes."""
+def fake_slurm(folder: Path, error: str = "") -> Path:
+    """A folder with commands of a SLURM that has no nodes; `scontrol` prints an error and fails, if there is one."""
     (folder / "srun").touch(0o755)
-    (folder / "scontrol").write_text(
-        f"#!/bin/sh\necho Unable to contact slurm controller >&2\nexit {int(not answers)}\n"
-    )
+    (folder / "scontrol").write_text(f"#!/bin/sh\nprintf '{error}'\nexit {int(bool(error))}\n")
     (folder / "scontrol").chmod(0o755)
     return folder
 
@@ -101,7 +110,7 @@ def test_a_wrong_point_is_refused_before_any_is_submitted(tmp_path: Path) -> Non
     """Whatever devices its nodes have and this machine has not."""
     (tmp_path / "here").mkdir()
     words = ["trainer=gpu", "trainer.devices=8", "trainer.num_nodes=4", "batch_size=32,0"]
-    done = without(tmp_path / "here", *words, path=f"{fake_slurm(tmp_path, answers=True)}:{os.environ['PATH']}")
+    done = without(tmp_path / "here", *words, path=f"{fake_slurm(tmp_path)}:{os.environ['PATH']}")
     assert done.returncode == 1
     said = "error: the point batch_size=0 is refused: batch_size=0: it has to be a whole number, 1 or more.\n"
     assert done.stderr.startswith(said)
