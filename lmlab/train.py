@@ -75,7 +75,7 @@ def train_job(cfg: DictConfig) -> float:
     made, cfg.run_dir = Path(cfg.run_dir), ranks.same_directory(cfg.run_dir)
     if made != Path(cfg.run_dir):
         made.rmdir()  # Hydra's, for this attempt of torchrun
-    apart = swept and not hydra.launcher._target_.startswith(slurm.SUBMITIT)
+    apart = swept and not slurm.submits(hydra.launcher._target_)
     return attempt(train, compose.freeze(cfg), list(hydra.overrides.task), swept, apart)
 
 

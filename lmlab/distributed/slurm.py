@@ -13,6 +13,11 @@ SLURM = f"{SUBMITIT}.submitit_launcher.SlurmLauncher"
 """The target of the launcher that submits jobs to SLURM."""
 
 
+def submits(launcher: str) -> bool:
+    """Returns whether a launcher, by its dotted name, submits the runs as jobs, which outlive this process."""
+    return launcher.startswith(SUBMITIT)
+
+
 def in_job() -> bool:
     """Returns whether this process belongs to a SLURM job."""
     return "SLURM_JOB_ID" in os.environ

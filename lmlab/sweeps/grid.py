@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 
 from lmlab.config import compose, schema
 from lmlab.config.changes import CHANGEABLE, GROUPS, length
-from lmlab.distributed import ranks, slurm
+from lmlab.distributed import ranks
+from lmlab.distributed.slurm import SLURM, check_reachable, submits
 from lmlab.errors import Stopped, UserError
 from lmlab.runs import status
 from lmlab.runs.choices import is_in
@@ -73,9 +74,9 @@ class GridSweeper(Sweeper):
             UserError: a point would be refused.
         """
         launcher = self.config.hydra.launcher._target_
-        if launcher == slurm.SLURM:
-            slurm.check_reachable()
-        submitted = launcher.startswith(slurm.SUBMITIT)
+        if launcher == SLURM:
+            check_reachable()
+        submitted = submits(launcher)
         if ranks.rank() is not None and not submitted:
             raise UserError("-m under torchrun: run the command without it, as lmlab starts the ranks of each job.")
         begun = {point_identity(point.overrides) for point in read_points(self.folder) if point.run.begun()}
@@ -123,7 +124,7 @@ class GridSweeper(Sweeper):
                 results = self.launcher.launch(batch, initial_job_idx=points[0].number)
         except Stopped as stop:
             stop.kept = None
-            jobs = "; submitted jobs go on" if submits(self.launcher) else ""
+            jobs = "; submitted jobs go on" if submits(self.config.hydra.launcher._target_) else ""
             print(f"The sweep was stopped{jobs}. To go on: {resume_command(self.folder)}")
             raise
         if not read_sweep(self.folder):  # it is gone, and is not to be made again
@@ -148,15 +149,10 @@ def due(point: Point, lengths: set[Any]) -> bool:
         return True
 
 
-def submits(launcher: Launcher) -> bool:
-    """Returns whether a launcher submits the runs as jobs, which outlive this process."""
-    return type(launcher).__module__.startswith(slurm.SUBMITIT)
-
-
 @contextmanager
 def lost_jobs_answered(launcher: Launcher) -> Iterator[None]:
     """Lets a cluster's job that was lost count as failed, where submitit's launcher would end for all of them."""
-    if not submits(launcher):
+    if not submits(type(launcher).__module__):
         yield
         return
     from submitit import Job
