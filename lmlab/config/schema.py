@@ -17,7 +17,7 @@ from lmlab.config import signatures
 from lmlab.config.explain import LIMITS
 from lmlab.config.files import SWEEPS
 from lmlab.config.targets import arguments, blocks, takes, target
-from lmlab.console import command
+from lmlab.console import command, counted
 from lmlab.distributed import ranks
 from lmlab.errors import UserError
 from lmlab.io import from_here
@@ -46,6 +46,9 @@ class Config:
     """Processes that make batches, per device."""
     attention: str | None
     """Name of an attention implementation, such as sdpa or eager; null leaves the choice to the model."""
+    float32_matmul_precision: Literal["highest", "high", "medium"]
+    """Precision of products of float32 matrices: highest is float32; high lets devices with units for it use TF32, and
+    medium lets CPUs use bf16."""
     logits_chunk_size: Annotated[int, Ge(1)] | None
     """Scored positions whose logits are held at once; null chooses by the device."""
     cache_dir: str
@@ -76,9 +79,6 @@ class Train(Config):
     """Compile each layer with torch.compile."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass, to take less memory."""
-    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Precision of products of float32 matrices: highest is float32; high lets devices with units for it use TF32, and
-    medium lets CPUs use bf16."""
     profile: bool = False
     """Write a trace of torch's profiler for a few steps into the run directory."""
 
@@ -103,9 +103,6 @@ class Evaluate(Config):
     """The share of the tokens that score=pseudo scores; null scores all."""
     units: Literal["text", "words"] = "text"
     """The words of the perplexity per word: words and ends of documents, or words and ends of all lines."""
-    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Precision of products of float32 matrices: highest is float32; high lets devices with units for it use TF32, and
-    medium lets CPUs use bf16."""
     trust: str | list[str] | None = None
     """Packages whose code may run where the config of the run names it."""
     check: bool = False
@@ -283,7 +280,7 @@ def check_devices(trainer: DictConfig) -> None:
             )
         if trainer.devices > gpus:
             raise UserError(
-                f"trainer.devices={trainer.devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.\n"
+                f"trainer.devices={trainer.devices}: this machine has {counted(gpus, 'GPU')}.\n"
                 f"Use trainer.devices={gpus}{' or less' if gpus > 1 else ''}."
             )
     elif trainer.accelerator == "mps":
