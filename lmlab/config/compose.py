@@ -36,7 +36,7 @@ from lmlab.config.overrides import readable
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import UserError, cause_of, first_line, plainly, shown_plainly
 from lmlab.io import empty_folders_removed, write_text
-from lmlab.runs.choices import ADDED, with_present_names
+from lmlab.runs.choices import of_this_version
 from lmlab.runs.directory import RunDirectory
 
 OF_SWEEPS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")
@@ -284,7 +284,7 @@ def handed_over(cfg: DictConfig) -> dict[str, str]:
 def read_config(run_dir: Path) -> DictConfig:
     """Reads the composed config of a run directory, with the secrets that this process was handed over.
 
-    Keys of older versions come under their present names.
+    That of an older version gets the keys of this one.
 
     Raises:
         UserError: the file can't be read, or is damaged.
@@ -299,8 +299,7 @@ def read_config(run_dir: Path) -> DictConfig:
     for key in BLOCKS:
         if key in cfg and not isinstance(cfg[key], DictConfig):
             raise UserError(f"{path} is damaged: {key} is no mapping in it. Bring back what it was.")
-    values = with_present_names(OmegaConf.to_container(cfg))
-    values |= {key: value for key, value in ADDED.items() if key not in values}
+    values = of_this_version(OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     for keys, secret in json.loads(os.environ.pop(SECRETS_VARIABLE, "[]")):  # they are taken once
         holder = values
         for key in keys[:-1]:

@@ -45,6 +45,11 @@ ADDED = {"float32_matmul_precision": "highest"}
 """Keys that configs of lmlab 0.1 lack, and the values by which they ran."""
 
 
+def of_this_version(config: dict[str, Any]) -> dict[str, Any]:
+    """Copies a composed config of any version, with the keys and targets of this one."""
+    return ADDED | with_present_names(config)
+
+
 def with_present_names(config: Any) -> Any:
     """Copies a composed config, with the keys and targets of lmlab 0.1 under their present names."""
     if isinstance(config, dict):
@@ -78,7 +83,7 @@ def config_choices(config: dict[str, Any]) -> dict[str, Any]:
     directory = config["run_dir"]
     return {
         key: value.removeprefix(directory) if f"{value}/".startswith(f"{directory}/") else value
-        for key, value in flatten(ADDED | with_present_names(config)).items()
+        for key, value in flatten(of_this_version(config)).items()
         if not is_in(key, MACHINERY)
     }
 
