@@ -258,8 +258,9 @@ def fit_to_machine(cfg: DictConfig, previous: DictConfig | None = None) -> None:
             divide over them.
     """
     trainer = cfg.trainer
-    for one in (trainer, *([] if previous is None else [previous.trainer])):
-        schema.check_trainer(one)
+    schema.check_trainer(trainer)
+    if previous is not None:
+        schema.check_trainer(previous.trainer)
     if trainer.precision is None:
         trainer.precision = previous.trainer.precision if previous is not None else schema.best_precision(trainer)
     if ranks.rank() is not None:
