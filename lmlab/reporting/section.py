@@ -232,7 +232,7 @@ class Section:
                 drawn.append(Chart(f"{self.slug}_{name}", title, spec, f"{self.slug}_{split}"))
         return drawn
 
-    @property
+    @cached_property
     def chart_heads(self) -> dict[str, str]:
         """The keys in which finished runs differ, and what each is called."""
         return {key: head for key, head in self.heads.items() if self.done[key].nunique() > 1}
@@ -272,7 +272,7 @@ class Section:
         """All charts of the section."""
         return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind)]
 
-    @property
+    @cached_property
     def troubles(self) -> pd.DataFrame:
         """The table of the runs that have not ended or can't be read in full, with why, and how to go on."""
         table = self.page_table[["run", "configuration", "status", "cause", "step", "of_steps"]].assign(
