@@ -34,12 +34,18 @@ def check_weights(auto: Any, config: PreTrainedConfig) -> None:
     """
     with torch.device("meta"):
         model = auto.from_config(config)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count, _ = count_parameters(model)
     if 4 * count > (free := available_memory()):
         raise UserError(
             f"the model has {count:,} parameters: its weights take {4 * count / GIB:,.1f} GiB, and "
             f"{free / GIB:,.1f} GiB of memory are free here.\nUse a smaller model, or a machine with more memory."
         )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Returns the number of parameters of a model, a shared one counted once, and of those that are trainable."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def check_training(model: nn.Module, tensors: int, half: bool, device: torch.device, ranks: int, shards: int) -> bool:
@@ -59,9 +65,8 @@ def check_training(model: nn.Module, tensors: int, half: bool, device: torch.dev
     Raises:
         UserError: says how much they need, and how much there is.
     """
-    size = 2 if half else 4
-    weights = size * sum(parameter.numel() for parameter in model.parameters())
-    more = size * tensors * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    size, (count, trainable) = 2 if half else 4, count_parameters(model)
+    weights, more = size * count, size * tensors * trainable
     if device.type == "cuda":
         parts, needed = "weights, gradients and optimizer", (weights + more) / shards
         owner, free = "the GPU has", torch.cuda.get_device_properties(device).total_memory

@@ -10,12 +10,12 @@ from lmlab.console import counted, duration, show_result, show_rows
 from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan
+from lmlab.training.summary import parameters_text
 
 
 def show_measured(cfg: DictConfig, measured: Measurement) -> None:
     """Prints the parameters of a model, and the memory and the time of the steps of a short run, if it made some."""
-    count, trainable = measured.parameters, measured.trainable
-    rows = {"parameters": f"{count:,}" + (f", {trainable:,} of them trainable" if trainable < count else "")}
+    rows = {"parameters": parameters_text(measured.parameters, measured.trainable)}
     if measured.steps:
         world, later = schema.world(cfg.trainer), measured.steps[1:] or measured.steps
         whose = "the GPU" if schema.uses_gpu(cfg.trainer) else "the process"

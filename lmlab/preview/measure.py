@@ -18,6 +18,7 @@ from lmlab.config import build, changes, compose, schema
 from lmlab.distributed import launch
 from lmlab.errors import UserError, plainly, shown_plainly
 from lmlab.io import read_json, rows, write_json
+from lmlab.models.memory import count_parameters
 from lmlab.processes import last_line, printed_error, processes, python_call
 from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import redacted_text
@@ -123,10 +124,7 @@ def train_briefly(folder: str, began: str) -> None:
         cfg = compose.read_config(run.path)
         data = build.prepare_data(cfg)
         objective, model = build.build_model(cfg, data.tokenizer)
-        parameters = list(model.parameters())  # a shared one once
-        measured = Measurement(
-            sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-        )
+        measured = Measurement(*count_parameters(model))
         write_json(run.path / "measurement.json", asdict(measured))
         module, datamodule = build.build_training(cfg, data, objective, model)
         trainer = build.build_trainer(cfg, module.val_interval, "preview")

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.evaluation.metrics import perplexity
 from lmlab.models.flops import Flops
+from lmlab.models.memory import count_parameters
 from lmlab.training.module import LMModule
 
 
@@ -69,11 +70,8 @@ class Measure(Callback):
         self.total.setdefault("flops_of_all", float("nan"))
 
     def on_fit_start(self, trainer: L.Trainer, module: LMModule) -> None:
-        parameters = list(module.model.parameters())
-        self.parameters = {
-            "parameters": sum(p.numel() for p in parameters),
-            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        }
+        count, trainable = count_parameters(module.model)
+        self.parameters = {"parameters": count, "trainable_parameters": trainable}
         self.flops = Flops.from_model(module.model)
         self.peak_flops = peak_flops(trainer.strategy.root_device, trainer.precision) if self.flops else None
 

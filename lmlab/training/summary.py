@@ -48,7 +48,6 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
     documents = f"{len(held_out):,} held-out documents"
     if data.whole is not None:  # validations looked at a part of them, and all were scored at the end
         part = f"   ({len(data.held_out.documents):,} of {documents})"
-    count, trainable = summary["parameters"], summary["trainable_parameters"]
     path = from_here(run.path)
     try:
         block = held_out.tokens[: module.block_size].tolist()
@@ -60,7 +59,7 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
         f"{title(metric)} after": f"{summary[metric]:,.2f}   ({'best' if best else 'last'} weights, "
         f"{f'all {documents}' if part else 'held-out text'})",
         **{title(name): f"{value:.4f}" for name, value in summary.items() if name.endswith("bits_per_byte")},
-        "parameters": f"{count:,}" + (f", {trainable:,} of them trainable" if trainable < count else ""),
+        "parameters": parameters_text(summary["parameters"], summary["trainable_parameters"]),
         "tokens": f"{summary['tokens']:,} trained on in {summary['seconds']:.1f} s",
     }
     if "flops" in summary:
@@ -73,6 +72,11 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
     rows |= {"run directory": str(path), "model": str(path / run.model.name), "generated": generated}
     show_result(rows)
     print("Next:", command("python", "-m", "lmlab.predict", path, text))
+
+
+def parameters_text(count: int, trainable: int) -> str:
+    """Returns a number of parameters in words, and that of the trainable ones where not all are."""
+    return f"{count:,}" + (f", {trainable:,} of them trainable" if trainable < count else "")
 
 
 def title(metric: str) -> str:
