@@ -28,11 +28,11 @@ from benchmarks.arguments import Arguments
 from benchmarks.pairs import Side, agreement, outcome, take_turns, workplace
 from benchmarks.results import verb
 from benchmarks.side import Turns, synchronize
-from benchmarks.train import SIZES, TOLERANCE, load, make
+from benchmarks.train import TOLERANCE, Sized, load, make
 
 
 @dataclass
-class Settings(Arguments):
+class Settings(Sized, Arguments):
     peer: Literal["forward", "blocks"] = "forward"
     stride: int = 0
     size: Literal["tiny", "small", "distil", "gpt2"] = "small"
@@ -42,10 +42,6 @@ class Settings(Arguments):
     blocks: int = 256
     pairs: int = 5
     lmlab: tuple[str, ...] = ()
-
-    @property
-    def positions(self) -> int:
-        return self.block_size or SIZES[self.size][3]
 
     @property
     def step(self) -> int:

@@ -24,13 +24,11 @@ It changes torch for the rest of the process, and needs Linux and a build of tor
 import ctypes
 import os
 import sys
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -44,12 +42,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.arguments import Arguments
-from benchmarks.train import SIZES, SPECIAL, make_model, make_tokenizer, vocabulary_of
+from benchmarks.pairs import workplace
+from benchmarks.train import SIZES, SPECIAL, Sized, make_model, make_tokenizer, vocabulary_of
 from lmlab.console import duration, show_rows
 from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.prepared import Blocks
 from lmlab.data.preprocess import group_texts
 from lmlab.errors import shown_plainly
+from lmlab.evaluation.certify import silence_lightning
 from lmlab.models import efficiency, loss
 from lmlab.models.flops import Flops
 from lmlab.objectives.clm import CausalLM
@@ -68,7 +68,7 @@ PEAK = 989.4e12
 
 
 @dataclass
-class Settings(Arguments):
+class Settings(Sized, Arguments):
     objective: Literal["clm", "mlm"] = "clm"
     size: Literal["tiny", "small", "distil", "gpt2"] = "gpt2"
     batch_size: int = 32
@@ -76,14 +76,6 @@ class Settings(Arguments):
     accumulate: int = 1
     chunk: int = 0
     checkpointing: Literal["false", "true"] = "false"
-
-    @property
-    def causal(self) -> bool:
-        return self.objective == "clm"
-
-    @property
-    def positions(self) -> int:
-        return self.block_size or SIZES[self.size][3]
 
 
 ANSWERS: dict[str, Any] = {
@@ -316,10 +308,9 @@ def trace(settings: Settings) -> tuple[Watch, float]:
     tokenizer = make_tokenizer(vocabulary)
     count = (STEPS + 1) * settings.batch_size
     ids = np.random.default_rng(0).integers(len(SPECIAL), vocabulary, count * settings.positions).astype(np.int32)
-    path = Path(tempfile.mkdtemp()) / "tokens"
-    ids.tofile(path)
-    blocks = Blocks(path, group_texts(np.array([len(ids)]), settings.positions))
-    with fake_cuda(vocabulary, SIZES[settings.size][1]) as watch:
+    with workplace() as folder, fake_cuda(vocabulary, SIZES[settings.size][1]) as watch:
+        ids.tofile(folder / "tokens")
+        blocks = Blocks(folder / "tokens", group_texts(np.array([len(ids)]), settings.positions))
         objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
         model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
         efficiency.fuse_activations(model)
@@ -339,6 +330,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
         datamodule = BlocksDataModule(
             blocks, [], objective, 1, settings.batch_size, STEPS + 1, 0, accumulate=settings.accumulate
         )
+        silence_lightning()
         trainer = L.Trainer(
             accelerator="gpu",
             devices=1,

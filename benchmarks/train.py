@@ -52,8 +52,24 @@ WORK = ("batch_size", "preprocess", "data", "objective", "model", "trainer.accum
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2}
 
 
+class Sized:
+    """Settings of a benchmark that has a model of one of `SIZES`."""
+
+    objective: str = "clm"
+    size: str
+    block_size: int
+
+    @property
+    def causal(self) -> bool:
+        return self.objective == "clm"
+
+    @property
+    def positions(self) -> int:
+        return self.block_size or SIZES[self.size][3]
+
+
 @dataclass
-class Settings(Arguments):
+class Settings(Sized, Arguments):
     objective: Literal["clm", "mlm"] = "clm"
     size: Literal["tiny", "small", "distil", "gpt2"] = "distil"
     peer: Literal["trainer", "loop", "lmlab"] = "trainer"
@@ -67,14 +83,6 @@ class Settings(Arguments):
     warmup: int = 1
     measure: Literal["speed", "memory"] = "speed"
     lmlab: tuple[str, ...] = ()
-
-    @property
-    def causal(self) -> bool:
-        return self.objective == "clm"
-
-    @property
-    def positions(self) -> int:
-        return self.block_size or SIZES[self.size][3]
 
 
 def compare(settings: Settings) -> dict[str, Any]:
