@@ -41,9 +41,13 @@ def measure(cfg: DictConfig) -> None:
 
     run, trained = RunDirectory(cfg.run_dir), trained_run(cfg)
     tokenizer = targets.build(cfg.tokenizer, "tokenizer")
-    objective, model = build.build_model(cfg, tokenizer)
+    objective, model = build.build_model_of_rank(cfg, tokenizer)
     check_tokenizer(model, tokenizer)
-    weights = records.weights_hash(model.state_dict())  # before a precision changes them
+
+    def weights_hash() -> str:  # before a precision changes the weights
+        return records.weights_hash(model.state_dict())
+
+    weights = ranks.from_rank_zero("weights", weights_hash) if schema.shards(cfg.trainer) > 1 else weights_hash()
     data = held_out_data(cfg, tokenizer, trained)
     hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
     ranks.check_ranks_agree(config=fingerprint(OmegaConf.to_yaml(cfg, sort_keys=True)), **hashes)

@@ -14,7 +14,7 @@ from typing import IO, Any
 from lmlab.errors import UserError, first_line
 
 PARTIAL = ".partial"
-"""The name of the folder, inside an `--out` folder, that holds its files until all of them are whole."""
+"""The end of the name of a file or folder until it is whole; of the folder inside an `--out` folder, the name."""
 UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
 """The errors of a file system without locks, such as Lustre where it is mounted without them."""
 
@@ -51,9 +51,14 @@ def write_text(path: Path, text: str) -> None:
     write_beside(path, lambda beside: beside.write_text(text))
 
 
+def partial_of(path: Path) -> Path:
+    """Returns the path beside `path` of a file or folder that is being written or removed."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` make a file beside `path`, flushes it, and renames it to `path`."""
-    beside = path.with_name(f".{path.name}.partial")
+    beside = partial_of(path)
     try:
         write(beside)
         flush(beside)
@@ -65,7 +70,7 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
 
 def replaced(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` fill a folder beside `path`, flushes it, and renames it to `path`, in place of one that is there."""
-    beside, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    beside, old = partial_of(path), path.with_name(f".{path.name}.old")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:

@@ -27,6 +27,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         checkpoint: the path of the checkpoint to go on from; None for the start.
     """
     from lmlab.data.sources import fingerprint
+    from lmlab.models.efficiency import unsharded
     from lmlab.training import checkpoint as checkpoints
     from lmlab.training.loggers import closed_at_the_end
     from lmlab.training.summary import show_summary, summarize
@@ -38,7 +39,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         data=data.data_fingerprint,
         tokenizer=data.tokenizer_hash,
     )
-    objective, model = build.build_model(cfg, data.tokenizer)
+    objective, model = build.build_model_of_rank(cfg, data.tokenizer)
     module, datamodule = build.build_training(cfg, data, objective, model)
     lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
     trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
@@ -50,9 +51,10 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
             checkpoints.score_best_weights(trainer, module)
         weights, best = checkpoints.best_weights(trainer)
         if trainer.is_global_zero:
-            if module.device_mesh is not None:  # a shard can't take whole weights
-                module.model = build.build_model(cfg, data.tokenizer)[1]
-            module.model.load_state_dict(weights)
+            if module.device_mesh is None:
+                module.model.load_state_dict(weights)
+            else:  # a shard can't take whole weights
+                module.model = unsharded(module.model, build.build_model(cfg, data.tokenizer, empty=True)[1], weights)
             checkpoints.export(module.model, data.tokenizer, run.model)
             summary = summarize(run, trainer, module, None if best is None else best["global_step"])
             show_summary(run, summary, module, datamodule, best is not None)

@@ -1,10 +1,13 @@
 """Callbacks that go wrong on purpose."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+
+from lmlab.training import checkpoint_io
 
 
 class KeepsASet(Callback):
@@ -23,3 +26,11 @@ class TakesAway(Callback):
             self.run_dir.rename(self.to)
         elif trainer.global_step == self.step:
             shutil.rmtree(self.run_dir)
+
+
+class SavesSlowly(Callback):
+    """Lets each rank take longer for the checksums of a sharded checkpoint."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        checksum = checkpoint_io.checksum
+        checkpoint_io.checksum = lambda file: (time.sleep(0.15), checksum(file))[1]

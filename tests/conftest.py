@@ -155,7 +155,7 @@ def stop_after(run_dir: Path, step: int, place: Path) -> None:
     shutil.rmtree(place / "model")
     for kept in place.glob("checkpoints/*.ckpt"):
         if kept.name.startswith("step-") and int(kept.stem.rpartition("-")[2]) > step:
-            kept.unlink()
+            shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
 
 
 def blocks_of(prepared: Any, split: str) -> list[Any]:

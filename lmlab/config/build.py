@@ -1,5 +1,6 @@
 """Builds the objects that a checked config names: data, model, module, trainer."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.compose import without_secrets
-from lmlab.config.schema import preprocessing, training_steps, uses_gpu, world
+from lmlab.config.schema import preprocessing, shards, training_steps, uses_gpu, world
 from lmlab.config.targets import arguments, blocks, build, takes
+from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -52,10 +54,32 @@ def training_length(cfg: DictConfig, data: "Prepared") -> tuple[int, int]:
     return training_steps(cfg.trainer, len(data.train), cfg.batch_size)
 
 
-def build_model(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple[Objective, PreTrainedModel]":
+def build_model_of_rank(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple[Objective, PreTrainedModel]":
+    """Returns the objective and the model of a config on each rank.
+
+    Where the model is to be sharded, rank 0 alone has its weights, and sends each rank its shards of them
+    (`models.efficiency.shard`): main memory holds them once. What the model does is found out with them, so that rank 0
+    tells the others this too.
+    """
+    from lmlab.models.probe import PROBES, Probe, probe
+
+    if shards(cfg.trainer) == 1:
+        return build_model(cfg, tokenizer)
+    objective, model = build_model(cfg, tokenizer, empty=bool(ranks.rank()))
+    PROBES[model] = Probe(**json.loads(ranks.from_rank_zero("probe", lambda: json.dumps(probe(model)._asdict()))))
+    return objective, model
+
+
+def build_model(
+    cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", empty: bool = False
+) -> "tuple[Objective, PreTrainedModel]":
     """Returns the objective and the model of a config, checked against the tokenizer.
 
     A block size that the config leaves open becomes the longest that the model takes.
+
+    Args:
+        empty: leave the weights out, and what is checked with them. The model of a target of one's own has them even
+            so.
     """
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -75,10 +99,11 @@ def build_model(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple
             "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
         )
     torch.manual_seed(cfg.seed)
-    model = build(cfg.model, "model", tokenizer=tokenizer, auto_class=objective.auto_class)
+    model = build(cfg.model, "model", tokenizer=tokenizer, auto_class=objective.auto_class, empty=empty)
     if cfg.preprocess.block_size is None:
         cfg.preprocess.block_size = min(max_positions(model) or LONGEST, LONGEST)
-    check_model(model, tokenizer, cfg.preprocess.block_size, objective)
+    if not empty:
+        check_model(model, tokenizer, cfg.preprocess.block_size, objective)
     efficiency.fuse_activations(model)
     if cfg.attention is not None:
         efficiency.choose_attention(model, cfg.attention)
@@ -188,9 +213,8 @@ def build_training(
     # AdamW keeps two moments; what another optimizer keeps is not known.
     tensors = 3 if isinstance(optimizer, AdamW) else 1
     half = str(trainer.precision) in ("bf16-true", "16-true")
-    shards = world(trainer) if trainer.strategy == "fsdp" else 1
     device = torch.device("cuda" if gpu else "cpu")
-    has_room = check_training(model, tensors, half, device, trainer.devices, shards)
+    has_room = check_training(model, tensors, half, device, trainer.devices, shards(trainer))
     module = LMModule(
         model,
         optimizer,
@@ -270,10 +294,11 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     import lightning as L
     import torch
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.strategies import DDPStrategy
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lmlab.evaluation.certify import silence_lightning
+    from lmlab.training.sharded import ShardedStrategy
 
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     silence_lightning()  # what a run has to say, it says itself
@@ -285,8 +310,8 @@ def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":
     # Lightning would start a process group for one rank, and leave its variables behind.
     if alone:
         options["strategy"] = "auto"
-    elif cfg.trainer.strategy == "fsdp":
-        options["strategy"] = ModelParallelStrategy(world(cfg.trainer), 1, save_distributed_checkpoint=False)
+    elif shards(cfg.trainer) > 1:
+        options["strategy"] = ShardedStrategy(shards(cfg.trainer))
     else:
         # Otherwise DDP orders its buckets anew after the first step of each process, and with them the sums
         # over ranks: a run that goes on would have other last bits. No buffer differs between ranks.

@@ -220,7 +220,7 @@ def check_data(cfg: DictConfig, previous: DictConfig, run: RunDirectory, checkpo
     steps, _ = build.training_length(cfg, data)
     if steps < run.step_of(checkpoint):
         raise UserError(f"{run.path} is at step {run.step_of(checkpoint)} already, and {steps} steps are fewer.")
-    if cfg.trainer.strategy == "fsdp" and world(cfg.trainer) > 1 and numbers_parameters(checkpoint):
+    if schema.shards(cfg.trainer) > 1 and numbers_parameters(checkpoint):
         raise UserError(
             f"{checkpoint} was written by lmlab 0.1, which numbers parameters, and can't be sharded as it is.\n"
             "Go on without trainer=fsdp until the next checkpoint is there."

@@ -119,8 +119,9 @@ class Trainer:
     """Processes on each node, one for each device."""
     num_nodes: Annotated[int, Ge(1)] = 1
     """Nodes; on more than one, SLURM or torchrun starts the ranks."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """auto and ddp keep a copy of the model on each device, fsdp shards it over them (trainer=fsdp)."""
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """auto and ddp keep a copy of the model on each device, fsdp shards it over all of them (trainer=fsdp), and hsdp
+    over those of each node."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] | None = None
     """The number formats of weights and computation; 32, bf16 and 16 are short for the first three. null takes
     bf16-mixed on GPUs that have it, else 32-true."""
@@ -157,7 +158,7 @@ DECLARED = {
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
 SUPPLIED = {
     "tokenizer": ("texts",),
-    "model": ("tokenizer", "auto_class"),
+    "model": ("tokenizer", "auto_class", "empty"),
     "objective": ("tokenizer",),
     "logger": ("run_dir", "run_id", "config"),
     "trainer": (
@@ -295,6 +296,11 @@ def check_devices(trainer: DictConfig) -> None:
 def world(trainer: DictConfig) -> int:
     """Returns the number of ranks of a run: the devices of all its nodes."""
     return trainer.devices * trainer.get("num_nodes", 1)
+
+
+def shards(trainer: DictConfig) -> int:
+    """Returns the number of ranks over which a model is sharded; 1 if each rank has all of it."""
+    return {"fsdp": world(trainer), "hsdp": trainer.devices}.get(trainer.strategy, 1)
 
 
 def uses_gpu(trainer: DictConfig) -> bool:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import cache
@@ -37,6 +37,7 @@ class Key(StrEnum):
     ARGUMENTS = "lmlab/arguments"  # what the other ranks have to do
     RECEIVED = "lmlab/received"  # how many of them know
     FACTS = "lmlab/facts"  # what each rank holds, by its number
+    SHARED = "lmlab/shared"  # what rank 0 tells the others, by a name
 
 
 def rank() -> int | None:
@@ -138,6 +139,26 @@ def check_ranks_agree(**facts: str) -> None:
                     f"({found[name][:12]}, not {expected[name][:12]}).\n"
                     "All nodes need the same files and versions."
                 )
+
+
+def from_rank_zero(name: str, make: Callable[[], str]) -> str:
+    """Returns what `make` returns on rank 0; the other ranks wait for it.
+
+    Raises:
+        UserError: rank 0 has ended without it.
+    """
+    number, key = rank(), f"{Key.SHARED}/{name}"
+    if not number:
+        value = make()
+        if number is not None:
+            store().set(key, value)
+        return value
+    from torch.distributed import DistError
+
+    try:
+        return store().get(key).decode()
+    except DistError as error:  # the store has ended with it
+        raise UserError("rank 0 has ended. Its message says why.") from error
 
 
 @contextmanager

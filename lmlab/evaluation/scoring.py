@@ -310,10 +310,9 @@ class Scorer(L.LightningModule):
 
     def configure_model(self) -> None:
         if self._device_mesh is not None:
-            mesh = self._device_mesh["data_parallel"]
             # The norms of a CPU take no float32 with weights in bf16.
-            bf16 = self.trainer.precision == "bf16-mixed" and mesh.device_type == "cuda"
-            shard(self.model, mesh, bf16)
+            bf16 = self.trainer.precision == "bf16-mixed" and self._device_mesh.device_type == "cuda"
+            shard(self.model, self._device_mesh, bf16)
 
     def score(self, batch: Any) -> Scores:
         """Returns the losses of a batch's targets."""

@@ -3,14 +3,15 @@
 Shapes: V vocabulary, H hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
@@ -92,7 +93,12 @@ def share_tied_gradient(model: PreTrainedModel) -> None:
 def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:
     """Divides parameters, gradients and optimizer states over the ranks of a mesh, layer by layer (FSDP2).
 
+    The weights are those of rank 0. Those of other ranks may lie on the meta device; each gets its shards, one
+    parameter after the other.
+
     Args:
+        mesh: of one dimension, over which the model is sharded; or of two, over the first of which its shards are
+            replicated (HSDP).
         bf16: True to gather the weights in bf16 (2 bytes a parameter in the forward and in the backward pass), False
             to gather them in float32, in which they are kept. Gradients are summed over the ranks in float32 either
             way. Products are those of autocast, which rounds weights too; in bf16, embeddings and the weights of norms
@@ -107,5 +113,27 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:
             if isinstance(module, nn.Embedding):
                 module.register_forward_hook(lambda module, args, output: output.float())
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    empty = any(weight.is_meta for weight in weights.values())
     for module in (*layers(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    device = torch.device(mesh.device_type)
+    if empty:
+        model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        weight = weights.pop(name)
+        weight = torch.empty_like(weight, device=device) if empty else weight.to(device)
+        shards = distribute_tensor(weight, mesh, parameter.placements)
+        parameter.detach().to_local().copy_(shards.to_local())
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def unsharded(model: PreTrainedModel, empty: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Gives whole weights, and the buffers of a sharded model, to an empty one of the same kind, and returns that."""
+    empty.load_state_dict(weights, assign=True)
+    empty.tie_weights()
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(empty.get_submodule(owner), leaf, buffer.cpu())
+    return empty

@@ -24,6 +24,8 @@ def pretrained(
     name: str,
     revision: str | None = None,
     config: dict[str, Any] | None = None,
+    *,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """Loads a trained model, in float32.
 
@@ -32,12 +34,16 @@ def pretrained(
         name: hub id or directory.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
+        empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
     with from_hub("model", name, "model.name"):
         changes = config_values(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
         try:
             settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **changes)
             auto = auto_model(settings, auto_class)
+            if empty:
+                with torch.device("meta"):
+                    return auto.from_config(settings, dtype=torch.float32)
             check_weights(auto, settings)
             # Exported models carry a dtype of their own; which one to compute in is the trainer's choice.
             model, loaded = auto.from_pretrained(
@@ -64,6 +70,8 @@ def from_scratch(
     auto_class: str,
     architecture: str,
     config: dict[str, Any] | None = None,
+    *,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """Makes a model with random weights, drawn from torch's current seed.
 
@@ -72,6 +80,7 @@ def from_scratch(
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
         architecture: a `model_type` of transformers, such as gpt2 or roberta.
         config: values of its config, over transformers' defaults and those of the tokenizer.
+        empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
     if architecture not in CONFIG_MAPPING:
         raise UserError(
@@ -94,6 +103,9 @@ def from_scratch(
         values["is_decoder"] = auto_class == "AutoModelForCausalLM"
         values = {key: value for key, value in values.items() if hasattr(defaults, key)} | changes
         settings = AutoConfig.for_model(architecture, **values)
+        if empty:
+            with torch.device("meta"):
+                return auto.from_config(settings)
         check_weights(auto, settings)
         model: PreTrainedModel = auto.from_config(settings)
         run_probe(model)  # some configs make a model that can't take any tokens

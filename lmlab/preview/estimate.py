@@ -33,7 +33,7 @@ def show_measured(cfg: DictConfig, measured: Measurement) -> None:
             rows["checkpoint"] = f"{duration(measured.checkpoint)} to write"
         if world > 1:
             rows["devices"] = f"one of {world} measured, with its share of the batch; communication is left out"
-            if cfg.trainer.strategy == "fsdp":
+            if schema.shards(cfg.trainer) > 1:
                 rows["sharding"] = "not measured: sharded, a device holds less than this one did"
     show_result(rows, "Measured")
 

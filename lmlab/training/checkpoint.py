@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.console import command
@@ -29,9 +30,9 @@ from lmlab.distributed.signals import SIGNALS
 from lmlab.distributed.slurm import requeue
 from lmlab.errors import UserError
 from lmlab.evaluation.scoring import DocumentSums
-from lmlab.io import replaced
+from lmlab.io import PARTIAL, replaced
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint
+from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_weights, remove
 from lmlab.training.loggers import close, flushed_size
 from lmlab.training.module import LMModule
 
@@ -107,7 +108,7 @@ class Checkpoints(Checkpoint):
             # The run may go on from an earlier checkpoint than its last one.
             for path in [*self.run.checkpoint_files(), *self.run.best_files()]:
                 if self.run.step_of(path) > step:
-                    path.unlink()
+                    remove(path)
         if checkpoint["callbacks"][self.state_key]["early"] == module.steps:
             trainer.should_stop = True
 
@@ -164,7 +165,7 @@ class Checkpoints(Checkpoint):
         if step in best:
             trainer.save_checkpoint(self.run.best_at(step), weights_only=True)
             # Without room for its file, it is not one of the best.
-            if trainer.strategy.broadcast(self.io.thread is not None or self.run.best_at(step).is_file()):
+            if trainer.strategy.broadcast(self.io.thread is not None or self.run.best_at(step).exists()):
                 self.best = {at: values[at] for at in sorted(best)}
         if trainer.should_stop and step < module.steps:
             self.early = module.steps
@@ -179,7 +180,7 @@ class Checkpoints(Checkpoint):
         best_at_save = {**self.best_at_save, step: self.best}
         last = sorted(best_at_save)[-3:]
         self.best_at_save = {
-            at: best for at, best in best_at_save.items() if at in last or self.run.checkpoint_at(at).is_file()
+            at: best for at, best in best_at_save.items() if at in last or self.run.checkpoint_at(at).exists()
         }
         trainer.save_checkpoint(self.run.checkpoint_at(step), weights_only=False)
         if trainer.is_global_zero:
@@ -191,12 +192,12 @@ class Checkpoints(Checkpoint):
         The last two are those on the disk: there may have been no room for the newest one.
         """
         for path in self.run.checkpoint_files()[:-2]:
-            path.unlink()
+            remove(path)
         left = map(self.run.step_of, self.run.checkpoint_files())
         needed = {*best, *(at for step in left for at in best_at_save.get(step, {}))}
         for path in self.run.best_files():
             if self.run.step_of(path) not in needed:
-                path.unlink()
+                remove(path)
 
     def stop(self, trainer: L.Trainer, module: LMModule, signal: int) -> None:
         """Saves a checkpoint, re-queues a SLURM job if the signal comes ahead of its time limit, and ends the process.
@@ -239,8 +240,8 @@ def rank(values: Mapping[int, float], mode: str) -> list[int]:
 
 
 def best_on_disk(run: RunDirectory, values: Mapping[int, float], mode: str) -> Path | None:
-    """Returns the path of the best weights of which there is a file, or None; the arguments are those of `rank`."""
-    return next((path for path in map(run.best_at, rank(values, mode)) if path.is_file()), None)
+    """Returns the path of the best weights that are on the disk, or None; the arguments are those of `rank`."""
+    return next((path for path in map(run.best_at, rank(values, mode)) if path.exists()), None)
 
 
 def last_checkpoint(run: RunDirectory) -> Path | None:
@@ -249,6 +250,8 @@ def last_checkpoint(run: RunDirectory) -> Path | None:
     Raises:
         UserError: all of them are damaged.
     """
+    for rest in run.checkpoints.glob(f".*.ckpt{PARTIAL}"):  # of a save or a removal that was killed
+        remove(rest)
     paths = run.checkpoint_files()[::-1]
     for path in paths:
         why = damage(path)
@@ -315,12 +318,23 @@ def best_weights(trainer: L.Trainer) -> tuple[dict[str, Tensor], dict[str, Any] 
     """Returns the model's state dict at the best step of a run, and the checkpoint that it is from.
 
     Without such a checkpoint these are the last weights, and None. All ranks have to call it, as sharded weights are
-    gathered on rank 0.
+    gathered; rank 0 alone gets any.
     """
     path = best_checkpoint(trainer)
     best = load_checkpoint(path) if path else None
-    state = best["state_dict"] if best else trainer.strategy.lightning_module_state_dict()
+    if path is None:
+        state = {n: gathered(tensor) for n, tensor in trainer.strategy.lightning_module_state_dict().items()}
+    else:
+        state = load_weights(path) if trainer.is_global_zero else {}
     return {n.removeprefix("model."): tensor for n, tensor in state.items() if n.startswith("model.")}, best
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Returns a tensor of a state dict, a sharded one as a whole on rank 0 and empty elsewhere; all ranks call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
 
 
 def rescoring_due(trainer: L.Trainer) -> bool:

@@ -186,7 +186,7 @@ class LMModule(Scorer):
         norm = torch.nn.utils.get_total_norm(shards)
         if self._device_mesh is not None:
             norm = norm.square()
-            dist.all_reduce(norm)
+            dist.all_reduce(norm, group=self._device_mesh.get_group("shards"))
             norm = norm.sqrt()
         self.grad_norm = norm * scale
         if self.trainer.precision != "16-mixed":  # which skips such a step and lowers its loss scale

@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lmlab.training.checkpoint_io import load_weights
+
 from ..conftest import losses, metrics, run_verb, stop_after
 from ..distributed.test_launch import start
+from ..processes import begin, wait_for
 from .test_width import DROPOUT_OFF
 
 FSDP = ["trainer=fsdp", "trainer.accelerator=cpu"]
@@ -52,51 +55,84 @@ def test_in_bf16_with_accumulated_batches(train: Callable[..., Path], tmp_path: 
         assert found == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.long
-def test_over_nodes_and_at_other_widths(train: Callable[..., Path], tmp_path: Path) -> None:
-    """Two nodes of one rank each; then one device, unsharded; then two ranks of one node: all as on one device."""
-    common = [*DROPOUT_OFF["clm"], *COMMON, "optim.schedule=constant"]
-    one = train(*common, run_dir=tmp_path / "one")
-    run = tmp_path / "run"
-    words = [*common, *FSDP, "trainer.devices=1", "trainer.num_nodes=2", "trainer.max_steps=2", f"hydra.run.dir={run}"]
+def on_two_nodes(*words: object, ranks: int) -> None:
+    """Train with so many ranks on each of two nodes, which are two agents of torchrun here."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    nodes = [
-        start(
-            *words,
-            torchrun=True,
-            options=["--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"],
-        )
-        for _ in range(2)
-    ]
+    options = ["--nnodes=2", f"--nproc-per-node={ranks}", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+    nodes = [start(*words, torchrun=True, options=options) for _ in range(2)]
     for node in nodes:
         _, errors = node.communicate(timeout=120)
         assert node.returncode == 0, errors
+
+
+@pytest.mark.long
+def test_over_nodes_and_at_other_widths(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Two nodes of one rank each; one device; two ranks of one node; two whole copies: all as on one device."""
+    common = [*DROPOUT_OFF["clm"], *COMMON, "optim.schedule=constant", "trainer.max_steps=8"]
+    one = train(*common, run_dir=tmp_path / "one")
+    run = tmp_path / "run"
+    words = [*common, *FSDP, "trainer.max_steps=2", f"hydra.run.dir={run}"]
+    on_two_nodes(*words, "trainer.devices=1", "trainer.num_nodes=2", ranks=1)
     run_verb("resume", run, "trainer.max_steps=4", "trainer=cpu")
     run_verb("resume", run, "trainer.max_steps=6", *FSDP)
+    run_verb("resume", run, "trainer.max_steps=8", "trainer=ddp", "trainer.accelerator=cpu")
     # Sums over ranks are made in another order, no more.
     expected, found = (
         {(line["step"], name): line[name] for line in metrics(r) for name in ("train/loss", "val/loss") if name in line}
         for r in (one, run)
     )
     assert found == pytest.approx({at: expected.get(at, loss) for at, loss in found.items()}, rel=1e-5)
-    assert {(step, "train/loss") for step in range(1, 7)} <= found.keys()
+    assert {(step, "train/loss") for step in range(1, 9)} <= found.keys()
 
 
 @pytest.mark.long
-def test_a_run_goes_on_sharded(train: Callable[..., Path], tmp_path: Path) -> None:
-    """From the state of step 3 to step 6: weights, optimizer and schedule as if never stopped.
+def test_replicated_over_nodes(train: Callable[..., Path], tmp_path: Path) -> None:
+    """Each of two nodes holds the model, sharded over its two ranks."""
+    common = [*DROPOUT_OFF["clm"], *COMMON, "trainer.max_steps=3", "trainer.gradient_clip_val=0.1"]
+    one, run = train(*common, run_dir=tmp_path / "one"), tmp_path / "run"
+    words = [*common, *FSDP, "trainer.strategy=hsdp", "trainer.num_nodes=2", f"hydra.run.dir={run}"]
+    on_two_nodes(*words, ranks=2)
+    for name in ("train/loss", "optim/grad_norm", "val/loss"):
+        expected, found = ([line[name] for line in metrics(r) if name in line] for r in (one, run))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_sharded(
+    train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Killed while it writes a checkpoint in the background, with the one before that damaged: as if never stopped.
 
     Where no best weights are kept, the last ones are gathered for the export.
     """
-    common = [*DROPOUT_OFF["clm"], *COMMON, *FSDP, "callbacks.checkpoints.keep_best=0"]
+    common = [*DROPOUT_OFF["clm"], *COMMON, *FSDP, "callbacks.checkpoints.keep_best=0", "trainer.val_check_interval=2"]
+    common += ["callbacks.checkpoints.background=true", "+callbacks.slow._target_=tests.broken_callback.SavesSlowly"]
     whole = train(*common, run_dir=tmp_path / "whole")
-    stop_after(whole, 3, tmp_path / "stopped")
-    stopped = train(*common, run_dir=tmp_path / "stopped")
-    assert losses(stopped) == losses(whole)
-    weights = [load_file(run / "model" / "model.safetensors") for run in (whole, stopped)]
+    run, out = tmp_path / "run", tmp_path / "out"
+    process = begin("train", *common, f"hydra.run.dir={run}", out=out)
+    wait_for((run / "checkpoints" / ".step-6.ckpt.partial" / "shard-00002-model-00001-of-00001.safetensors").exists)
+    process.kill()
+    process.join()
+    assert sorted(path.name for path in (run / "checkpoints").glob("step*")) == ["step-2.ckpt", "step-4.ckpt"]
+    damaged = run / "checkpoints" / "step-4.ckpt" / "shard-00001-model-00001-of-00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    capfd.readouterr()
+    train(*common, run_dir=run)
+    shown = capfd.readouterr().out
+    assert f"step-4.ckpt is damaged (the checksum of {damaged.name} is another)" in shown
+    assert "from step 2." in shown
+    assert losses(run) == losses(whole)
+    assert not list(run.rglob("*.partial"))
+    weights = [load_file(place / "model" / "model.safetensors") for place in (whole, run)]
     assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
-    last = torch.load(stopped / "checkpoints" / "step-6.ckpt", weights_only=True)["state_dict"]
-    weight = "transformer.wpe.weight"
-    assert torch.equal(weights[1][weight], last[f"model.{weight}"])
+    last = load_weights(run / "checkpoints" / "step-6.ckpt")
+    assert all(torch.equal(last[f"model.{name}"], weight) for name, weight in weights[1].items())
+    # Before its end, a run is evaluated by the weights so far.
+    stop_after(run, 4, tmp_path / "stopped")
+    part = json.loads((evaluate(f"model={tmp_path / 'stopped'}") / "certificate.json").read_text())["totals"]
+    validations = {line["step"]: line["val/loss"] for line in metrics(run) if "val/loss" in line}
+    assert part["nll"] / part["tokens"] == pytest.approx(validations[4], rel=1e-5)
