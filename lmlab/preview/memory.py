@@ -35,14 +35,17 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     here, world = torch.cuda.is_available(), schema.world(cfg.trainer)
     precision = cfg.trainer.precision or (schema.best_precision(cfg.trainer) if here else "bf16-mixed")
     sharded = cfg.trainer.strategy == "fsdp" and world > 1
+    # The first samples may be short ones.
+    samples, positions = len(first.input_ids), schema.preprocessing(cfg).block_size
+    tokens = samples * positions
     known = isinstance(targets.build(cfg.optim, "optim"), AdamW)
     estimate = memory.estimate_training(
         model,
         tensors=3 if known else 1,
         precision=precision,
         shards=world if sharded else 1,
-        tokens=first.input_ids.numel(),
-        targets=first.targets.numel(),
+        tokens=tokens,
+        targets=round(tokens * first.targets.numel() / first.tokens),
         checkpointing=cfg.activation_checkpointing,
         chunk_size=cfg.logits_chunk_size,
     )
@@ -58,8 +61,7 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     show_result(rows, "Memory of each GPU, estimated")
     count, _ = memory.count_parameters(model)
     divided = f", divided over {counted(world, 'GPU')}" if sharded else ""
-    rows_at_once, positions = first.input_ids.shape
-    print(f"For {count:,} parameters{divided}, {rows_at_once} × {positions} tokens at once, in {precision}.")
+    print(f"For {count:,} parameters{divided}, {samples} × {positions} tokens at once, in {precision}.")
     if not all(map(memory.is_plain, layers(model) or [model])):
         kind = model.config.model_type
         print(f"Activations are counted as if layers were attention and one MLP; those of {kind} have other parts.")

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,3 +170,10 @@ def test_a_model_that_no_machine_here_holds(
 def test_smallest_gpu_with_room(needed: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert says in on_paper.comparison(needed)
+
+
+def test_the_gpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * 2**30))
+    assert on_paper.comparison(7 * 2**30) == "The GPU here has 8.00 GiB, which is enough."
+    assert on_paper.comparison(9 * 2**30) == "The GPU here has 8.00 GiB, which is too little."
