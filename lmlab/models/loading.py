@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
 from lmlab.hub import from_hub
 from lmlab.models.loss import check_scoring
-from lmlab.models.memory import check_weights
+from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import probe, run_probe
 from lmlab.objectives import OBJECTIVE_OF, Objective
 
@@ -42,8 +42,7 @@ def pretrained(
             settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **changes)
             auto = auto_model(settings, auto_class)
             if empty:
-                with torch.device("meta"):
-                    return auto.from_config(settings, dtype=torch.float32)
+                return meta_model(auto, settings)
             check_weights(auto, settings)
             # Exported models carry a dtype of their own; which one to compute in is the trainer's choice.
             model, loaded = auto.from_pretrained(
@@ -104,8 +103,7 @@ def from_scratch(
         values = {key: value for key, value in values.items() if hasattr(defaults, key)} | changes
         settings = AutoConfig.for_model(architecture, **values)
         if empty:
-            with torch.device("meta"):
-                return auto.from_config(settings)
+            return meta_model(auto, settings)
         check_weights(auto, settings)
         model: PreTrainedModel = auto.from_config(settings)
         run_probe(model)  # some configs make a model that can't take any tokens

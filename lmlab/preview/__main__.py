@@ -15,7 +15,7 @@ from lmlab.config import compose, schema, targets
 from lmlab.config.explain import explain
 from lmlab.distributed import slurm
 from lmlab.distributed.signals import SIGNALS
-from lmlab.errors import UserError, shown_plainly
+from lmlab.errors import UserError, first_line, shown_plainly
 from lmlab.preview.plan import Plan, annotated_yaml, plan_command, show_config
 
 
@@ -43,19 +43,23 @@ def main() -> None:
 def preview(plan: Plan) -> None:
     """Prints what differs from the default, the data, the first batch, and the memory and time of a short run."""
     cfg, submitted = plan.cfg, plan.launcher["_target_"] == slurm.SLURM
-    schema.check_run(cfg, here=not submitted)
-
-    import torch
+    schema.check_run(cfg, here=False)
+    for_gpus = schema.uses_gpu(cfg.trainer) or (submitted and cfg.trainer.accelerator == "auto")
+    missing = ""  # why nothing is measured
+    try:  # one device of this machine stands for those of the nodes
+        one = {"devices": 1, "num_nodes": 1} if submitted else {}
+        schema.check_devices(OmegaConf.create({**cfg.trainer, **one}))
+    except UserError as error:
+        if not for_gpus:
+            raise
+        missing = first_line(error)
 
     from lmlab.config import build, changes
     from lmlab.console import console
-    from lmlab.preview import batch, estimate, job
+    from lmlab.preview import batch, estimate, job, memory
     from lmlab.preview.measure import Measurement, measure
     from lmlab.runs.ledger import show_ledger
 
-    gpus_elsewhere = submitted and cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available()
-    if submitted and not gpus_elsewhere:  # one device of this machine stands for those of the nodes
-        schema.check_devices(OmegaConf.create({**cfg.trainer, "devices": 1, "num_nodes": 1}))
     show_config(plan)
     data = build.prepare_data(cfg)
     objective = targets.build(cfg.objective, "objective", tokenizer=data.tokenizer)
@@ -66,10 +70,12 @@ def preview(plan: Plan) -> None:
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
     batch.show_samples(first, data.tokenizer, not objective.bidirectional, console())
 
+    if for_gpus:
+        memory.show_memory(cfg, data.tokenizer, objective.auto_class, first)
     changes.fit_to_machine(cfg)
-    if gpus_elsewhere:
-        print("Nothing was measured: the run is for GPUs, and this machine has none. Give the command on a node.")
-    measured = Measurement() if gpus_elsewhere else measure(cfg, steps)
+    if missing:
+        print(f"Nothing was measured. {missing} With the GPUs of the run, preview measures its first steps too.")
+    measured = Measurement() if missing else measure(cfg, steps)
     seconds = None
     if measured.parameters:
         estimate.show_measured(cfg, measured)

@@ -76,6 +76,7 @@ def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
     assert "  preprocess.block_size: 32 (128)\n" in text
     assert "run_dir" not in text
     assert re.search(r"bytes +│ +143,686 │ +14,301 ", text)  # the ledger that the run prints
+    assert "of each GPU" not in text
     assert "3 of the 8 samples" in text
     for name in ("parameters", "weights", "gradients", "optimizer state", "peak memory", "first step"):
         assert f"│ {name} " in text
@@ -328,6 +329,7 @@ def test_gpus_of_another_machine(shown: Callable[..., str]) -> None:
         pytest.skip("there is a GPU here")
     text = shown("-m", "hydra/launcher=slurm", *TINY, "trainer=gpu", "trainer.devices=4")
     assert "2 of the 2 samples" in text
+    assert "Memory of each GPU, estimated" in text
     assert "Nothing was measured" in text
     assert "#SBATCH --gpus-per-node=4\n" in text
     assert "unknown  time: 4 h 00 min; the run's is not measured" in text
