@@ -630,7 +630,7 @@ COMMANDS = {
     "objective._target_=nothing_there.Objective": ["can't be imported: ModuleNotFoundError: No module named"],
     "optim._target_=torch.optim.SGD": ["called with (model, steps)", "an optimizer and a schedule", "optim.py"],
     "compile=maybe": ['compile="maybe": it has to be true or false'],
-    "activation_checkpointing=1": ["activation_checkpointing=1: it has to be true or false"],
+    "activation_checkpointing=1": ["activation_checkpointing=1: it has to be true or false, or selective"],
     "profile=x": ['profile="x": it has to be true or false'],
     "loss_rows=256": ['there is no key "loss_rows". It is called "logits_chunk_size" now.'],
     "logits_chunk_size=0": ["logits_chunk_size=0: it has to be a whole number, 1 or more", "Scored positions"],

@@ -108,7 +108,7 @@ def build_model(
     if cfg.attention is not None:
         efficiency.choose_attention(model, cfg.attention)
     if cfg.get("activation_checkpointing"):
-        efficiency.checkpoint_activations(model)
+        efficiency.checkpoint_activations(model, cfg.activation_checkpointing == "selective")
     if cfg.get("compile"):
         efficiency.compile_layers(model)
     return objective, model

@@ -77,8 +77,9 @@ class Train(Config):
     """The held-out text that validations during training score, see `Validation`."""
     compile: bool = False
     """Compile each layer with torch.compile."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass, to take less memory."""
+    activation_checkpointing: bool | Literal["selective"] = False
+    """Compute activations again in the backward pass, to take less memory: all of those in layers, or by selective
+    those that are no results of matrix products and attention."""
     profile: bool = False
     """Write a trace of torch's profiler for a few steps into the run directory."""
 

@@ -4,6 +4,7 @@ Shapes: V vocabulary, H hidden size.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
@@ -50,11 +52,28 @@ def compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
     return lambda *args, **options: (compiled if layer.training else eager)(*args, **options)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keeps only each layer's input, and computes the rest again in the backward pass (Chen et al. 2016)."""
+PRODUCTS = (
+    *("mm", "addmm", "bmm"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+)
+"""The operations of torch whose results selective checkpointing keeps: all others are passes over memory."""
+
+
+def checkpoint_activations(model: PreTrainedModel, selective: bool = False) -> None:
+    """Keeps only each layer's input, and computes the rest again in the backward pass (Chen et al. 2016).
+
+    Args:
+        selective: keep the results of matrix products and attention too, and compute again only what is cheap to
+            compute (Korthikanti et al. 2022, section 5).
+    """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"activation_checkpointing: {model.config.model_type} can't do it. Leave it out.")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        kept = [getattr(torch.ops.aten, name).default for name in PRODUCTS]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def choose_attention(model: PreTrainedModel, name: str) -> None:

@@ -120,6 +120,29 @@ def test_activations_computed_again_give_the_same(architecture: str) -> None:
     assert_same(gradients(other), gradients(model))
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta", "llama"])
+def test_selective_checkpointing_computes_no_product_again(architecture: str) -> None:
+    model = small(architecture, architecture != "roberta").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    made, found = [], []
+    for selective in (None, True, False):
+        other = copy.deepcopy(model)
+        if selective is not None:
+            checkpoint_activations(other, selective)
+        with (calls := Calls()):
+            found.append(gradients(other))
+        made.append({name: calls.names.count(name) for name in ("addmm", "mm", "bmm", "mul", "add")})
+        made[-1]["attention"] = sum("dot_product" in name for name in calls.names)
+    assert_same(found[1], found[0])
+    plain, kept, again = made
+    products = ("addmm", "mm", "bmm", "attention")
+    assert [kept[name] for name in products] == [plain[name] for name in products]
+    assert sum(kept.values()) > sum(plain.values())  # the rest is
+    assert again["attention"] > plain["attention"]
+
+
 def test_attention_by_name() -> None:
     model = small("gpt2", True)
     expected = gradients(copy.deepcopy(model))
