@@ -1,6 +1,7 @@
 """Computes the nll of the scored positions: only they go through the head (promise 3), and in chunks of limited size.
 
-Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V vocabulary, R positions of a chunk.
+Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V vocabulary, V' the same after padding,
+R positions of a chunk.
 """
 
 import logging
@@ -22,6 +23,9 @@ LOG = logging.getLogger(__name__)
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
 """The bytes of a chunk of logits, counted in float32. On a CPU it is as fast as all at once, a smaller one is slower
 (benchmarks/README.md). On a GPU the products of some thousands of rows keep it busy, and all at once take many GiB."""
+ALIGNMENT = 64
+"""The number that V' is a multiple of where products are made in 16 bits. With rows of another length a GPU can't read
+128 bytes at a time, and is several times slower."""
 
 
 class Scores(NamedTuple):
@@ -155,8 +159,9 @@ class ChunkedNLL(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if multiplies_in_float32(device, dtype):
             dtype = torch.float32
-        h, w = hidden.to(dtype), weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
+        h, w = hidden.to(dtype), pad_vocabulary(weight, dtype)  # [N, H], [V', H]
+        b = None if bias is None else pad_vocabulary(bias, dtype)
+        vocabulary = len(weight)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         if train:
             d_hidden = torch.empty_like(h)
@@ -166,7 +171,9 @@ class ChunkedNLL(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), chunk_size):
                 part = slice(start, start + chunk_size)
-                logits = F.linear(h[part], w, b)  # [R, V]
+                logits = F.linear(h[part], w, b)  # [R, V']
+                if len(w) > vocabulary:
+                    logits[:, vocabulary:] = -torch.inf  # of probability 0, and so of slope 0
                 if step is nll_and_slope:
                     logits = logits.float()  # here, so that memory holds them once
                 nll[part], slope = step(logits, targets[part], dtype if train else None)
@@ -177,11 +184,13 @@ class ChunkedNLL(torch.autograd.Function):
                 torch.mm(slope, w, out=d_hidden[part])
                 if dtype == torch.float32:
                     d_weight.addmm_(slope.t(), h[part])
+                elif device == "cuda" and torch.__version__ >= "2.10":  # older ones add to 16 bits alone
+                    torch.addmm(d_weight, slope.t(), h[part], out_dtype=torch.float32, out=d_weight)
                 else:
                     d_weight += slope.t() @ h[part]
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
-            ctx.gradients = d_hidden, d_weight, d_bias
+            ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
             ctx.dtypes = hidden.dtype, weight.dtype
         return nll
 
@@ -199,13 +208,26 @@ class ChunkedNLL(torch.autograd.Function):
         return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
 
 
+def pad_vocabulary(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight [V, …] in a dtype, in 16 bits with rows of zeros up to the next multiple of `ALIGNMENT`."""
+    padding = -len(weight) % ALIGNMENT
+    if dtype == torch.float32 or not padding:
+        return weight.to(dtype)
+    padded = weight.new_empty((len(weight) + padding, *weight.shape[1:]), dtype=dtype)
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
+    return padded
+
+
 def nll_and_slope(logits: Tensor, targets: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
     """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in a dtype.
 
     The derivative, None without a dtype, is the probabilities less 1 for the target. It may overwrite the logits.
     """
     logits = logits.float()
-    norm = logits.logsumexp(1, keepdim=True)
+    # As logsumexp does it, but written out: torch.compile then makes maximum and sum in one pass rather than two.
+    largest = logits.amax(1, keepdim=True)
+    norm = (logits - largest).exp_().sum(1, keepdim=True).log_().add_(largest)
     nll = (norm - logits.gather(1, targets[:, None]))[:, 0]
     if dtype is None:
         return nll, None
