@@ -12,6 +12,7 @@ Keys, with their defaults:
   accumulate=1          micro batches of a step
   chunk=0               scored positions whose logits are held at once; 0: lmlab's choice
   checkpointing=false   compute activations again in the backward pass
+  precision=bf16-mixed  bf16-mixed, 16-mixed
 
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
 in a few seconds on any machine. The command fails where a step makes the host wait for the device, copies from
@@ -76,6 +77,7 @@ class Settings(Sized, Arguments):
     accumulate: int = 1
     chunk: int = 0
     checkpointing: Literal["false", "true"] = "false"
+    precision: Literal["bf16-mixed", "16-mixed"] = "bf16-mixed"
 
 
 ANSWERS: dict[str, Any] = {
@@ -188,7 +190,8 @@ class Watch(TorchDispatchMode):
         given = {key: value for key, value in kwargs.items() if key != "out"}
         read = [value for value in tree_leaves((args, given)) if torch.is_tensor(value)]
         written = [value for value in tree_leaves(result) if torch.is_tensor(value)]
-        if not written and function.__name__.startswith(("_foreach", "_fused")):  # they write what they read
+        in_place = ("_foreach", "_fused", "_amp_foreach")  # they write what they read
+        if not written and function.__name__.startswith(in_place):
             written = read
         if moves_nothing(function) or all(value.device.type == "cpu" for value in written):
             return
@@ -203,7 +206,7 @@ class Watch(TorchDispatchMode):
         self.flops[kind] += flops
         self.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
 
-    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any) -> Any:
+    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any, scale: Any) -> Any:
         """Stands in for the compiled function, which no trace sees into: it reads the logits twice, and writes once."""
         if self.on:
             moved = (2 + (dtype is not None)) * logits.numel() * logits.element_size()
@@ -323,7 +326,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             seed=0,
             stretches=1,
             metric=objective.metric,
-            logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True, "bf16-mixed"),
+            logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True),
         )
         datamodule = BlocksDataModule(
             blocks, [], objective, 1, settings.batch_size, STEPS + 1, 0, accumulate=settings.accumulate
@@ -332,7 +335,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
         trainer = L.Trainer(
             accelerator="gpu",
             devices=1,
-            precision="bf16-mixed",
+            precision=settings.precision,
             max_epochs=1,
             max_steps=STEPS,
             gradient_clip_val=1.0,

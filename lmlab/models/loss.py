@@ -44,6 +44,7 @@ def score(
     positions: Tensor,
     targets: Tensor,
     chunk_size: int | None = None,
+    scale: Tensor | None = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -64,6 +65,8 @@ def score(
         targets: [N] the id to predict at each of them.
         chunk_size: the number of scored positions whose logits are in memory at once (see `logits_chunk_size`); only
             the sum of the nll can then be differentiated, see `ChunkedNLL`. None holds all [N, V].
+        scale: what that sum will be multiplied by, a scalar on the device. Only gradients in float16 need it, as a
+            chunk's are made before it is.
     """
     projected: list[Tensor] = []
 
@@ -88,7 +91,8 @@ def score(
     if chunk_size is None:
         logits = output.logits.flatten(0, 1)  # [N, V]; the gradient of [0] would be copied into zeros
         return Scores(F.cross_entropy(logits.float(), targets, reduction="none"), auxiliary)
-    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    made = torch.is_grad_enabled()
+    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, made, scale)  # type: ignore[no-untyped-call]
     return Scores(nll, auxiliary)
 
 
@@ -142,7 +146,14 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int, train: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_size: int,
+        train: bool,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Returns the nll [N].
 
@@ -153,12 +164,16 @@ class ChunkedNLL(torch.autograd.Function):
             targets: [N].
             chunk_size: R.
             train: whether gradients are made; autograd itself can't be asked in here.
+            scale: a factor of the gradients in float16, which would vanish without it; the backward pass takes it
+                off again.
         """
         device = hidden.device.type
         # A last norm gives float32 under autocast, and the product would not have been made in it.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if multiplies_in_float32(device, dtype):
+        if multiplies_in_float32(device, dtype, train and scale is None):
             dtype = torch.float32
+        if dtype != torch.float16:
+            scale = None
         h, w = hidden.to(dtype), pad_vocabulary(weight, dtype)  # [N, H], [V', H]
         b = None if bias is None else pad_vocabulary(bias, dtype)
         vocabulary = len(weight)
@@ -176,7 +191,7 @@ class ChunkedNLL(torch.autograd.Function):
                     logits[:, vocabulary:] = -torch.inf  # of probability 0, and so of slope 0
                 if step is nll_and_slope:
                     logits = logits.float()  # here, so that memory holds them once
-                nll[part], slope = step(logits, targets[part], dtype if train else None)
+                nll[part], slope = step(logits, targets[part], dtype if train else None, scale)
                 if slope is None:
                     continue
                 if d_bias is not None:
@@ -191,7 +206,7 @@ class ChunkedNLL(torch.autograd.Function):
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
             ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
-            ctx.dtypes = hidden.dtype, weight.dtype
+            ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
         return nll
 
     @staticmethod
@@ -202,10 +217,12 @@ class ChunkedNLL(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.gradients
         ctx.gradients = None
         scale = upstream[:1].float().sum()  # 0 where N is 0
+        if ctx.scale is not None:
+            scale = scale / ctx.scale
         scaled = [None if d is None else d.mul_(scale) for d in (d_hidden, d_weight, d_bias)]
         hidden_type, weight_type = ctx.dtypes
         types = (hidden_type, weight_type, weight_type)
-        return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
+        return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None, None
 
 
 def pad_vocabulary(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,10 +236,13 @@ def pad_vocabulary(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def nll_and_slope(logits: Tensor, targets: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+def nll_and_slope(
+    logits: Tensor, targets: Tensor, dtype: torch.dtype | None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in a dtype.
 
-    The derivative, None without a dtype, is the probabilities less 1 for the target. It may overwrite the logits.
+    The derivative, None without a dtype, is the probabilities less 1 for the target, times the scale if there is one.
+    It may overwrite the logits.
     """
     logits = logits.float()
     # As logsumexp does it, but written out: torch.compile then makes maximum and sum in one pass rather than two.
@@ -231,12 +251,14 @@ def nll_and_slope(logits: Tensor, targets: Tensor, dtype: torch.dtype | None) ->
     nll = (norm - logits.gather(1, targets[:, None]))[:, 0]
     if dtype is None:
         return nll, None
-    slope = logits.sub_(norm).exp_().to(dtype)
-    return nll, slope.scatter_(1, targets[:, None], (-nll).expm1().to(dtype)[:, None])
+    slope, of_target = logits.sub_(norm).exp_(), (-nll).expm1()
+    if scale is not None:
+        slope, of_target = slope.mul_(scale), of_target * scale
+    return nll, slope.to(dtype).scatter_(1, targets[:, None], of_target.to(dtype)[:, None])
 
 
 @cache
-def compiled_nll_and_slope(device: str) -> Callable[[Tensor, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None]]:
+def compiled_nll_and_slope(device: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Returns `nll_and_slope` compiled for a kind of device: in two passes over the logits rather than ten.
 
     It is returned as it is, and a warning logged, where it can't be compiled: Triton needs a C compiler, Python's
@@ -251,29 +273,25 @@ def compiled_nll_and_slope(device: str) -> Callable[[Tensor, Tensor, torch.dtype
     return compiled
 
 
-def multiplies_in_float32(device: str, dtype: torch.dtype) -> bool:
+def multiplies_in_float32(device: str, dtype: torch.dtype, unscaled: bool) -> bool:
     """Returns whether the head's products are made in float32, whatever the precision of the rest.
 
-    In float16 gradients would vanish, as they are not yet scaled; a CPU without AVX-512 multiplies bf16 by a fallback
-    some 100 times slower than float32.
+    In float16 gradients vanish where they are `unscaled`; a CPU without AVX-512 multiplies bf16 by a fallback some 100
+    times slower than float32.
     """
     slow = device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return dtype == torch.float16 or slow
+    return slow or (dtype == torch.float16 and unscaled)
 
 
-def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: bool, precision: str) -> int | None:
+def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: bool) -> int | None:
     """Returns the number of scored positions whose logits `score` should hold at once; None for all.
 
     Args:
-        requested: the config's `logits_chunk_size`. None: as many as `LOGITS_BYTES` hold, but all in 16-mixed on a GPU,
-            whose products in chunks are made in float32 (see `multiplies_in_float32`).
-        precision: the precision of the trainer.
+        requested: the config's `logits_chunk_size`. None: as many as `LOGITS_BYTES` hold.
 
     Raises:
         UserError: a number was requested, and the model does more to its logits than project.
     """
-    if requested is None and on_gpu and precision == "16-mixed":
-        return None
     if not probe(model).projects:
         if requested is not None:
             raise UserError(

@@ -262,15 +262,13 @@ def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
         AutoConfig.for_model("gemma2", **{k: v for k, v in SMALL.items() if k != "embedding_size"})
     )
     assert not probe(bent).projects
-    assert logits_chunk_size(bent, None, False, "32-true") is None
+    assert logits_chunk_size(bent, None, False) is None
     with pytest.raises(UserError, match="gemma2 does more to its logits"):
-        logits_chunk_size(bent, 8, False, "32-true")
+        logits_chunk_size(bent, 8, False)
     plain = small("gpt2", True)
     assert probe(plain).projects
-    sizes = [logits_chunk_size(plain, *wanted) for wanted in ((8, True, "bf16-mixed"), (None, True, "bf16-mixed"))]
-    assert sizes == [8, 2**30 // 400]
-    assert logits_chunk_size(plain, None, True, "16-mixed") is None  # in chunks its products are made in float32
-    assert logits_chunk_size(plain, None, False, "32-true") == 128 * 2**20 // 400
+    assert [logits_chunk_size(plain, wanted, True) for wanted in (8, None)] == [8, 2**30 // 400]
+    assert logits_chunk_size(plain, None, False) == 128 * 2**20 // 400
 
 
 def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
@@ -278,4 +276,4 @@ def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
     tokenizer = bpe(["a text of a few words"], vocab_size=280)
     model = from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1})
     model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.tanh())
-    assert logits_chunk_size(model, None, False, "32-true") is None
+    assert logits_chunk_size(model, None, False) is None
