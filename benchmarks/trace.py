@@ -12,6 +12,7 @@ Keys, with their defaults:
   accumulate=1          micro batches of a step
   chunk=0               scored positions whose logits are held at once; 0: lmlab's choice
   checkpointing=false   compute activations again in the backward pass
+  precision=bf16-mixed  bf16-mixed, 16-mixed
 
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
 in a few seconds on any machine. The command fails where a step makes the host wait for the device, copies from
@@ -76,6 +77,7 @@ class Settings(Sized, Arguments):
     accumulate: int = 1
     chunk: int = 0
     checkpointing: Literal["false", "true"] = "false"
+    precision: Literal["bf16-mixed", "16-mixed"] = "bf16-mixed"
 
 
 ANSWERS: dict[str, Any] = {
@@ -128,7 +130,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, vocabulary: int, width: int) -> None:
         """Names the sizes by which the logits are known: rows of the head's matrix, and its columns."""
         super().__init__()
-        self.vocabulary, self.width = vocabulary, width
+        self.vocabulary, self.width = {vocabulary, vocabulary + -vocabulary % loss.ALIGNMENT}, width
         self.on = False
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -185,43 +187,42 @@ class Watch(TorchDispatchMode):
 
     def count(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Adds the bytes, operations and time of one call."""
-        read = [value for value in tree_leaves((args, kwargs)) if torch.is_tensor(value)]
+        given = {key: value for key, value in kwargs.items() if key != "out"}
+        read = [value for value in tree_leaves((args, given)) if torch.is_tensor(value)]
         written = [value for value in tree_leaves(result) if torch.is_tensor(value)]
-        if not written and function.__name__.startswith(("_foreach", "_fused")):  # they write what they read
+        in_place = ("_foreach", "_fused", "_amp_foreach")  # they write what they read
+        if not written and function.__name__.startswith(in_place):
             written = read
-        if is_view(function) or all(value.device.type == "cpu" for value in written):
+        if moves_nothing(function) or all(value.device.type == "cpu" for value in written):
             return
-        flops = (
-            flop_registry[function.overloadpacket](*args, **kwargs, out_val=result)
-            if function.overloadpacket in flop_registry
-            else 0
-        )
+        known = flop_registry.get(function.overloadpacket)
+        # The formula of addmm takes no dtype of the result.
+        factors = [value for value in args if not isinstance(value, torch.dtype)]
+        flops = known(*factors, **given, out_val=result) if known else 0
         moved = sum(value.numel() * value.element_size() for value in [*read, *written])
         kind = "loss" if any(map(self.are_logits, [*read, *written])) else kind_of(function.__name__, flops)
-        half = any(value.dtype == torch.bfloat16 for value in read)
+        half = any(value.dtype in (torch.bfloat16, torch.float16) for value in read)
         self.bytes[kind] += moved
         self.flops[kind] += flops
         self.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
 
-    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any) -> Any:
+    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any, scale: Any) -> Any:
         """Stands in for the compiled function, which no trace sees into: it reads the logits twice, and writes once."""
-        on, self.on = self.on, False
-        result = loss.nll_and_slope(logits, targets, dtype)
-        self.on = on
-        if on:
+        if self.on:
             moved = (2 + (dtype is not None)) * logits.numel() * logits.element_size()
             self.bytes["loss"] += moved
             self.seconds["loss"] += moved / BYTES_PER_SECOND
-        return result
+        nll = logits.new_empty(len(logits), dtype=torch.float32)
+        return nll, None if dtype is None else torch.empty_like(logits, dtype=dtype)
 
     def are_logits(self, value: torch.Tensor) -> bool:
         """Returns whether a tensor holds a number for each token of the vocabulary at some positions."""
-        return value.ndim > 1 and self.vocabulary in value.shape and self.width not in value.shape
+        return value.ndim > 1 and not self.vocabulary.isdisjoint(value.shape) and self.width not in value.shape
 
 
-def is_view(function: Any) -> bool:
+def moves_nothing(function: Any) -> bool:
     """Returns whether an operation moves nothing."""
-    return function.is_view or function.__name__.startswith("_unsafe_view")
+    return function.is_view or function.__name__.startswith(("_unsafe_view", "empty", "new_empty"))
 
 
 def kind_of(name: str, flops: int) -> str:
@@ -325,7 +326,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             seed=0,
             stretches=1,
             metric=objective.metric,
-            logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True, "bf16-mixed"),
+            logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True),
         )
         datamodule = BlocksDataModule(
             blocks, [], objective, 1, settings.batch_size, STEPS + 1, 0, accumulate=settings.accumulate
@@ -334,7 +335,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
         trainer = L.Trainer(
             accelerator="gpu",
             devices=1,
-            precision="bf16-mixed",
+            precision=settings.precision,
             max_epochs=1,
             max_steps=STEPS,
             gradient_clip_val=1.0,

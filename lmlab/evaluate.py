@@ -68,7 +68,7 @@ def measure(cfg: DictConfig) -> None:
         trainer=build.build_evaluation_trainer(cfg),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
-        chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer), cfg.trainer.precision),
+        chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer)),
         facts=facts,
     )
 

@@ -224,7 +224,7 @@ def build_training(
         seed=cfg.seed,
         stretches=len(held_out.documents.names),
         metric=objective.metric,
-        logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu, trainer.precision),
+        logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu),
         val_interval=interval,
         reduces_once=has_room,
     )

@@ -314,9 +314,10 @@ class Scorer(L.LightningModule):
             bf16 = self.trainer.precision == "bf16-mixed" and self._device_mesh.device_type == "cuda"
             shard(self.model, self._device_mesh, bf16)
 
-    def score(self, batch: Any) -> Scores:
-        """Returns the losses of a batch's targets."""
-        return score(self.model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets, self.chunk_size)
+    def score(self, batch: Any, scale: Tensor | None = None) -> Scores:
+        """Returns the losses of a batch's targets; for `scale` see `lmlab.models.loss.score`."""
+        inputs = batch.input_ids, batch.attention_mask
+        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale)
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         self.sums.update(self.score(batch).nll, batch)

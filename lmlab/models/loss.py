@@ -1,6 +1,7 @@
 """Computes the nll of the scored positions: only they go through the head (promise 3), and in chunks of limited size.
 
-Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V vocabulary, R positions of a chunk.
+Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V vocabulary, V' the same after padding,
+R positions of a chunk.
 """
 
 import logging
@@ -22,6 +23,9 @@ LOG = logging.getLogger(__name__)
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
 """The bytes of a chunk of logits, counted in float32. On a CPU it is as fast as all at once, a smaller one is slower
 (benchmarks/README.md). On a GPU the products of some thousands of rows keep it busy, and all at once take many GiB."""
+ALIGNMENT = 64
+"""The number that V' is a multiple of where products are made in 16 bits. With rows of another length a GPU can't read
+128 bytes at a time, and is several times slower."""
 
 
 class Scores(NamedTuple):
@@ -40,6 +44,7 @@ def score(
     positions: Tensor,
     targets: Tensor,
     chunk_size: int | None = None,
+    scale: Tensor | None = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -60,6 +65,8 @@ def score(
         targets: [N] the id to predict at each of them.
         chunk_size: the number of scored positions whose logits are in memory at once (see `logits_chunk_size`); only
             the sum of the nll can then be differentiated, see `ChunkedNLL`. None holds all [N, V].
+        scale: what that sum will be multiplied by, a scalar on the device. Only gradients in float16 need it, as a
+            chunk's are made before it is.
     """
     projected: list[Tensor] = []
 
@@ -84,7 +91,8 @@ def score(
     if chunk_size is None:
         logits = output.logits.flatten(0, 1)  # [N, V]; the gradient of [0] would be copied into zeros
         return Scores(F.cross_entropy(logits.float(), targets, reduction="none"), auxiliary)
-    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    made = torch.is_grad_enabled()
+    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, made, scale)  # type: ignore[no-untyped-call]
     return Scores(nll, auxiliary)
 
 
@@ -138,7 +146,14 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int, train: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_size: int,
+        train: bool,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Returns the nll [N].
 
@@ -149,14 +164,19 @@ class ChunkedNLL(torch.autograd.Function):
             targets: [N].
             chunk_size: R.
             train: whether gradients are made; autograd itself can't be asked in here.
+            scale: a factor of the gradients in float16, which would vanish without it; the backward pass takes it
+                off again.
         """
         device = hidden.device.type
         # A last norm gives float32 under autocast, and the product would not have been made in it.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if multiplies_in_float32(device, dtype):
+        if multiplies_in_float32(device, dtype, train and scale is None):
             dtype = torch.float32
-        h, w = hidden.to(dtype), weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
+        if dtype != torch.float16:
+            scale = None
+        h, w = hidden.to(dtype), pad_vocabulary(weight, dtype)  # [N, H], [V', H]
+        b = None if bias is None else pad_vocabulary(bias, dtype)
+        vocabulary = len(weight)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         if train:
             d_hidden = torch.empty_like(h)
@@ -166,10 +186,12 @@ class ChunkedNLL(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), chunk_size):
                 part = slice(start, start + chunk_size)
-                logits = F.linear(h[part], w, b)  # [R, V]
+                logits = F.linear(h[part], w, b)  # [R, V']
+                if len(w) > vocabulary:
+                    logits[:, vocabulary:] = -torch.inf  # of probability 0, and so of slope 0
                 if step is nll_and_slope:
                     logits = logits.float()  # here, so that memory holds them once
-                nll[part], slope = step(logits, targets[part], dtype if train else None)
+                nll[part], slope = step(logits, targets[part], dtype if train else None, scale)
                 if slope is None:
                     continue
                 if d_bias is not None:
@@ -177,12 +199,14 @@ class ChunkedNLL(torch.autograd.Function):
                 torch.mm(slope, w, out=d_hidden[part])
                 if dtype == torch.float32:
                     d_weight.addmm_(slope.t(), h[part])
+                elif device == "cuda" and torch.__version__ >= "2.10":  # older ones add to 16 bits alone
+                    torch.addmm(d_weight, slope.t(), h[part], out_dtype=torch.float32, out=d_weight)
                 else:
                     d_weight += slope.t() @ h[part]
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
-            ctx.gradients = d_hidden, d_weight, d_bias
-            ctx.dtypes = hidden.dtype, weight.dtype
+            ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
+            ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
         return nll
 
     @staticmethod
@@ -193,28 +217,48 @@ class ChunkedNLL(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.gradients
         ctx.gradients = None
         scale = upstream[:1].float().sum()  # 0 where N is 0
+        if ctx.scale is not None:
+            scale = scale / ctx.scale
         scaled = [None if d is None else d.mul_(scale) for d in (d_hidden, d_weight, d_bias)]
         hidden_type, weight_type = ctx.dtypes
         types = (hidden_type, weight_type, weight_type)
-        return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None
+        return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None, None
 
 
-def nll_and_slope(logits: Tensor, targets: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+def pad_vocabulary(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight [V, …] in a dtype, in 16 bits with rows of zeros up to the next multiple of `ALIGNMENT`."""
+    padding = -len(weight) % ALIGNMENT
+    if dtype == torch.float32 or not padding:
+        return weight.to(dtype)
+    padded = weight.new_empty((len(weight) + padding, *weight.shape[1:]), dtype=dtype)
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
+    return padded
+
+
+def nll_and_slope(
+    logits: Tensor, targets: Tensor, dtype: torch.dtype | None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in a dtype.
 
-    The derivative, None without a dtype, is the probabilities less 1 for the target. It may overwrite the logits.
+    The derivative, None without a dtype, is the probabilities less 1 for the target, times the scale if there is one.
+    It may overwrite the logits.
     """
     logits = logits.float()
-    norm = logits.logsumexp(1, keepdim=True)
+    # As logsumexp does it, but written out: torch.compile then makes maximum and sum in one pass rather than two.
+    largest = logits.amax(1, keepdim=True)
+    norm = (logits - largest).exp_().sum(1, keepdim=True).log_().add_(largest)
     nll = (norm - logits.gather(1, targets[:, None]))[:, 0]
     if dtype is None:
         return nll, None
-    slope = logits.sub_(norm).exp_().to(dtype)
-    return nll, slope.scatter_(1, targets[:, None], (-nll).expm1().to(dtype)[:, None])
+    slope, of_target = logits.sub_(norm).exp_(), (-nll).expm1()
+    if scale is not None:
+        slope, of_target = slope.mul_(scale), of_target * scale
+    return nll, slope.to(dtype).scatter_(1, targets[:, None], of_target.to(dtype)[:, None])
 
 
 @cache
-def compiled_nll_and_slope(device: str) -> Callable[[Tensor, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None]]:
+def compiled_nll_and_slope(device: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Returns `nll_and_slope` compiled for a kind of device: in two passes over the logits rather than ten.
 
     It is returned as it is, and a warning logged, where it can't be compiled: Triton needs a C compiler, Python's
@@ -229,29 +273,25 @@ def compiled_nll_and_slope(device: str) -> Callable[[Tensor, Tensor, torch.dtype
     return compiled
 
 
-def multiplies_in_float32(device: str, dtype: torch.dtype) -> bool:
+def multiplies_in_float32(device: str, dtype: torch.dtype, unscaled: bool) -> bool:
     """Returns whether the head's products are made in float32, whatever the precision of the rest.
 
-    In float16 gradients would vanish, as they are not yet scaled; a CPU without AVX-512 multiplies bf16 by a fallback
-    some 100 times slower than float32.
+    In float16 gradients vanish where they are `unscaled`; a CPU without AVX-512 multiplies bf16 by a fallback some 100
+    times slower than float32.
     """
     slow = device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return dtype == torch.float16 or slow
+    return slow or (dtype == torch.float16 and unscaled)
 
 
-def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: bool, precision: str) -> int | None:
+def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: bool) -> int | None:
     """Returns the number of scored positions whose logits `score` should hold at once; None for all.
 
     Args:
-        requested: the config's `logits_chunk_size`. None: as many as `LOGITS_BYTES` hold, but all in 16-mixed on a GPU,
-            whose products in chunks are made in float32 (see `multiplies_in_float32`).
-        precision: the precision of the trainer.
+        requested: the config's `logits_chunk_size`. None: as many as `LOGITS_BYTES` hold.
 
     Raises:
         UserError: a number was requested, and the model does more to its logits than project.
     """
-    if requested is None and on_gpu and precision == "16-mixed":
-        return None
     if not probe(model).projects:
         if requested is not None:
             raise UserError(

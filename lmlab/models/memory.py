@@ -242,11 +242,8 @@ def logits_bytes(head: torch.Tensor, targets: int, precision: str, chunk_size: i
         targets: scored positions of a micro batch.
         chunk_size: the config's `logits_chunk_size`; None for what `loss.logits_chunk_size` chooses on a GPU.
     """
-    vocabulary, half = len(head), precision.startswith("bf16")
-    if chunk_size is None and precision == "16-mixed":  # all of them: in float16, in float32, and their logarithms
-        return (2 + 4 + 4) * targets * vocabulary
+    vocabulary = len(head)
     rows = min(targets, chunk_size or max(1, LOGITS_BYTES["gpu"] // (4 * vocabulary)))
-    # In half precision a chunk is there in float32 too, and its derivative beside it; and that of the chunk before.
-    chunk, before = (8, 2) if half else (4, 4)
-    most = max(chunk * rows, chunk * min(rows, targets - rows) + before * rows)
-    return most * vocabulary + (6 if half else 4) * head.numel()
+    # A chunk and its derivative, both still there as the next one is made.
+    size = 4 if precision == "32-true" else 2
+    return size * (2 * rows + min(rows, targets - rows)) * vocabulary + 4 * head.numel()

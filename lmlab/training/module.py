@@ -33,7 +33,7 @@ class LMModule(Scorer):
 
     The loss of an optimizer step is Σ nll / Σ targets over the *global* batch: all ranks and all accumulated
     batches. The number of targets is known only after the last of them, so `training_step` divides by a constant, and
-    `configure_gradient_clipping` brings the gradients to their true scale, in the same multiplication as clipping.
+    `configure_gradient_clipping` finds the factor that brings the gradients to their true scale and clips them.
     """
 
     step_counts: Tensor
@@ -105,10 +105,15 @@ class LMModule(Scorer):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = self.optimizer(self.model, self.steps)
-        if self.trainer.precision == "16-mixed":
-            # Else a fused optimizer would undo the scaling of gradients itself, after they were clipped.
+        if self._device_mesh is not None:
+            # A fused optimizer divides shards by no scale.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler of the loss; None unless in 16-mixed."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_fit_start(self) -> None:
         # transformers returns pretrained models in evaluation mode, without dropout, and Lightning keeps modes.
@@ -155,7 +160,10 @@ class LMModule(Scorer):
         if self._device_mesh is not None and self.reduces_once:
             last = (batch.number + 1) % self.trainer.accumulate_grad_batches == 0
             self.model.set_requires_gradient_sync(last)
-        nll, auxiliary = self.score(batch)  # [N], scalar or None
+        # DDP takes the mean over ranks and Lightning over accumulated batches; this makes them sums.
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets
+        scale = None if self.scaler is None else self.scaler.scale(torch.full((), factor, device=self.device))
+        nll, auxiliary = self.score(batch, scale)  # [N], scalar or None
         loss = nll.sum()
         self.train_nll.update(nll)
         if auxiliary is not None:
@@ -166,8 +174,7 @@ class LMModule(Scorer):
         self.step_counts[1] += batch.tokens
         self.batch_number = batch.number
         self.note_nonfinite(loss)
-        # DDP takes the mean over ranks and Lightning over accumulated batches; this makes them sums.
-        return loss * (self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets)
+        return loss * factor
 
     def configure_gradient_clipping(
         self,
@@ -175,7 +182,12 @@ class LMModule(Scorer):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Scales the gradients to those of the mean over all targets of the global batch, and clips their norm."""
+        """Scales the gradients to those of the mean over all targets of the global batch, and clips their norm.
+
+        A fused optimizer is left to do it, in its own pass over the gradients: it divides them by its `grad_scale`, as
+        `torch.amp.GradScaler.step` asks of it. That one finds gradients as they are after the backward pass then,
+        and adds its own scale to that factor.
+        """
         if dist.is_initialized():
             dist.all_reduce(self.step_counts)
         scale = self.nominal_targets / self.step_counts[0].clamp(min=1)
@@ -183,17 +195,22 @@ class LMModule(Scorer):
         self.step_counts.zero_()
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         norm = torch.nn.utils.get_total_norm(shards)
+        if fused and self.scaler is not None:
+            norm = norm / self.scaler.scale(torch.ones_like(norm))
         if self._device_mesh is not None:
             norm = norm.square()
             dist.all_reduce(norm, group=self._device_mesh.get_group("shards"))
             norm = norm.sqrt()
         self.grad_norm = norm * scale
-        if self.trainer.precision != "16-mixed":  # which skips such a step and lowers its loss scale
+        if self.scaler is None:  # which skips such a step and lowers its scale
             self.note_nonfinite(self.grad_norm)
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        if shards:
+        if fused:
+            optimizer.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
+        elif shards:
             torch._foreach_mul_(shards, scale.to(shards[0].dtype))
         self.lr = optimizer.param_groups[0]["lr"]
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
 from lmlab.models.loading import from_scratch
-from lmlab.models.loss import compiled_nll_and_slope, logits_chunk_size, nll_and_slope, score
+from lmlab.models.loss import ChunkedNLL, compiled_nll_and_slope, logits_chunk_size, nll_and_slope, score
 from lmlab.models.probe import probe
 
 SMALL: dict[str, Any] = {
@@ -140,6 +140,53 @@ def test_the_derivative_of_a_chunk_is_that_of_autograd(dtype: torch.dtype) -> No
     torch.testing.assert_close(slope.double(), reference.grad, rtol=tolerance, atol=tolerance**2)
 
 
+def head(vocabulary: int, has_bias: bool) -> list[torch.Tensor | None]:
+    """Returns hidden rows [20, 32], a head's weight and bias that need gradients, and targets."""
+    torch.manual_seed(vocabulary)
+    bias = torch.randn(vocabulary, requires_grad=True) if has_bias else None
+    hidden, weight = (torch.randn(rows, 32, requires_grad=True) for rows in (20, vocabulary))
+    return [hidden, weight, bias, torch.randint(vocabulary, (20,))]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("vocabulary", [50, 63, 64, 65])
+def test_in_16_bits_the_vocabulary_is_padded_and_nothing_changes(
+    vocabulary: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    hidden, weight, bias, targets = head(vocabulary, has_bias)
+    trained = [hidden, weight, *([bias] if has_bias else [])]
+    linear, widths = F.linear, set()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.cross_entropy(linear(hidden, weight, bias).float(), targets, reduction="none")
+        gradients = torch.autograd.grad(expected.sum(), trained)
+        monkeypatch.setattr(F, "linear", lambda x, w, b: widths.add(len(w)) or linear(x, w, b))
+        nll = ChunkedNLL.apply(hidden, weight, bias, targets, 6, True)
+        nll.sum().backward()
+    assert widths == {64 if vocabulary <= 64 else 128}
+    torch.testing.assert_close(nll, expected, rtol=1e-6, atol=1e-5)
+    for tensor, gradient in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=2**-7, atol=2**-7 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_in_float32_the_bits_are_those_of_plain_operations(has_bias: bool) -> None:
+    hidden, weight, bias, targets = head(50, has_bias)
+    nll = ChunkedNLL.apply(hidden, weight, bias, targets, 6, True)
+    nll.sum().backward()
+    d_weight = torch.zeros(50, 32)
+    with torch.no_grad():
+        for part in map(slice, range(0, 20, 6), range(6, 26, 6)):
+            logits = F.linear(hidden[part], weight, bias)
+            norm = logits.logsumexp(1, keepdim=True)
+            own = norm - logits.gather(1, targets[part, None])
+            slope = (logits - norm).exp().scatter(1, targets[part, None], (-own).expm1())
+            d_weight.addmm_(slope.t(), hidden[part])
+            assert torch.equal(nll[part], own[:, 0])
+            assert torch.equal(hidden.grad[part], slope @ weight)
+    assert torch.equal(weight.grad, d_weight)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_a_chunk_gives_the_same() -> None:
@@ -198,7 +245,7 @@ def test_in_bf16_sums_and_softmax_are_float32(
         nll = score(model, ids, None, positions, positions + 5, rows).nll
         nll.sum().backward()
     assert nll.dtype == torch.float32
-    assert products[-1] == (100, torch.bfloat16 if capability == "AVX512" else torch.float32)
+    assert products[-1] == ((128, torch.bfloat16) if capability == "AVX512" else (100, torch.float32))
     torch.testing.assert_close(nll, expected, rtol=2e-2, atol=2e-2)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         if gradient is not None:
@@ -215,15 +262,13 @@ def test_logits_that_are_more_than_a_projection_are_left_to_the_model() -> None:
         AutoConfig.for_model("gemma2", **{k: v for k, v in SMALL.items() if k != "embedding_size"})
     )
     assert not probe(bent).projects
-    assert logits_chunk_size(bent, None, False, "32-true") is None
+    assert logits_chunk_size(bent, None, False) is None
     with pytest.raises(UserError, match="gemma2 does more to its logits"):
-        logits_chunk_size(bent, 8, False, "32-true")
+        logits_chunk_size(bent, 8, False)
     plain = small("gpt2", True)
     assert probe(plain).projects
-    sizes = [logits_chunk_size(plain, *wanted) for wanted in ((8, True, "bf16-mixed"), (None, True, "bf16-mixed"))]
-    assert sizes == [8, 2**30 // 400]
-    assert logits_chunk_size(plain, None, True, "16-mixed") is None  # in chunks its products are made in float32
-    assert logits_chunk_size(plain, None, False, "32-true") == 128 * 2**20 // 400
+    assert [logits_chunk_size(plain, wanted, True) for wanted in (8, None)] == [8, 2**30 // 400]
+    assert logits_chunk_size(plain, None, False) == 128 * 2**20 // 400
 
 
 def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
@@ -231,4 +276,4 @@ def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
     tokenizer = bpe(["a text of a few words"], vocab_size=280)
     model = from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1})
     model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.tanh())
-    assert logits_chunk_size(model, None, False, "32-true") is None
+    assert logits_chunk_size(model, None, False) is None

@@ -100,14 +100,12 @@ def fitted(module: LMModule, data: BlocksDataModule, steps: int, **options: Any)
         accelerator="cpu",
         max_steps=steps,
         max_epochs=1,
-        gradient_clip_val=1.0,
         limit_val_batches=0,
         use_distributed_sampler=False,
-        callbacks=[Measure()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **({"logger": False} | options),
+        **({"logger": False, "callbacks": [Measure()], "gradient_clip_val": 1.0} | options),
     ).fit(module, data)
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     "words",
     [
         ["objective=clm"],
-        ["objective=mlm", "accumulate=2"],
+        ["objective=mlm", "accumulate=2", "precision=16-mixed"],
         pytest.param(["objective=clm", "chunk=16", "checkpointing=true"], marks=pytest.mark.long),
         pytest.param(["objective=mlm", "checkpointing=true"], marks=pytest.mark.long),
     ],
