@@ -373,7 +373,7 @@ def test_logits_are_held_for_as_many_positions_as_asked_for(
     held: list[int | None] = []
 
     def seen(*args: Any) -> Scores:
-        held.append(args[-1])
+        held.append(args[5])
         return score(*args)
 
     monkeypatch.setattr(scoring, "score", seen)
