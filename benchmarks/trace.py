@@ -11,7 +11,7 @@ Keys, with their defaults:
   block_size=0          positions of a block; 0: 16, 64, 128 or 1024, by size
   accumulate=1          micro batches of a step
   chunk=0               scored positions whose logits are held at once; 0: lmlab's choice
-  checkpointing=false   compute activations again in the backward pass
+  checkpointing=false   activations that the backward pass computes again: true for all, selective for cheap ones
   precision=bf16-mixed  bf16-mixed, 16-mixed
 
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
@@ -76,7 +76,7 @@ class Settings(Sized, Arguments):
     block_size: int = 0
     accumulate: int = 1
     chunk: int = 0
-    checkpointing: Literal["false", "true"] = "false"
+    checkpointing: Literal["false", "true", "selective"] = "false"
     precision: Literal["bf16-mixed", "16-mixed"] = "bf16-mixed"
 
 
@@ -315,8 +315,8 @@ def trace(settings: Settings) -> tuple[Watch, float]:
         objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
         model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
         efficiency.fuse_activations(model)
-        if settings.checkpointing == "true":
-            efficiency.checkpoint_activations(model)
+        if settings.checkpointing != "false":
+            efficiency.checkpoint_activations(model, settings.checkpointing == "selective")
         module = LMModule(
             model,
             AdamW(),

@@ -128,7 +128,7 @@ def estimate_training(
     shards: int,
     tokens: int,
     targets: int,
-    checkpointing: bool,
+    checkpointing: bool | str,
     chunk_size: int | None,
 ) -> Memory:
     """Returns what training takes on each GPU, counted from a model that may be on the meta device.
@@ -142,7 +142,7 @@ def estimate_training(
         shards: over how many ranks the model is divided.
         tokens: of a micro batch.
         targets: scored positions of a micro batch.
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: the config's `activation_checkpointing`.
         chunk_size: the config's `logits_chunk_size`.
     """
     config, repeated = model.config.get_text_config(), layers(model)
@@ -155,6 +155,9 @@ def estimate_training(
     if checkpointing:
         # A layer that is computed again is there when the logits no longer are.
         activations += depth * tokens * stream * width + max(0, max(inside, default=0) - logits)
+        if checkpointing == "selective" and repeated:
+            results = sum(product_bytes(layer, width, precision) for layer in repeated)
+            activations += tokens * results * depth // len(repeated)
     elif inside:
         activations += sum(inside) * depth // len(inside)
     state = count_state(model, tensors, half=precision == "bf16-true")
@@ -195,6 +198,11 @@ def is_plain(layer: nn.Module) -> bool:
     """Returns whether a layer has no matrices but those of plain products, so that `layer_bytes` knows all of it."""
     known = products(layer)
     return bool(known) and all(p.ndim < 2 or id(p) in known for p in layer.parameters())
+
+
+def product_bytes(layer: nn.Module, width: int, precision: str) -> int:
+    """Returns the bytes per token of the results of a layer's products and of its attention, whose width is H."""
+    return (4 if precision == "32-true" else 2) * (sum(made for _, made in products(layer).values()) + width)
 
 
 def layer_bytes(layer: nn.Module, width: int, precision: str) -> int:
