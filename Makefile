@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU := .venv-gpu
 
-.PHONY: train test test-long test-longest test-slurm test-gpu check docs bench build clean
+.PHONY: train test test-long test-longest test-slurm test-gpu bench-gpu check docs bench build clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lmlab.train
@@ -29,8 +30,11 @@ test-slurm: $(VENV)/installed-dev
 	tests/slurm/cluster.sh up && eval "$$(tests/slurm/cluster.sh env)" && timeout -k 10 500 $(BIN)/pytest -vv -rs tests/slurm
 
 # Real runs on a GPU, skipped where there is none.
-test-gpu: $(VENV)/installed-dev
-	$(BIN)/pytest -rs -m gpu tests/gpu
+test-gpu: $(GPU)/installed
+	$(GPU)/bin/python -m pytest -rs --durations=0 --durations-min=1 -m gpu tests/gpu
+
+bench-gpu: $(GPU)/installed
+	$(GPU)/bin/python -m benchmarks gpu
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -48,7 +52,7 @@ build: $(VENV)/installed-dev
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist site
+	rm -rf $(VENV) $(GPU) build dist site
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmlab needs Python 3.11 or newer: make PYTHON=python3.12 …")'
@@ -65,3 +69,18 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@ $(VENV)/installed
+
+# For a GPU: over the packages of PYTHON, whose torch is used if it has one. constraints.txt is of a torch for CPUs. pip is
+# that of PYTHON; without a network it installs wheels of a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels make test-gpu
+$(GPU)/installed: pyproject.toml
+	rm -rf $(GPU)
+	$(PYTHON) -m venv --without-pip --system-site-packages $(GPU)
+	@# To a virtual environment "system" is not the one whose Python made it.
+	$(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' > "$$($(GPU)/bin/python -c \
+		'import site; print(site.getsitepackages()[0])')/those-of-python.pth"
+	$(PYTHON) -m pip --python $(GPU)/bin/python install -q -e . accelerate pytest pytest-timeout
+	@echo "installed into $(GPU):" $$($(PYTHON) -m pip --python $(GPU)/bin/python list --local --format=freeze)
+	@$(GPU)/bin/python -c 'import platform, lightning, torch, transformers as hf; \
+		print("Python", platform.python_version(), "torch", torch.__version__, "transformers", hf.__version__, \
+		"Lightning", lightning.__version__, "GPU:", torch.cuda.is_available() and torch.cuda.get_device_name())'
+	touch $@

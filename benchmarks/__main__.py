@@ -1,6 +1,7 @@
 """All comparisons, one after the other, and one table of them.
 
   python -m benchmarks                every row at a size for two cores
+  python -m benchmarks gpu            the rows for a GPU instead: about five minutes on an H100 or H200
   python -m benchmarks rows=mlm       the rows whose command has this in it, those included that take long
   python -m benchmarks --table        no measuring: results/*.json as the table of README.md
 
@@ -10,11 +11,12 @@ Each row writes results/*.json, and can be run alone by its own command.
 import importlib
 import json
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from benchmarks.arguments import Arguments
-from benchmarks.results import COLUMNS, RESULTS, cells, place, record, show
+from benchmarks.results import COLUMNS, GPU_COLUMNS, RESULTS, cells, gpu_cells, place, record, show
 from lmlab.errors import UserError, shown_plainly
 
 
@@ -22,7 +24,7 @@ class Row(NamedTuple):
     title: str
     words: str
     """The rest of the command, after `python -m benchmarks.`"""
-    target: str
+    target: str = ""
     long: bool = False
     """True if the row is run only where it is asked for."""
 
@@ -73,6 +75,37 @@ ROWS = [
 ]
 
 
+GPU_ROWS = [
+    Row(
+        "GPT-2 124M, causal, 32 × 1024: lmlab / Trainer",
+        "train size=gpt2 precision=bf16-mixed batch_size=32 dropout=off",
+    ),
+    Row(
+        "the same: lmlab compiled / plain loop compiled as a whole",
+        "train size=gpt2 peer=compiled precision=bf16-mixed batch_size=32 dropout=off lmlab.compile=true",
+    ),
+    Row(
+        "DistilRoBERTa size, masked, 64 × 512: lmlab / Trainer",
+        "train objective=mlm precision=bf16-mixed batch_size=64 block_size=512 dropout=off",
+    ),
+    Row(
+        "the same: lmlab compiled / plain loop compiled as a whole",
+        "train objective=mlm peer=compiled precision=bf16-mixed batch_size=64 block_size=512 dropout=off "
+        "lmlab.compile=true",
+    ),
+    Row(
+        "GPT-2 124M, causal, 32 × 1024: lmlab compiled / not",
+        "train size=gpt2 peer=lmlab precision=bf16-mixed batch_size=32 dropout=off lmlab.compile=true",
+    ),
+    Row(
+        "DistilRoBERTa size, masked, 64 × 512: lmlab compiled / not",
+        "train objective=mlm peer=lmlab precision=bf16-mixed batch_size=64 block_size=512 dropout=off "
+        "lmlab.compile=true",
+    ),
+]
+"""What is measured on a GPU, the most important first."""
+
+
 @dataclass
 class Settings(Arguments):
     rows: str = ""
@@ -80,46 +113,77 @@ class Settings(Arguments):
 
 def main() -> None:
     with shown_plainly():
-        if {"--help", "-h"} & set(sys.argv[1:]):
+        words = sys.argv[1:]
+        if {"--help", "-h"} & set(words):
             print(__doc__)
-        elif sys.argv[1:] == ["--table"]:
+        elif words == ["--table"]:
             print(table())
+        elif words[:1] == ["gpu"]:
+            run(Settings.parse(words[1:]).rows, gpu=True)
         else:
-            run(Settings.parse(sys.argv[1:]).rows)
+            run(Settings.parse(words).rows)
 
 
-def run(wanted: str) -> None:
+def run(wanted: str, gpu: bool = False) -> None:
     """Measures the wanted rows; one that fails does not keep the others from being measured."""
-    chosen = [row for row in ROWS if (wanted in row.words if wanted else not row.long)]
+    rows = GPU_ROWS if gpu else ROWS
+    chosen = [row for row in rows if (wanted in row.words if wanted else not row.long)]
     if not chosen:
         raise UserError(f'no command of a row has "{wanted}" in it. Without rows=… all are run.')
+    if gpu:
+        refuse_without_gpu()
     shown, failed = [], []
     for row in chosen:
         print(f"{row.title}: {row.command}", flush=True)
         module, settings = row.parsed()
+        began = time.perf_counter()
         try:
             result = record(row.words.split()[0], settings, module.compare)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # torch's own of a GPU are RuntimeErrors
             print(f"error: {error}", file=sys.stderr)
             failed.append(row.command)
             result = None
+        print(f"  {time.perf_counter() - began:.0f} s", flush=True)
         shown.append((row.title, result, row.target))
-    show(shown)
+    show(shown, gpu)
     if failed:
         raise UserError("\n".join(["these rows failed; their errors are above:", *failed]))
 
 
+def refuse_without_gpu() -> None:
+    import torch  # two seconds, which --help need not wait for
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "there is no GPU here: torch finds none.\nFor the rows of a CPU, leave gpu out: python -m benchmarks"
+        )
+
+
 def table() -> str:
-    """Returns the results on record as Markdown: each row, then whatever else was measured."""
+    """Returns the results on record as Markdown: each row, then whatever else was measured; then those of a GPU."""
     files = {file: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
-    lines = [[*COLUMNS, "command"], ["---"] * (len(COLUMNS) + 1)]
+
+    def found(row: Row, device: str) -> tuple[dict[str, Any] | None, str]:
+        """Returns a row's result, and its command as it was run."""
+        result = files.pop(place(row.words.split()[0], row.parsed()[1], device), None)
+        return result, f"`{result['command'] if result else row.command}`"
+
+    lines, gpu_lines = [], []
     for row in ROWS:
-        result = files.pop(place(row.words.split()[0], row.parsed()[1]), None)
-        lines.append([*cells(row.title, result, row.target), f"`{result['command'] if result else row.command}`"])
+        result, command = found(row, "cpu")
+        lines.append([*cells(row.title, result, row.target), command])
+    for row in GPU_ROWS:
+        result, command = found(row, "gpu")
+        day = f"{result['device']}, {result['date'][:10]}" if result else ""
+        gpu_lines.append([*gpu_cells(row.title, result), day, command])
     for result in files.values():
         title = "" if result.get("device", "cpu") == "cpu" else result["device"]
         lines.append([*cells(title, result, ""), f"`{result['command']}`"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    tables = [((*COLUMNS, "command"), lines), ((*GPU_COLUMNS, "measured", "command"), gpu_lines)]
+    return "\n\n".join(
+        "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
+        for columns, rows in tables
+    )
 
 
 if __name__ == "__main__":

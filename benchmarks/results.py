@@ -21,6 +21,7 @@ from lmlab.runs.manifest import PACKAGES, git_state
 RESULTS = Path(__file__).parent / "results"
 EFFORT = ("pairs", "turn", "agree", "warmup", "runs", "rounds")  # how well is measured, not what
 COLUMNS = ("", "lmlab", "peer", "median", "spread", "target")
+GPU_COLUMNS = ("", "tokens/s", "ms a step", "MFU", "of a measured peak", "peak memory, GiB", "median", "spread")
 
 
 def verb(
@@ -32,7 +33,8 @@ def verb(
             print(text)
         else:
             result = record(name, settings.parse(sys.argv[1:], **options), compare)
-            show([(result["command"].removeprefix("python -m benchmarks."), result, "")])
+            title = result["command"].removeprefix("python -m benchmarks.")
+            show([(title, result, "")], gpu="speed" in result and result["device"] != "cpu")
 
 
 def record(name: str, settings: Arguments, compare: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -75,13 +77,39 @@ def cells(title: str, result: dict[str, Any] | None, target: str) -> list[str]:
     if result is None:
         return [title, "", "", "", "", target]
     sides = [f"{value:,.{0 if value >= 100 else 2}f} {result['unit']}" for value in result["sides"].values()]
+    return [title, *sides, *[""] * (2 - len(sides)), *judged(result), target]
+
+
+def gpu_cells(title: str, result: dict[str, Any] | None) -> list[str]:
+    """Returns the cells of a row of the table for GPUs: lmlab's figure and the peer's, or a question mark."""
+    if result is None:
+        return [title, *[""] * (len(GPU_COLUMNS) - 1)]
+    formats = {
+        "tokens_per_s": "{:,.0f}",
+        "step_ms": "{:.1f}",
+        "mfu": "{:.1%}",
+        "mfu_of_measured": "{:.1%}",
+        "peak_memory_gib": "{:.1f}",
+    }
+    both = [
+        " / ".join("?" if side[name] is None else shape.format(side[name]) for side in result["speed"].values())
+        for name, shape in formats.items()
+    ]
+    return [title, *both, *judged(result)]
+
+
+def judged(result: dict[str, Any]) -> list[str]:
+    """Returns a result's median and spread."""
     found = result["result"]
-    judged = [f"{found['median']:.3g}", f"{found['min']:.3g} – {found['max']:.3g}"] if found else ["void", ""]
-    return [title, *sides, *[""] * (2 - len(sides)), *judged, target]
+    return [f"{found['median']:.3g}", f"{found['min']:.3g} – {found['max']:.3g}"] if found else ["void", ""]
 
 
-def show(rows: list[tuple[str, dict[str, Any] | None, str]]) -> None:
-    show_rows("Benchmarks", COLUMNS, [cells(*row) for row in rows])
+def show(rows: list[tuple[str, dict[str, Any] | None, str]], gpu: bool = False) -> None:
+    """Prints the table of some results, and why some are void."""
+    if gpu:
+        show_rows("Benchmarks", GPU_COLUMNS, [gpu_cells(title, result) for title, result, _ in rows])
+    else:
+        show_rows("Benchmarks", COLUMNS, [cells(*row) for row in rows])
     for title, result, _ in rows:
         if result and result["void"]:
             print(f"void: {title}\n  {result['void']}")

@@ -2,6 +2,7 @@
 
   python -m benchmarks.train objective=mlm size=distil                     over the Hugging Face Trainer
   python -m benchmarks.train size=small peer=loop                          over a plain PyTorch loop
+  python -m benchmarks.train size=small peer=compiled lmlab.compile=true   both compiled
   python -m benchmarks.train size=small peer=lmlab lmlab.compile=true      over lmlab without the lmlab.… keys
   python -m benchmarks.train size=distil block_size=1024 measure=memory    peak memory of one step
 
@@ -9,11 +10,12 @@ Keys, with their defaults:
 
   objective=clm         clm, mlm
   size=distil           tiny, small (4 × 128), distil (6 × 768), gpt2 (12 × 768): layers × width
-  peer=trainer          trainer, loop, lmlab (without the lmlab.… keys)
+  peer=trainer          trainer, loop, compiled (the loop under torch.compile), lmlab (without the lmlab.… keys)
   precision=32-true     32-true, bf16-mixed
   batch_size=8          blocks of a step
   block_size=0          positions of a block; 0: 16, 64, 128 or 1024, by size
   vocabulary=0          tokens; 0: 200, 4096 or the trained model's, by size
+  dropout=on            on, off: whether timed steps have the model's own dropout
   pairs=3               turns of each side
   turn=3.0              seconds of the faster side's turn, at least: it makes one step or more
   agree=2               steps without dropout at the start, whose losses must agree
@@ -36,6 +38,7 @@ from benchmarks.arguments import Arguments
 from benchmarks.pairs import Side, agreement, outcome, spread, take_turns, workplace
 from benchmarks.results import verb
 from benchmarks.side import Turns
+from benchmarks.utilization import peaks, speed
 from lmlab.errors import UserError
 
 SIZES = {  # layers, width, heads, positions of a block; vocabulary of a causal and of a masked model
@@ -72,11 +75,12 @@ class Sized:
 class Settings(Sized, Arguments):
     objective: Literal["clm", "mlm"] = "clm"
     size: Literal["tiny", "small", "distil", "gpt2"] = "distil"
-    peer: Literal["trainer", "loop", "lmlab"] = "trainer"
+    peer: Literal["trainer", "loop", "compiled", "lmlab"] = "trainer"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     batch_size: int = 8
     block_size: int = 0
     vocabulary: int = 0
+    dropout: Literal["on", "off"] = "on"
     pairs: int = 3
     turn: float = 3.0
     agree: int = 2
@@ -96,21 +100,25 @@ def compare(settings: Settings) -> dict[str, Any]:
         ours, theirs = Side("train", "lmlab", settings, folder), Side("train", peer, plain, folder)
         if settings.measure == "memory":
             return compare_memory(settings, (ours, theirs))
+        flops, peak = flops_of_step(settings, folder), peaks(settings.precision)
         with ours, theirs:
             agreed = [side.turn(steps=settings.agree, dropout=False) for side in (ours, theirs)]
             steps = long_enough((ours, theirs), settings)
-            tokens = steps * settings.batch_size * settings.positions
-            pairs = take_turns((ours, theirs), settings.pairs, (tokens, tokens), steps=steps, dropout=True)
+            tokens = settings.batch_size * settings.positions
+            work, dropout = (steps * tokens, steps * tokens), settings.dropout == "on"
+            pairs = take_turns((ours, theirs), settings.pairs, work, steps=steps, dropout=dropout)
             memory = {side.name: side.end() for side in (ours, theirs)}
     losses = {side.name: turn["losses"] for side, turn in zip((ours, theirs), agreed, strict=True)}
     found = outcome(pairs, agreement(losses, TOLERANCE[settings.precision]), memory)
-    return found | {"steps_per_turn": steps} | ours.facts
+    speeds = {name: speed(rate, tokens, flops, peak, memory[name]) for name, rate in found["sides"].items()}
+    return found | {"steps_per_turn": steps, "flops_per_step": flops, "peak": peak, "speed": speeds} | ours.facts
 
 
 def long_enough(sides: tuple[Side, Side], settings: Settings) -> int:
     """Warms up, and returns how many steps last a turn."""
     for _ in range(2):  # the first ones are slower, and only where a step is short does it matter
-        warm = [side.turn(steps=settings.warmup, dropout=True)["seconds"] for side in sides]
+        order = {"steps": settings.warmup, "dropout": settings.dropout == "on"}
+        warm = [side.turn(**order)["seconds"] for side in sides]
         if min(warm) > settings.turn:
             break
     return math.ceil(settings.turn * settings.warmup / min(warm))
@@ -122,7 +130,7 @@ def compare_memory(settings: Settings, sides: tuple[Side, Side]) -> dict[str, An
     for side in sides:
         with side:
             losses[side.name] = side.turn(steps=1, dropout=False)["losses"]
-            side.turn(steps=1, dropout=True)
+            side.turn(steps=1, dropout=settings.dropout == "on")
             memory[side.name] = side.end()
     peaks = {name: facts["peak"] / 2**20 for name, facts in memory.items()}
     ours, theirs = peaks.values()
@@ -207,8 +215,12 @@ class Batches:
         self.made: dict[int, Any] = {}
 
     def prepare(self, first: int, count: int) -> None:
-        # The Trainer's loader reads ahead.
-        self.made = {number: self[number] for number in range(first, first + count + 2)}
+        import torch
+
+        # The Trainer's loader reads ahead. Pinned memory is copied to a GPU while that works on.
+        pin = torch.cuda.is_available()
+        numbers = range(first, first + count + 2)
+        self.made = {i: tuple(part.pin_memory() if pin else part for part in self[i]) for i in numbers}
 
     def __getitem__(self, number: int) -> tuple[Any, Any]:
         import torch
@@ -225,11 +237,26 @@ class Batches:
         return batch.input_ids, labels.view_as(batch.input_ids)
 
 
-def load(folder: Path, causal: bool) -> Any:
+def load(folder: Path, causal: bool, **options: Any) -> Any:
     """Loads the model by the guide's line."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder / "model")
+    return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_pretrained(folder / "model", **options)
+
+
+def flops_of_step(settings: Settings, folder: Path) -> float | None:
+    """Returns the model's operations in a step of forward and backward pass; None if they are not known.
+
+    Both sides get the same: the logits of positions without a label are no part of the model's work.
+    """
+    from lmlab.models.flops import Flops
+
+    flops = Flops.from_model(load(folder, settings.causal))
+    if flops is None:
+        return None
+    batches, count = Batches(settings, folder, shift=0), 8
+    targets = sum(int((batches[number][1] != -100).sum()) for number in range(count)) / count
+    return flops.step(settings.batch_size * settings.positions, round(targets), settings.positions)
 
 
 # --- the sides, each in a process of its own
@@ -237,8 +264,10 @@ def load(folder: Path, causal: bool) -> Any:
 
 def serve(name: str, values: dict[str, Any], folder: str, turns: Turns) -> None:
     settings = Settings(**values)
-    if name in ("trainer", "loop"):
-        {"trainer": trainer_side, "loop": loop_side}[name](settings, Path(folder), turns)
+    if name == "trainer":
+        trainer_side(settings, Path(folder), turns)
+    elif name in ("loop", "compiled"):
+        loop_side(settings, Path(folder), turns, compiled=name == "compiled")
     else:
         lmlab_side(settings, Path(folder), turns, name)
 
@@ -333,17 +362,22 @@ def trainer_side(settings: Settings, folder: Path, turns: Turns) -> None:
     ).train()
 
 
-def loop_side(settings: Settings, folder: Path, turns: Turns) -> None:
-    """Runs a plain loop like nanoGPT's: the floor."""
+def loop_side(settings: Settings, folder: Path, turns: Turns, compiled: bool) -> None:
+    """Runs a plain loop like nanoGPT's: the floor; like nanoGPT's also in compiling model and loss as a whole."""
     import torch
     from torch.nn import functional as F
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.utils import logging
 
     turns.ready()
     logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = Batches(settings, folder, shift=0)
-    model = load(folder, settings.causal).to(device).train()
+    # Under the compiler transformers builds a mask, with which there is no flash attention, unless a kind of attention
+    # says that it needs none. No block is padded.
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    model = load(folder, settings.causal, attn_implementation="sdpa_without_mask").to(device).train()
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -353,12 +387,18 @@ def loop_side(settings: Settings, folder: Path, turns: Turns) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     half = torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16-mixed")
     options = {"use_cache": False} if settings.causal else {}
+
+    def loss_of(input_ids: Any, labels: Any) -> Any:
+        logits = model(input_ids=input_ids, **options).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    if compiled:
+        loss_of = torch.compile(loss_of)
     turns.start(model, batches.prepare)
     for number in range(STEPS):
-        input_ids, labels = (tensor.to(device) for tensor in batches[number])
+        input_ids, labels = (tensor.to(device, non_blocking=True) for tensor in batches[number])
         with half:
-            logits = model(input_ids=input_ids, **options).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            loss = loss_of(input_ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

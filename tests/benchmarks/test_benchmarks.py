@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import data, evaluate, results, start, train
+from benchmarks import data, evaluate, results, start, train, utilization
 from benchmarks.pairs import ROOT, Side, agreement, in_pairs
 from lmlab.errors import UserError
 
 QUICK = ["size=tiny", "batch_size=2", "pairs=2", "turn=0.01"]
 FIELDS = {"command", "unit", "sides", "result", "void", "losses", "agreement", "pairs", "memory", "settings"}
 FIELDS |= {"machine", "versions", "git", "date", "threads", "device", "steps_per_turn"}
+FIELDS |= {"flops_per_step", "peak", "speed"}
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.longest
-@pytest.mark.parametrize(("objective", "peer"), [("clm", "loop"), ("mlm", "trainer")])
+@pytest.mark.parametrize(("objective", "peer"), [("clm", "loop"), ("clm", "compiled"), ("mlm", "trainer")])
 def test_train(objective: str, peer: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = train.Settings.parse([*QUICK, f"objective={objective}", f"peer={peer}"])
     results.record("train", settings, train.compare)
@@ -57,7 +59,9 @@ def test_train(objective: str, peer: str, folder: Path, capsys: pytest.CaptureFi
     assert not re.search(r'"/', file.read_text())
 
     # Shown with the rows, by the command that measures it again.
-    words = f"objective={objective} size=tiny {'peer=loop ' if peer == 'loop' else ''}batch_size=2 pairs=2 turn=0.01"
+    words = (
+        f"objective={objective} size=tiny {'' if peer == 'trainer' else f'peer={peer} '}batch_size=2 pairs=2 turn=0.01"
+    )
     command = f"python -m benchmarks.train {words.removeprefix('objective=clm ')}"
     assert result["command"] == command
     assert f"`{command}` |" in everything.table()
@@ -68,6 +72,7 @@ class FakeSide:
 
     facts: ClassVar = {"threads": 1, "device": "cpu"}
     log: ClassVar[list[tuple[str, int]]] = []
+    dropouts: ClassVar[list[bool]] = []
     peer_loss = 2.0
 
     def __init__(self, verb: str, name: str, settings: Any, folder: Path):
@@ -82,6 +87,7 @@ class FakeSide:
     def turn(self, steps: int, dropout: bool) -> dict[str, Any]:
         self.turns += 1
         self.log.append((self.name, steps))
+        self.dropouts.append(dropout)
         loss = 2.0 if self.name == "lmlab" else self.peer_loss
         return {"seconds": steps * (2.0 if self.turns == 2 else 0.5), "losses": [loss] * steps}
 
@@ -93,7 +99,9 @@ class FakeSide:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeSide]:
     monkeypatch.setattr(train, "Side", FakeSide)
     monkeypatch.setattr(train, "make", lambda *arguments: None)
+    monkeypatch.setattr(train, "flops_of_step", lambda *arguments: 1e12)
     monkeypatch.setattr(FakeSide, "log", [])
+    monkeypatch.setattr(FakeSide, "dropouts", [])
     return FakeSide
 
 
@@ -123,6 +131,93 @@ def test_other_losses_make_the_row_void(
             shown = capsys.readouterr().out
             assert ("void: row\n  the losses differ by" in shown) == void
             assert bool(re.search(r"\d – \d", shown)) != void
+
+
+def test_dropout_is_off_where_asked_for(fake: type[FakeSide]) -> None:
+    train.compare(train.Settings(pairs=1))
+    assert fake.dropouts == [False, False, *[True] * 6]
+    fake.dropouts.clear()
+    train.compare(train.Settings(pairs=1, dropout="off"))
+    assert fake.dropouts == [False] * 8
+
+
+def test_a_row_of_a_gpu(
+    fake: type[FakeSide], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 × 128 tokens and 1 TFLOP in half a second: 2 TFLOP/s, of 10 stated and 8 measured. Its table shows that."""
+    (row,) = [row for row in everything.GPU_ROWS if "objective=mlm" in row.words and "peer" not in row.words]
+    monkeypatch.setattr(fake, "facts", {"threads": 1, "device": "NVIDIA H200"})
+    monkeypatch.setattr(train, "peaks", lambda precision: {"stated": 10e12, "measured": 8e12})
+    monkeypatch.setattr(everything, "refuse_without_gpu", lambda: None)
+    everything.run(row.words, gpu=True)
+    shown = capsys.readouterr().out.replace("\n", "")
+    (file,) = folder.iterdir()
+    assert file.name.startswith("gpu-train-objective=mlm")
+    tokens = 64 * 512
+    expected = {"step_ms": 500.0, "mfu": 0.2, "mfu_of_measured": 0.25, "tokens_per_s": 2 * tokens}
+    speeds = json.loads(file.read_text())["speed"]
+    assert speeds == {
+        "lmlab": pytest.approx(expected | {"peak_memory_gib": 1.0}),
+        "trainer": pytest.approx(expected | {"peak_memory_gib": 2.0}),
+    }
+    figures = ["65,536 / 65,536", "500.0 / 500.0", "20.0% / 20.0%", "25.0% / 25.0%", "1.0 / 2.0", "1", "1 – 1"]
+    assert f"| {' | '.join([row.title, *figures, 'NVIDIA H200'])}, 20" in everything.table()
+    assert "20.0% /" in shown
+
+    # A device of an unknown name has no stated peak.
+    monkeypatch.setattr(train, "peaks", lambda precision: {"stated": None, "measured": 8e12})
+    everything.run(row.words, gpu=True)
+    assert " | ? / ? | 25.0% / 25.0% | " in everything.table()
+
+
+def test_a_row_that_fails_does_not_stop_the_others(
+    fake: type[FakeSide], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(everything, "refuse_without_gpu", lambda: None)
+    compare = train.compare
+
+    def broken(settings: train.Settings) -> dict[str, Any]:
+        if settings.peer == "compiled":
+            raise RuntimeError("CUDA error: out of memory")
+        return compare(settings)
+
+    monkeypatch.setattr(train, "compare", broken)
+    with pytest.raises(UserError, match=r"these rows failed(.*\n)+.*peer=compiled(.*\n)+.*peer=compiled"):
+        everything.run("", gpu=True)
+    assert capsys.readouterr().err.count("error: CUDA error: out of memory") == 2
+    assert len(list(folder.iterdir())) == len(everything.GPU_ROWS) - 2
+
+
+def test_operations_of_a_step(tmp_path: Path) -> None:
+    """Those of the model's matrices, its attention, and the head at the labelled positions, whatever the side does."""
+    layers, width, _, positions, vocabulary, _ = train.SIZES["tiny"]
+    for objective in ("clm", "mlm"):
+        settings = train.Settings.parse([*QUICK, f"objective={objective}", "batch_size=4"])
+        folder = tmp_path / objective
+        folder.mkdir()
+        train.make(folder, "tiny", settings.causal, positions)
+        tokens = settings.batch_size * positions
+        body = tokens * layers * (6 * 12 * width**2 + 12 * width * positions)
+        if settings.causal:
+            targets, per_target = settings.batch_size * (positions - 1), 6 * vocabulary * width
+        else:
+            targets, per_target = 0.15 * tokens, 6 * (vocabulary + width) * width
+        assert train.flops_of_step(settings, folder) == pytest.approx(body + targets * per_target, rel=0.02)
+
+
+def test_peak_is_measured_by_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product of 64 × 64 matrices is 2 · 64³ operations, and takes a millisecond by this clock."""
+    products, mm = [0], torch.mm
+
+    def counted(*matrices: Any, out: Any) -> Any:
+        products[0] += 1
+        return mm(*matrices, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    monkeypatch.setattr(utilization.time, "perf_counter", lambda: products[0] / 1000)
+    assert utilization.matmul_flops(torch.device("cpu"), 64) == pytest.approx(2 * 64**3 * 1000)
+    assert products[0] == 1 + 1 + 100 + 5 * 100
+    assert utilization.peaks("bf16-mixed") == {"stated": None, "measured": None}  # there is no GPU here
 
 
 def test_memory_of_one_side_after_the_other(fake: type[FakeSide]) -> None:
@@ -229,13 +324,14 @@ def test_words_and_help(module: Any) -> None:
 def test_rows() -> None:
     """Each row is what its command says, and has a file of its own."""
     files = []
-    for row in everything.ROWS:
+    rows = [(row, "cpu") for row in everything.ROWS] + [(row, "gpu") for row in everything.GPU_ROWS]
+    for row, device in rows:
         _, settings = row.parsed()
         assert row.words.split()[1:] == settings.words()
-        files.append(results.place(row.words.split()[0], settings))
+        files.append(results.place(row.words.split()[0], settings, device))
     assert len(set(files)) == len(files)
     readme = (ROOT / "benchmarks" / "README.md").read_text()
-    for row in everything.ROWS:
+    for row, _ in rows:
         assert f"`{row.command}" in readme, row.command
 
 
@@ -250,3 +346,6 @@ def test_commands(tmp_path: Path) -> None:
     assert done.stderr.startswith('error: there is no key "obective". Did you mean "objective"?')
     assert "rows=mlm" in run("benchmarks", "--help").stdout
     assert "| target | command |" in run("benchmarks", "--table").stdout
+    done = run("benchmarks", "gpu")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: there is no GPU here")

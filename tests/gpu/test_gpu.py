@@ -1,6 +1,6 @@
 """Real runs on a GPU, held against the CPU. `LMLAB_GPU_TESTS=cpu make test-gpu` tries the tests themselves without one.
 
-Each run is a process of its own, as the suite hides GPUs from this one.
+Each run is a process of its own, as the suite hides GPUs from this one. They share the GPU, some at a time.
 """
 
 import json
@@ -8,17 +8,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from ..conftest import GPUS, losses, metrics, stop_after
 from ..training.test_width import DROPOUT_OFF
 
 DEVICE = os.environ.get("LMLAB_GPU_TESTS", "gpu")
-STEPS = 6
-COMMON = [f"trainer.max_steps={STEPS}", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
+AT_A_TIME = min(4, os.cpu_count() or 1)
+COMMON = ["trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
 # Of every kind of model, positions that fill flash attention's tiles, and a head whose logits are several chunks.
 LARGER = ["model.config.n_embd=128", "model.config.n_head=2", "preprocess.block_size=64"]
 
@@ -26,12 +28,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE == "gpu" and not GPUS, reason="there is no GPU here (nvidia-smi finds none)"),
 ]
-Run = Callable[..., Path]
 
 
 def python(*words: object, **variables: str) -> str:
     """Runs Python with GPUs in sight; returns what it printed."""
-    env = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // AT_A_TIME))
     done = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300, env=env | variables
     )
@@ -39,16 +41,38 @@ def python(*words: object, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs a command by its name, with overrides, in a directory of that name; returns the directory."""
+class Runs:
+    """Starts commands, some at a time; the same one only once."""
 
-    def start(name: str, *overrides: str, command: str = "train", device: str = DEVICE, **variables: str) -> Path:
-        words = ["-m", f"lmlab.{command}", *overrides, f"trainer={device}", f"hydra.run.dir={tmp_path / name}"]
-        python(*words, **variables)
-        return tmp_path / name
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(AT_A_TIME)
+        self.started: dict[tuple[object, ...], Future[Path]] = {}
 
-    return start
+    def start(
+        self, *overrides: str, command: str = "train", device: str = DEVICE, into: Path | None = None, **variables: str
+    ) -> Future[Path]:
+        """Returns what will be the directory of a run, or raise why it failed."""
+        key = (overrides, command, device, into, *variables.items())
+        if key not in self.started:
+            directory = into or self.folder / str(len(self.started))
+            chosen = [] if any(word.startswith("trainer=") for word in overrides) else [f"trainer={device}"]
+            words = ["-m", f"lmlab.{command}", *chosen, *overrides, f"hydra.run.dir={directory}"]
+
+            def run() -> Path:
+                python(*words, **variables)
+                return directory
+
+            self.started[key] = self.pool.submit(run)
+        return self.started[key]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """The runs of this module, in directories of their own."""
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    yield runs
+    runs.pool.shutdown(cancel_futures=True)
 
 
 def logged(run: Path, names: Iterable[str] = ("train/loss", "optim/grad_norm", "val/loss")) -> list[float]:
@@ -57,56 +81,95 @@ def logged(run: Path, names: Iterable[str] = ("train/loss", "optim/grad_norm", "
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_a_run_and_its_evaluation_are_those_of_the_cpu(objective: str, run: Run) -> None:
+def test_a_run_and_its_evaluation_are_those_of_the_cpu(objective: str, runs: Runs) -> None:
+    """A masked model's pseudo-log-likelihood included."""
     common = [f"objective={objective}", *DROPOUT_OFF[objective], *COMMON, "trainer.precision=32-true"]
-    devices = {"here": DEVICE, "there": "cpu"}
-    here, there = (run(name, *common, device=device) for name, device in devices.items())
+    here, there = (run.result() for run in [runs.start(*common, device=device) for device in (DEVICE, "cpu")])
     assert logged(here) == pytest.approx(logged(there), rel=1e-3)
-    words = [f"model={here}", "trainer.precision=32-true"]
-    certificates = [
-        json.loads((run(f"on_{name}", *words, command="evaluate", device=device) / "certificate.json").read_text())
-        for name, device in devices.items()
+    scores = {"clm": [["context=sliding"]], "mlm": [["score=labels"], ["score=pseudo", "sample=0.1"]]}[objective]
+    pairs = [
+        [
+            runs.start(f"model={here}", "trainer.precision=32-true", *score, command="evaluate", device=device)
+            for device in (DEVICE, "cpu")
+        ]
+        for score in scores
     ]
-    totals = [certificate["totals"] for certificate in certificates]
-    assert totals[0].pop("nll") == pytest.approx(totals[1].pop("nll"), rel=1e-5)
-    assert totals[0].pop("nll_squared") == pytest.approx(totals[1].pop("nll_squared"), rel=1e-4)
-    assert totals[0] == totals[1]
+    for pair in pairs:
+        totals = [json.loads((run.result() / "certificate.json").read_text())["totals"] for run in pair]
+        assert totals[0]["tokens"] > 100
+        assert totals[0].pop("nll") == pytest.approx(totals[1].pop("nll"), rel=1e-5)
+        assert totals[0].pop("nll_squared") == pytest.approx(totals[1].pop("nll_squared"), rel=1e-4)
+        assert totals[0] == totals[1]
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["trainer.precision=bf16-mixed"],
-        ["trainer.precision=16-mixed"],
-        ["trainer.precision=bf16-true"],
-        ["trainer.precision=bf16-mixed", "compile=true"],
-        ["trainer.precision=bf16-mixed", "activation_checkpointing=true"],
-        ["trainer.precision=bf16-mixed", "logits_chunk_size=32"],
-        ["trainer.precision=32-true", "float32_matmul_precision=high"],
-    ],
-    ids=" ".join,
-)
-def test_every_precision_trains_alike(overrides: list[str], run: Run) -> None:
+EXACT = ["trainer.precision=32-true"]
+OTHERS = [
+    ["trainer.precision=bf16-mixed"],
+    ["trainer.precision=16-mixed"],
+    ["trainer.precision=bf16-true"],
+    ["trainer.precision=bf16-mixed", "compile=true"],
+    ["trainer.precision=bf16-mixed", "activation_checkpointing=true"],
+    ["trainer.precision=bf16-mixed", "logits_chunk_size=32"],
+    ["trainer.precision=32-true", "float32_matmul_precision=high"],
+    ["trainer.precision=bf16-mixed", "trainer=fsdp", "trainer.devices=1"],
+]
+
+
+@pytest.mark.parametrize("overrides", OTHERS, ids=" ".join)
+def test_every_precision_trains_alike(overrides: list[str], runs: Runs) -> None:
+    """TF32, compiled layers, recomputed activations, logits in chunks and FSDP2 on one rank too."""
     if DEVICE == "cpu" and "trainer.precision=16-mixed" in overrides:
         pytest.skip("16-mixed needs a GPU")
-    common = [*DROPOUT_OFF["clm"], *LARGER, *COMMON]
-    exact, found = run("exact", *common, "trainer.precision=32-true"), run("found", *common, *overrides)
+
+    def start(*overrides: str) -> Future[Path]:
+        accelerator = [f"trainer.accelerator={DEVICE}"] if "trainer=fsdp" in overrides else []
+        return runs.start(*DROPOUT_OFF["clm"], *LARGER, *COMMON, *overrides, *accelerator)
+
+    # All of them at the first of these tests, so that each waits only for its own.
+    exact, *_ = [start(*each) for each in (EXACT, *OTHERS)]
     for name, tolerance in (("train/loss", 2e-2), ("val/loss", 2e-2), ("optim/grad_norm", 5e-2)):
-        assert logged(found, [name]) == pytest.approx(logged(exact, [name]), rel=tolerance)
+        found = logged(start(*overrides).result(), [name])
+        assert found
+        assert found == pytest.approx(logged(exact.result(), [name]), rel=tolerance)
 
 
-def test_a_run_goes_on_bit_for_bit(run: Run, tmp_path: Path) -> None:
+DETERMINISTIC = [*DROPOUT_OFF["clm"][:8], *COMMON, "+trainer.deterministic=true"]  # with dropout
+
+
+def start_deterministic(runs: Runs, *overrides: str, into: Path | None = None) -> Future[Path]:
+    return runs.start(*DETERMINISTIC, *overrides, into=into, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+
+
+def test_a_run_goes_on_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
     """Under deterministic algorithms, dropout included."""
-    common = [*DROPOUT_OFF["clm"][:8], *COMMON, "+trainer.deterministic=true"]
-    whole = run("whole", *common, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    whole = start_deterministic(runs, "callbacks.checkpoints.background=true").result()
     stop_after(whole, 3, tmp_path / "stopped")
-    assert losses(run("stopped", *common, CUBLAS_WORKSPACE_CONFIG=":4096:8")) == losses(whole)
+    again = start_deterministic(runs, "callbacks.checkpoints.background=true", into=tmp_path / "stopped").result()
+    assert losses(again) == losses(whole)
+    assert weights_at(again, 6) == weights_at(whole, 6)
 
 
-def test_no_step_waits_and_attention_is_flash(run: Run) -> None:
+def test_the_same_seed_gives_the_same_bits_however_checkpoints_are_saved(runs: Runs) -> None:
+    """In the background, a checkpoint has the weights of its step, not of those that training has made since."""
+    options = [f"callbacks.checkpoints.background={background}" for background in ("true", "false")]
+    one, other = (run.result() for run in [start_deterministic(runs, option) for option in options])
+    assert losses(one) == losses(other)
+    for step in (3, 6):
+        assert weights_at(one, step) == weights_at(other, step)
+    assert weights_at(one, 3) != weights_at(one, 6)
+
+
+def weights_at(run: Path, step: int) -> dict[str, bytes]:
+    """Returns the bytes of each of a checkpoint's tensors."""
+    checkpoint = torch.load(run / "checkpoints" / f"step-{step}.ckpt", map_location="cpu", weights_only=True)
+    return {name: tensor.numpy().tobytes() for name, tensor in checkpoint["state_dict"].items()}
+
+
+def test_no_step_waits_and_attention_is_flash(runs: Runs) -> None:
     """Read from the trace of torch's profiler: three steps between two reports."""
     words = [*DROPOUT_OFF["clm"], *LARGER, "trainer.max_steps=9", "trainer.log_every_n_steps=9", "profile=true"]
-    trace = json.loads((run("traced", *words, "trainer.precision=bf16-mixed") / "profile" / "rank0.json").read_text())
+    run = runs.start(*words, "trainer.precision=bf16-mixed").result()
+    trace = json.loads((run / "profile" / "rank0.json").read_text())
     names: Counter[str] = Counter(event.get("name", "") for event in trace["traceEvents"])
     if DEVICE == "cpu":
         assert any("flash" in name for name in names)
@@ -114,6 +177,61 @@ def test_no_step_waits_and_attention_is_flash(run: Run) -> None:
     assert any("flash" in name and "kernel" in name for name in names), names
     waits = {name: count for name, count in names.items() if name.endswith("Synchronize") or "DtoH" in name}
     assert sum(waits.values()) <= 2, waits  # the profiler's own, when it starts and stops
+
+
+ATTENTION = """
+import sys, torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from lmlab.models.loss import score
+from tests.models.test_scored import small
+
+device = sys.argv[1]
+backends = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+ids = torch.arange(5, 69, device=device).view(2, 32)
+for architecture, causal in (("gpt2", True), ("roberta", False)):
+    found = []
+    for backend in backends[: 2 if device == "cpu" else 3]:  # on a CPU there are no more
+        model = small(architecture, causal).to(device)
+        positions = torch.arange(0, 60, 3, device=device)
+        with sdpa_kernel(backend), torch.autocast(device, torch.bfloat16):  # refuses what another one would have to do
+            nll = score(model, ids, None, positions, ids.flatten()[positions + 1]).nll
+            nll.sum().backward()
+        found.append((nll.detach(), torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])))
+    for other in found[1:]:
+        for one, same in zip(found[0], other):
+            torch.testing.assert_close(one, same, rtol=3e-2, atol=3e-2)
+print("same")
+"""
+
+
+def test_every_kind_of_attention_gives_the_same_loss() -> None:
+    """Plain, flash and memory-efficient attention, causal and from both sides."""
+    assert python("-c", ATTENTION, "cpu" if DEVICE == "cpu" else "cuda").splitlines()[-1] == "same"
+
+
+MEMORY = """
+import sys, torch
+from lmlab.models.loss import score
+from lmlab.training.measure import peak_memory
+from tests.models.test_scored import small
+
+device = torch.device(sys.argv[1])
+model = small("gpt2", True, vocab_size=20000).to(device)
+ids = torch.randint(20000, (32, 64), device=device)
+positions = torch.arange(32 * 64 - 1, device=device)
+for chunk_size in (128, None):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    score(model, ids, None, positions, ids.flatten()[1:], chunk_size).nll.sum().backward()
+    model.zero_grad()
+    print(peak_memory(device))
+"""
+
+
+def test_logits_in_chunks_take_less_memory() -> None:
+    """By all the logits at least, which are a sixteenth of themselves at a time."""
+    in_chunks, at_once = map(float, python("-c", MEMORY, "cpu" if DEVICE == "cpu" else "cuda").split()[-2:])
+    assert (at_once - in_chunks) * 2**30 > 2047 * 20000 * 4
 
 
 FSDP = """
