@@ -638,7 +638,7 @@ COMMANDS = {
     "attention=1": ["attention=1: it has to be text", "Name of an attention implementation"],
     "attention=spda": ["attention=spda", "Use eager, sdpa"],
     "attention=someone/kernel": ["attention=someone/kernel", "does not run"],
-    "trainer.strategy=ddp2": ['trainer.strategy="ddp2": it has to be one of auto, ddp, fsdp. Did you mean "ddp"?'],
+    "trainer.strategy=ddp2": ['trainer.strategy="ddp2": it has to be one of auto, ddp, fsdp, hsdp. Did you mean "ddp"?'],
     "trainer.strategy=deepspeed_stage_2": ["it has to be one of auto, ddp, fsdp"],
     f"trainer.strategy={{_target_:{SHARDED},tensor_parallel_size:2}}": ["one of auto, ddp, fsdp", "trainer=fsdp"],
     "trainer.limit_val_batches=5": ["validation.max_documents=N", "trainer.max_steps=N"],
@@ -1019,7 +1019,7 @@ def test_no_objective_is_advised_that_an_architecture_does_not_have(architecture
 
 
 def test_a_model_larger_than_memory_is_no_fault_of_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", full)
