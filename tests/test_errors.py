@@ -599,6 +599,9 @@ COMMANDS = {
     "seed=99999999999999999999": ["seed=99999999999999999999: it has to be a whole number, 0 or more, less than"],
     "batch_size=0": ["batch_size=0: it has to be a whole number, 1 or more"],
     "objective=mlm objective.mask_probability=1.1": ["it has to be a number, more than 0, 1 at most"],
+    "objective=mlm objective.mask_schedule=linaer": ['Did you mean "linear"?', "one of constant, linear, cosine"],
+    "objective=mlm objective.mask_schedule=cosine": ["needs an end: objective.final_mask_probability="],
+    "objective=mlm objective.final_mask_probability=0.1": ["leave that out, or choose linear or cosine"],
     "cache_dir=null": ["cache_dir"],
     "trainer.max_steps=null trainer.max_epochs=null": ["the run has no end"],
     "trainer.max_steps=-1 trainer.max_epochs=0": ["trainer.max_epochs", "trainer.max_steps"],
@@ -638,7 +641,9 @@ COMMANDS = {
     "attention=1": ["attention=1: it has to be text", "Name of an attention implementation"],
     "attention=spda": ["attention=spda", "Use eager, sdpa"],
     "attention=someone/kernel": ["attention=someone/kernel", "does not run"],
-    "trainer.strategy=ddp2": ['trainer.strategy="ddp2": it has to be one of auto, ddp, fsdp, hsdp. Did you mean "ddp"?'],
+    "trainer.strategy=ddp2": [
+        'trainer.strategy="ddp2": it has to be one of auto, ddp, fsdp, hsdp. Did you mean "ddp"?'
+    ],
     "trainer.strategy=deepspeed_stage_2": ["it has to be one of auto, ddp, fsdp"],
     f"trainer.strategy={{_target_:{SHARDED},tensor_parallel_size:2}}": ["one of auto, ddp, fsdp", "trainer=fsdp"],
     "trainer.limit_val_batches=5": ["validation.max_documents=N", "trainer.max_steps=N"],

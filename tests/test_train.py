@@ -26,7 +26,7 @@ from lmlab.runs.directory import RunDirectory
 from lmlab.training.callbacks import ShowProgress
 from lmlab.training.module import LMModule
 
-from .conftest import TINY, TINY_MLM, metrics
+from .conftest import TINY, TINY_MLM, losses, metrics, stop_after
 
 METRICS = ["perplexity", "bits_per_byte", "bits_per_word", "word_perplexity"]
 """The names of the metrics of a causal model."""
@@ -423,6 +423,27 @@ def test_runs_with_other_masks_are_scored_on_the_same(train: Callable[..., Path]
     assert metrics(plain)[-1]["val/loss"] != metrics(other)[-1]["val/loss"]
     policies = [json.loads((run / "certificate.json").read_text())["policy"] for run in (plain, other)]
     assert policies[0] == policies[1]
+
+
+def test_a_schedule_of_masks_goes_on(train: Callable[..., Path], tmp_path: Path) -> None:
+    """A run that was stopped is as one that was not; held-out text is masked as at the end of each run."""
+    common = [
+        *TINY_MLM,
+        "objective.mask_schedule=linear",
+        "objective.mask_probability=0.6",
+        "objective.whole_word=true",
+    ]
+    common += ["objective.final_mask_probability=0.15", "trainer.max_steps=6", "trainer.val_check_interval=3"]
+    common += ["trainer.log_every_n_steps=1"]
+    whole = train(*common, run_dir=tmp_path / "whole")
+    stop_after(whole, 3, tmp_path / "stopped")
+    assert losses(train(*common, run_dir=tmp_path / "stopped")) == losses(whole)
+    plain = train(*TINY_MLM, "objective.whole_word=true", run_dir=tmp_path / "plain")
+    assert metrics(plain)[0]["val/loss"] == metrics(whole)[0]["val/loss"]
+    policies = [json.loads((run / "certificate.json").read_text())["policy"]["objective"] for run in (plain, whole)]
+    assert policies[0] == policies[1]
+    assert policies[0]["whole_word"] is True
+    assert "mask_schedule" not in policies[0]
 
 
 @pytest.mark.longest

@@ -38,6 +38,7 @@ def prepare_data(cfg: DictConfig) -> "Prepared":
         lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
         OmegaConf.to_container(cfg.tokenizer) if learned else None,
         Path(cfg.cache_dir).expanduser(),
+        words=cfg.objective.get("whole_word") is True,
     )
 
 
@@ -139,7 +140,8 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         objective,
         Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride")),
         preprocessing(cfg),
-        objective_config=OmegaConf.to_container(block),  # type: ignore[arg-type]
+        # What is off says nothing, and certificates from before such a key was there say nothing of it either.
+        objective_config={str(key): value for key, value in block.items() if value is not False},
         masks_seed=cfg.seed if "score" in cfg else 0,  # in training the same masks for runs of all seeds
         pseudo=pseudo,
         units=cfg.get("units", "text"),
@@ -147,11 +149,16 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
 
 
 def held_out_objective(cfg: DictConfig) -> DictConfig:
-    """Returns the block of the objective by which held-out text is scored: `validation_x` stands in for `x`."""
+    """Returns the block of the objective by which held-out text is scored, as at the end of a run.
+
+    `validation_x` stands in for `x`, or else `final_x`, to which `x_schedule` leads.
+    """
     block: dict[str, Any] = OmegaConf.to_container(cfg.objective)  # type: ignore[assignment]
-    own = {key: value for key, value in block.items() if key.startswith("validation_")}
-    instead = {key.removeprefix("validation_"): value for key, value in own.items() if value is not None}
-    return OmegaConf.create({key: value for key, value in block.items() if key not in own} | instead)
+    for prefix in ("final_", "validation_"):
+        own = {key: value for key, value in block.items() if key.startswith(prefix)}
+        instead = {key.removeprefix(prefix): value for key, value in own.items() if value is not None}
+        block = {key: value for key, value in block.items() if key not in own} | instead
+    return OmegaConf.create({key: value for key, value in block.items() if not key.endswith("_schedule")})
 
 
 def build_validation(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "tuple[HeldOut, HeldOut | None]":

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, micro_batch_size
 from lmlab.distributed.signals import signals_blocked
-from lmlab.objectives import Objective
+from lmlab.objectives import Objective, make_example
 
 
 class Batch(NamedTuple):
@@ -40,12 +40,22 @@ class Batch(NamedTuple):
 class Batches(Dataset[Batch]):
     """The data set whose items are whole batches, each made in the worker process that draws it."""
 
-    def __init__(self, blocks: Blocks, objective: Objective, seed: int, pad_id: int):
+    def __init__(
+        self, blocks: Blocks, objective: Objective, seed: int, pad_id: int, steps: int = 1, accumulate: int = 1
+    ):
+        """Takes what decides a batch.
+
+        Args:
+            steps: the number of optimizer steps of the whole run.
+            accumulate: the number of micro batches of an optimizer step.
+        """
         self.blocks, self.objective, self.seed, self.pad_id = blocks, objective, seed, pad_id
+        self.steps, self.accumulate = steps, accumulate
 
     def __getitem__(self, item: tuple[int, list[Draw]]) -> Batch:
         number, draws = item
-        return collate(self.blocks, draws, self.objective, self.seed, self.pad_id, number)
+        progress = number // self.accumulate / self.steps
+        return collate(self.blocks, draws, self.objective, self.seed, self.pad_id, number, progress)
 
 
 def collate(
@@ -55,8 +65,13 @@ def collate(
     seed: int,
     pad_id: int,
     number: int = 0,
+    progress: float = 0.0,
 ) -> Batch:
     """Makes a batch of the drawn blocks: the objective decides the targets, and only then rows are padded.
+
+    Args:
+        number: the number of micro batches of this rank before this one in the whole run.
+        progress: the share of the optimizer steps of the run that were made before.
 
     Padding is therefore never a target, and an end-of-text token always can be, also where the two share an id.
 
@@ -73,7 +88,12 @@ def collate(
         masked           input_ids   5 3 7 2     positions       1   4
                                      3 9 0 0     targets         6   8
     """
-    rows = [objective(blocks[draw.block], (seed, draw.epoch, draw.block)) for draw in draws]
+    rows = []
+    for draw in draws:
+        # Data were prepared with it for such an objective.
+        continues = blocks.continues(draw.block) if getattr(objective, "whole_word", False) else None  # type: ignore[union-attr]
+        key = (seed, draw.epoch, draw.block)
+        rows.append(make_example(objective, blocks[draw.block], key, progress=progress, continues=continues))
     return Batch(*pad_rows(rows, pad_id), sum(len(inputs) for inputs, _, _ in rows), number)
 
 
@@ -180,7 +200,7 @@ class BlocksDataModule(HeldOutData):
     ):
         super().__init__(held_out, batch_size, num_workers)
         self.train, self.tokenizer, self.whole = train, tokenizer, whole
-        self.batches = Batches(train, objective, seed, pad_id)
+        self.batches = Batches(train, objective, seed, pad_id, steps, accumulate)
         self.batch_size, self.steps, self.seed, self.accumulate = batch_size, steps, seed, accumulate
 
     def setup(self, stage: str) -> None:

@@ -102,6 +102,11 @@ class Documents:
             hashlib.sha256("".join(names).encode()).hexdigest()[:32],
         )
 
+    def continues(self, start: int, end: int) -> np.ndarray:
+        """Returns whether each of the tokens start … end - 1 continues the word of the token before it: [n] bool."""
+        flags: np.ndarray = (self.spans[start:end, FLAGS] & CONTINUES) > 0
+        return flags
+
     def counts(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the `COUNTS` [N, 7] int64 of tokens, by their numbers [N]."""
         spans = self.spans[tokens].astype(np.int64)
@@ -172,7 +177,7 @@ def spans(
         ends = np.maximum(start, np.maximum.accumulate(own[:, 1]))
         if left or not lost:
             ends[of_text[-1] :] = len(points)
-        shares[1:, FLAGS] = CONTINUES * ((word[1:] == word[:-1]) & (word[1:] >= 0))
+        shares[:, FLAGS] = CONTINUES * continued(words)
         depth = np.zeros(len(points) + 1, np.int64)
         np.add.at(depth, own[:, 0], 1)
         np.add.at(depth, own[:, 1], -1)
@@ -181,6 +186,16 @@ def spans(
         total = running_sums(counts)
         shares[:, column] = np.diff(total[ends], prepend=total[start])
     return shares
+
+
+def continued(words: Sequence[int | None]) -> np.ndarray:
+    """Returns whether each token continues the word of the token before it: [T] bool.
+
+    Args:
+        words: the number of each token's pre-token, as of `tokenizers.Encoding`; None for special tokens.
+    """
+    word = np.fromiter((-1 if word is None else word for word in words), np.int64, len(words))
+    return np.concatenate([np.zeros(len(word[:1]), bool), (word[1:] == word[:-1]) & (word[1:] >= 0)])
 
 
 def document_spans(

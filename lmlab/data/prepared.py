@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,16 @@ class Blocks(TorchDataset[np.ndarray]):
         start, end = self.bounds[index]
         return self.tokens[start:end]
 
+    @cached_property
+    def continued(self) -> np.ndarray:
+        """[tokens] bool: whether each continues the word of the token before it, if the data were prepared with it."""
+        return np.asarray(np.memmap(self.path.with_suffix(".continued"), bool, "r"))
+
+    def continues(self, index: int) -> np.ndarray:
+        """Returns `continued` of the tokens of a block."""
+        start, end = self.bounds[index]
+        return self.continued[start:end]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -128,6 +139,7 @@ def prepare(
     make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
     tokenizer_key: Any,
     cache: Path,
+    words: bool = False,
 ) -> Prepared:
     """Takes all the steps, each kept in the cache under a key of everything that went into it.
 
@@ -138,6 +150,7 @@ def prepare(
         tokenizer_key: the tokenizer's own settings, as plain values; None if it does not depend on the texts, and
             is not kept.
         cache: the directory for the prepared data of all runs.
+        words: True to keep which tokens of the training text continue a word, see `Blocks.continues`.
     """
     parts = once(lambda: split(corpus, choices))
 
@@ -150,7 +163,7 @@ def prepare(
         held_out = [choices.test_size, choices.split_seed, choices.max_records]
         key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
         tokenizer = AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write_tokenizer))
-    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache)
+    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache, words)
 
 
 def prepare_validation(
@@ -172,6 +185,7 @@ def prepare_splits(
     choices: Preprocessing,
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
+    words: bool = False,
 ) -> Prepared:
     """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks."""
     tokenizer_hash = content_hash(tokenizer)
@@ -179,11 +193,12 @@ def prepare_splits(
     decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
     folders, bounds, ledger = {}, {}, {}
     for name in names:
-        key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decisive, tokenizer_hash)
+        more = ["words"] if words and name == "train" else []
+        key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decisive, tokenizer_hash, *more)
 
-        def write(folder: Path, name: str = name) -> None:
+        def write(folder: Path, name: str = name, words: bool = bool(more)) -> None:
             records, order = sort_by_file(parts()[name]) if name == "validation" else (parts()[name], None)
-            write_split(folder, name, flatten(records, corpus.text), tokenizer, choices, order)
+            write_split(folder, name, flatten(records, corpus.text), tokenizer, choices, order, words)
 
         folders[name] = write_once(cache / f"tokens-{key}", write)
         bounds[name], ledger[name] = cut_blocks(folders[name], name, choices)
@@ -239,11 +254,13 @@ def write_split(
     tokenizer: PreTrainedTokenizerBase,
     choices: Preprocessing,
     order: np.ndarray | None = None,
+    words: bool = False,
 ) -> None:
     """Writes the tokens, lengths and counts of one split as files; of the held-out one also its documents' spans.
 
     Args:
         order: [records] the number of each record in the split; None if they come in the order of the split.
+        words: True to write also which tokens continue a word.
 
     Raises:
         UserError: there is no text, or no token in any.
@@ -262,13 +279,15 @@ def write_split(
             yield texts
 
     with ExitStack() as files:
-        kinds = ("tokens", "lengths", "spans") if held_out else ("tokens", "lengths")
+        kinds = ["tokens", "lengths", *["spans"][: int(held_out)], *["continued"][: int(words)]]
         streams = {kind: files.enter_context((folder / f"{name}.{kind}").open("wb")) for kind in kinds}
         if held_out:
             add_to_index = files.enter_context(open_index(folder / f"{name}.documents.parquet"))
-        for document in tokenize(count_records(), tokenizer, choices, held_out):
+        for document in tokenize(count_records(), tokenizer, choices, held_out, words):
             streams["tokens"].write(document.ids.tobytes())
             streams["lengths"].write(np.int64(len(document.ids)).tobytes())
+            if document.continues is not None:
+                streams["continued"].write(document.continues.tobytes())
             counts["documents"] += 1
             counts["bytes"] += len(utf8(document.text))
             counts["tokens"] += len(document.ids) + document.lost

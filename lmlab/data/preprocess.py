@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.documents import document_spans, running_sums
+from lmlab.data.documents import continued, document_spans, running_sums
 from lmlab.data.options import Preprocessing
 from lmlab.data.sources import Corpus
 from lmlab.data.texts import batches, flatten
@@ -82,21 +82,28 @@ class Tokens(NamedTuple):
     """[T, 5] int32, see documents.py; None in training text whose tokens all spell their part of it."""
     lost: int
     """The number of tokens that truncation removed."""
+    continues: np.ndarray | None
+    """[T] bool: whether each continues the word of the token before it; None if it was not asked for."""
 
 
 def tokenize(
-    records: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, choices: Preprocessing, held_out: bool = False
+    records: Iterable[list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    choices: Preprocessing,
+    held_out: bool = False,
+    words: bool = False,
 ) -> Iterator[Tokens]:
     """Joins the texts of each record, and turns each document into ids (guide, `preprocess_function`).
 
     Args:
         held_out: True to find which text each token stands for, also where no token is unknown.
+        words: True to find which tokens continue a word, which only a fast tokenizer knows.
     """
     end = [end_of_text_id(tokenizer)] if choices.end_of_text else []
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     unknown = unknown_tokens(tokenizer)
     for batch in batches(join_texts(records, choices.join), DOCUMENTS_PER_CALL, CHARACTERS_PER_CALL):
-        encoded = encode(batch, tokenizer, choices.special_tokens, located=held_out)
+        encoded = encode(batch, tokenizer, choices.special_tokens, located=held_out or words)
         for text, (ids, encoding) in zip(batch, encoded, strict=True):
             lost, spans = 0, None
             if choices.truncation and len(ids) > tokenizer.model_max_length:
@@ -111,7 +118,10 @@ def tokenize(
                 spans = document_spans(
                     text, ids, encoding, ending=ending, ends=ends, unknown=unknown, lost=lost, left=left
                 )
-            yield Tokens(text, np.array([*ids, *ending], np.int32), spans, lost)
+            continues = None
+            if words:
+                continues = np.concatenate([continued(encoding.word_ids), np.zeros(len(ending), bool)])
+            yield Tokens(text, np.array([*ids, *ending], np.int32), spans, lost, continues)
 
 
 def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int | None = None) -> np.ndarray:

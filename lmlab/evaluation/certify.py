@@ -13,7 +13,6 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import HeldOutData
-from lmlab.data.documents import CONTINUES, FLAGS
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared
 from lmlab.errors import UserError
@@ -49,17 +48,19 @@ def hold_out(
         UserError: there is nothing to score.
     """
     tokenizer, documents = data.tokenizer, data.validation
-    check_targets(objective, documents.tokens[: context.block_size])
+    check_targets(objective, documents, context.block_size)
+    within_word = pseudo is not None and pseudo["within_word"]
+    whole_word = pseudo is None and getattr(objective, "whole_word", False)
+    if (within_word or whole_word) and not documents.continues(0, len(documents.tokens)).any():
+        raise UserError(
+            f"{'within_word' if within_word else 'objective.whole_word'}=true would change nothing: to this tokenizer "
+            "no token goes on with the word before it.\nLeave it out."
+        )
     shown = windows(context, documents, data.bounds, objective, tokenizer)
     rows: WindowRows | PseudoRows
     if pseudo is None:
         rows = WindowRows(documents, shown, objective, masks_seed)
     else:
-        if pseudo["within_word"] and not (documents.spans[:, FLAGS] & CONTINUES).any():
-            raise UserError(
-                "within_word=true would change nothing: to this tokenizer no token goes on with the word before it.\n"
-                "Leave it out."
-            )
         # An unknown token stands for text, and is scored.
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         rows = PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)

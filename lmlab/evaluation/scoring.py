@@ -25,7 +25,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation.windows import Windows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
-from lmlab.objectives import Objective
+from lmlab.objectives import Objective, make_example
 from lmlab.objectives.mlm import random_words, uniform
 
 
@@ -95,14 +95,15 @@ class WindowRows:
         head, tail = (w.head, w.tail) if w.framed[index] else ([], [])
         if not self.objective.bidirectional:
             ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
-            inputs, positions, targets = self.objective(ids, (self.seed, EVALUATION, index))
+            inputs, positions, targets = make_example(self.objective, ids, (self.seed, EVALUATION, index))
             tokens = start - len(head) + positions + shift
             scored = tokens >= w.scored[index]
             return Row(inputs[: len(inputs) - shift], positions[scored], targets[scored], tokens[scored])
         parts = []
         for document, first, stop in self.parts(start, end):
             key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
-            inputs, positions, targets = self.objective(self.documents.tokens[first:stop], key, offset)
+            ids, continues = self.documents.tokens[first:stop], self.documents.continues(first, stop)
+            inputs, positions, targets = make_example(self.objective, ids, key, offset, continues=continues)
             parts.append((inputs, targets, first + positions + shift))
         inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Row(np.array([*head, *inputs, *tail]), tokens - shift - start + len(head), targets, tokens)
@@ -119,18 +120,19 @@ class WindowRows:
         return len(self.windows)
 
 
-def check_targets(objective: Objective, ids: np.ndarray) -> None:
+def check_targets(objective: Objective, documents: Documents, size: int) -> None:
     """Refuses an objective whose targets are not the text's own tokens, `target_shift` after their positions.
 
     Bytes and document of a target are those of that token, so they would be counted wrongly.
 
     Args:
-        ids: [T] the block to check it on.
+        size: the number of tokens of the documents to check it on.
 
     Raises:
         UserError: a target is another token; names its position.
     """
-    _, positions, targets = objective(ids, (0, EVALUATION, 0))
+    ids, continues = documents.tokens[:size], documents.continues(0, size)
+    _, positions, targets = make_example(objective, ids, (0, EVALUATION, 0), continues=continues)
     tokens = positions + objective.target_shift
     inside = tokens < len(ids)
     wrong = np.flatnonzero(~inside | (ids[np.where(inside, tokens, 0)] != targets))

@@ -3,7 +3,9 @@
 Shapes: T positions of one text, N scored positions in it.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+import inspect
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -40,7 +42,8 @@ class Objective(Protocol):
     ```
 
     Any class with these members is one; it need not derive from this. Its constructor takes the keys of its YAML, and
-    the tokenizer where it has a parameter of that name.
+    the tokenizer where it has a parameter of that name. Its `__call__` may have more parameters, and is given what it
+    has a parameter for: see `make_example`.
     """
 
     metric: str
@@ -74,3 +77,32 @@ class Objective(Protocol):
             model: in evaluation mode.
         """
         ...
+
+
+def make_example(
+    objective: Objective,
+    ids: np.ndarray,
+    key: tuple[int, int, int],
+    first: int = 0,
+    *,
+    progress: float = 1.0,
+    continues: np.ndarray | None = None,
+) -> Example:
+    """Returns the example of a text, for which the objective is given what it has parameters for.
+
+    Args:
+        ids: as of `Objective.__call__`, and so are `key` and `first`.
+        progress: the share of the optimizer steps of the run that were made before, 0 to 1, from which a schedule
+            follows. Held-out text is scored as at the end of a run.
+        continues: [T] bool: whether each token continues the word of the token before it. None if that is not known;
+            for training text it is where the objective has a key `whole_word` that is true.
+    """
+    given = {"progress": progress, "continues": continues}
+    return objective(ids, key, first, **{name: given[name] for name in more_parameters(type(objective))})
+
+
+@cache
+def more_parameters(objective: type[Any]) -> tuple[str, ...]:
+    """Returns the names of the parameters that the `__call__` of a class of objectives has beside the three of all."""
+    parameters = inspect.signature(objective.__call__).parameters
+    return tuple(name for name in ("progress", "continues") if name in parameters)

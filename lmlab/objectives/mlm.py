@@ -3,7 +3,8 @@
 Shapes: T positions of one text, N scored positions in it.
 """
 
-from typing import Annotated
+import math
+from typing import Annotated, Literal
 
 import numpy as np
 from annotated_types import Gt, Le
@@ -18,10 +19,12 @@ class MaskedLM:
 
     Of the tokens that are not special, each is chosen with `mask_probability`. A chosen token becomes the mask token
     (`replace_mask`), a random token of the vocabulary (`replace_random`) or stays as it is (the rest), and is a target
-    in each case.
+    in each case. With `whole_word`, words are chosen instead of tokens, with the same probability, and all tokens of a
+    chosen word are (as in the whole-word models that Devlin et al. released in 2019).
 
     What happens to a token is a pure function of the key and its position, so masks are the same for any number of
-    workers and devices, and wherever a text is cut.
+    workers and devices, and wherever a text is cut. Words are chosen by their first token: one that is cut into two is
+    two words.
     """
 
     metric = "masked_perplexity"  # it is no measure of a causal model's perplexity, so it has another name
@@ -36,16 +39,24 @@ class MaskedLM:
         replace_mask: float = 0.8,
         replace_random: float = 0.1,
         validation_mask_probability: Annotated[float, Gt(0), Le(1)] | None = None,
+        mask_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        final_mask_probability: Annotated[float, Gt(0), Le(1)] | None = None,
+        whole_word: bool = False,
     ):
         """Checks the shares and the tokenizer.
 
         Args:
             tokenizer: has a mask token.
-            mask_probability: share of the tokens that are targets.
+            mask_probability: share of the tokens that are targets, at the beginning of a run.
             replace_mask: share of the targets that become the mask token.
             replace_random: share of the targets that become a random token.
-            validation_mask_probability: `mask_probability` of held-out text (config/build.py builds another objective
-                with it), so that runs which train with different ones can be compared. None: the same as in training.
+            validation_mask_probability: the share of held-out text that is a target (config/build.py builds another
+                objective with it), so that runs which train with different ones can be compared. None: that of the end
+                of training.
+            mask_schedule: the way from `mask_probability` to `final_mask_probability` over the steps of a run: constant
+                stays, linear is a straight line (Ankner et al. 2024), cosine half a cosine.
+            final_mask_probability: share of the tokens that are targets at the end of a run, for a schedule.
+            whole_word: True to choose whole words; words are what the tokenizer's own pre-tokenizer cuts a text into.
         """
         if min(replace_mask, replace_random) < 0 or replace_mask + replace_random > 1:
             raise UserError(
@@ -57,7 +68,24 @@ class MaskedLM:
                 "objective=mlm needs a tokenizer with a mask token, and this one has none.\n"
                 "Choose a masked model's tokenizer (such as tokenizer.name=distilroberta-base), or tokenizer=bpe."
             )
+        if (mask_schedule == "constant") is not (final_mask_probability is None):
+            raise UserError(
+                f"objective.mask_schedule={mask_schedule} "
+                + (
+                    "needs an end: objective.final_mask_probability=…"
+                    if final_mask_probability is None
+                    else "has no objective.final_mask_probability: leave that out, or choose linear or cosine."
+                )
+            )
+        if whole_word and not tokenizer.is_fast:
+            raise UserError(
+                "objective.whole_word=true needs a fast tokenizer, which knows the word of a token, and this is a slow "
+                "one.\nLeave it out, or name a tokenizer that has a tokenizer.json."
+            )
         self.mask_probability = mask_probability
+        self.final_mask_probability = mask_probability if final_mask_probability is None else final_mask_probability
+        self.mask_schedule = mask_schedule
+        self.whole_word = whole_word
         self.replace_mask = replace_mask
         self.replace_random = replace_random
         self.mask_id = tokenizer.mask_token_id
@@ -65,10 +93,27 @@ class MaskedLM:
         self.special = np.isin(np.arange(self.vocab_size), tokenizer.all_special_ids)
         """[V] bool: the special tokens, which are no targets."""
 
-    def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
-        """Returns the example of a text: see `Objective`."""
+    def probability(self, progress: float) -> float:
+        """Returns the share of the tokens that are targets after a share of the steps of a run."""
+        done = (1 - math.cos(math.pi * progress)) / 2 if self.mask_schedule == "cosine" else progress
+        return self.mask_probability + done * (self.final_mask_probability - self.mask_probability)
+
+    def __call__(
+        self,
+        ids: np.ndarray,
+        key: tuple[int, int, int],
+        first: int = 0,
+        progress: float = 1.0,
+        continues: np.ndarray | None = None,
+    ) -> Example:
+        """Returns the example of a text: see `Objective` and `make_example`."""
         choice, replacement, token, _ = random_words(key, first, len(ids))
-        positions = np.flatnonzero((uniform(choice) < self.mask_probability) & ~self.special[ids])
+        if self.whole_word:
+            assert continues is not None
+            # Each token is chosen by the number of the token that its word begins with.
+            begins = np.where(continues, 0, np.arange(len(ids)))
+            choice = choice[np.maximum.accumulate(begins)]
+        positions = np.flatnonzero((uniform(choice) < self.probability(progress)) & ~self.special[ids])
         share = uniform(replacement[positions])
         tokens = (token[positions] % np.uint64(self.vocab_size)).astype(ids.dtype)
         inputs = ids.copy()

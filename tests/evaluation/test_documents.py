@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -18,6 +20,7 @@ from lmlab.data.documents import (
     COUNTS,
     END,
     FEW,
+    FLAGS,
     START,
     STRETCH,
     UNKNOWN,
@@ -27,8 +30,9 @@ from lmlab.data.documents import (
     stretches,
 )
 from lmlab.data.options import Preprocessing
-from lmlab.data.prepared import write_split
+from lmlab.data.prepared import prepare, write_split
 from lmlab.data.preprocess import Tokens, tokenize
+from lmlab.data.sources import Corpus
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.evaluation import records
@@ -625,3 +629,28 @@ def test_the_check_of_a_model_that_is_certain(tmp_path: Path) -> None:
     """A total of nothing moved by nothing."""
     one, other = (changed(each, "nll", np.zeros(len(each.table))) for each in twice(tmp_path))
     assert records.check_agreement(one, other)["total_moved_by"] == 0
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "no offsets"])
+def test_training_tokens_continue_words_as_their_tokenizer_says(
+    name: str, special_tokens: bool, tmp_path: Path
+) -> None:
+    """Against the word ids of the tokenizer's own call, document by document."""
+    tokenizer = TOKENIZERS[name]()
+    corpus = Corpus(Dataset.from_dict({"text": TEXTS}), Dataset.from_dict({"text": TEXTS}), "text", "texts")
+    choices = Preprocessing(block_size=7, special_tokens=special_tokens)
+    data = prepare(corpus, choices, lambda texts: tokenizer, None, tmp_path, words=True)
+    assert data.train is not None
+    expected: list[bool] = []
+    for text in TEXTS:
+        encoding = tokenizer(text, add_special_tokens=special_tokens, split_special_tokens=not special_tokens)
+        words = encoding.word_ids()
+        expected += [i > 0 and word is not None and word == words[i - 1] for i, word in enumerate(words)]
+        expected += [False] * (len(words) > 0 or bool(text.strip()))  # end of text
+    found = [data.train.continues(block).tolist() for block in range(len(data.train))]
+    assert list(chain.from_iterable(found)) == expected
+    assert any(expected) is (name != "char")
+    # Held-out documents know it in any case.
+    flags = data.validation.spans[:, FLAGS] & CONTINUES
+    assert flags.astype(bool).tolist() == expected

@@ -214,6 +214,12 @@ def test_masked(architecture: str, name: str, context: str, block_size: int, tmp
     agree(sums_of(model_for(name, architecture), held_out), wanted)
 
 
+def test_whole_words_of_a_tokenizer_that_has_none(tmp_path: Path) -> None:
+    tokenizer = tokenizer_named("char")
+    with pytest.raises(UserError, match="objective.whole_word=true would change nothing"):
+        held_out_of(prepared(HARD, tokenizer, tmp_path, 8), MaskedLM(tokenizer, whole_word=True), 8)
+
+
 @pytest.mark.parametrize("within_word", [False, True])
 @pytest.mark.parametrize(("context", "block_size"), [("blocks", 8), ("document", 8), ("document", 64)])
 @pytest.mark.parametrize(("architecture", "name"), MASKED)

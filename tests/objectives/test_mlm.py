@@ -2,14 +2,21 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.sampler import EVALUATION
+from lmlab.data.datamodule import Batches
+from lmlab.data.documents import continued
+from lmlab.data.prepared import Blocks
+from lmlab.data.sampler import EVALUATION, draws
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
+from lmlab.objectives import make_example
 from lmlab.objectives.mlm import MaskedLM, random_words, uniform
 
 LENGTH, SAMPLES = 512, 400
@@ -192,3 +199,80 @@ def test_tokenizer_without_a_mask() -> None:
     tokenizer.mask_token = None
     with pytest.raises(UserError, match="needs a tokenizer with a mask token"):
         MaskedLM(tokenizer)
+
+
+SCHEDULES = {"linear": lambda done: done, "cosine": lambda done: math.sin(math.pi * done / 2) ** 2}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_of_the_share(tokenizer: PreTrainedTokenizerBase, blocks: np.ndarray, name: str) -> None:
+    """From the first probability to the last, and as at the end where no progress is given."""
+    objective = MaskedLM(tokenizer, 0.4, mask_schedule=name, final_mask_probability=0.1)  # type: ignore[arg-type]
+    ids, words = blocks[0], int((~np.isin(blocks[0], tokenizer.all_special_ids)).sum())
+    masks = {}
+    for done in (0.0, 0.25, 0.5, 1.0):
+        wanted = 0.4 - 0.3 * SCHEDULES[name](done)
+        found = [make_example(objective, ids, (0, 0, sample), progress=done).positions for sample in range(40)]
+        assert about(sum(map(len, found)), 40 * words, wanted)
+        masks[done] = set(found[0].tolist())
+    assert masks[0.0] > masks[0.25] > masks[0.5] > masks[1.0]  # the same draws, against another probability
+    assert set(objective(ids, (0, 0, 0)).positions.tolist()) == masks[1.0]
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"mask_schedule": "linear"}, "objective.mask_schedule=linear needs an end: objective.final_mask_probability"),
+        ({"final_mask_probability": 0.1}, "mask_schedule=constant has no objective.final_mask_probability"),
+    ],
+)
+def test_schedule_without_an_end(tokenizer: PreTrainedTokenizerBase, choices: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        MaskedLM(tokenizer, **choices)
+
+
+def test_whole_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """All tokens of a word are targets or none is; words are chosen, each with the probability."""
+    text = " ".join(["unforgettable", "some", "words", "antidisestablishment,", "few"] * 60)
+    encoding = tokenizer(text)
+    ids, words = np.array(encoding["input_ids"], np.int32), np.array(encoding.word_ids())
+    assert len(ids) > 1.5 * len(set(words))
+    continues = continued(encoding.word_ids())
+    objective = MaskedLM(tokenizer, 0.3, replace_mask=0.5, replace_random=0.2, whole_word=True)
+    chosen = 0
+    for sample in range(20):
+        inputs, positions, targets = make_example(objective, ids, (0, 0, sample), continues=continues)
+        np.testing.assert_array_equal(targets, ids[positions])
+        assert np.isin(words, words[positions]).sum() == len(positions)
+        # What a token of a word becomes is drawn for each.
+        assert (inputs != ids).sum() < len(positions)
+        chosen += len(set(words[positions]))
+    assert about(chosen, 20 * len(set(words)), 0.3)
+    # A word that the text begins in the middle of is a word.
+    begins = np.flatnonzero(continues)[0]
+    _, positions, _ = make_example(objective, ids[begins:], (0, 0, 0), continues=continues[begins:])
+    rest = words[begins:]
+    assert np.isin(rest, rest[positions]).sum() == len(positions)
+
+
+def test_whole_words_need_a_fast_tokenizer(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(UserError, match="whole_word=true needs a fast tokenizer"):
+        MaskedLM(tokenizer, whole_word=True)
+
+
+def test_progress_is_that_of_the_optimizer_step(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Not of the micro batch: each step has the same masks however it is divided."""
+    ids = np.random.default_rng(0).integers(4, len(tokenizer), 16 * 64, dtype=np.int32)
+    ids.tofile(tmp_path / "train.tokens")
+    blocks = Blocks(tmp_path / "train.tokens", np.stack([np.arange(0, 1024, 64), np.arange(64, 1025, 64)], 1))
+    objective = MaskedLM(tokenizer, 0.9, mask_schedule="linear", final_mask_probability=0.1)
+    whole, parts = (Batches(blocks, objective, 0, 1, steps=5, accumulate=n) for n in (1, 4))
+    shares = []
+    for step in range(5):
+        drawn = draws(0, 8 * step, 8, 16)
+        targets = whole[step, drawn].targets
+        divided = [parts[4 * step + part, drawn[2 * part : 2 * part + 2]].targets for part in range(4)]
+        assert torch.equal(torch.cat(divided), targets)
+        shares.append(len(targets) / (8 * 64))
+    assert shares == pytest.approx([0.9, 0.74, 0.58, 0.42, 0.26], abs=0.08)
