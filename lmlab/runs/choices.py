@@ -41,13 +41,22 @@ RENAMED = errors.RENAMED | {
     "lmlab.training.pruning.": "lmlab.sweeps.pruning.",
 }
 """Keys and targets in configs of lmlab 0.1, and their names since."""
-ADDED = {"float32_matmul_precision": "highest"}
-"""Keys that configs of lmlab 0.1 lack, and the values by which they ran."""
+ADDED: dict[str, dict[str, Any]] = {
+    "": {"float32_matmul_precision": "highest"},
+    "lmlab.objectives.mlm.MaskedLM": {
+        "mask_schedule": "constant",
+        "final_mask_probability": None,
+        "whole_word": False,
+    },
+}
+"""Keys that configs of lmlab 0.1 lack, and the values by which they ran: at the top, and in blocks by their target."""
 
 
 def of_this_version(config: dict[str, Any]) -> dict[str, Any]:
     """Copies a composed config of any version, with the keys and targets of this one."""
-    return ADDED | with_present_names(config)
+    config = ADDED[""] | with_present_names(config)
+    blocks = {key: value for key, value in config.items() if isinstance(value, dict)}
+    return config | {key: ADDED.get(block.get("_target_", "-"), {}) | block for key, block in blocks.items()}
 
 
 def with_present_names(config: Any) -> Any:

@@ -270,6 +270,12 @@ def test_a_key_that_older_runs_lack_is_no_difference() -> None:
     old = {"run_dir": "outputs/one", "seed": 1}
     assert config_choices(old) == config_choices(old | {"float32_matmul_precision": "highest"})
     assert config_choices(old) != config_choices(old | {"float32_matmul_precision": "high"})
+    masked = {"_target_": "lmlab.objectives.mlm.MaskedLM", "mask_probability": 0.15}
+    added = {"mask_schedule": "constant", "final_mask_probability": None, "whole_word": False}
+    assert config_choices(old | {"objective": masked}) == config_choices(old | {"objective": masked | added})
+    assert config_choices(old | {"objective": masked}) != config_choices(
+        old | {"objective": masked | {"whole_word": True}}
+    )
 
 
 def test_precision_is_a_difference(write: Write) -> None:

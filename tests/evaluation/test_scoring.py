@@ -216,7 +216,7 @@ def test_masked(architecture: str, name: str, context: str, block_size: int, tmp
 
 def test_whole_words_of_a_tokenizer_that_has_none(tmp_path: Path) -> None:
     tokenizer = tokenizer_named("char")
-    with pytest.raises(UserError, match="objective.whole_word=true would change nothing"):
+    with pytest.raises(UserError, match=r"objective\.whole_word=true would change nothing"):
         held_out_of(prepared(HARD, tokenizer, tmp_path, 8), MaskedLM(tokenizer, whole_word=True), 8)
 
 
