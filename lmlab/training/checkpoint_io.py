@@ -4,9 +4,9 @@ A checkpoint is a file of torch's. That of a sharded model is a folder, which an
 
 ```
 step-6.ckpt/
-  checkpoint.pt                               all of it but the sharded tensors, which have only a shape here
-  shard-00001-model-00001-of-00002.safetensors  …   what each rank held of them, by torch.distributed.checkpoint
-  checksums.json                              the CRC-32 of each of these files
+  checkpoint.pt                 all of it but the sharded tensors, of which it has the shapes
+  shard-00001-….safetensors …   what each rank held of them, by torch.distributed.checkpoint
+  checksums.json                the CRC-32 of each of these files
 ```
 """
 
