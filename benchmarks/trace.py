@@ -172,8 +172,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = function.__name__.split(".")[0], kwargs or {}
         if name == "_local_scalar_dense" and args[0].constant is None:
-            known = 1 if args[0].device.type == "cuda" else 0  # as the number of a signal to stop for
-            result: Any = bool(known) if args[0].dtype == torch.bool else known
+            result: Any = True if args[0].dtype == torch.bool else 1
         else:
             result = True if name in ("equal", "allclose") else function(*args, **kwargs)
         self.keep_account(result)
