@@ -52,6 +52,7 @@ ROWS = [
     Row("the same in bf16, 8 × 128", "train precision=bf16-mixed", "≥ 1.10", long=True),
     Row("small causal model, 8 × 64 / plain PyTorch loop", "train size=small peer=loop", "≥ 0.95"),
     Row("the same, compiled / not", "train size=small peer=lmlab lmlab.compile=true", "≥ 1.15"),
+    Row("tiny causal model, 8 × 16 / Lightning's own loop", "train size=tiny peer=lightning"),
     Row(
         "memory of a causal step, 4 layers × 128, 50k vocabulary, 8 × 1024 / Trainer",
         "train size=small block_size=1024 vocabulary=50257 measure=memory lmlab.activation_checkpointing=true",

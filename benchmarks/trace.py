@@ -1,4 +1,4 @@
-"""Steps of training on a GPU that is not there, and what they would take on one.
+"""Steps of training and validations on a GPU that is not there, and what they would take on one.
 
   python -m benchmarks.trace                                   GPT-2 124M, 32 × 1024, bf16
   python -m benchmarks.trace objective=mlm size=distil batch_size=64 block_size=512
@@ -15,9 +15,11 @@ Keys, with their defaults:
   precision=bf16-mixed  bf16-mixed, 16-mixed
 
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
-in a few seconds on any machine. The command fails where a step makes the host wait for the device, copies from
-memory that is not pinned, mixes devices, or does not use flash attention. The time is an estimate: of each operation
-the longer of its arithmetic and of the bytes that it reads and writes, at the rates of an H100.
+in a few seconds on any machine, with the callbacks of a run but for what they write. The command fails where a step or
+a batch of a validation makes the host wait for the device, copies from memory that is not pinned, mixes devices, or
+does not use flash attention though no row is padded. What is done once a validation, a report or a checkpoint may wait,
+and is not watched. The time is an estimate: of each operation the longer of its arithmetic and of the bytes that it
+reads and writes, at the rates of an H100.
 
 It changes torch for the rest of the process, and needs Linux and a build of torch for CPUs.
 """
@@ -27,9 +29,9 @@ import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -47,20 +49,26 @@ from benchmarks.pairs import workplace
 from benchmarks.train import SIZES, SPECIAL, Sized, make_model, make_tokenizer, vocabulary_of
 from lmlab.console import duration, show_rows
 from lmlab.data.datamodule import BlocksDataModule
+from lmlab.data.documents import Documents
 from lmlab.data.prepared import Blocks
 from lmlab.data.preprocess import group_texts
 from lmlab.errors import shown_plainly
 from lmlab.evaluation.certify import silence_lightning
+from lmlab.evaluation.scoring import HeldOut, WindowRows
+from lmlab.evaluation.windows import Context, windows
 from lmlab.models import efficiency, loss
 from lmlab.models.flops import Flops
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 from lmlab.optim import AdamW
+from lmlab.training.callbacks import ShowProgress
+from lmlab.training.checkpoint import Checkpoints
+from lmlab.training.checkpoint_io import AtomicCheckpointIO
 from lmlab.training.measure import Measure
 from lmlab.training.module import LMModule
 
-STEPS = 4
-"""Steps that are made; the first one, which allocates, is not counted."""
+STEPS, VAL_INTERVAL = 4, 2
+"""Steps that are made, and those from one validation to the next; the first step, which allocates, is not counted."""
 FLOPS_PER_SECOND = {"bf16": 620e12, "float32": 51e12}
 BYTES_PER_SECOND = 2.6e12
 """Rates that an H100 SXM reaches in large products and in passes over memory."""
@@ -95,7 +103,7 @@ ANSWERS: dict[str, Any] = {
 """The values that functions of `torch.cuda` return."""
 IGNORED = (
     *("set_device", "empty_cache", "manual_seed_all", "reset_peak_memory_stats"),
-    *("set_rng_state", "set_rng_state_all", "_lazy_init", "synchronize"),
+    *("set_rng_state", "set_rng_state_all", "_lazy_init"),
 )
 """Functions of `torch.cuda` that do nothing."""
 
@@ -124,25 +132,42 @@ def install_hooks() -> tuple[Any, ...]:
     return functions, counts_none, guard
 
 
+@dataclass
+class Work:
+    """The operations of all watched steps, or of all batches of validations."""
+
+    times: int = 0
+    """How many steps, or batches."""
+    operations: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
+    """Those for which the host waits."""
+    bytes: Counter[str] = field(default_factory=Counter)
+    """Read and written, by the kind of operation; views move nothing."""
+    flops: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    """At `FLOPS_PER_SECOND` and `BYTES_PER_SECOND`, whichever takes longer."""
+
+    def row(self, name: str, kinds: Iterable[str]) -> list[str]:
+        """Returns the cells of the table for the operations of some kinds, of one step or batch."""
+        counters = (self.bytes, self.flops, self.seconds)
+        moved, flops, seconds = (sum(counter[kind] for kind in kinds) / self.times for counter in counters)
+        return [name, f"{moved / 1e9:,.1f} GB", f"{flops / 1e12:,.2f} TFLOP", duration(seconds)]
+
+
 class Watch(TorchDispatchMode):
-    """Counts the work of the steps by the kind of operation, and the operations for which the host waits."""
+    """Counts the operations by their kind, those for which the host waits, and the memory in use."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         """Names the sizes by which the logits are known: rows of the head's matrix, and its columns."""
         super().__init__()
         self.vocabulary, self.width = {vocabulary, vocabulary + -vocabulary % loss.ALIGNMENT}, width
-        self.on = False
-        self.operations: Counter[str] = Counter()
-        self.waits: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-        """Read and written, by the kind of operation; views move nothing."""
-        self.flops: Counter[str] = Counter()
+        self.steps, self.validations = Work(), Work()
+        self.work: Work | None = None
+        """What operations are counted to; None where they are not watched."""
         self.storages: set[int] = set()
         """The pieces of the device's memory that are in use."""
         self.in_use = self.most_in_use = 0
         """Their bytes, now and at most."""
-        self.seconds: Counter[str] = Counter()
-        """At `FLOPS_PER_SECOND` and `BYTES_PER_SECOND`, whichever takes longer."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = function.__name__.split(".")[0], kwargs or {}
@@ -151,11 +176,16 @@ class Watch(TorchDispatchMode):
         else:
             result = True if name in ("equal", "allclose") else function(*args, **kwargs)
         self.keep_account(result)
-        if self.on:
-            self.operations[name] += 1
-            self.waits[name] += self.makes_the_host_wait(name, args, kwargs)
-            self.count(function, args, kwargs, result)
+        if self.work:
+            self.work.operations[name] += 1
+            self.work.waits[name] += self.makes_the_host_wait(name, args, kwargs)
+            self.count(self.work, function, args, kwargs, result)
         return result
+
+    def synchronize(self, device: Any = None) -> None:
+        """Stands in for `torch.cuda.synchronize`."""
+        if self.work:
+            self.work.waits["synchronize"] += 1
 
     def keep_account(self, result: Any) -> None:
         """Adds the memory of new tensors to what is in use, and takes it off again when it is freed."""
@@ -176,16 +206,22 @@ class Watch(TorchDispatchMode):
     @staticmethod
     def makes_the_host_wait(name: str, args: Any, kwargs: Any) -> bool:
         """Returns whether the host needs the result of an operation, or a copy to be finished, before it goes on."""
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
-            return True
-        if name == "index":  # a mask is counted first
-            return any(index is not None and index.dtype == torch.bool for index in args[1])
         source = args[0] if args and torch.is_tensor(args[0]) else None
-        if source is None or kwargs.get("device") is None or torch.device(kwargs["device"]).type == source.device.type:
+        if source is None:
             return False
-        return not (kwargs.get("non_blocking") and getattr(source, "pinned", False))
+        if source.device.type == "cuda":
+            if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+                return True
+            if name == "index":  # a mask is counted first
+                return any(index is not None and index.dtype == torch.bool for index in args[1])
+        device, asynchronous = kwargs.get("device"), kwargs.get("non_blocking")
+        if name == "copy_":
+            device, source, asynchronous = source.device, args[1], len(args) > 2 and args[2]
+        if device is None or torch.device(device).type == source.device.type:
+            return False
+        return not (asynchronous and getattr(source, "pinned", False))
 
-    def count(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def count(self, work: Work, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Adds the bytes, operations and time of one call."""
         given = {key: value for key, value in kwargs.items() if key != "out"}
         read = [value for value in tree_leaves((args, given)) if torch.is_tensor(value)]
@@ -202,16 +238,16 @@ class Watch(TorchDispatchMode):
         moved = sum(value.numel() * value.element_size() for value in [*read, *written])
         kind = "loss" if any(map(self.are_logits, [*read, *written])) else kind_of(function.__name__, flops)
         half = any(value.dtype in (torch.bfloat16, torch.float16) for value in read)
-        self.bytes[kind] += moved
-        self.flops[kind] += flops
-        self.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
+        work.bytes[kind] += moved
+        work.flops[kind] += flops
+        work.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
 
     def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any, scale: Any) -> Any:
         """Stands in for the compiled function, which no trace sees into: it reads the logits twice, and writes once."""
-        if self.on:
+        if self.work:
             moved = (2 + (dtype is not None)) * logits.numel() * logits.element_size()
-            self.bytes["loss"] += moved
-            self.seconds["loss"] += moved / BYTES_PER_SECOND
+            self.work.bytes["loss"] += moved
+            self.work.seconds["loss"] += moved / BYTES_PER_SECOND
         nll = logits.new_empty(len(logits), dtype=torch.float32)
         return nll, None if dtype is None else torch.empty_like(logits, dtype=dtype)
 
@@ -234,17 +270,28 @@ def kind_of(name: str, flops: int) -> str:
     return "optimizer" if "adam" in name else "elementwise"
 
 
-class WatchSteps(L.Callback):
-    """Turns the watch on for all steps but the first, which allocates."""
+class WatchBatches(L.Callback):
+    """Has the watch count all steps but the first, which allocates, and all batches of validations."""
 
     def __init__(self, watch: Watch):
         self.watch = watch
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        self.watch.on = index > 0
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.watch.work = self.watch.steps if trainer.global_step > 0 else None
 
-    def on_train_end(self, *args: Any) -> None:
-        self.watch.on = False
+    def on_before_zero_grad(self, *args: Any) -> None:
+        if self.watch.work:
+            self.watch.work.times += 1
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self.watch.work = self.watch.validations
+        self.watch.work.times += 1
+
+    def stop(self, *args: Any) -> None:
+        """Has the watch count nothing."""
+        self.watch.work = None
+
+    on_validation_start = on_validation_epoch_end = on_train_end = stop
 
 
 def apply(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
@@ -267,12 +314,19 @@ def pin_memory(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
     return tensor
 
 
-def flash_attention(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
-) -> Any:
+def numpy(tensor: torch.Tensor, *args: Any, numpy: Any = torch.Tensor.numpy, **options: Any) -> Any:
+    """Stands in for `Tensor.numpy`: all numbers that come from the device are 1."""
+    return np.ones(tensor.shape) if isinstance(tensor, fake.FakeTensor) else numpy(tensor, *args, **options)
+
+
+def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any) -> Any:
     """Stands in for `scaled_dot_product_attention` on a GPU, which takes flash attention where there is no mask."""
-    assert attn_mask is None, "no flash attention: there is a mask"
+    assert attn_mask is None or not torch.is_grad_enabled(), "no flash attention: a step has a mask, and no padding"
     query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))  # as autocast does
+    if attn_mask is not None:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
+        return efficient(query, key, value, bias, False, dropout_p)[0]
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(query, key, value, dropout_p, options.get("is_causal", False), False, scale=options.get("scale"))[0]
 
@@ -286,12 +340,17 @@ def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
         *((torch.cuda, name, lambda *args, answer=answer, **options: answer) for name, answer in ANSWERS.items()),
         *((torch.cuda, name, lambda *args, **options: None) for name in IGNORED),
         (torch.cuda, "default_generators", (torch.Generator(),)),
+        (torch.cuda, "synchronize", watch.synchronize),
         (fake, "init_gpu_context", lambda device: None),
         (fake.FakeTensorMode, "avoid_device_init", True),
         (transformers.masking_utils, "is_tracing", lambda *args: False),
         (torch.nn.Module, "_apply", apply),
         (torch.Tensor, "pin_memory", pin_memory),
-        (torch.nn.functional, "scaled_dot_product_attention", flash_attention),
+        (torch.Tensor, "__deepcopy__", lambda tensor, memo: tensor.detach().clone()),
+        (torch.Tensor, "numpy", numpy),
+        (Checkpoints, "save", lambda *args: None),
+        (LMModule, "refuse_bad_batch", lambda *args: None),
+        (torch.nn.functional, "scaled_dot_product_attention", attention),
         (loss, "compiled_nll_and_slope", lambda device: watch.compiled_nll_and_slope),
     ]
     with ExitStack() as stack:
@@ -327,9 +386,18 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             stretches=1,
             metric=objective.metric,
             logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True),
+            val_interval=VAL_INTERVAL,
         )
         datamodule = BlocksDataModule(
-            blocks, [], objective, 1, settings.batch_size, STEPS + 1, 0, accumulate=settings.accumulate
+            blocks,
+            # A batch of whole blocks, and one whose last row is padded.
+            hold_out(ids[: (2 * settings.batch_size - 1) * settings.positions + 2], settings.positions, objective),
+            objective,
+            1,
+            settings.batch_size,
+            STEPS + 1,
+            0,
+            accumulate=settings.accumulate,
         )
         silence_lightning()
         trainer = L.Trainer(
@@ -340,12 +408,14 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             max_steps=STEPS,
             gradient_clip_val=1.0,
             accumulate_grad_batches=settings.accumulate,
-            limit_val_batches=0,
-            callbacks=[WatchSteps(watch), Measure()],
+            val_check_interval=VAL_INTERVAL * settings.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            callbacks=[WatchBatches(watch), ShowProgress(0.0), Checkpoints(str(folder), keep_best=0), Measure()],
+            plugins=[AtomicCheckpointIO()],
             log_every_n_steps=100,
             logger=False,
             use_distributed_sampler=False,
-            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
@@ -357,22 +427,28 @@ def trace(settings: Settings) -> tuple[Watch, float]:
     return watch, flops.step(tokens, targets, settings.positions)
 
 
+def hold_out(ids: np.ndarray, positions: int, objective: Any) -> HeldOut:
+    """Returns the blocks of ids, of which the last one may be short, as the held-out rows of one document."""
+    ends = np.array([0, len(ids)])
+    documents = Documents(ids, np.ones((len(ids), 5), np.int32), ends, ends, ["text"], [0], [""], "")
+    bounds = group_texts(documents.lengths, positions)
+    shown = windows(Context("blocks", positions), documents, bounds, objective, None)
+    return HeldOut(WindowRows(documents, shown, objective, 0), pad_id=1, facts={})
+
+
 def show(watch: Watch, needed: float) -> None:
-    """Prints the work of a step by its kind, and fails if the host waited."""
-    steps, rows = STEPS - 1, []
-    total = sum(watch.seconds.values()) / steps
-    for kind, seconds in watch.seconds.most_common():
-        moved, flops = watch.bytes[kind] / steps, watch.flops[kind] / steps
-        rows.append([kind, f"{moved / 1e9:,.1f} GB", f"{flops / 1e12:,.2f} TFLOP", duration(seconds / steps)])
-    moved, flops = (sum(counts.values()) / steps for counts in (watch.bytes, watch.flops))
-    rows.append(["a step", f"{moved / 1e9:,.1f} GB", f"{flops / 1e12:,.2f} TFLOP", duration(total)])
+    """Prints the work of a step by its kind, and that of a batch of a validation; fails if the host waited."""
+    steps, validations = watch.steps, watch.validations
+    rows = [steps.row(kind, [kind]) for kind, _ in steps.seconds.most_common()]
+    rows += [steps.row("a step", steps.seconds), validations.row("a batch of a validation", validations.seconds)]
     show_rows("Trace", ("", "read and written", "computed", "estimate"), rows)
     print(f"{watch.most_in_use / 2**30:.1f} GiB of memory at most, without what an allocator leaves unused.")
-    print(f"{needed / total / PEAK:.0%} of the peak of an H100 would be used.")
-    waits = +watch.waits
-    assert not waits, f"the host waits for the device: {dict(waits)}"
+    print(f"{needed * steps.times / steps.seconds.total() / PEAK:.0%} of the peak of an H100 would be used.")
+    for work, name in ((steps, "a step"), (validations, "a batch of a validation")):
+        assert not +work.waits, f"in {name} the host waits for the device: {dict(+work.waits)}"
     for operation in ("_fused_adamw_", "_scaled_dot_product_flash_attention_backward"):
-        assert watch.operations[operation], f"no {operation} in a step"
+        assert steps.operations[operation], f"no {operation} in a step"
+    assert validations.operations["_scaled_dot_product_flash_attention"], "no flash attention in a validation"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
   python -m benchmarks.train objective=mlm size=distil                     over the Hugging Face Trainer
   python -m benchmarks.train size=small peer=loop                          over a plain PyTorch loop
   python -m benchmarks.train size=small peer=compiled lmlab.compile=true   both compiled
+  python -m benchmarks.train size=tiny peer=lightning                      over Lightning's own loop
   python -m benchmarks.train size=small peer=lmlab lmlab.compile=true      over lmlab without the lmlab.… keys
   python -m benchmarks.train size=distil block_size=1024 measure=memory    peak memory of one step
 
@@ -10,7 +11,8 @@ Keys, with their defaults:
 
   objective=clm         clm, mlm
   size=distil           tiny, small (4 × 128), distil (6 × 768), gpt2 (12 × 768): layers × width
-  peer=trainer          trainer, loop, compiled (the loop under torch.compile), lmlab (without the lmlab.… keys)
+  peer=trainer          trainer, loop, compiled (the loop under torch.compile), lightning (a module of a few lines),
+                        lmlab (without the lmlab.… keys)
   precision=32-true     32-true, bf16-mixed
   batch_size=8          blocks of a step
   block_size=0          positions of a block; 0: 16, 64, 128 or 1024, by size
@@ -75,7 +77,7 @@ class Sized:
 class Settings(Sized, Arguments):
     objective: Literal["clm", "mlm"] = "clm"
     size: Literal["tiny", "small", "distil", "gpt2"] = "distil"
-    peer: Literal["trainer", "loop", "compiled", "lmlab"] = "trainer"
+    peer: Literal["trainer", "loop", "compiled", "lightning", "lmlab"] = "trainer"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     batch_size: int = 8
     block_size: int = 0
@@ -268,6 +270,8 @@ def serve(name: str, values: dict[str, Any], folder: str, turns: Turns) -> None:
         trainer_side(settings, Path(folder), turns)
     elif name in ("loop", "compiled"):
         loop_side(settings, Path(folder), turns, compiled=name == "compiled")
+    elif name == "lightning":
+        lightning_side(settings, Path(folder), turns)
     else:
         lmlab_side(settings, Path(folder), turns, name)
 
@@ -378,13 +382,7 @@ def loop_side(settings: Settings, folder: Path, turns: Turns, compiled: bool) ->
     # says that it needs none. No block is padded.
     AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
     model = load(folder, settings.causal, attn_implementation="sdpa_without_mask").to(device).train()
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], lr=LR, fused=True
-    )
-    factor = lambda step: min(step / WARMUP_STEPS, (STEPS - step) / (STEPS - WARMUP_STEPS))  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    optimizer, scheduler = make_optimizer(model)
     half = torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16-mixed")
     options = {"use_cache": False} if settings.causal else {}
 
@@ -406,6 +404,74 @@ def loop_side(settings: Settings, folder: Path, turns: Turns, compiled: bool) ->
         optimizer.zero_grad(set_to_none=True)
         if turns.step(loss.detach()):
             turns.start(model, batches.prepare)
+
+
+def lightning_side(settings: Settings, folder: Path, turns: Turns) -> None:
+    """Runs a LightningModule of a few lines: what Lightning itself takes."""
+    import lightning as L
+    import torch
+    from torch.nn import functional as F
+
+    from lmlab.evaluation.certify import silence_lightning
+
+    turns.ready()
+    silence_lightning()
+    batches = Batches(settings, folder, shift=0)
+    options = {"use_cache": False} if settings.causal else {}
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = load(folder, settings.causal).train()
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            input_ids, labels = batch
+            logits = self.model(input_ids=input_ids, **options).logits
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+        def configure_optimizers(self) -> Any:
+            optimizer, scheduler = make_optimizer(self.model)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return STEPS
+
+        def __getitem__(self, number: int) -> Any:
+            return batches[number]
+
+    class InTurns(L.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            turns.start(module.model, batches.prepare)
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+            if turns.step(outputs["loss"]):
+                turns.start(module.model, batches.prepare)
+
+    L.Trainer(
+        devices=1,
+        precision=settings.precision,
+        max_steps=STEPS,
+        gradient_clip_val=1.0,
+        callbacks=[InTurns()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Module(), torch.utils.data.DataLoader(Rows(), batch_size=None))
+
+
+def make_optimizer(model: Any) -> tuple[Any, Any]:
+    """Returns lmlab's AdamW and its schedule, for a peer that makes its own."""
+    import torch
+
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], lr=LR, fused=True
+    )
+    factor = lambda step: min(step / WARMUP_STEPS, (STEPS - step) / (STEPS - WARMUP_STEPS))  # noqa: E731
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Shapes: B rows, T positions, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -22,12 +22,15 @@ PORTABLE = ("eager", "sdpa")
 """Implementations of attention that run on any device."""
 
 
-DEVICE_READS = (
-    (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
-    (masking_utils, "find_packed_sequence_indices"),
+DEVICE_READS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *args: None),
+    (masking_utils, "find_packed_sequence_indices", lambda *args: None),
+    (masking_utils, "is_tracing", lambda tensor=None: tensor is not None),
 )
-"""Functions of transformers that read from the device in each forward pass, so that the host would wait for it:
-whether rows end in padding, or position ids begin anew, where no mask says so. In lmlab's batches neither happens."""
+"""Functions of transformers that read from the device in each forward pass, so that the host would wait for it, and
+what stands in for them: whether rows end in padding, or position ids begin anew, where no mask says so, and whether a
+mask hides anything, which is read unless a tensor is traced. In lmlab's batches neither of the first two happens, and
+there is a mask only where rows are padded."""
 
 
 class Probe(NamedTuple):
@@ -93,8 +96,8 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> 
     """
     masked = {} if mask is None else {"attention_mask": mask}
     with ExitStack() as stack:
-        for owner, function in DEVICE_READS:
-            stack.enter_context(patch.object(owner, function, lambda *args: None))
+        for owner, name, function in DEVICE_READS:
+            stack.enter_context(patch.object(owner, name, function))
         return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
 
 

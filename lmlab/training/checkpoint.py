@@ -128,14 +128,15 @@ class Checkpoints(Checkpoint):
         Several ranks get the answer to the previous call, which has long arrived.
         """
         minutes = (time.monotonic() - self.began) / 60
-        mine = torch.tensor([SIGNALS.received, int(minutes / self.every_minutes) if self.every_minutes else 0])
-        if self.group is not None:
-            asked, self.asked = self.asked, (dist.all_reduce(mine, dist.ReduceOp.MAX, self.group, async_op=True), mine)
-            if asked is None:
-                return 0, 0
-            asked[0].wait()
-            mine = asked[1]
-        signal, intervals = mine.tolist()
+        intervals = int(minutes / self.every_minutes) if self.every_minutes else 0
+        if self.group is None:
+            return SIGNALS.received, intervals
+        mine = torch.tensor([SIGNALS.received, intervals])
+        asked, self.asked = self.asked, (dist.all_reduce(mine, dist.ReduceOp.MAX, self.group, async_op=True), mine)
+        if asked is None:
+            return 0, 0
+        asked[0].wait()
+        signal, intervals = asked[1].tolist()
         return signal, intervals
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LMModule, *args: Any) -> None:  # type: ignore[override]

@@ -148,13 +148,14 @@ class LMModule(Scorer):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so that resuming needs no generator state (promise 1).
         state = np.random.SeedSequence([self.seed, batch.number, self.global_rank]).generate_state(1, np.uint64)
-        if self.device.type != "cuda":
-            torch.manual_seed(int(state[0]))
-            return
+        seed = int(state[0])
         # Not by torch.manual_seed: for each kind of device that is not there it formats the stack of its caller, in
         # each batch.
-        for generator in (torch.default_generator, torch.cuda.default_generators[self.device.index]):
-            generator.manual_seed(int(state[0]))
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index].manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self._device_mesh is not None and self.reduces_once:
@@ -170,8 +171,9 @@ class LMModule(Scorer):
             # Weighted by the number of targets, as the nll of the batch is.
             loss = loss + auxiliary * nll.numel()
             self.train_auxiliary.update(auxiliary.expand(nll.numel()))
-        self.step_counts[0] += nll.numel()
-        self.step_counts[1] += batch.tokens
+        # Not by +=, which would copy each sum onto itself.
+        self.step_counts[0].add_(nll.numel())
+        self.step_counts[1].add_(batch.tokens)
         self.batch_number = batch.number
         self.note_nonfinite(loss)
         return loss * factor
@@ -220,7 +222,7 @@ class LMModule(Scorer):
         The note stays on the device: reading it here would make a GPU wait at every step.
         """
         bad = torch.where(value.isfinite(), NEVER, self.batch_number)
-        self.first_bad_batch.copy_(torch.minimum(self.first_bad_batch, bad))
+        torch.minimum(self.first_bad_batch, bad, out=self.first_bad_batch)
 
     def check_finite(self) -> None:
         """Ends the run if the loss or the gradient of any batch was not finite.

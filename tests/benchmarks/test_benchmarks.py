@@ -32,7 +32,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.longest
-@pytest.mark.parametrize(("objective", "peer"), [("clm", "loop"), ("clm", "compiled"), ("mlm", "trainer")])
+@pytest.mark.parametrize(
+    ("objective", "peer"), [("clm", "loop"), ("clm", "compiled"), ("clm", "lightning"), ("mlm", "trainer")]
+)
 def test_train(objective: str, peer: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = train.Settings.parse([*QUICK, f"objective={objective}", f"peer={peer}"])
     results.record("train", settings, train.compare)
