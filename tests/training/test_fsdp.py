@@ -100,6 +100,17 @@ def test_replicated_over_nodes(train: Callable[..., Path], tmp_path: Path) -> No
 
 
 @pytest.mark.long
+def test_a_disk_that_is_full_to_one_rank_is_full_to_all(tmp_path: Path) -> None:
+    """None waits for a rank that has given up."""
+    words = [*DROPOUT_OFF["clm"], *COMMON, *FSDP, "trainer.max_steps=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    run = start(*words, "+callbacks.full._target_=tests.broken_callback.HasNoRoomForFolders")
+    shown, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert "step-2.ckpt could not be kept, as the disk is full" in shown + errors
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.long
 def test_a_run_goes_on_sharded(
     train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
