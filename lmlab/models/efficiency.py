@@ -109,6 +109,22 @@ def share_tied_gradient(model: PreTrainedModel) -> None:
         embedding.sparse = True
 
 
+def check_sharding(model: PreTrainedModel) -> None:
+    """Refuses to shard a model that leaves out layers at random in training: each rank would leave out other ones.
+
+    Ranks gather the weights of a layer together, so that those of another layer would come in their place.
+
+    Raises:
+        UserError: names the key of the model's config.
+    """
+    for key, value in model.config.to_dict().items():
+        if key.endswith("layerdrop") and value:
+            raise UserError(
+                f"model.config.{key}={value}: the ranks of a sharded model can't leave out different layers.\n"
+                f"Set model.config.{key}=0, or train without trainer=fsdp."
+            )
+
+
 def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:
     """Divides parameters, gradients and optimizer states over the ranks of a mesh, layer by layer (FSDP2).
 
