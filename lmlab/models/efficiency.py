@@ -3,6 +3,7 @@
 Shapes: V vocabulary, H hidden size.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from textwrap import shorten
@@ -73,7 +74,9 @@ def checkpoint_activations(model: PreTrainedModel, selective: bool = False) -> N
     if selective:
         kept = [getattr(torch.ops.aten, name).default for name in PRODUCTS]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with warnings.catch_warnings():  # a later transformers calls it by another name, which an earlier one lacks
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def choose_attention(model: PreTrainedModel, name: str) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,9 @@ def test_layers_left_out_at_random_are_not_sharded(architecture: str, key: str) 
     check_sharding(small(architecture, True))
     with pytest.raises(UserError, match=rf"model\.config\.{key}=0\.5: .*\nSet model\.config\.{key}=0, or train"):
         check_sharding(small(architecture, True, **{key: 0.5}))
+
+
+def test_checkpointing_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint_activations(small("llama", True))
