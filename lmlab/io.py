@@ -69,10 +69,9 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def replaced(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` fill a folder beside `path`, flushes it, and renames it to `path`, in place of one that is there."""
+    """Lets `write` make a folder beside `path`, flushes it, and renames it to `path`, in place of one that is there."""
     beside, old = partial_of(path), path.with_name(f".{path.name}.old")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
     try:
         write(beside)
         readable = beside.stat().st_mode & 0o666  # as the umask has it; safetensors leaves its files to their owner

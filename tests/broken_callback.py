@@ -1,5 +1,7 @@
 """Callbacks that go wrong on purpose."""
 
+import errno
+import os
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +28,20 @@ class TakesAway(Callback):
             self.run_dir.rename(self.to)
         elif trainer.global_step == self.step:
             shutil.rmtree(self.run_dir)
+
+
+class HasNoRoomForFolders(Callback):
+    """Lets rank 0 find the disk too full for the folder of a checkpoint: ext4 needs a block for it."""
+
+    def on_fit_start(self, trainer: Any, *args: Any) -> None:
+        mkdir = Path.mkdir
+
+        def full(path: Path, *args: Any, **options: Any) -> None:
+            if trainer.is_global_zero and path.name.endswith(".ckpt.partial"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            mkdir(path, *args, **options)
+
+        Path.mkdir = full  # type: ignore[method-assign]
 
 
 class SavesSlowly(Callback):

@@ -641,9 +641,7 @@ COMMANDS = {
     "attention=1": ["attention=1: it has to be text", "Name of an attention implementation"],
     "attention=spda": ["attention=spda", "Use eager, sdpa"],
     "attention=someone/kernel": ["attention=someone/kernel", "does not run"],
-    "trainer.strategy=ddp2": [
-        'trainer.strategy="ddp2": it has to be one of auto, ddp, fsdp, hsdp. Did you mean "ddp"?'
-    ],
+    "trainer.strategy=ddp2": ['"ddp2": it has to be one of auto, ddp, fsdp, hsdp. Did you mean "ddp"?'],
     "trainer.strategy=deepspeed_stage_2": ["it has to be one of auto, ddp, fsdp"],
     f"trainer.strategy={{_target_:{SHARDED},tensor_parallel_size:2}}": ["one of auto, ddp, fsdp", "trainer=fsdp"],
     "trainer.limit_val_batches=5": ["validation.max_documents=N", "trainer.max_steps=N"],

@@ -207,6 +207,7 @@ def build_training(
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.sampler import micro_batch_size
+    from lmlab.models.efficiency import check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
     from lmlab.optim import AdamW
@@ -214,6 +215,8 @@ def build_training(
 
     assert data.train is not None
     trainer, gpu = cfg.trainer, uses_gpu(cfg.trainer)
+    if shards(trainer) > 1:
+        check_sharding(model)
     steps, interval = training_length(cfg, data)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")

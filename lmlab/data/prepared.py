@@ -241,9 +241,14 @@ def write_once(path: Path, write: Callable[[Path], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cache_dir={path.parent} can't be made: {error.strerror}. Name another.") from error
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        write(folder)
+
     with locked(path.with_name(f"{path.name}.lock")):
         if not path.exists():
-            replaced(path, write)
+            replaced(path, fill)
     return path
 
 

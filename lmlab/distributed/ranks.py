@@ -156,6 +156,8 @@ def from_rank_zero(name: str, make: Callable[[], str]) -> str:
     from torch.distributed import DistError
 
     try:
+        while not store().check([key]):  # in a `get` that waits, no signal would end this process
+            time.sleep(0.05)
         return store().get(key).decode()
     except DistError as error:  # the store has ended with it
         raise UserError("rank 0 has ended. Its message says why.") from error

@@ -3,6 +3,7 @@
 Shapes: V vocabulary, H hidden size.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from textwrap import shorten
@@ -73,7 +74,9 @@ def checkpoint_activations(model: PreTrainedModel, selective: bool = False) -> N
     if selective:
         kept = [getattr(torch.ops.aten, name).default for name in PRODUCTS]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with warnings.catch_warnings():  # a later transformers calls it by another name, which an earlier one lacks
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def choose_attention(model: PreTrainedModel, name: str) -> None:
@@ -107,6 +110,22 @@ def share_tied_gradient(model: PreTrainedModel) -> None:
     tied = isinstance(embedding, nn.Embedding) and head is not None and embedding.weight is head.weight
     if tied and embedding.weight.device.type == "cpu" and not isinstance(embedding.weight, DTensor):
         embedding.sparse = True
+
+
+def check_sharding(model: PreTrainedModel) -> None:
+    """Refuses to shard a model that leaves out layers at random in training: each rank would leave out other ones.
+
+    Ranks gather the weights of a layer together, so that those of another layer would come in their place.
+
+    Raises:
+        UserError: names the key of the model's config.
+    """
+    for key, value in model.config.to_dict().items():
+        if key.endswith("layerdrop") and value:
+            raise UserError(
+                f"model.config.{key}={value}: the ranks of a sharded model can't leave out different layers.\n"
+                f"Set model.config.{key}=0, or train without trainer=fsdp."
+            )
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:

@@ -198,7 +198,7 @@ def write_folder(
     """Writes this rank's shards of a checkpoint and, on rank 0, the rest of it and all checksums; each rank calls it.
 
     Args:
-        folder: the same on all ranks.
+        folder: the same on all ranks, made here: where that fails on one of them, it fails on all.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     ends = accumulate(tensor.numel() * tensor.element_size() for tensor in shards.values())

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -55,17 +56,18 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads weights and optimizers, each rank its shards of them, and returns the checkpoint for the rest of it."""
         path = Path(checkpoint_path)
-        if path.is_file():
-            return super().load_checkpoint(path, weights_only)
         assert self.model is not None
         checkpoint: dict[str, Any] = load_checkpoint(path)
-        own = {
-            "state_dict": self.lightning_module_state_dict(),
-            "optimizer_states": [self.optimizer_state(optimizer) for optimizer in self.optimizers],
-        }
-        saved = {key: checkpoint[key] for key in own if key in checkpoint}
-        loaded = load_shards(path, saved, own)
-        set_model_state_dict(self.model, loaded["state_dict"])
+        loaded, whole = checkpoint, path.is_file()  # of a model that was not sharded
+        if not whole:
+            own = {
+                "state_dict": self.lightning_module_state_dict(),
+                "optimizer_states": [self.optimizer_state(optimizer) for optimizer in self.optimizers],
+            }
+            loaded = load_shards(path, {key: checkpoint[key] for key in own if key in checkpoint}, own)
+        # A parameter that has had no gradient has no state in an optimizer. Strictly, that would be an error.
+        options = StateDictOptions(full_state_dict=whole, strict=False)
+        set_model_state_dict(self.model, loaded["state_dict"], options=options)
         for optimizer, state in zip(self.optimizers, loaded.get("optimizer_states", ()), strict=False):
-            set_optimizer_state_dict(self.model, optimizer, state)
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
         return checkpoint

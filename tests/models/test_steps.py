@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmlab.errors import UserError
 from lmlab.models.efficiency import (
+    check_sharding,
     checkpoint_activations,
     choose_attention,
     compile_layers,
@@ -296,3 +298,16 @@ def test_sharded_weights_are_gathered_in_bf16_and_gradients_summed_once_a_step()
     assert moved.keys() == {"allgather torch.bfloat16", "reduce_scatter torch.float32", "stream torch.float32"}
     assert moved["allgather torch.bfloat16"] <= 4  # for the forward and the backward pass of each batch: 2 bytes each
     assert moved["reduce_scatter torch.float32"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("architecture", "key"), [("opt", "layerdrop"), ("bart", "decoder_layerdrop")])
+def test_layers_left_out_at_random_are_not_sharded(architecture: str, key: str) -> None:
+    check_sharding(small(architecture, True))
+    with pytest.raises(UserError, match=rf"model\.config\.{key}=0\.5: .*\nSet model\.config\.{key}=0, or train"):
+        check_sharding(small(architecture, True, **{key: 0.5}))
+
+
+def test_checkpointing_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint_activations(small("llama", True))

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lmlab.errors import UserError
 from lmlab.training import checkpoint_io
 from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_shards, load_weights
+from lmlab.training.sharded import ShardedStrategy
 
 WEIGHT, MOMENT = torch.arange(12.0).view(4, 3), torch.arange(5.0)
 
@@ -113,3 +117,36 @@ def test_the_same_step_of_a_model_that_is_sharded_or_not(checkpoint: dict[str, A
         AtomicCheckpointIO().save_checkpoint(content, path)
         assert load_checkpoint(path)["state_dict"].keys() == content["state_dict"].keys()
     assert [file.name for file in tmp_path.iterdir()] == ["step-3.ckpt"]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.usefixtures("checkpoint")  # its process group
+def test_a_parameter_without_a_gradient_has_no_state(sharded: bool, tmp_path: Path) -> None:
+    """Such as those that read an encoder, in BART's decoder."""
+
+    def strategy() -> ShardedStrategy:
+        model = nn.Sequential(OrderedDict(used=nn.Linear(3, 4), unused=nn.Linear(3, 4)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        made = ShardedStrategy(1)
+        made.model, made.optimizers = model, [torch.optim.AdamW(model.parameters())]
+        return made
+
+    first, again = strategy(), strategy()
+    assert first.model is not None
+    weight = first.model.get_parameter("used.weight")
+    weight.grad = torch.ones_like(weight)
+    first.optimizers[0].step()
+    saved = {
+        "state_dict": first.lightning_module_state_dict(),
+        "optimizer_states": [first.optimizer_state(first.optimizers[0])],
+    }
+    if not sharded:
+        saved = checkpoint_io.map_tensors(
+            saved, lambda name, tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        )
+    AtomicCheckpointIO().save_checkpoint(saved, tmp_path / "step-1.ckpt")
+    again.load_checkpoint(tmp_path / "step-1.ckpt")
+    states = [made.optimizer_state(made.optimizers[0])["state"]["used.weight"] for made in (first, again)]
+    assert torch.equal(states[1]["exp_avg"].full_tensor(), states[0]["exp_avg"].full_tensor())
+    for name, weight in first.lightning_module_state_dict().items():
+        assert torch.equal(again.lightning_module_state_dict()[name].full_tensor(), weight.full_tensor())

@@ -100,6 +100,27 @@ def test_replicated_over_nodes(train: Callable[..., Path], tmp_path: Path) -> No
 
 
 @pytest.mark.long
+def test_what_rank_zero_refuses_ends_the_others_under_torchrun(tmp_path: Path) -> None:
+    """It alone has the weights that a model is checked with; torchrun kills one that waits on after half a minute."""
+    words = [*DROPOUT_OFF["clm"], *FSDP, "preprocess.block_size=4096", f"hydra.run.dir={tmp_path / 'run'}"]
+    run = start(*words, torchrun=True)
+    _, errors = run.communicate(timeout=120)
+    assert errors.count("error: preprocess.block_size=4096 is more than the") == 1
+    assert "forcefully" not in errors
+
+
+@pytest.mark.long
+def test_a_disk_that_is_full_to_one_rank_is_full_to_all(tmp_path: Path) -> None:
+    """None waits for a rank that has given up."""
+    words = [*DROPOUT_OFF["clm"], *COMMON, *FSDP, "trainer.max_steps=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    run = start(*words, "+callbacks.full._target_=tests.broken_callback.HasNoRoomForFolders")
+    shown, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert "step-2.ckpt could not be kept, as the disk is full" in shown + errors
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.long
 def test_a_run_goes_on_sharded(
     train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
