@@ -98,7 +98,7 @@ def make_example(
             for training text it is where the objective has a key `whole_word` that is true.
     """
     given = {"progress": progress, "continues": continues}
-    more = {name: given[name] for name in more_parameters(type(objective))}
+    more: dict[str, Any] = {name: given[name] for name in more_parameters(type(objective))}
     return objective(ids, key, first, **more) if first else objective(ids, key, **more)
 
 
