@@ -14,7 +14,8 @@ from typing import IO, Any
 from lmlab.errors import UserError, first_line
 
 PARTIAL = ".partial"
-"""The end of the name of a file or folder until it is whole; of the folder inside an `--out` folder, the name."""
+"""The suffix of a file or folder that is not whole yet. Inside an `--out` folder, the name of the folder that holds its
+files until all of them are whole."""
 UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
 """The errors of a file system without locks, such as Lustre where it is mounted without them."""
 

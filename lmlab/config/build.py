@@ -12,6 +12,7 @@ from lmlab.config.schema import preprocessing, shards, training_steps, uses_gpu,
 from lmlab.config.targets import arguments, blocks, build, takes
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line
+from lmlab.runs.choices import ADDED
 
 if TYPE_CHECKING:
     import lightning as L
@@ -59,8 +60,8 @@ def build_model_of_rank(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -
     """Returns the objective and the model of a config on each rank.
 
     Where the model is to be sharded, rank 0 alone has its weights, and sends each rank its shards of them
-    (`models.efficiency.shard`): main memory holds them once. What the model does is found out with them, so that rank 0
-    tells the others this too.
+    (`models.efficiency.shard`): main memory holds them once. The probe needs weights too, so rank 0 sends the others
+    its result.
     """
     from lmlab.models.probe import PROBES, Probe, probe
 
@@ -79,8 +80,8 @@ def build_model(
     A block size that the config leaves open becomes the longest that the model takes.
 
     Args:
-        empty: leave the weights out, and what is checked with them. The model of a target of one's own has them even
-            so.
+        empty: leave the weights out, and what is checked with them. A target without a parameter `empty` makes its
+            weights all the same.
     """
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -130,6 +131,7 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
     from lmlab.evaluation.windows import Context
 
     block = held_out_objective(cfg)
+    added = ADDED.get(block.get("_target_", "-"), {}).items()
     if block != cfg.objective:
         objective = build(block, "objective", tokenizer=data.tokenizer)
     pseudo = None
@@ -140,8 +142,8 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         objective,
         Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride")),
         preprocessing(cfg),
-        # What is off says nothing, and certificates from before such a key was there say nothing of it either.
-        objective_config={str(key): value for key, value in block.items() if value is not False},
+        # Without keys that lmlab 0.1 did not have, where they change nothing: its certificates lack them.
+        objective_config={str(key): value for key, value in block.items() if (key, value) not in added},
         masks_seed=cfg.seed if "score" in cfg else 0,  # in training the same masks for runs of all seeds
         pseudo=pseudo,
         units=cfg.get("units", "text"),
@@ -149,16 +151,20 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
 
 
 def held_out_objective(cfg: DictConfig) -> DictConfig:
-    """Returns the block of the objective by which held-out text is scored, as at the end of a run.
+    """Returns the block of the objective by which held-out text is scored: `validation_x` stands in for `x`.
 
-    `validation_x` stands in for `x`, or else `final_x`, to which `x_schedule` leads.
+    A schedule that leads from `x` to `final_x`, such as `mask_schedule` of `mask_probability`, is replaced by its end.
     """
     block: dict[str, Any] = OmegaConf.to_container(cfg.objective)  # type: ignore[assignment]
-    for prefix in ("final_", "validation_"):
-        own = {key: value for key, value in block.items() if key.startswith(prefix)}
-        instead = {key.removeprefix(prefix): value for key, value in own.items() if value is not None}
-        block = {key: value for key, value in block.items() if key not in own} | instead
-    return OmegaConf.create({key: value for key, value in block.items() if not key.endswith("_schedule")})
+    for schedule in [key for key in block if key.endswith("_schedule")]:
+        prefix = schedule.removesuffix("schedule")
+        for name in [key for key in block if key.startswith(prefix) and f"final_{key}" in block]:
+            end = block.pop(f"final_{name}")
+            block[name] = block[name] if end is None else end
+            block.pop(schedule, None)
+    own = {key: value for key, value in block.items() if key.startswith("validation_")}
+    instead = {key.removeprefix("validation_"): value for key, value in own.items() if value is not None}
+    return OmegaConf.create({key: value for key, value in block.items() if key not in own} | instead)
 
 
 def build_validation(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "tuple[HeldOut, HeldOut | None]":

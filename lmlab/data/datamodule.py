@@ -43,7 +43,7 @@ class Batches(Dataset[Batch]):
     def __init__(
         self, blocks: Blocks, objective: Objective, seed: int, pad_id: int, steps: int = 1, accumulate: int = 1
     ):
-        """Takes what decides a batch.
+        """Takes the blocks, the objective, and what its draws depend on.
 
         Args:
             steps: the number of optimizer steps of the whole run.
@@ -69,10 +69,6 @@ def collate(
 ) -> Batch:
     """Makes a batch of the drawn blocks: the objective decides the targets, and only then rows are padded.
 
-    Args:
-        number: the number of micro batches of this rank before this one in the whole run.
-        progress: the share of the optimizer steps of the run that were made before.
-
     Padding is therefore never a target, and an end-of-text token always can be, also where the two share an id.
 
     Two blocks, the second one short, under a causal objective and a masked one (B = 2, T = 4):
@@ -87,11 +83,14 @@ def collate(
 
         masked           input_ids   5 3 7 2     positions       1   4
                                      3 9 0 0     targets         6   8
+
+    Args:
+        number: the number of micro batches of this rank before this one in the whole run.
+        progress: the share of the optimizer steps of the run that were made before.
     """
     rows = []
     for draw in draws:
-        # Data were prepared with it for such an objective.
-        continues = blocks.continues(draw.block) if getattr(objective, "whole_word", False) else None  # type: ignore[union-attr]
+        continues = blocks.continues(draw.block) if isinstance(blocks, Blocks) else None
         key = (seed, draw.epoch, draw.block)
         rows.append(make_example(objective, blocks[draw.block], key, progress=progress, continues=continues))
     return Batch(*pad_rows(rows, pad_id), sum(len(inputs) for inputs, _, _ in rows), number)

@@ -170,14 +170,14 @@ def spans(
         start, ends = edges[0], edges[1:]
     else:
         own = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * tokens).reshape(tokens, 2)
-        word = np.fromiter((-1 if word is None else word for word in words), np.int64, tokens)
+        word = numbered(words)
         of_text = np.flatnonzero(word >= 0) if (word >= 0).any() else [tokens - 1]
         if lost and left:
             start = own[of_text[0], 0]
         ends = np.maximum(start, np.maximum.accumulate(own[:, 1]))
         if left or not lost:
             ends[of_text[-1] :] = len(points)
-        shares[:, FLAGS] = CONTINUES * continued(words)
+        shares[:, FLAGS] = CONTINUES * continued(word)
         depth = np.zeros(len(points) + 1, np.int64)
         np.add.at(depth, own[:, 0], 1)
         np.add.at(depth, own[:, 1], -1)
@@ -188,14 +188,20 @@ def spans(
     return shares
 
 
-def continued(words: Sequence[int | None]) -> np.ndarray:
+def numbered(words: Sequence[int | None]) -> np.ndarray:
+    """Returns the number of each token's pre-token as an array [T]: -1 for None, which special tokens have."""
+    return np.fromiter((-1 if word is None else word for word in words), np.int64, len(words))
+
+
+def continued(word: np.ndarray) -> np.ndarray:
     """Returns whether each token continues the word of the token before it: [T] bool.
 
     Args:
-        words: the number of each token's pre-token, as of `tokenizers.Encoding`; None for special tokens.
+        word: [T] the number of each token's pre-token, as of `numbered`.
     """
-    word = np.fromiter((-1 if word is None else word for word in words), np.int64, len(words))
-    return np.concatenate([np.zeros(len(word[:1]), bool), (word[1:] == word[:-1]) & (word[1:] >= 0)])
+    before = np.concatenate([[-1], word[:-1]])[: len(word)]
+    continues: np.ndarray = (word == before) & (word >= 0)
+    return continues
 
 
 def document_spans(

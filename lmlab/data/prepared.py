@@ -102,14 +102,15 @@ class Blocks(TorchDataset[np.ndarray]):
         return self.tokens[start:end]
 
     @cached_property
-    def continued(self) -> np.ndarray:
-        """[tokens] bool: whether each continues the word of the token before it, if the data were prepared with it."""
-        return np.asarray(np.memmap(self.path.with_suffix(".continued"), bool, "r"))
+    def continued(self) -> np.ndarray | None:
+        """[tokens] bool: whether each continues the word of the token before it; None if they were prepared without."""
+        file = self.path.with_suffix(".continued")
+        return np.asarray(np.memmap(file, bool, "r")) if file.is_file() else None
 
-    def continues(self, index: int) -> np.ndarray:
+    def continues(self, index: int) -> np.ndarray | None:
         """Returns `continued` of the tokens of a block."""
         start, end = self.bounds[index]
-        return self.continued[start:end]
+        return None if self.continued is None else self.continued[start:end]
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ def prepare_splits(
     decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
     folders, bounds, ledger = {}, {}, {}
     for name in names:
-        more = ["words"] if words and name == "train" else []
+        # Without a fast tokenizer no token's word is known, and the objective refuses to be made.
+        more = ["words"] if words and name == "train" and tokenizer.is_fast else []
         key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decisive, tokenizer_hash, *more)
 
         def write(folder: Path, name: str = name, words: bool = bool(more)) -> None:
@@ -284,7 +286,7 @@ def write_split(
             yield texts
 
     with ExitStack() as files:
-        kinds = ["tokens", "lengths", *["spans"][: int(held_out)], *["continued"][: int(words)]]
+        kinds = ["tokens", "lengths"] + ["spans"] * held_out + ["continued"] * words
         streams = {kind: files.enter_context((folder / f"{name}.{kind}").open("wb")) for kind in kinds}
         if held_out:
             add_to_index = files.enter_context(open_index(folder / f"{name}.documents.parquet"))

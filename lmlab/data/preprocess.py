@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.documents import continued, document_spans, running_sums
+from lmlab.data.documents import continued, document_spans, numbered, running_sums
 from lmlab.data.options import Preprocessing
 from lmlab.data.sources import Corpus
 from lmlab.data.texts import batches, flatten
@@ -120,7 +120,7 @@ def tokenize(
                 )
             continues = None
             if words:
-                continues = np.concatenate([continued(encoding.word_ids), np.zeros(len(ending), bool)])
+                continues = np.concatenate([continued(numbered(encoding.word_ids)), np.zeros(len(ending), bool)])
             yield Tokens(text, np.array([*ids, *ending], np.int32), spans, lost, continues)
 
 

@@ -95,7 +95,9 @@ class WindowRows:
         head, tail = (w.head, w.tail) if w.framed[index] else ([], [])
         if not self.objective.bidirectional:
             ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
-            inputs, positions, targets = make_example(self.objective, ids, (self.seed, EVALUATION, index))
+            continues = np.concatenate([np.zeros(len(head), bool), self.documents.continues(start, end)])
+            key = (self.seed, EVALUATION, index)
+            inputs, positions, targets = make_example(self.objective, ids, key, continues=continues)
             tokens = start - len(head) + positions + shift
             scored = tokens >= w.scored[index]
             return Row(inputs[: len(inputs) - shift], positions[scored], targets[scored], tokens[scored])

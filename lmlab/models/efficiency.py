@@ -54,11 +54,12 @@ def compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
 
 
 PRODUCTS = (
-    *("mm", "addmm", "bmm"),
+    *("mm", "addmm", "bmm", "baddbmm"),
     *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"),
     *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
 )
-"""The operations of torch whose results selective checkpointing keeps: all others are passes over memory."""
+"""The operations whose results selective checkpointing keeps: matrix products and sdpa's attention. Others, such as
+norms and activation functions, are cheap to compute again."""
 
 
 def checkpoint_activations(model: PreTrainedModel, selective: bool = False) -> None:
@@ -74,7 +75,7 @@ def checkpoint_activations(model: PreTrainedModel, selective: bool = False) -> N
     if selective:
         kept = [getattr(torch.ops.aten, name).default for name in PRODUCTS]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-    with warnings.catch_warnings():  # a later transformers calls it by another name, which an earlier one lacks
+    with warnings.catch_warnings():  # newer versions of transformers rename this method, older ones lack the new name
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 

@@ -65,8 +65,9 @@ def score(
         targets: [N] the id to predict at each of them.
         chunk_size: the number of scored positions whose logits are in memory at once (see `logits_chunk_size`); only
             the sum of the nll can then be differentiated, see `ChunkedNLL`. None holds all [N, V].
-        scale: what that sum will be multiplied by, a scalar on the device. Only gradients in float16 need it, as a
-            chunk's are made before it is.
+        scale: the factor by which the loss is multiplied before the backward pass, that of a gradient scaler included:
+            a scalar on the device. Gradients in float16 are multiplied by it as they are made, in the forward pass,
+            as they would vanish otherwise.
     """
     projected: list[Tensor] = []
 
@@ -91,8 +92,8 @@ def score(
     if chunk_size is None:
         logits = output.logits.flatten(0, 1)  # [N, V]; the gradient of [0] would be copied into zeros
         return Scores(F.cross_entropy(logits.float(), targets, reduction="none"), auxiliary)
-    made = torch.is_grad_enabled()
-    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, made, scale)  # type: ignore[no-untyped-call]
+    train = torch.is_grad_enabled()
+    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, train, scale)  # type: ignore[no-untyped-call]
     return Scores(nll, auxiliary)
 
 

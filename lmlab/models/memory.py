@@ -1,6 +1,6 @@
 """Computes how much memory a model needs, and refuses it before the system kills the process without a word.
 
-Shapes: H width of the hidden states, V vocabulary.
+Shapes: H hidden size, V vocabulary.
 """
 
 from pathlib import Path
@@ -184,7 +184,7 @@ def copies_bytes(model: PreTrainedModel, precision: str, shards: int) -> int:
 
 
 def products(layer: nn.Module) -> dict[int, tuple[int, int]]:
-    """Returns the matrices that a layer multiplies by: by the id of the weight, the sizes of its input and output."""
+    """Returns the sizes of input and output of each linear map in a layer, by the id of its weight."""
     sizes = {}
     for module in layer.modules():
         if isinstance(module, nn.Linear):

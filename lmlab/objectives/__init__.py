@@ -97,6 +97,7 @@ def make_example(
         continues: [T] bool: whether each token continues the word of the token before it. None if that is not known;
             for training text it is where the objective has a key `whole_word` that is true.
     """
+    # An objective that is only given whole texts, as a causal one is, may have no `first`.
     given = {"progress": progress, "continues": continues}
     more: dict[str, Any] = {name: given[name] for name in more_parameters(type(objective))}
     return objective(ids, key, first, **more) if first else objective(ids, key, **more)
@@ -104,6 +105,6 @@ def make_example(
 
 @cache
 def more_parameters(objective: type[Any]) -> tuple[str, ...]:
-    """Returns the names of the parameters that the `__call__` of a class of objectives has beside the three of all."""
+    """Returns which of `progress` and `continues` the `__call__` of a class takes."""
     parameters = inspect.signature(objective.__call__).parameters
     return tuple(name for name in ("progress", "continues") if name in parameters)

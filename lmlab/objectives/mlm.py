@@ -22,9 +22,9 @@ class MaskedLM:
     in each case. With `whole_word`, words are chosen instead of tokens, with the same probability, and all tokens of a
     chosen word are (as in the whole-word models that Devlin et al. released in 2019).
 
-    What happens to a token is a pure function of the key and its position, so masks are the same for any number of
-    workers and devices, and wherever a text is cut. Words are chosen by their first token: one that is cut into two is
-    two words.
+    What happens to a token is a pure function of the key, of its position (of a whole word, that of its first token)
+    and of the progress of the run. So masks are the same for any number of workers and devices, and wherever a text is
+    cut, but that a word which is cut into two is two words.
     """
 
     metric = "masked_perplexity"  # it is no measure of a causal model's perplexity, so it has another name

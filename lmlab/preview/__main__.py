@@ -74,7 +74,7 @@ def preview(plan: Plan) -> None:
         memory.show_memory(cfg, data.tokenizer, objective.auto_class, first)
     changes.fit_to_machine(cfg)
     if missing:
-        print(f"Nothing was measured. {missing} With the GPUs of the run, preview measures its first steps too.")
+        print(f"Nothing was measured. {missing}")
     measured = Measurement() if missing else measure(cfg, steps)
     seconds = None
     if measured.parameters:

@@ -5,6 +5,7 @@
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from lmlab.distributed.signals import SIGNALS
 from lmlab.distributed.slurm import requeue
 from lmlab.errors import UserError
 from lmlab.evaluation.scoring import DocumentSums
-from lmlab.io import PARTIAL, replaced
+from lmlab.io import replaced
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_weights, remove
 from lmlab.training.loggers import close, flushed_size
@@ -246,13 +247,15 @@ def best_on_disk(run: RunDirectory, values: Mapping[int, float], mode: str) -> P
 
 
 def last_checkpoint(run: RunDirectory) -> Path | None:
-    """Returns the path of a run's newest checkpoint that is whole, or None if it has none; renames damaged ones.
+    """Returns the path of a run's newest checkpoint that is whole, or None if it has none.
+
+    Renames damaged ones, and removes what a save or a removal that was killed has left.
 
     Raises:
         UserError: all of them are damaged.
     """
-    for rest in run.checkpoints.glob(f".*.ckpt{PARTIAL}"):  # of a save or a removal that was killed
-        remove(rest)
+    for left in run.checkpoints.glob(".*.ckpt.*"):  # by a save or a removal that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     paths = run.checkpoint_files()[::-1]
     for path in paths:
         why = damage(path)

@@ -167,7 +167,7 @@ def write_checkpoint(
     try:
         path.parent.mkdir(exist_ok=True)  # and no parents: the run directory may be gone
         if leads and path.exists() and path.is_dir() is not bool(shards):
-            remove(path)  # of the same step, by other devices
+            remove(path)  # the same step, written while the model was sharded (a folder) or was not (a file)
         if not shards:
             write_beside(path, partial(write_file, checkpoint))
         elif leads:

@@ -106,7 +106,7 @@ class LMModule(Scorer):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = self.optimizer(self.model, self.steps)
         if self._device_mesh is not None:
-            # A fused optimizer divides shards by no scale.
+            # A fused optimizer takes no `grad_scale` for sharded parameters.
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -186,9 +186,9 @@ class LMModule(Scorer):
     ) -> None:
         """Scales the gradients to those of the mean over all targets of the global batch, and clips their norm.
 
-        A fused optimizer is left to do it, in its own pass over the gradients: it divides them by its `grad_scale`, as
-        `torch.amp.GradScaler.step` asks of it. That one finds gradients as they are after the backward pass then,
-        and adds its own scale to that factor.
+        A fused optimizer is left to do it, in its own pass over the gradients, which it divides by its `grad_scale`.
+        With a scaler the gradients are still scaled here, and `torch.amp.GradScaler.step` multiplies `grad_scale` by
+        its own scale.
         """
         if dist.is_initialized():
             dist.all_reduce(self.step_counts)
@@ -206,7 +206,7 @@ class LMModule(Scorer):
             dist.all_reduce(norm, group=self._device_mesh.get_group("shards"))
             norm = norm.sqrt()
         self.grad_norm = norm * scale
-        if self.scaler is None:  # which skips such a step and lowers its scale
+        if self.scaler is None:  # a scaler skips such a step, and lowers its scale
             self.note_nonfinite(self.grad_norm)
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.datamodule import Batches
-from lmlab.data.documents import continued
+from lmlab.data.documents import continued, numbered
 from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import EVALUATION, draws
 from lmlab.data.tokenizers import bpe, char
@@ -237,7 +237,7 @@ def test_whole_words(tokenizer: PreTrainedTokenizerBase) -> None:
     encoding = tokenizer(text)
     ids, words = np.array(encoding["input_ids"], np.int32), np.array(encoding.word_ids())
     assert len(ids) > 1.5 * len(set(words))
-    continues = continued(encoding.word_ids())
+    continues = continued(numbered(encoding.word_ids()))
     objective = MaskedLM(tokenizer, 0.3, replace_mask=0.5, replace_random=0.2, whole_word=True)
     chosen = 0
     for sample in range(20):
