@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def test_run_directory_holds_everything(train: Callable[..., Path], capsys: pyte
 
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["seeds"] == {"run": 7, "split": 0}
-    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["packages"]["torch"] == version("torch")
     assert len(manifest["data_fingerprint"]) == len(manifest["tokenizer_hash"]) == 32
     assert {"run_id", "command", "git", "machine", "python", "lmlab", "started"} <= manifest.keys()
 
