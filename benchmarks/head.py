@@ -40,7 +40,7 @@ def compare(settings: Settings) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from lmlab.models.loss import LOGITS_BYTES, ChunkedNLL
+    from lmlab.models.loss import ChunkedNLL, chunk_of
 
     torch.manual_seed(0)
     hidden = torch.randn(settings.rows, settings.width, requires_grad=True)
@@ -54,7 +54,7 @@ def compare(settings: Settings) -> dict[str, Any]:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         return lambda: F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
 
-    chosen = LOGITS_BYTES["cpu"] // (4 * settings.vocabulary)
+    chosen = chunk_of(settings.vocabulary, on_gpu=False)
     forms = {
         "all at once": lambda: F.cross_entropy(F.linear(hidden, weight), targets, reduction="none").sum(),
         f"lmlab, {chosen} rows (its choice)": chunked(chosen),

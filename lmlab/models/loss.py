@@ -300,5 +300,9 @@ def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: boo
                 "that they can't be made a few at a time.\nLeave it out."
             )
         return None
-    size = LOGITS_BYTES["gpu" if on_gpu else "cpu"]
-    return requested or max(1, size // (4 * model.get_output_embeddings().out_features))
+    return requested or chunk_of(model.get_output_embeddings().out_features, on_gpu)
+
+
+def chunk_of(vocabulary: int, on_gpu: bool) -> int:
+    """Returns the number of scored positions whose logits `LOGITS_BYTES` hold."""
+    return max(1, LOGITS_BYTES["gpu" if on_gpu else "cpu"] // (4 * vocabulary))

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmlab.errors import UserError
 from lmlab.models.efficiency import layers
-from lmlab.models.loss import LOGITS_BYTES
+from lmlab.models.loss import chunk_of
 
 GIB = 2**30
 
@@ -251,7 +251,7 @@ def logits_bytes(head: torch.Tensor, targets: int, precision: str, chunk_size: i
         chunk_size: the config's `logits_chunk_size`; None for what `loss.logits_chunk_size` chooses on a GPU.
     """
     vocabulary = len(head)
-    rows = min(targets, chunk_size or max(1, LOGITS_BYTES["gpu"] // (4 * vocabulary)))
+    rows = min(targets, chunk_size or chunk_of(vocabulary, on_gpu=True))
     # A chunk and its derivative, both still there as the next one is made.
     size = 4 if precision == "32-true" else 2
     return size * (2 * rows + min(rows, targets - rows)) * vocabulary + 4 * head.numel()
