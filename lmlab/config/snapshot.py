@@ -13,7 +13,7 @@ from lmlab.errors import UserError
 from lmlab.io import from_here
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import checkpoint
-from lmlab.training.checkpoint_io import load_weights
+from lmlab.training.checkpoint_io import load_checkpoint, load_weights
 
 
 def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
@@ -38,7 +38,7 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
         raise UserError(f"{run.path} has kept no weights yet: it has not come to its first checkpoint.")
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     _, model = build.build_model(cfg, tokenizer)
-    state = load_weights(weights)
+    state = load_weights(weights, load_checkpoint(weights))
     model.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
     copy = RunDirectory(path)
     path.mkdir(parents=True)

@@ -325,11 +325,12 @@ def best_weights(trainer: L.Trainer) -> tuple[dict[str, Tensor], dict[str, Any] 
     gathered; rank 0 alone gets any.
     """
     path = best_checkpoint(trainer)
-    best = load_checkpoint(path) if path else None
     if path is None:
-        state = {n: gathered(tensor) for n, tensor in trainer.strategy.lightning_module_state_dict().items()}
+        best, state = None, trainer.strategy.lightning_module_state_dict()
+        state = {name: gathered(tensor) for name, tensor in state.items()}
     else:
-        state = load_weights(path) if trainer.is_global_zero else {}
+        best = load_checkpoint(path)
+        state = load_weights(path, best) if trainer.is_global_zero else {}
     return {n.removeprefix("model."): tensor for n, tensor in state.items() if n.startswith("model.")}, best
 
 

@@ -288,9 +288,13 @@ def load_checkpoint(path: Path) -> Any:
         ) from error
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Loads the state dict of a checkpoint, all of it into the main memory of this process."""
-    part = {"state_dict": load_checkpoint(path)["state_dict"]}
+def load_weights(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the whole state dict of a checkpoint; that of a sharded model is loaded into this process.
+
+    Args:
+        checkpoint: what `load_checkpoint` returned for the path.
+    """
+    part = {"state_dict": checkpoint["state_dict"]}
     state: dict[str, Tensor] = (load_shards(path, part) if path.is_dir() else part)["state_dict"]
     return state
 

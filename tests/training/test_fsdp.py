@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lmlab.training.checkpoint_io import load_weights
+from lmlab.training.checkpoint_io import load_checkpoint, load_weights
 
 from ..conftest import losses, metrics, run_verb, stop_after
 from ..distributed.test_launch import start
@@ -150,7 +150,8 @@ def test_a_run_goes_on_sharded(
     assert not list(run.rglob("*.partial"))
     weights = [load_file(place / "model" / "model.safetensors") for place in (whole, run)]
     assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
-    last = load_weights(run / "checkpoints" / "step-6.ckpt")
+    path = run / "checkpoints" / "step-6.ckpt"
+    last = load_weights(path, load_checkpoint(path))
     assert all(torch.equal(last[f"model.{name}"], weight) for name, weight in weights[1].items())
     # Before its end, a run is evaluated by the weights so far.
     stop_after(run, 4, tmp_path / "stopped")
