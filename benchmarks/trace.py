@@ -39,7 +39,6 @@ import lightning as L
 import numpy as np
 import torch
 import torch._subclasses.fake_tensor as fake
-import transformers.masking_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -343,7 +342,6 @@ def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
         (torch.cuda, "synchronize", watch.synchronize),
         (fake, "init_gpu_context", lambda device: None),
         (fake.FakeTensorMode, "avoid_device_init", True),
-        (transformers.masking_utils, "is_tracing", lambda *args: False),
         (torch.nn.Module, "_apply", apply),
         (torch.Tensor, "pin_memory", pin_memory),
         (torch.Tensor, "__deepcopy__", lambda tensor, memo: tensor.detach().clone()),

@@ -40,9 +40,7 @@ class Batch(NamedTuple):
 class Batches(Dataset[Batch]):
     """The data set whose items are whole batches, each made in the worker process that draws it."""
 
-    def __init__(
-        self, blocks: Blocks, objective: Objective, seed: int, pad_id: int, steps: int = 1, accumulate: int = 1
-    ):
+    def __init__(self, blocks: Blocks, objective: Objective, seed: int, pad_id: int, steps: int, accumulate: int):
         """Takes the blocks, the objective, and what its draws depend on.
 
         Args:
