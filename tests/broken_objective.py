@@ -18,7 +18,7 @@ class Parity(MaskedLM):
     """The label of a hidden token is whether its id is even."""
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
-        inputs, positions, targets = super().__call__(ids, key, first)
+        inputs, positions, targets, *_ = super().__call__(ids, key, first)
         return Example(inputs, positions, targets % 2)
 
 

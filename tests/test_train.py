@@ -277,7 +277,7 @@ def test_a_piece_from_outside_needs_no_edit_here(train: Callable[..., Path], tmp
         "class EverySecond(CausalLM):\n"
         "    def __init__(self, every): self.every = every\n"
         "    def __call__(self, ids, key):\n"
-        "        ids, positions, targets = super().__call__(ids, key)\n"
+        "        ids, positions, targets, *_ = super().__call__(ids, key)\n"
         "        return ids, positions[::self.every], targets[::self.every]\n"
     )
     sys.path.insert(0, str(tmp_path))

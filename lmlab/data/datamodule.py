@@ -35,6 +35,10 @@ class Batch(NamedTuple):
     """The number of tokens of the batch, without padding."""
     number: int
     """The number of micro batches of this rank before this one in the whole run."""
+    divisor: int
+    """The number of tokens that the sum of the losses stands for: see `Example.divisor`."""
+    weights: Tensor | None = None
+    """[N] float32: the factor of the nll of each target; None is 1 for each."""
 
 
 class Batches(Dataset[Batch]):
@@ -90,26 +94,42 @@ def collate(
     for draw in draws:
         continues = blocks.continues(draw.block) if isinstance(blocks, Blocks) else None
         key = (seed, draw.epoch, draw.block)
-        rows.append(make_example(objective, blocks[draw.block], key, progress=progress, continues=continues))
-    return Batch(*pad_rows(rows, pad_id), sum(len(inputs) for inputs, _, _ in rows), number)
+        ids = blocks[draw.block]
+        rows.append(make_example(objective, ids, key, progress=progress, continues=continues, number=draw.number))
+    weights = None
+    if any(row.weights is not None for row in rows):
+        ones = (np.ones(len(row.targets)) if row.weights is None else row.weights for row in rows)
+        weights = torch.from_numpy(np.concatenate([*ones]).astype(np.float32))
+    tokens = sum(len(row.inputs) for row in rows)
+    divisor = sum(len(row.targets) if row.divisor is None else row.divisor for row in rows)
+    return Batch(*pad_rows(rows, pad_id), tokens, number, divisor, weights)
 
 
-def pad_rows(
-    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], pad_id: int
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Pads rows of (inputs, scored positions, targets) on the right, to the longest of them.
+class Unpadded(Protocol):
+    """A row that is still of its own length."""
+
+    @property
+    def inputs(self) -> np.ndarray: ...
+    @property
+    def positions(self) -> np.ndarray: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+
+
+def pad_rows(rows: Sequence[Unpadded], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Pads rows on the right, to the longest of them.
 
     Returns:
         input_ids [B, T], attention_mask [B, T] or None, positions [N] in the flattened [B·T], and targets [N].
     """
-    length = max(len(inputs) for inputs, _, _ in rows)
+    length = max(len(row.inputs) for row in rows)
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
-    for row, (inputs, _, _) in enumerate(rows):
-        input_ids[row, : len(inputs)] = inputs
-        attention_mask[row, : len(inputs)] = 1
-    positions = np.concatenate([row * length + scored for row, (_, scored, _) in enumerate(rows)]).astype(np.int64)
-    targets = np.concatenate([row_targets for _, _, row_targets in rows]).astype(np.int64)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.inputs)] = row.inputs
+        attention_mask[number, : len(row.inputs)] = 1
+    positions = np.concatenate([i * length + row.positions for i, row in enumerate(rows)]).astype(np.int64)
+    targets = np.concatenate([row.targets for row in rows]).astype(np.int64)
     mask = None if attention_mask.all() else torch.from_numpy(attention_mask)
     return torch.from_numpy(input_ids), mask, torch.from_numpy(positions), torch.from_numpy(targets)
 

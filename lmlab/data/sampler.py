@@ -29,6 +29,8 @@ class Draw(NamedTuple):
     """The index of the block."""
     epoch: int
     """The epoch; it decides the sample's mask, together with the seed and the index."""
+    number: int = 0
+    """The number of samples before this one in the whole run."""
 
 
 @lru_cache(maxsize=2)  # A batch may lie across the edge of two epochs.
@@ -46,8 +48,11 @@ def draw_subset(seed: int, count: int, size: int) -> np.ndarray:
 
 def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
     """Returns the samples `first` … `first + count - 1` of a run, from a corpus of `size` blocks."""
-    positions = (divmod(sample, size) for sample in range(first, first + count))
-    return [Draw(int(epoch_order(seed, epoch, size)[position]), epoch) for epoch, position in positions]
+    drawn = []
+    for number in range(first, first + count):
+        epoch, position = divmod(number, size)
+        drawn.append(Draw(int(epoch_order(seed, epoch, size)[position]), epoch, number))
+    return drawn
 
 
 def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:

@@ -25,7 +25,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation.windows import Windows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
-from lmlab.objectives import Objective, make_example
+from lmlab.objectives import Objective, check_shapes, make_example
 from lmlab.objectives.mlm import random_words, uniform
 
 
@@ -97,16 +97,17 @@ class WindowRows:
             ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
             continues = np.concatenate([np.zeros(len(head), bool), self.documents.continues(start, end)])
             key = (self.seed, EVALUATION, index)
-            inputs, positions, targets = make_example(self.objective, ids, key, continues=continues)
-            tokens = start - len(head) + positions + shift
+            example = make_example(self.objective, ids, key, continues=continues)
+            tokens = start - len(head) + example.positions + shift
             scored = tokens >= w.scored[index]
-            return Row(inputs[: len(inputs) - shift], positions[scored], targets[scored], tokens[scored])
+            inputs = example.inputs[: len(example.inputs) - shift]
+            return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored])
         parts = []
         for document, first, stop in self.parts(start, end):
             key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
             ids, continues = self.documents.tokens[first:stop], self.documents.continues(first, stop)
-            inputs, positions, targets = make_example(self.objective, ids, key, offset, continues=continues)
-            parts.append((inputs, targets, first + positions + shift))
+            example = make_example(self.objective, ids, key, offset, continues=continues)
+            parts.append((example.inputs, example.targets, first + example.positions + shift))
         inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Row(np.array([*head, *inputs, *tail]), tokens - shift - start + len(head), targets, tokens)
 
@@ -123,7 +124,9 @@ class WindowRows:
 
 
 def check_targets(objective: Objective, documents: Documents, size: int) -> None:
-    """Refuses an objective whose targets are not the text's own tokens, `target_shift` after their positions.
+    """Refuses an objective whose examples have wrong shapes, or whose targets are not the text's own tokens.
+
+    They have to be those `target_shift` after their positions.
 
     Bytes and document of a target are those of that token, so they would be counted wrongly.
 
@@ -134,7 +137,9 @@ def check_targets(objective: Objective, documents: Documents, size: int) -> None
         UserError: a target is another token; names its position.
     """
     ids, continues = documents.tokens[:size], documents.continues(0, size)
-    _, positions, targets = make_example(objective, ids, (0, EVALUATION, 0), continues=continues)
+    example = make_example(objective, ids, (0, EVALUATION, 0), continues=continues)
+    check_shapes(objective, example)
+    positions, targets = example.positions, example.targets
     tokens = positions + objective.target_shift
     inside = tokens < len(ids)
     wrong = np.flatnonzero(~inside | (ids[np.where(inside, tokens, 0)] != targets))
@@ -236,7 +241,7 @@ class HeldOut(Dataset[ScoringBatch]):
             rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
         tokens = np.concatenate([row.tokens for row in rows])
         return ScoringBatch(
-            *pad_rows([(row.inputs, row.positions, row.targets) for row in rows], self.pad_id),
+            *pad_rows(rows, self.pad_id),
             torch.from_numpy(np.searchsorted(documents.stretches, tokens, side="right") - 1),
             torch.from_numpy(documents.counts(tokens)),
         )
@@ -258,11 +263,15 @@ class MeanNLL(Metric):
         self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("targets", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nll: Tensor) -> None:
-        """Adds the nll [N] of scored positions; N may be 0."""
+    def update(self, nll: Tensor, count: int | None = None) -> None:
+        """Adds the nll [N] of scored positions; N may be 0.
+
+        Args:
+            count: the number of targets that weighted nll stand for, see `Example.divisor`; None is N.
+        """
         # Not in place: a validation under inference mode may have made the state.
         self.nll = self.nll + nll.detach().double().sum()
-        self.targets = self.targets + nll.numel()
+        self.targets = self.targets + (nll.numel() if count is None else count)
 
     def compute(self) -> Tensor:
         """Returns the mean, a float64 scalar; nan where nothing was scored."""
@@ -321,7 +330,8 @@ class Scorer(L.LightningModule):
     def score(self, batch: Any, scale: Tensor | None = None) -> Scores:
         """Returns the losses of a batch's targets; for `scale` see `lmlab.models.loss.score`."""
         inputs = batch.input_ids, batch.attention_mask
-        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale)
+        weights = getattr(batch, "weights", None)
+        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale, weights)
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         self.sums.update(self.score(batch).nll, batch)

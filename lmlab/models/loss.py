@@ -32,7 +32,7 @@ class Scores(NamedTuple):
     """The losses of a batch."""
 
     nll: Tensor
-    """[N] negative log-likelihood of each target, in nats."""
+    """[N] negative log-likelihood of each target, in nats, times its weight."""
     auxiliary: Tensor | None
     """The model's own auxiliary loss (a scalar, weighted by its coefficient); None where it has none."""
 
@@ -45,6 +45,7 @@ def score(
     targets: Tensor,
     chunk_size: int | None = None,
     scale: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -68,6 +69,7 @@ def score(
         scale: the factor by which the loss is multiplied before the backward pass, that of a gradient scaler included:
             a scalar on the device. Gradients in float16 are multiplied by it as they are made, in the forward pass,
             as they would vanish otherwise.
+        weights: [N] the factor of the nll of each target; None is 1 for each.
     """
     projected: list[Tensor] = []
 
@@ -91,9 +93,10 @@ def score(
     auxiliary = auxiliary_loss(model, output)
     if chunk_size is None:
         logits = output.logits.flatten(0, 1)  # [N, V]; the gradient of [0] would be copied into zeros
-        return Scores(F.cross_entropy(logits.float(), targets, reduction="none"), auxiliary)
+        nll = F.cross_entropy(logits.float(), targets, reduction="none")
+        return Scores(nll if weights is None else nll * weights, auxiliary)
     train = torch.is_grad_enabled()
-    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, train, scale)  # type: ignore[no-untyped-call]
+    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, train, scale, weights)  # type: ignore[no-untyped-call]
     return Scores(nll, auxiliary)
 
 
@@ -141,8 +144,8 @@ class ChunkedNLL(torch.autograd.Function):
     """Computes the nll [N] of targets under softmax(hidden · weightᵀ + bias) without ever holding logits [N, V].
 
     The gradients are made in the forward pass, while the logits of R rows are at hand, and scaled in the backward
-    pass. So the nll of all rows must weigh the same, as in their sum. Softmax and sums are float32 whatever the
-    precision of the product.
+    pass. So what is returned must weigh the same for all rows, as in their sum: weights of their own are given in the
+    forward pass. Softmax and sums are float32 whatever the precision of the product.
     """
 
     @staticmethod
@@ -155,8 +158,9 @@ class ChunkedNLL(torch.autograd.Function):
         chunk_size: int,
         train: bool,
         scale: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Returns the nll [N].
+        """Returns the nll [N], times its weights.
 
         Args:
             hidden: [N, H].
@@ -167,6 +171,7 @@ class ChunkedNLL(torch.autograd.Function):
             train: whether gradients are made; autograd itself can't be asked in here.
             scale: a factor of the gradients in float16, which would vanish without it; the backward pass takes it
                 off again.
+            weights: [N].
         """
         device = hidden.device.type
         # A last norm gives float32 under autocast, and the product would not have been made in it.
@@ -177,6 +182,7 @@ class ChunkedNLL(torch.autograd.Function):
             scale = None
         h, w = hidden.to(dtype), pad_vocabulary(weight, dtype)  # [N, H], [V', H]
         b = None if bias is None else pad_vocabulary(bias, dtype)
+        factors = scale if weights is None else (weights if scale is None else weights * scale)[:, None]
         vocabulary = len(weight)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         if train:
@@ -192,7 +198,8 @@ class ChunkedNLL(torch.autograd.Function):
                     logits[:, vocabulary:] = -torch.inf  # of probability 0, and so of slope 0
                 if step is nll_and_slope:
                     logits = logits.float()  # here, so that memory holds them once
-                nll[part], slope = step(logits, targets[part], dtype if train else None, scale)
+                of_part = factors[part] if factors is not None and factors.dim() else factors
+                nll[part], slope = step(logits, targets[part], dtype if train else None, of_part)
                 if slope is None:
                     continue
                 if d_bias is not None:
@@ -204,6 +211,8 @@ class ChunkedNLL(torch.autograd.Function):
                     torch.addmm(d_weight, slope.t(), h[part], out_dtype=torch.float32, out=d_weight)
                 else:
                     d_weight += slope.t() @ h[part]
+        if weights is not None:
+            nll.mul_(weights)
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
             ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
@@ -223,7 +232,14 @@ class ChunkedNLL(torch.autograd.Function):
         scaled = [None if d is None else d.mul_(scale) for d in (d_hidden, d_weight, d_bias)]
         hidden_type, weight_type = ctx.dtypes
         types = (hidden_type, weight_type, weight_type)
-        return *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)), None, None, None, None
+        return (
+            *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def pad_vocabulary(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,12 +254,12 @@ def pad_vocabulary(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nll_and_slope(
-    logits: Tensor, targets: Tensor, dtype: torch.dtype | None, scale: Tensor | None = None
+    logits: Tensor, targets: Tensor, dtype: torch.dtype | None, factors: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in a dtype.
 
-    The derivative, None without a dtype, is the probabilities less 1 for the target, times the scale if there is one.
-    It may overwrite the logits.
+    The derivative, None without a dtype, is the probabilities less 1 for the target, times factors, a scalar or [R, 1],
+    if there are any. It may overwrite the logits.
     """
     logits = logits.float()
     # As logsumexp does it, but written out: torch.compile then makes maximum and sum in one pass rather than two.
@@ -252,10 +268,10 @@ def nll_and_slope(
     nll = (norm - logits.gather(1, targets[:, None]))[:, 0]
     if dtype is None:
         return nll, None
-    slope, of_target = logits.sub_(norm).exp_(), (-nll).expm1()
-    if scale is not None:
-        slope, of_target = slope.mul_(scale), of_target * scale
-    return nll, slope.to(dtype).scatter_(1, targets[:, None], of_target.to(dtype)[:, None])
+    slope, of_target = logits.sub_(norm).exp_(), (-nll).expm1()[:, None]
+    if factors is not None:
+        slope, of_target = slope.mul_(factors), of_target * factors
+    return nll, slope.to(dtype).scatter_(1, targets[:, None], of_target.to(dtype))
 
 
 @cache

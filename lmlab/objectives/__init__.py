@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lmlab.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +28,11 @@ class Example(NamedTuple):
     """The positions whose output is scored, ascending, [N]."""
     targets: np.ndarray
     """The id that has to be predicted at each of these positions, [N]."""
+    weights: np.ndarray | None = None
+    """The factor of the nll of each target in the loss, [N]; None is 1 for each."""
+    divisor: int | None = None
+    """The number of tokens that the weighted sum stands for: the loss of a batch is the sum over its examples, divided
+    by the sum of their divisors. None is N, so that the loss is the mean nll per target."""
 
 
 class Objective(Protocol):
@@ -87,6 +94,7 @@ def make_example(
     *,
     progress: float = 1.0,
     continues: np.ndarray | None = None,
+    number: int = 0,
 ) -> Example:
     """Returns the example of a text, for which the objective is given what it has parameters for.
 
@@ -96,15 +104,40 @@ def make_example(
             follows. Held-out text is scored as at the end of a run.
         continues: [T] bool: whether each token continues the word of the token before it. None if that is not known;
             for training text it is where the objective has a key `whole_word` that is true.
+        number: the number of samples before this one in the whole run, over all ranks; 0 for held-out text. What is to
+            be spread evenly over the samples of a batch can be a function of it.
     """
     # An objective that is only given whole texts, as a causal one is, may have no `first`.
-    given = {"progress": progress, "continues": continues}
+    given = {"progress": progress, "continues": continues, "number": number}
     more: dict[str, Any] = {name: given[name] for name in more_parameters(type(objective))}
-    return objective(ids, key, first, **more) if first else objective(ids, key, **more)
+    return Example(*(objective(ids, key, first, **more) if first else objective(ids, key, **more)))
 
 
 @cache
 def more_parameters(objective: type[Any]) -> tuple[str, ...]:
-    """Returns which of `progress` and `continues` the `__call__` of a class takes."""
+    """Returns which of `progress`, `continues` and `number` the `__call__` of a class takes."""
     parameters = inspect.signature(objective.__call__).parameters
-    return tuple(name for name in ("progress", "continues") if name in parameters)
+    return tuple(name for name in ("progress", "continues", "number") if name in parameters)
+
+
+def check_shapes(objective: Objective, example: Example) -> None:
+    """Refuses an example whose fields do not fit together.
+
+    Raises:
+        UserError: names the field, with the shape that was expected and the one that was given.
+    """
+    length, scored = len(example.inputs), len(example.positions)
+    expected = {"inputs": (length,), "positions": (scored,), "targets": (scored,), "weights": (scored,)}
+    for field, shape in expected.items():
+        given = getattr(example, field)
+        if given is not None and np.shape(given) != shape:
+            raise UserError(
+                f"{type(objective).__name__} returns {field} of shape {[*np.shape(given)]}, and {[*shape]} was "
+                f"expected:\n{scored} positions are scored in {length} tokens. See lmlab.objectives.Example."
+            )
+    first, last = (min(example.positions), max(example.positions)) if scored else (0, 0)
+    if first < 0 or last >= length:
+        raise UserError(
+            f"{type(objective).__name__} returns positions from {first} to {last}, and 0 to {length - 1} was expected, "
+            f"as there are {length} tokens. See lmlab.objectives.Example."
+        )

@@ -32,12 +32,13 @@ class LMModule(Scorer):
     """Trains one model, and scores held-out documents exactly as an evaluation does.
 
     The loss of an optimizer step is Σ nll / Σ targets over the *global* batch: all ranks and all accumulated
-    batches. The number of targets is known only after the last of them, so `training_step` divides by a constant, and
-    `configure_gradient_clipping` finds the factor that brings the gradients to their true scale and clips them.
+    batches. An objective may weigh the nll, and divide by another number: see `Example`. What is divided by is known
+    only after the last of the batches, so `training_step` divides by a constant, and `configure_gradient_clipping`
+    finds the factor that brings the gradients to their true scale and clips them.
     """
 
     step_counts: Tensor
-    """[2] int64: targets and tokens of this rank in the step under way."""
+    """[2] int64: the sums of `Batch.divisor` and of tokens of this rank in the step under way."""
     tokens: Tensor
     """int64 scalar: tokens seen in the whole run, by all ranks."""
     first_bad_batch: Tensor
@@ -166,13 +167,13 @@ class LMModule(Scorer):
         scale = None if self.scaler is None else self.scaler.scale(torch.full((), factor, device=self.device))
         nll, auxiliary = self.score(batch, scale)  # [N], scalar or None
         loss = nll.sum()
-        self.train_nll.update(nll)
+        self.train_nll.update(nll, batch.divisor)
         if auxiliary is not None:
             # Weighted by the number of targets, as the nll of the batch is.
-            loss = loss + auxiliary * nll.numel()
-            self.train_auxiliary.update(auxiliary.expand(nll.numel()))
+            loss = loss + auxiliary * batch.divisor
+            self.train_auxiliary.update(auxiliary.double() * batch.divisor, batch.divisor)
         # Not by +=, which would copy each sum onto itself.
-        self.step_counts[0].add_(nll.numel())
+        self.step_counts[0].add_(batch.divisor)
         self.step_counts[1].add_(batch.tokens)
         self.batch_number = batch.number
         self.note_nonfinite(loss)

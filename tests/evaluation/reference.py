@@ -201,7 +201,7 @@ def labelled(
     chosen: list[set[int]] = []
     for number, tokens in enumerate(documents):
         ids = np.array([token.id for token in tokens], np.int32)
-        inputs, positions, _ = objective(ids, (seed, EVALUATION, number), 0)
+        inputs, positions, *_ = objective(ids, (seed, EVALUATION, number), 0)
         shown.append(inputs.tolist())
         chosen.append(set(positions.tolist()))
     for head, row, tail in pieces(tokenizer, documents, context, block_size):

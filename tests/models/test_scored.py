@@ -187,6 +187,27 @@ def test_in_float32_the_bits_are_those_of_plain_operations(has_bias: bool) -> No
     assert torch.equal(weight.grad, d_weight)
 
 
+@pytest.mark.parametrize("scale", [None, 8.0])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_weighted_rows_have_weighted_gradients(
+    has_bias: bool, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16, whose gradients are scaled as they are made, and in float32."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    hidden, weight, bias, targets = head(50, has_bias)
+    trained, weights = [hidden, weight, *([bias] if has_bias else [])], torch.rand(20) * 5
+    expected = weights * F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    gradients = torch.autograd.grad(expected.sum() / 7, trained)
+    dtype, tolerance = (torch.float32, 1e-5) if scale is None else (torch.float16, 2e-3)
+    with torch.autocast("cpu", dtype, enabled=scale is not None):
+        factor = None if scale is None else torch.tensor(scale)
+        nll = ChunkedNLL.apply(hidden, weight, bias, targets, 6, True, factor, weights)
+    (nll.sum() / 7).backward()
+    torch.testing.assert_close(nll, expected, rtol=tolerance, atol=20 * tolerance)
+    for tensor, gradient in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=tolerance, atol=tolerance * float(gradient.abs().max()))
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_a_chunk_gives_the_same() -> None:

@@ -14,7 +14,7 @@ KEY = (0, 0, 0)
 @pytest.mark.parametrize("length", [1, 2, 9, 128])
 def test_labels(length: int) -> None:
     ids = np.random.default_rng(0).integers(50, size=length, dtype=np.int32)
-    inputs, positions, targets = CausalLM()(ids, KEY)
+    inputs, positions, targets, *_ = CausalLM()(ids, KEY)
     np.testing.assert_array_equal(inputs, ids)
     assert list(zip(positions, targets, strict=True)) == [(t, ids[t + 1]) for t in range(length - 1)]
 
@@ -22,7 +22,7 @@ def test_labels(length: int) -> None:
 def test_end_of_text_is_a_target() -> None:
     """A real one, inside the block and at its end, whatever the tokenizer pads with."""
     ids = np.array([7, 8, EOS, 9, 5, EOS], np.int32)
-    _, positions, targets = CausalLM()(ids, KEY)
+    _, positions, targets, *_ = CausalLM()(ids, KEY)
     assert positions[targets == EOS].tolist() == [1, 4]
     assert len(targets) == len(ids) - 1
 
@@ -32,7 +32,7 @@ def test_labels_do_not_depend_on_the_cut() -> None:
     ids = np.random.default_rng(1).integers(50, size=30, dtype=np.int32)
     found = []
     for first, end in ((0, 7), (7, 8), (8, 30)):
-        _, positions, targets = CausalLM()(ids[first:end], KEY)
+        _, positions, targets, *_ = CausalLM()(ids[first:end], KEY)
         found += [(first + int(place), int(target)) for place, target in zip(positions, targets, strict=True)]
     assert found == [(t, ids[t + 1]) for t in range(29) if t + 1 not in (7, 8)]
 
@@ -42,7 +42,7 @@ def test_as_transformers_shifts() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_head=2, n_layer=1, n_positions=32)).eval()
     ids = np.random.default_rng(0).integers(50, size=32, dtype=np.int64)
-    inputs, positions, targets = CausalLM()(ids, KEY)
+    inputs, positions, targets, *_ = CausalLM()(ids, KEY)
     with torch.no_grad():
         output = model(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None])
         logits = model(torch.from_numpy(inputs)[None]).logits[0, torch.from_numpy(positions)]

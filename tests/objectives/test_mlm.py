@@ -54,7 +54,7 @@ def test_shares(
     words = targets_in_all = masked = kept = 0
     replacements = np.zeros(len(tokenizer), np.int64)
     for sample, ids in enumerate(blocks):
-        inputs, positions, targets = objective(ids, (0, 0, sample))
+        inputs, positions, targets, *_ = objective(ids, (0, 0, sample))
         is_special = np.isin(ids, tokenizer.all_special_ids)
         assert inputs.dtype == ids.dtype
         np.testing.assert_array_equal(targets, ids[positions])
@@ -90,7 +90,7 @@ def test_every_kind_of_special_token_is_spared() -> None:
     text = "a<|endoftext|>b<pad>?c<mask>"
     ids = np.array(tokenizer(text)["input_ids"], np.int32)
     assert tokenizer.unk_token_id in ids
-    _, positions, targets = MaskedLM(tokenizer, mask_probability=1.0)(ids, (0, 0, 0))
+    _, positions, targets, *_ = MaskedLM(tokenizer, mask_probability=1.0)(ids, (0, 0, 0))
     assert positions.tolist() == [0, 2, 5]
     assert tokenizer.decode(targets) == "abc"
 
@@ -132,15 +132,15 @@ def test_masks_do_not_depend_on_the_cut(
 ) -> None:
     """A piece that begins at `first` is masked as it is within the whole: which, by what, and with which targets."""
     objective, ids = MaskedLM(tokenizer, replace_mask=0.5, replace_random=0.3), blocks[1]
-    inputs, positions, targets = objective(ids, key)
+    inputs, positions, targets, *_ = objective(ids, key)
     assert {"masked", "replaced", "kept"} == {
         "masked" if word == tokenizer.mask_token_id else "kept" if word == target else "replaced"
         for word, target in zip(inputs[positions], targets, strict=True)
     }
     pieces = [(first, objective(ids[first:end], key, first)) for first, end in pairwise(edges)]
-    np.testing.assert_array_equal(np.concatenate([piece for _, (piece, _, _) in pieces]), inputs)
-    np.testing.assert_array_equal(np.concatenate([first + found for first, (_, found, _) in pieces]), positions)
-    np.testing.assert_array_equal(np.concatenate([wanted for _, (_, _, wanted) in pieces]), targets)
+    np.testing.assert_array_equal(np.concatenate([piece.inputs for _, piece in pieces]), inputs)
+    np.testing.assert_array_equal(np.concatenate([first + piece.positions for first, piece in pieces]), positions)
+    np.testing.assert_array_equal(np.concatenate([piece.targets for _, piece in pieces]), targets)
 
 
 def test_the_position_moves_the_mask(tokenizer: PreTrainedTokenizerBase, blocks: np.ndarray) -> None:
@@ -241,7 +241,7 @@ def test_whole_words(tokenizer: PreTrainedTokenizerBase) -> None:
     objective = MaskedLM(tokenizer, 0.3, replace_mask=0.5, replace_random=0.2, whole_word=True)
     chosen = 0
     for sample in range(20):
-        inputs, positions, targets = make_example(objective, ids, (0, 0, sample), continues=continues)
+        inputs, positions, targets, *_ = make_example(objective, ids, (0, 0, sample), continues=continues)
         np.testing.assert_array_equal(targets, ids[positions])
         assert np.isin(words, words[positions]).sum() == len(positions)
         # What a token of a word becomes is drawn for each.
@@ -250,7 +250,7 @@ def test_whole_words(tokenizer: PreTrainedTokenizerBase) -> None:
     assert about(chosen, 20 * len(set(words)), 0.3)
     # A word that the text begins in the middle of is a word.
     begins = np.flatnonzero(continues)[0]
-    _, positions, _ = make_example(objective, ids[begins:], (0, 0, 0), continues=continues[begins:])
+    _, positions, _, *_ = make_example(objective, ids[begins:], (0, 0, 0), continues=continues[begins:])
     rest = words[begins:]
     assert np.isin(rest, rest[positions]).sum() == len(positions)
 

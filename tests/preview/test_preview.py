@@ -175,7 +175,7 @@ def test_characters_of_several_tokens_and_of_control() -> None:
     )
     ids = torch.tensor([list(text.encode())])
     none = torch.empty(0, dtype=torch.int64)
-    one = Batch(ids, None, none, none, ids.numel(), 0)
+    one = Batch(ids, None, none, none, ids.numel(), 0, 0)
     assert batches.render(batches.sample_pieces(one, 0, tokenizer, causal=True), "input").plain == "a 🎉␛[31m↵"
 
 
