@@ -374,6 +374,9 @@ def trace(settings: Settings) -> tuple[Watch, float]:
         efficiency.fuse_activations(model)
         if settings.checkpointing != "false":
             efficiency.checkpoint_activations(model, settings.checkpointing == "selective")
+        # A batch of whole blocks, and one whose last row is padded.
+        shown = ids[: (2 * settings.batch_size - 1) * settings.positions + 2]
+        held_out = hold_out(shown, settings.positions, objective)
         module = LMModule(
             model,
             AdamW(),
@@ -381,15 +384,14 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             batch_size=settings.batch_size,
             block_size=settings.positions,
             seed=0,
-            stretches=1,
+            sums=held_out.sums(),
             metric=objective.metric,
             logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True),
             val_interval=VAL_INTERVAL,
         )
         datamodule = BlocksDataModule(
             blocks,
-            # A batch of whole blocks, and one whose last row is padded.
-            hold_out(ids[: (2 * settings.batch_size - 1) * settings.positions + 2], settings.positions, objective),
+            held_out,
             objective,
             1,
             settings.batch_size,

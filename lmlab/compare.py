@@ -12,7 +12,7 @@ from lmlab.console import counted, show_rows
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly
 from lmlab.evaluation import comparison
-from lmlab.evaluation.records import BOUND, Records
+from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.io import from_here, write_out
 from lmlab.reporting.text import interval_text, latex, p_text
 from lmlab.runs.choices import as_typed
@@ -108,11 +108,24 @@ def notes(rows: list[dict[str, Any]], runs: list[Records], unit: str, reference:
     if unit == "stretches":
         lines += ["So few documents are cut into stretches, which end with paragraphs, and are taken for documents."]
     for number, row in enumerate(rows, 1):
+        if not row["exact"]:
+            lines.append(
+                f"{AT_MOST}Row {number} is an upper bound: its model writes in any order, and the exact value "
+                "may be lower."
+            )
         if row["unknown_bytes"]:
             lines.append(
-                f"{BOUND}Row {number} is an upper bound: its tokenizer has no token for {row['unknown_bytes']:,} of "
+                f"{AT_MOST}Row {number} is an upper bound: its tokenizer has no token for {row['unknown_bytes']:,} of "
                 f"{row['bytes']:,.0f} bytes, which are charged 8 bits each."
             )
+    if not all(row["decides"] for row in rows if row["decides"] is not None):
+        lines.append("A bound that is higher than an exact value does not say which of the two models is better.")
+    ends = [row["ends"] for row in rows]
+    if None not in ends and min(ends) < max(ends):
+        lines.append(
+            f"Row {ends.index(min(ends)) + 1} was scored on {min(ends):,} ends of documents, and row "
+            f"{ends.index(max(ends)) + 1} on {max(ends):,}: the nll of the others is missing in their difference."
+        )
     sizes = [row["bytes"] for row in rows]
     if min(sizes) < 0.9 * max(sizes):
         lines.append(
@@ -135,14 +148,15 @@ def side_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
         "": row["side"],
         "runs": str(row["runs"]),
         "bytes": f"{row['bytes']:,.0f}",
-        row["figure"]: f"{BOUND if row['unknown_bytes'] else ''}{row['value']:.4f}{deviation}",
+        row["figure"]: f"{AT_MOST if row['unknown_bytes'] or not row['exact'] else ''}{row['value']:.4f}{deviation}",
         **difference_texts(row, unit),
     }
 
 
 def pair_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
     """Returns a row of the table of pairs for a person, by its columns."""
-    return {"": row["side"], "from": row["from_side"], **difference_texts(row, unit), "p (Holm)": p_text(row["p_holm"])}
+    holm = p_text(row["p_holm"]) if row["decides"] else "undecided"
+    return {"": row["side"], "from": row["from_side"], **difference_texts(row, unit), "p (Holm)": holm}
 
 
 def difference_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
@@ -150,7 +164,8 @@ def difference_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
     if row["difference"] is None:
         return {"difference": "", "95 % interval": "", "p": ""}
     interval = interval_text(row["low"], row["high"]) or f"too few {unit}"
-    return {"difference": f"{row['difference']:+.4f}", "95 % interval": interval, "p": p_text(row["p"])}
+    p = p_text(row["p"]) if row["decides"] else "undecided"
+    return {"difference": f"{row['difference']:+.4f}", "95 % interval": interval, "p": p}
 
 
 def document_texts(row: dict[str, Any], reference: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """`python -m lmlab.predict MODEL TEXT…`: prints what a trained model makes of texts.
 
-A causal model continues them, a masked one fills their masks. The command takes ordinary arguments, so a text is taken
-as typed, commas, quotes and `=` included.
+A causal model continues them, a masked one fills their masks, and a diffusion model does either, some tokens at a time.
+The command takes ordinary arguments, so a text is taken as typed, commas, quotes and `=` included.
 """
 
 import argparse
@@ -25,10 +25,11 @@ WHOLE = "a whole number, 1 or more"
 SAMPLING: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_k": (f"{WHOLE}; that of all tokens is no limit", lambda value: type(value) is int and value >= 1),
     "max_new_tokens": (WHOLE, lambda value: type(value) is int and value >= 1),
+    "steps": (WHOLE, lambda value: type(value) is int and value >= 1),
     "temperature": ("more than 0; --greedy takes the most likely token", lambda value: 0 < value < math.inf),
     "top_p": ("more than 0, and 1 at most", lambda value: 0 < value <= 1),
 }
-"""Options of `generate` that have an argument of their own: what they may be, in words and as a check."""
+"""Options of `generate` and `unmask` that have an argument of their own: what they may be, in words and as a check."""
 
 
 def seed(text: str) -> int:
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's arguments."""
     p = Arguments(
         prog="python -m lmlab.predict",
-        description="Continue a text (causal model), or fill its masks (masked model).",
+        description="Continue a text (causal model), fill its masks (masked model), or either (diffusion model).",
     )
     p.add_argument("model", help="run directory, exported directory, or hub id")
     p.add_argument("--revision", help="of a hub id: branch, tag or commit")
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, help="how many tokens to add (100)")
     p.add_argument("--temperature", type=float)
     p.add_argument("--top-p", type=float, help="sample from this share of the probability (0.95)")
+    p.add_argument("--steps", type=int, help="diffusion: forward passes that unmask a text (one for each token)")
     p.add_argument("--greedy", action="store_true", help="always the most likely token")
     p.add_argument("--seed", type=seed, default=0, help="decides what is sampled (0)")
     p.add_argument(
@@ -85,21 +87,46 @@ def predict(arguments: argparse.Namespace) -> None:
 
     from lmlab.models import generation
 
-    fills_masks = generation.fills_masks(model)
-    for mask in () if fills_masks else generation.MASKS:
+    way = of_objective(arguments) or generation.way_of_writing(model)
+    for mask in generation.MASKS if way == "generate" else ():
         if any(mask in text for text in texts):
             raise UserError(f"{mask}: the model is causal, and continues texts. Fill masks with a masked model.")
+    if way == "unmask" and arguments.option:
+        raise UserError(f"--option {arguments.option[0]}: it is for a causal model, and this one is a diffusion model.")
+    if way != "unmask" and "steps" in options:
+        raise UserError("--steps is for a run with objective=diffusion, which replaces several masks in a step.")
     with stopped_with(""):
         for text in texts:
-            if fills_masks:
+            if way == "fill_mask":
                 masks = generation.fill_mask(model, tokenizer, text, arguments.top_k or 5)
                 rows = [{"text": text, "masks": masks}]
                 shown = "\n".join(candidate_lines(masks))
             else:
-                continued = generation.generate(model, tokenizer, text, arguments.seed, **options)
+                write = generation.unmask if way == "unmask" else generation.generate
+                continued = write(model, tokenizer, text, arguments.seed, **options)
                 rows = [{"text": text, "generated_text": one} for one in continued]
                 shown = "\n".join(continued)
             print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if arguments.json else shown)
+
+
+def of_objective(arguments: argparse.Namespace) -> str | None:
+    """Returns how models of a run write, by the objective of its config; None if that, or a run, is not to be seen."""
+    run = RunDirectory(arguments.model)
+    if not run.has_config():
+        return None
+
+    from omegaconf import OmegaConf
+
+    from lmlab.config import trust
+    from lmlab.config.compose import read_config
+    from lmlab.config.targets import target
+
+    block = read_config(run.path).objective
+    try:
+        trust.check_trusted(OmegaConf.create({"objective": block}), arguments.trust)
+    except UserError:  # the class of its model says how
+        return None
+    return getattr(target(block, "objective"), "writes", None)
 
 
 def load(arguments: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

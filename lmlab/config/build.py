@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lmlab.objectives import Objective
     from lmlab.training.module import LMModule
 
+DRAWS = 16  # of the bound of each window, where neither the command nor the objective says how many
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
 
 
@@ -94,7 +95,8 @@ def build_model(
     disable_progress_bar()
     set_verbosity_error()
     objective = build(cfg.objective, "objective", tokenizer=tokenizer)
-    missing = [name for name in (*Objective.__annotations__, "sample") if not hasattr(objective, name)]
+    required = [name for name in Objective.__annotations__ if not hasattr(Objective, name)]
+    missing = [name for name in (*required, "sample") if not hasattr(objective, name)]
     if missing:
         raise UserError(
             f"objective._target_={cfg.objective._target_}: its objects have no {' and no '.join(missing)}.\n"
@@ -134,9 +136,12 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
     added = ADDED.get(block.get("_target_", "-"), {}).items()
     if block != cfg.objective:
         objective = build(block, "objective", tokenizer=data.tokenizer)
-    pseudo = None
-    if cfg.get("score") == "pseudo":
+    score, seed = cfg.get("score") or getattr(objective, "score", "labels"), cfg.seed if "score" in cfg else 0
+    pseudo = elbo = None
+    if score == "pseudo":
         pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
+    if score == "elbo":
+        elbo = {"draws": cfg.get("draws") or getattr(objective, "draws", DRAWS), "seed": seed}
     return hold_out(
         data,
         objective,
@@ -144,8 +149,9 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         preprocessing(cfg),
         # Without keys that lmlab 0.1 did not have, where they change nothing: its certificates lack them.
         objective_config={str(key): value for key, value in block.items() if (key, value) not in added},
-        masks_seed=cfg.seed if "score" in cfg else 0,  # in training the same masks for runs of all seeds
+        masks_seed=seed,  # in training the same for runs of all seeds
         pseudo=pseudo,
+        elbo=elbo,
         units=cfg.get("units", "text"),
     )
 
@@ -238,7 +244,7 @@ def build_training(
         batch_size=cfg.batch_size,
         block_size=cfg.preprocess.block_size,
         seed=cfg.seed,
-        stretches=len(held_out.documents.names),
+        sums=held_out.sums(),
         metric=objective.metric,
         logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu),
         val_interval=interval,

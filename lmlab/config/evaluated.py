@@ -10,6 +10,7 @@ from lmlab.config import trust
 from lmlab.config.compose import read_config, refuse_redacted
 from lmlab.config.files import CONF
 from lmlab.config.schema import uses_gpu, world
+from lmlab.config.targets import target
 from lmlab.errors import UserError
 from lmlab.hub import check_directory, from_hub
 from lmlab.runs.directory import RunDirectory
@@ -39,8 +40,9 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     cfg.pop("trust")
     trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
     refuse_redacted(secrets.redacted_keys(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
-    if cfg.context is None:
-        cfg.context = "document" if cfg.score == "pseudo" else "blocks"
+    own = getattr(target(cfg.objective, "objective"), "score", "labels")
+    cfg.score = cfg.score or own
+    cfg.context = cfg.context or ("blocks" if cfg.score == own else "document")
     return cfg
 
 

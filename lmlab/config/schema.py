@@ -96,8 +96,11 @@ class Evaluate(Config):
     """The text that a model sees at once: blocks as in training, a document alone, or overlapping windows of all."""
     stride: Annotated[int, Ge(1)] | None = None
     """Tokens from one window to the next, of sliding and of long documents; null is half a block."""
-    score: Literal["labels", "pseudo"] = "labels"
-    """The scored tokens: labels are those that the objective masks or predicts, pseudo hides each token in turn."""
+    score: Literal["labels", "pseudo", "elbo"] | None = None
+    """The scored tokens: labels are those that the objective masks or predicts, pseudo hides each token in turn, elbo
+    hides random ones, for an upper bound; null is the objective's own."""
+    draws: Annotated[int, Ge(2)] | None = None
+    """Random masks of each window, with score=elbo; an even number. null takes the objective's, or 16."""
     within_word: bool = False
     """Hide the rest of the word too, with score=pseudo."""
     sample: Annotated[float, Gt(0), Lt(1)] | None = None
@@ -221,8 +224,13 @@ def check_evaluation(cfg: DictConfig) -> None:
     """Refuses what can be seen to be wrong in the whole config of an evaluation."""
     check_choices(cfg)
     check_devices(cfg.trainer)
-    if cfg.score == "pseudo" and not target(cfg.objective, "objective").bidirectional:
-        raise UserError("score=pseudo hides tokens, which is for masked models. For a causal one leave it out.")
+    objective = target(cfg.objective, "objective")
+    if cfg.score != "labels" and not objective.bidirectional:
+        raise UserError(f"score={cfg.score} hides tokens, which is for masked models. For a causal one leave it out.")
+    if cfg.score == "labels" and getattr(objective, "score", "labels") != "labels":
+        raise UserError(f"score=labels: held-out text of {objective.__name__} is scored by score={objective.score}.")
+    if cfg.score != "elbo" and cfg.draws is not None:
+        raise UserError("draws is for score=elbo.")
 
 
 def check_keys(cfg: DictConfig, name: str) -> None:

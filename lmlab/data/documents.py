@@ -107,6 +107,11 @@ class Documents:
         flags: np.ndarray = (self.spans[start:end, FLAGS] & CONTINUES) > 0
         return flags
 
+    def stretch_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns the number of the stretch that each token belongs to, by the numbers of the tokens: [n] int64."""
+        stretches: np.ndarray = np.searchsorted(self.stretches, tokens, side="right") - 1
+        return stretches
+
     def counts(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the `COUNTS` [N, 7] int64 of tokens, by their numbers [N]."""
         spans = self.spans[tokens].astype(np.int64)

@@ -17,7 +17,8 @@ from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared
 from lmlab.errors import UserError
 from lmlab.evaluation import records
-from lmlab.evaluation.scoring import HeldOut, PseudoRows, Scorer, WindowRows, check_targets
+from lmlab.evaluation.metrics import BOUND
+from lmlab.evaluation.scoring import ElboRows, HeldOut, PseudoRows, Scorer, WindowRows, check_targets
 from lmlab.evaluation.windows import Context, windows
 from lmlab.objectives import Objective
 
@@ -31,6 +32,7 @@ def hold_out(
     objective_config: dict[str, Any] | None = None,
     masks_seed: int = 0,
     pseudo: dict[str, Any] | None = None,
+    elbo: dict[str, int] | None = None,
     units: str = "text",
 ) -> HeldOut:
     """Returns the rows in which held-out text is scored, with all that their metrics depend on but the model.
@@ -42,6 +44,7 @@ def hold_out(
         objective_config: the objective's class (`_target_`) and arguments, for the certificate; by default the class.
         masks_seed: the seed of the masks of a masked objective.
         pseudo: the arguments of `PseudoRows`, to make a row for each token (pseudo-perplexity) and not for each window.
+        elbo: the `draws` and the `seed` of `ElboRows`, to score the bound of a masked model in any order instead.
         units: the key of `metrics.WORDS` that says what counts as a word.
 
     Raises:
@@ -50,15 +53,17 @@ def hold_out(
     tokenizer, documents = data.tokenizer, data.validation
     check_targets(objective, documents, context.block_size)
     within_word = pseudo is not None and pseudo["within_word"]
-    whole_word = pseudo is None and getattr(objective, "whole_word", False)
+    whole_word = pseudo is None and elbo is None and getattr(objective, "whole_word", False)
     if (within_word or whole_word) and not documents.continues(0, len(documents.tokens)).any():
         raise UserError(
             f"{'within_word' if within_word else 'objective.whole_word'}=true would change nothing: to this tokenizer "
             "no token goes on with the word before it.\nLeave it out."
         )
     shown = windows(context, documents, data.bounds, objective, tokenizer)
-    rows: WindowRows | PseudoRows
-    if pseudo is None:
+    rows: WindowRows | PseudoRows | ElboRows
+    if elbo is not None:
+        rows = ElboRows(documents, shown, tokenizer.mask_token_id, **elbo)
+    elif pseudo is None:
         rows = WindowRows(documents, shown, objective, masks_seed)
     else:
         # An unknown token stands for text, and is scored.
@@ -73,12 +78,13 @@ def hold_out(
         "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
         "drop_remainder_every": choices.drop_remainder_every if context.name == "blocks" else None,
         **{key: getattr(choices, key) for key in ("end_of_text", "special_tokens", "truncation")},
-        "objective": None if pseudo else objective_config or target,
-        "masks_seed": masks_seed if objective.bidirectional and not pseudo else None,
+        "objective": None if pseudo or elbo else objective_config or target,
+        "masks_seed": masks_seed if objective.bidirectional and not (pseudo or elbo) else None,
         "pseudo": pseudo,
+        **({"elbo": elbo} if elbo else {}),
     }
     facts = {
-        "figure": "pseudo_perplexity" if pseudo else objective.metric,
+        "figure": BOUND if elbo else "pseudo_perplexity" if pseudo else objective.metric,
         "policy": policy,
         "units": units,
         "data_hash": documents.hash,
@@ -125,7 +131,7 @@ def certify(
         )
     if facts is None:
         facts = {"model": model.name_or_path, "run": None, "weights_hash": records.weights_hash(model.state_dict())}
-    scorer = Scorer(model, len(held_out.documents.names), chunk_size)
+    scorer = Scorer(model, held_out.sums(), chunk_size)
     trainer.validate(scorer, HeldOutData(held_out, batch_size, num_workers), verbose=False)
     if not np.isfinite(scorer.result[0]).all():
         raise UserError(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lmlab.errors import UserError, nearest
+from lmlab.evaluation.metrics import BOUND, EXACT
 from lmlab.evaluation.records import Records, is_bound, read
 from lmlab.runs.choices import as_typed, config_choices
 from lmlab.runs.directory import RunDirectory
@@ -25,6 +26,8 @@ REPLICATES = 10_000
 """The number of random draws of a test: of documents drawn anew, and of sides exchanged."""
 FEWEST = 6
 """The least number of documents for a test: with fewer, no exchange of the two sides is rarer than 5 in 100."""
+OF_MASKS = ("objective", "masks_seed", "pseudo", "elbo")
+"""The entries of a policy that say which tokens are hidden and scored; where all are scored, they need not agree."""
 CELLS = 2**20
 """The greatest number of replicates × documents that are in memory at once."""
 
@@ -35,6 +38,8 @@ class Side:
 
     name: str
     runs: list[Records]
+    exact: bool = True
+    """False if the bits per byte are an upper bound by the metric's definition, whatever the tokenizer can spell."""
 
     @cached_property
     def sums(self) -> np.ndarray:
@@ -49,7 +54,7 @@ class Side:
 
     @property
     def bound(self) -> bool:
-        """True if the bits per byte are an upper bound, as some tokens were unknown."""
+        """True if the bits per byte are an upper bound of what they would be exactly."""
         return any(is_bound(run.certificate) for run in self.runs)
 
 
@@ -63,6 +68,9 @@ class Difference:
     high: float | None = None
     p: float | None = None
     """The probability of a difference at least as large, in either direction, if the sides did not differ."""
+    decides: bool | None = None
+    """False where the side with more bits is an upper bound and the other is exact: the exact value behind the bound
+    may be the lower one. A bound below an exact value shows that its model is the better one."""
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[Records]:
@@ -102,6 +110,9 @@ def row_unit(runs: Sequence[Records]) -> str:
 def check_comparable(runs: Sequence[Records]) -> None:
     """Refuses evaluations whose metrics do not mean the same.
 
+    Exact metrics of a text and upper bounds of them are compared, whatever objectives they are of: in each, every
+    token is scored.
+
     Raises:
         UserError: they differ in the metric, the text, the policy, or the tokens that were drawn.
     """
@@ -110,7 +121,8 @@ def check_comparable(runs: Sequence[Records]) -> None:
     for other in runs[1:]:
         one, two = first.certificate, other.certificate
         both = f"{first.path} and {other.path} can't be compared:"
-        if one["figure"] != two["figure"]:
+        texts = {one["figure"], two["figure"]} <= {EXACT, BOUND}
+        if one["figure"] != two["figure"] and not texts:
             raise UserError(
                 f"{both} {one['figure']} is not {two['figure']}.\n"
                 "Models of different objectives predict other tokens, or from other text. Compare those of one."
@@ -122,13 +134,15 @@ def check_comparable(runs: Sequence[Records]) -> None:
                 f"{both} they were evaluated on other text; {shared or 'no'} of {len(names)} documents "
                 f"{'is' if shared == 1 else 'are'} in both.\n{same}"
             )
-        for key in one["policy"] | two["policy"]:
+        # A model that sees both sides has no overlapping windows.
+        free = (*OF_MASKS, *(("stride",) if one["figure"] != two["figure"] else ())) if texts else ()
+        for key in [key for key in one["policy"] | two["policy"] if key not in free]:
             here, there = (certificate["policy"].get(key) for certificate in (one, two))
             if here != there:
                 raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{same}")
         # The tokens that are masked, or sampled, are drawn one by one.
         drawn = one["policy"]["masks_seed"] is not None or (one["policy"]["pseudo"] or {}).get("sample")
-        if drawn and one["tokenizer_hash"] != two["tokenizer_hash"]:
+        if drawn and not texts and one["tokenizer_hash"] != two["tokenizer_hash"]:
             raise UserError(
                 f"{both} their tokenizers differ, so other parts of the text were scored.\n"
                 "score=pseudo without a sample scores every token, and compares across tokenizers."
@@ -174,7 +188,8 @@ def make_sides(runs: Sequence[Records]) -> list[Side]:
     names = [", ".join(f"{key}={as_typed(values[i])}" for key, values in keys.items()) for i, _ in enumerate(together)]
     if not 0 < len(keys) <= 3 or len(set(names)) < len(names):  # too long, or they differ in machinery alone
         names = [f"{group[0].path}{f' and {len(group) - 1} more' if len(group) > 1 else ''}" for group in together]
-    return [Side(name, group) for name, group in zip(names, together, strict=True)]
+    exact = [group[0].certificate["figure"] != BOUND for group in together]
+    return [Side(*side) for side in zip(names, together, exact, strict=True)]
 
 
 def differing_choices(sides: Sequence[Side]) -> dict[str, list[Any]]:
@@ -255,12 +270,13 @@ def difference(side: Side, other: Side) -> Difference:
     if value < 0:
         found = difference(other, side)
         low, high = (None if end is None else -end for end in (found.high, found.low))
-        return Difference(value, low, high, found.p)
+        return Difference(value, low, high, found.p, found.decides)
+    decides = side.exact or not other.exact  # as `side` has more bits
     scored = sums[0].any(axis=1) | sums[1].any(axis=1)
     sums = sums[:, scored]
     documents = sums.shape[1]
     if documents < FEWEST:
-        return Difference(value)
+        return Difference(value, decides=decides)
     random = np.random.default_rng(0)
     error, freedom = seed_error(side, other)
     from_seeds = [error * random.standard_t(freedom, REPLICATES) if freedom else 0.0 for _ in range(2)]
@@ -274,7 +290,7 @@ def difference(side: Side, other: Side) -> Difference:
         exchanged.append(ratio(middle + moved) - ratio(middle - moved))
     low, high = interval(value, np.concatenate(resampled), documents, from_seeds[0])
     as_far = np.abs(np.concatenate(exchanged) + from_seeds[1]) >= abs(value) * (1 - 1e-12)
-    return Difference(value, float(low), float(high), float((1 + as_far.sum()) / (1 + REPLICATES)))
+    return Difference(value, float(low), float(high), float((1 + as_far.sum()) / (1 + REPLICATES)), decides)
 
 
 def resample(columns: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
@@ -313,13 +329,15 @@ def chunks(count: int, size: int) -> Iterator[int]:
 
 def compare_sides(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
     """Returns a row for each side: bits per byte, their deviation over seeds, the difference from side `against`."""
-    metrics = sides[0].runs[0].certificate["figures"]
+    figure = next(name for name in sides[0].runs[0].certificate["figures"] if name.endswith("bits_per_byte"))
     return [
         {
             "side": side.name,
             "runs": len(side.runs),
-            "figure": next(name for name in metrics if name.endswith("bits_per_byte")).replace("_", " "),
+            "figure": figure.removeprefix("bound_").replace("_", " "),
             "bytes": float(side.sums[:, 1].sum()),
+            "exact": side.exact,
+            "ends": side.runs[0].certificate["totals"].get("ends"),
             "unknown_bytes": max(run.certificate["totals"].get("unknown_bytes", 0) for run in side.runs),
             "value": float(side.bits_per_byte.mean()),
             "deviation_of_seeds": float(side.bits_per_byte.std(ddof=1)) if len(side.runs) > 1 else None,
@@ -341,7 +359,7 @@ def compare_pairs(sides: Sequence[Side]) -> list[dict[str, Any]]:
         }
         for earlier, later in combinations(range(len(sides)), 2)
     ]
-    corrected = holm([row["p"] for row in rows])
+    corrected = holm([row["p"] if row["decides"] else None for row in rows])
     return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from lmlab.data.documents import COUNTS
 
+EXACT, BOUND = "perplexity", "bound_perplexity"
+"""The names of the perplexity of a text, and of an upper bound of it. A metric of any other name is neither."""
 NATS_PER_UNKNOWN_BYTE = math.log(256)
 """The charge for each byte that an unknown token stands for: 8 bits, in nats."""
 WORDS = {
@@ -74,6 +76,8 @@ def compute_metrics(
     therefore charged 8 bits more for each byte that it stands for. The text could be sent that way, so the metric is an
     upper bound of what a tokenizer that spells everything would give with this model.
 
+    A `BOUND` is estimated by random draws, and gets the standard error that is due to them.
+
     Args:
         totals: the totals of any version of records; a total that is missing counts as 0.
         name: the name of the perplexity, such as `masked_perplexity`. The other metrics get the same prefix, so that
@@ -99,4 +103,11 @@ def compute_metrics(
         variance = max(0.0, totals["nll_squared"] / totals["tokens"] - mean**2)
         error = math.sqrt((1 - sample) * variance / max(1, totals["tokens"] - 1))
         metrics |= {"nll_per_token_standard_error": error, f"{name}_standard_error": perplexity(mean) * error}
+    if name == BOUND and mean is not None:
+        error = math.sqrt(totals["nll_squared"])
+        metrics |= {
+            "nll_per_token_standard_error": error / count["tokens"],
+            f"{name}_standard_error": perplexity(mean) * error / count["tokens"],
+            f"{prefix}bits_per_byte_standard_error": error / count["bytes"] / math.log(2) if count["bytes"] else None,
+        }
     return metrics

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from lmlab import secrets
 from lmlab.data.documents import COUNTS, Documents
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.metrics import NATS_PER_UNKNOWN_BYTE, WORDS, compute_metrics, sum_totals
+from lmlab.evaluation.metrics import BOUND, NATS_PER_UNKNOWN_BYTE, WORDS, compute_metrics, sum_totals
 from lmlab.io import write_beside, write_json
 from lmlab.runs.directory import RunDirectory
 
@@ -35,7 +35,7 @@ COLUMNS = {
     "stretch": (pa.int64(), 2),  # which part of the document, from 0
     "start": (pa.string(), 1),  # the beginning of its text
     "nll": (pa.float64(), 1),  # Σ over the scored tokens, in nats
-    "nll_squared": (pa.float64(), 1),  # Σ of squares, for standard errors
+    "nll_squared": (pa.float64(), 1),  # Σ of squares, for standard errors; of a bound, the variance of its nll
     "tokens": (pa.int64(), 1),  # scored ones
     "bytes": (pa.int64(), 1),  # UTF-8 bytes of these tokens' text
     "words": (pa.int64(), 1),  # words that begin in it
@@ -52,7 +52,7 @@ SCHEMAS = {
     )
     for version in (1, FORMAT)
 }
-BOUND = "≤ "
+AT_MOST = "≤ "
 """The sign before a metric that is an upper bound."""
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
 """The relative changes of nll that rounding explains at another batch size or number of devices, by the precision."""
@@ -219,15 +219,18 @@ def check_agreement(one: Records, other: Records) -> dict[str, float]:
 def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
     """Returns texts on the metrics of a certificate and on the scored text, by titles."""
     metrics, totals, policy = (certificate[part] for part in ("figures", "totals", "policy"))
-    unknown, bound = totals.get("unknown_tokens", 0), BOUND if is_bound(certificate) else ""
+    unknown, bound = totals.get("unknown_tokens", 0), certificate["figure"] == BOUND
     lines = {}
     for name, value in metrics.items():
         error = metrics.get(f"{name}_standard_error")
         if value is not None and not name.endswith("_standard_error"):
-            sign = bound if "byte" in name or "word" in name else ""
+            sign = AT_MOST if bound or (unknown and ("byte" in name or "word" in name)) else ""
             lines[name.replace("_", " ")] = f"{sign}{value:{',.4f' if value < 1e6 else '.4g'}}" + (
                 "" if error is None else f" ± {error:.4f} (standard error)"
             )
+    if bound:
+        drawn = policy["elbo"]["draws"]
+        lines["bound"] = f"of the nll of a text written in random order, from {drawn} random masks of each window"
     lines["scored"] = ", ".join(f"{totals[name]:,} {name}" for name in ("tokens", "bytes", "words"))
     if unknown:
         lines["unknown tokens"] = (
@@ -248,8 +251,11 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_bound(certificate: Mapping[str, Any]) -> bool:
-    """Returns whether a certificate's metrics per byte and per word are upper bounds, as some tokens were unknown."""
-    return bool(certificate["totals"].get("unknown_tokens", 0))
+    """Returns whether a certificate's metrics per byte and per word are upper bounds of what they are named after.
+
+    They are if it is of a bound, or if some tokens were unknown.
+    """
+    return certificate["figure"] == BOUND or bool(certificate["totals"].get("unknown_tokens", 0))
 
 
 def rows_hash(table: pa.Table) -> str:

@@ -22,6 +22,7 @@ from lmlab.data.datamodule import pad_rows
 from lmlab.data.documents import CONTINUES, COUNTS, FLAGS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
+from lmlab.evaluation.metrics import EXACT
 from lmlab.evaluation.windows import Windows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
@@ -42,8 +43,14 @@ class ScoringBatch(NamedTuple):
     """[N] int64: the id to predict at each of them."""
     stretches: Tensor
     """[N] int64: the stretch of the documents that each target belongs to."""
+    counted: Tensor
+    """[M] int64: the stretch of each token that the batch counts; these are its targets, but for `ElboRows`."""
     counts: Tensor
-    """[N, 7] int64: the `documents.COUNTS` of each target."""
+    """[M, 7] int64: the `documents.COUNTS` of each of these tokens."""
+    factors: Tensor | None = None
+    """[N] float64: the factor of the nll of each target; None is 1 for each."""
+    halves: Tensor | None = None
+    """[N] int64: the row of `DocumentSums.halves` that each target is added to; None if there are none."""
 
 
 class Row(NamedTuple):
@@ -57,6 +64,12 @@ class Row(NamedTuple):
     """[n] the id to predict at each of them."""
     tokens: np.ndarray
     """[n] the number of each target among the documents' tokens."""
+    counted: np.ndarray | None = None
+    """The tokens that the row counts; None is its targets."""
+    factor: float = 1.0
+    """The factor of the nll of each target."""
+    half: int = 0
+    """The row of `DocumentSums.halves` that the row is added to."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +139,8 @@ class WindowRows:
 def check_targets(objective: Objective, documents: Documents, size: int) -> None:
     """Refuses an objective whose examples have wrong shapes, or whose targets are not the text's own tokens.
 
-    They have to be those `target_shift` after their positions.
-
-    Bytes and document of a target are those of that token, so they would be counted wrongly.
+    They have to be those `target_shift` after their positions, of which it counts bytes and document.
+    An objective whose metric is called "perplexity" has to score every token but the first.
 
     Args:
         size: the number of tokens of the documents to check it on.
@@ -149,6 +161,12 @@ def check_targets(objective: Objective, documents: Documents, size: int) -> None
         raise UserError(
             f"{type(objective).__name__} asks for token {target} at position {position} of a block, and {expected} is "
             "another:\nwhich document and bytes it scores can't be known. Return targets that are the text's tokens."
+        )
+    scored, scorable = len(np.unique(positions)), len(ids) - objective.target_shift
+    if objective.metric == EXACT and scored < scorable:
+        raise UserError(
+            f'{type(objective).__name__} calls its metric "{EXACT}", and scores {scored} of {scorable} tokens of a '
+            "block: give the metric another name."
         )
 
 
@@ -214,13 +232,78 @@ class PseudoRows:
         return len(self.tokens)
 
 
+class ElboRows:
+    """Several rows for each window, in which random tokens are hidden: the evidence lower bound (ELBO) in any order.
+
+    A model that predicts hidden tokens from all others can write a text of L tokens in any order, one token after the
+    other. The nll of the text under a random order is at most the mean of the nll over all orders. Of that mean only
+    the number k of hidden tokens and which ones they are matter (Uria et al. 2014, section 4; Hoogeboom et al. 2022,
+    equation 2):
+
+    ```
+    -log p(x)  ≤  Σ over k = 1 … L of  1/k · mean over sets M of k tokens of  Σ over i in M of  -log p(x_i | others)
+               =  mean over k and M of  L/k · Σ over i in M of  -log p(x_i | others)           others: those not in M
+    ```
+
+    A row draws a k and a set M, so that the mean over rows has the bound as its expected value, exactly:
+
+    ```
+    document           The     cat     sat    on
+    k = 1, M = {2}     The     cat   <mask>   on       4/1 · nll(sat)
+    k = 3, M = {0,1,3} <mask> <mask>   sat  <mask>     4/3 · (nll(The) + nll(cat) + nll(on))
+    ```
+
+    The rows of a window are two independent halves, whose difference tells the error that is due to the draws. Within a
+    half the k are spread evenly over 1 … L. Whatever is drawn is a function of (seed, window, row).
+    """
+
+    def __init__(self, documents: Documents, windows: Windows, mask_id: int, draws: int, seed: int):
+        """Takes the windows, in which each token is scored.
+
+        Args:
+            mask_id: the id that hides a token.
+            draws: the number of rows for each window; an even one.
+        """
+        if draws % 2:
+            raise UserError(f"draws={draws}: it has to be an even number, as two halves are compared for the error.")
+        self.documents, self.windows, self.mask_id, self.draws, self.seed = documents, windows, mask_id, draws, seed
+        self.lengths: np.ndarray = np.tile(windows.lengths, draws)
+
+    def row(self, index: int) -> Row:
+        """Returns the row of a draw: those of the first draw of all windows come first."""
+        w, (draw, window) = self.windows, divmod(index, len(self.windows))
+        start, end = int(w.starts[window]), int(w.ends[window])
+        length, (half, stratum) = end - start, divmod(draw, self.draws // 2)
+        # The counter keeps these words apart from those of masks, whose third is 0, and of orders, whose last is.
+        stream = np.random.Philox(key=np.array([self.seed, EVALUATION], np.uint64), counter=[0, draw, 1, window + 1])
+        random = np.random.Generator(stream)
+        hidden = min(length, 1 + int(length * (stratum + random.random()) / (self.draws // 2)))
+        chosen = np.sort(random.permutation(length)[:hidden])
+        ids = np.array(self.documents.tokens[start:end])
+        targets = ids[chosen]
+        ids[chosen] = self.mask_id
+        head, tail = (w.head, w.tail) if w.framed[window] else ([], [])
+        return Row(
+            np.array([*head, *ids, *tail]),
+            chosen + len(head),
+            targets,
+            start + chosen,
+            np.arange(start, end) if draw == 0 else np.zeros(0, np.int64),
+            length / (hidden * self.draws),
+            2 * window + half,
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
 class HeldOut(Dataset[ScoringBatch]):
     """The data set of an evaluation: an item is a batch, by the indices of its rows.
 
     Long rows come first, so that little is padding and a lack of memory shows at once.
     """
 
-    def __init__(self, rows: WindowRows | PseudoRows, pad_id: int, facts: dict[str, Any]):
+    def __init__(self, rows: WindowRows | PseudoRows | ElboRows, pad_id: int, facts: dict[str, Any]):
         """Orders the rows.
 
         Args:
@@ -240,11 +323,26 @@ class HeldOut(Dataset[ScoringBatch]):
             nothing = np.zeros(0, np.int64)
             rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
         tokens = np.concatenate([row.tokens for row in rows])
-        return ScoringBatch(
+        counted = np.concatenate([row.tokens if row.counted is None else row.counted for row in rows])
+        batch = ScoringBatch(
             *pad_rows(rows, self.pad_id),
-            torch.from_numpy(np.searchsorted(documents.stretches, tokens, side="right") - 1),
-            torch.from_numpy(documents.counts(tokens)),
+            torch.from_numpy(documents.stretch_of(tokens)),
+            torch.from_numpy(documents.stretch_of(counted)),
+            torch.from_numpy(documents.counts(counted)),
         )
+        if not isinstance(self.rows, ElboRows):
+            return batch
+        factors, halves = (
+            torch.from_numpy(np.repeat([getattr(row, name) for row in rows], [len(row.tokens) for row in rows]))
+            for name in ("factor", "half")
+        )
+        return batch._replace(factors=factors, halves=halves)
+
+    def sums(self) -> "DocumentSums":
+        """Returns the metric that adds up the nll of these rows."""
+        documents, rows = self.documents, self.rows
+        windows = documents.stretch_of(rows.windows.starts) if isinstance(rows, ElboRows) else None
+        return DocumentSums(len(documents.names), windows)
 
 
 class MeanNLL(Metric):
@@ -287,38 +385,60 @@ class DocumentSums(Metric):
     full_state_update = False
     nll: Tensor
     counts: Tensor
+    halves: Tensor
 
-    def __init__(self, stretches: int):
+    def __init__(self, stretches: int, windows: np.ndarray | None = None):
+        """Takes the number of stretches.
+
+        Args:
+            windows: [W] of `ElboRows`, the stretch in which each window begins; None for other rows.
+        """
         super().__init__()
+        self.windows = windows
         self.add_state("nll", torch.zeros((stretches, 2), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros((stretches, len(COUNTS)), dtype=torch.int64), dist_reduce_fx="sum")
+        halves = torch.zeros(0 if windows is None else 2 * len(windows), dtype=torch.float64)
+        self.add_state("halves", halves, dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, batch: ScoringBatch) -> None:
         """Adds the nll [N] of a batch's targets; N may be 0."""
         nll = nll.detach().double()
+        if batch.factors is not None and batch.halves is not None:
+            nll = nll * batch.factors
+            self.halves = self.halves.double().index_add(0, batch.halves, nll)
         # Not in place: a validation under inference mode may have made the state. In float64: a trainer in
         # bf16-true casts the empty state with the weights.
         self.nll = self.nll.double().index_add(0, batch.stretches, torch.stack([nll, nll.square()], dim=1))
-        self.counts = self.counts.index_add(0, batch.stretches, batch.counts)
+        self.counts = self.counts.index_add(0, batch.counted, batch.counts)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns Σ nll and Σ nll² [S, 2] float64, and `documents.COUNTS` of what was scored [S, 7] int64."""
-        return self.nll, self.counts
+        """Returns Σ nll and Σ nll² [S, 2] float64, and `documents.COUNTS` of what was scored [S, 7] int64.
+
+        Of `ElboRows`, the second sum is the variance of the first: that of a window is the squared difference of the
+        two halves of its draws, and is added to the stretch in which the window begins.
+        """
+        if self.windows is None:
+            return self.nll, self.counts
+        nll = self.nll.clone()
+        stretches = torch.from_numpy(self.windows).to(nll.device)
+        nll[:, 1] = 0
+        nll[:, 1].index_add_(0, stretches, self.halves.view(-1, 2).diff(dim=1)[:, 0].square())
+        return nll, self.counts
 
 
 class Scorer(L.LightningModule):
     """Scores held-out documents with one model; its `result` is what `DocumentSums` computes, as arrays."""
 
-    def __init__(self, model: PreTrainedModel, stretches: int, chunk_size: int | None = None):
+    def __init__(self, model: PreTrainedModel, sums: DocumentSums, chunk_size: int | None = None):
         """Keeps a model to score with.
 
         Args:
-            stretches: S, the number of stretches of the documents.
+            sums: the metric that adds up the nll of the rows: see `HeldOut.sums`.
             chunk_size: the number of scored positions whose logits are in memory at once; None for all.
         """
         super().__init__()
         self.model, self.chunk_size = model, chunk_size
-        self.sums = DocumentSums(stretches)
+        self.sums = sums
         self.result: tuple[np.ndarray, np.ndarray]
 
     def configure_model(self) -> None:

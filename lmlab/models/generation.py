@@ -3,11 +3,12 @@
 Shapes: T tokens of a text, M masks in it, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub
@@ -32,9 +33,9 @@ def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTr
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
 
 
-def fills_masks(model: PreTrainedModel) -> bool:
-    """Returns whether the model fills masks rather than continuing a text."""
-    return type(model).__name__.endswith("ForMaskedLM")
+def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask"]:
+    """Returns the name of the function of this file that suits a model, where nothing is known but its class."""
+    return "fill_mask" if type(model).__name__.endswith("ForMaskedLM") else "generate"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
@@ -128,6 +129,73 @@ def fill_mask(
         [candidate(position, score, token) for score, token in zip(*row, strict=True)]
         for position, *row in zip(positions, scores.tolist(), tokens.tolist(), strict=True)
     ]
+
+
+@torch.no_grad()
+def unmask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    seed: int,
+    /,
+    *,
+    max_new_tokens: int = 100,
+    steps: int | None = None,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 0.95,
+) -> list[str]:
+    """Fills the masks of a text, or continues one without masks, by unmasking some tokens in each step.
+
+    Each step is a forward pass over all tokens. If tokens are sampled, a random part of the masks is replaced (Sahoo
+    et al. 2024, section 3.2.2); otherwise those of which the model is most certain, by their most likely tokens (Nie
+    et al. 2025, section 2.4).
+
+    Args:
+        seed: decides what is sampled.
+        max_new_tokens: the number of masks behind a text that has none.
+        steps: the number of forward passes; by default one for each mask.
+        do_sample: False takes the most likely tokens; temperature, top_k and top_p are of sampling.
+
+    Returns:
+        the whole text, in a list; a continuation ends where the model ends the text.
+
+    Raises:
+        UserError: the text is too long.
+    """
+    if tokenizer.mask_token is None:
+        raise UserError("the model replaces masks, but its tokenizer has no mask token.")
+    for mask in MASKS:
+        text = text.replace(mask, tokenizer.mask_token)
+    continues, longest = tokenizer.mask_token not in text, max_positions(model)
+    if continues:
+        room = max_new_tokens if longest is None else min(max_new_tokens, longest - encode(tokenizer, text).shape[1])
+        text += tokenizer.mask_token * room
+    ids = encode(tokenizer, text).to(model.device)  # [1, T]
+    masks = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # [M]
+    if not len(masks) or (longest is not None and ids.shape[1] > longest):
+        raise UserError(f"the text has {ids.shape[1]} tokens and the model only {longest} positions.")
+    began, count = int(masks[0]), min(steps or len(masks), len(masks))
+    warpers = [TemperatureLogitsWarper(float(temperature)), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
+    random = torch.Generator().manual_seed(seed)
+    for left in range(count, 0, -1):
+        scores = model(input_ids=ids).logits[0, masks, : len(tokenizer)].float()  # [M, V]
+        scores[:, tokenizer.mask_token_id] = -torch.inf
+        if do_sample:
+            for warper in warpers:
+                scores = warper(ids, scores)
+            tokens = torch.multinomial(scores.softmax(-1).cpu(), 1, generator=random)[:, 0].to(ids.device)
+            certainty = torch.rand(len(masks), generator=random).to(ids.device)
+        else:
+            certainty, tokens = scores.softmax(-1).max(-1)
+        chosen = certainty.topk(-(-len(masks) // left)).indices
+        ids[0, masks[chosen]] = tokens[chosen]
+        masks = masks[(ids[0, masks] == tokenizer.mask_token_id).nonzero()[:, 0]]
+    written = ids[0].tolist()
+    if continues and tokenizer.eos_token_id in written[began:]:
+        written = written[: written.index(tokenizer.eos_token_id, began)]
+    return [tokenizer.decode(written, skip_special_tokens=True)]
 
 
 def beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ Shapes: T positions of one text, N scored positions in it.
 
 import inspect
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,7 +54,9 @@ class Objective(Protocol):
     """
 
     metric: str
-    """The name of exp(mean nll per target). Only a model that never sees its targets may call it "perplexity"."""
+    """The name of exp(mean nll per target), which says what it measures. "perplexity" is that of the text: every token
+    is scored, but for the first of a block, and the model never sees it. "bound_perplexity" is an upper bound of that.
+    Any other name, such as "masked_perplexity", is neither, and compared only with others of its name."""
     auto_class: str
     """The class of transformers that makes its models, such as "AutoModelForCausalLM"."""
     bidirectional: bool
@@ -63,6 +65,13 @@ class Objective(Protocol):
     target_shift: int
     """The number of positions that a target stands after its scored position in the text: 1 for the next token, 0 for
     the token itself."""
+
+    score: Literal["labels", "elbo"] = "labels"
+    """The scores of held-out text, as the key `score` of an evaluation: labels are the targets of the examples, elbo is
+    the bound of `lmlab.evaluation.scoring.ElboRows`. An objective without this member has labels."""
+
+    writes: Literal["generate", "fill_mask", "unmask"] | None = None
+    """The function of `lmlab.models.generation` by which its models write; None is the one that suits their class."""
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
         """Returns the example of a text; a pure function of its arguments (promise 1).

@@ -63,11 +63,6 @@ class MaskedLM:
                 "objective.replace_mask and objective.replace_random are shares of the masked tokens: "
                 f"at least 0, together at most 1, not {replace_mask} and {replace_random}."
             )
-        if tokenizer.mask_token_id is None:
-            raise UserError(
-                "objective=mlm needs a tokenizer with a mask token, and this one has none.\n"
-                "Choose a masked model's tokenizer (such as tokenizer.name=distilroberta-base), or tokenizer=bpe."
-            )
         if (mask_schedule == "constant") is not (final_mask_probability is None):
             raise UserError(
                 f"objective.mask_schedule={mask_schedule} "
@@ -88,7 +83,7 @@ class MaskedLM:
         self.whole_word = whole_word
         self.replace_mask = replace_mask
         self.replace_random = replace_random
-        self.mask_id = tokenizer.mask_token_id
+        self.mask_id = mask_id(tokenizer, "mlm")
         self.vocab_size = len(tokenizer)
         self.special = np.isin(np.arange(self.vocab_size), tokenizer.all_special_ids)
         """[V] bool: the special tokens, which are no targets."""
@@ -135,6 +130,23 @@ class MaskedLM:
         text = " ".join(f"{before}{space}{tokenizer.mask_token}{after}".split())
         candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
         return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
+
+
+def mask_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int:
+    """Returns the id of the tokenizer's mask token.
+
+    Args:
+        objective: the name of the objective that needs it.
+
+    Raises:
+        UserError: it has none.
+    """
+    if tokenizer.mask_token_id is None:
+        raise UserError(
+            f"objective={objective} needs a tokenizer with a mask token, and this one has none.\n"
+            "Choose a masked model's tokenizer (such as tokenizer.name=distilroberta-base), or tokenizer=bpe."
+        )
+    return int(tokenizer.mask_token_id)
 
 
 def random_words(key: tuple[int, int, int], first: int, count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lmlab.console import command
 from lmlab.evaluation.comparison import Difference
-from lmlab.evaluation.records import BOUND, Records, is_bound
+from lmlab.evaluation.records import AT_MOST, Records, is_bound
 from lmlab.io import from_here
 from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final
 from lmlab.reporting.load import COUNTS, SPLITS, Run, objective_of
@@ -122,7 +122,7 @@ class Section:
     def shown(self) -> pd.DataFrame:
         """The table of runs for a person: what differs between them, in few columns."""
         table, bits = self.page_table, bits_name(self.metric).replace(" ", "_")
-        bounds = [BOUND if run.records and is_bound(run.records.certificate) else "" for run in self.runs]
+        bounds = [AT_MOST if run.records and is_bound(run.records.certificate) else "" for run in self.runs]
         if any(bounds):
             table[bits] = [bound + as_text(value, "per byte") for bound, value in zip(bounds, table[bits], strict=True)]
         for key in self.heads.keys() - self.numeric:

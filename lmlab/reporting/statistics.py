@@ -28,7 +28,7 @@ from lmlab.evaluation.comparison import (
     shared_draw,
 )
 from lmlab.evaluation.metrics import perplexity
-from lmlab.evaluation.records import BOUND, Records
+from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.reporting.text import interval_text, letter
 from lmlab.runs.status import ENDED
 
@@ -188,7 +188,7 @@ def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], statuses: Mapping[str,
     ]
     if any(final.bound for _, finals in kinds for final in finals):
         sentences.append(
-            f"{BOUND}is an upper bound: of text that a tokenizer can't spell, each byte is charged 8 bits."
+            f"{AT_MOST}is an upper bound: of text that a tokenizer can't spell, each byte is charged 8 bits."
         )
     if unranked:
         them = "it" if unranked == 1 else "them"
@@ -234,4 +234,4 @@ def kind_verdict(bits_per_byte: str, finals: Sequence[Final]) -> str:
 
 def bits_text(final: Final) -> str:
     """Returns the bits per byte of a configuration for a person."""
-    return f"{BOUND if final.bound else ''}{final.bits_per_byte[0]:.4f}"
+    return f"{AT_MOST if final.bound else ''}{final.bits_per_byte[0]:.4f}"

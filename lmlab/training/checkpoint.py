@@ -30,7 +30,6 @@ from lmlab.data.documents import COUNTS
 from lmlab.distributed.signals import SIGNALS
 from lmlab.distributed.slurm import requeue
 from lmlab.errors import UserError
-from lmlab.evaluation.scoring import DocumentSums
 from lmlab.io import replaced
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_weights, remove
@@ -360,7 +359,7 @@ def score_best_weights(trainer: L.Trainer, module: LMModule) -> None:
     data = trainer.datamodule  # type: ignore[attr-defined]
     whole = data.whole or data.held_out
     LOG.info("Scoring all %d held-out documents by the best weights.", len(whole.documents))
-    module.sums = DocumentSums(len(whole.documents.names))
+    module.sums = whole.sums()
     trainer.strategy.optimizers = []  # which a sharded checkpoint would be asked for
     trainer.validate(
         module,

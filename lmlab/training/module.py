@@ -21,7 +21,7 @@ from lmlab.data.datamodule import Batch
 from lmlab.data.sampler import draws
 from lmlab.errors import UserError, nearest
 from lmlab.evaluation.metrics import compute_metrics, sum_totals
-from lmlab.evaluation.scoring import MeanNLL, Scorer
+from lmlab.evaluation.scoring import DocumentSums, MeanNLL, Scorer
 from lmlab.models.efficiency import share_tied_gradient
 
 NEVER = torch.iinfo(torch.int64).max
@@ -53,7 +53,7 @@ class LMModule(Scorer):
         batch_size: int,
         block_size: int,
         seed: int,
-        stretches: int,
+        sums: DocumentSums,
         metric: str = "perplexity",
         logits_chunk_size: int | None = None,
         val_interval: int | None = None,
@@ -67,14 +67,14 @@ class LMModule(Scorer):
             batch_size: samples of an optimizer step, over all ranks and accumulated batches.
             block_size: tokens of a sample, at most.
             seed: decides the dropout of each batch on each rank.
-            stretches: the number of stretches of the held-out documents.
+            sums: the metric that adds up the nll of held-out rows: see `HeldOut.sums`.
             metric: the name of exp(mean nll), such as `masked_perplexity`.
             logits_chunk_size: the number of scored positions whose logits are in memory at once; None for all.
             val_interval: optimizer steps between validations; None validates before the first and after the last only.
             reduces_once: True to sum the gradients of a sharded model over the ranks once a step, for which each rank
                 keeps one of the whole model between accumulated batches; False to sum them after each batch.
         """
-        super().__init__(model, stretches, logits_chunk_size)
+        super().__init__(model, sums, logits_chunk_size)
         self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
         self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
         self.reduces_once = reduces_once
@@ -281,7 +281,8 @@ class LMModule(Scorer):
                 "non-finite loss",
             )
         # Those per word and per byte are None for a text without any.
-        metrics = {"val/loss": loss, **{f"val/{name}": v for name, v in values.items() if v is not None}}
+        logged = {name: v for name, v in values.items() if v is not None and not name.endswith("_standard_error")}
+        metrics = {"val/loss": loss, **{f"val/{name}": v for name, v in logged.items()}}
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self.final = metrics
             return

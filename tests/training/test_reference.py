@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 from lmlab.data.datamodule import BlocksDataModule, collate
 from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import draws
+from lmlab.evaluation.scoring import DocumentSums
 from lmlab.models.loading import from_scratch
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
@@ -23,7 +24,7 @@ from lmlab.training.measure import Measure
 from lmlab.training.module import LMModule
 
 STEPS, BATCH, BLOCK, SEED = 20, 8, 32, 3
-SIZES: dict[str, int] = {"batch_size": BATCH, "block_size": BLOCK, "seed": SEED, "stretches": 1}
+SIZES: dict[str, Any] = {"batch_size": BATCH, "block_size": BLOCK, "seed": SEED, "sums": DocumentSums(1)}
 VOCABULARY = {f"w{i}": i for i in range(90)} | {"<s>": 90, "</s>": 91, "<pad>": 92, "<mask>": 93}
 
 
