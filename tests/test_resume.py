@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lmlab.config import changes
+from lmlab.config.build import prepare_data
 from lmlab.config.compose import config_of
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
@@ -98,10 +99,11 @@ def test_the_step_of_a_run_is_that_of_its_last_checkpoint(stopped: Path) -> None
 
 @pytest.mark.parametrize("verb", ["train", "resume"])
 def test_a_run_of_lmlab_0_1_goes_on(verb: str, whole: Path, stopped: Path) -> None:
-    """Its config has keys and targets of before, and lacks one; it goes on under their present names."""
-    config = (stopped / "config.yaml").read_text()
-    old = config.replace("float32_matmul_precision: highest\n", "")
-    assert old != config
+    """Its config has keys and targets of before, and lacks some; it goes on under their present names."""
+    old = config = (stopped / "config.yaml").read_text()
+    for later in ("float32_matmul_precision: highest\n", "  extra_tokens: null\n"):
+        assert old.count(later) == 1
+        old = old.replace(later, "")
     old = old.replace("logits_chunk_size:", "loss_rows:").replace("lmlab.optim.AdamW", "lmlab.training.optim.AdamW")
     assert old.count("loss_rows") == old.count("lmlab.training.optim.AdamW") == 1
     (stopped / "config.yaml").write_text(old)
@@ -109,6 +111,21 @@ def test_a_run_of_lmlab_0_1_goes_on(verb: str, whole: Path, stopped: Path) -> No
     assert equal(stopped, whole)
     now = (stopped / "config.yaml").read_text().replace(str(stopped), str(whole))
     assert yaml.safe_load(now) == yaml.safe_load(config)
+
+
+def test_the_cached_tokenizer_of_lmlab_0_1_is_found(whole: Path, tmp_path: Path) -> None:
+    """It has the key of a config that lacks `extra_tokens`; one with such tokens has another."""
+    cfg = OmegaConf.load(whole / "config.yaml")
+    cfg.cache_dir = str(tmp_path)
+    found = []
+    for extra in (None, ["<one>"]):
+        cfg.tokenizer.extra_tokens = extra
+        prepare_data(cfg)
+        found.append({path.name for path in tmp_path.glob("tokenizer-*") if path.is_dir()})
+    del cfg.tokenizer.extra_tokens
+    prepare_data(cfg)
+    assert {path.name for path in tmp_path.glob("tokenizer-*") if path.is_dir()} == found[1]
+    assert [len(names) for names in found] == [1, 2]
 
 
 def test_goes_on_where_it_was_moved_to(whole: Path, stopped: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lmlab.config.schema import preprocessing, shards, training_steps, uses_gpu,
 from lmlab.config.targets import arguments, blocks, build, takes
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line
-from lmlab.runs.choices import ADDED
+from lmlab.runs.choices import without_added
 
 if TYPE_CHECKING:
     import lightning as L
@@ -38,7 +38,7 @@ def prepare_data(cfg: DictConfig) -> "Prepared":
         build(cfg.data, "data"),
         preprocessing(cfg),
         lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
-        OmegaConf.to_container(cfg.tokenizer) if learned else None,
+        without_added(OmegaConf.to_container(cfg.tokenizer)) if learned else None,  # type: ignore[arg-type]
         Path(cfg.cache_dir).expanduser(),
         words=cfg.objective.get("whole_word") is True,
     )
@@ -124,7 +124,7 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
     The keys `context`, `score` and their like of evaluate.yaml choose the rows; in training they are blocks.
 
     Args:
-        objective: that of the run; held-out text may be scored by other masks, see `held_out_objective`.
+        objective: that of the run; held-out text may be scored by another, see `held_out_objective`.
 
     Raises:
         UserError: there is nothing to score.
@@ -132,8 +132,7 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
     from lmlab.evaluation.certify import hold_out
     from lmlab.evaluation.windows import Context
 
-    block = held_out_objective(cfg)
-    added = ADDED.get(block.get("_target_", "-"), {}).items()
+    block = held_out_objective(cfg, objective)
     if block != cfg.objective:
         objective = build(block, "objective", tokenizer=data.tokenizer)
     score, seed = cfg.get("score") or getattr(objective, "score", "labels"), cfg.seed if "score" in cfg else 0
@@ -147,8 +146,8 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         objective,
         Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride")),
         preprocessing(cfg),
-        # Without keys that lmlab 0.1 did not have, where they change nothing: its certificates lack them.
-        objective_config={str(key): value for key, value in block.items() if (key, value) not in added},
+        # As in the certificates of lmlab 0.1.
+        objective_config=without_added(OmegaConf.to_container(block)),  # type: ignore[arg-type]
         masks_seed=seed,  # in training the same for runs of all seeds
         pseudo=pseudo,
         elbo=elbo,
@@ -156,11 +155,18 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
     )
 
 
-def held_out_objective(cfg: DictConfig) -> DictConfig:
+def held_out_objective(cfg: DictConfig, objective: "Objective") -> DictConfig:
     """Returns the block of the objective by which held-out text is scored: `validation_x` stands in for `x`.
 
     A schedule that leads from `x` to `final_x`, such as `mask_schedule` of `mask_probability`, is replaced by its end.
+    An objective that names a class as `held_out` leaves it to that.
+
+    Args:
+        objective: that of the run.
     """
+    other = getattr(objective, "held_out", None)
+    if other is not None:
+        return OmegaConf.create({"_target_": f"{other.__module__}.{other.__qualname__}"})
     block: dict[str, Any] = OmegaConf.to_container(cfg.objective)  # type: ignore[assignment]
     for schedule in [key for key in block if key.endswith("_schedule")]:
         prefix = schedule.removesuffix("schedule")

@@ -6,7 +6,7 @@ texts as `texts`.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,11 +28,14 @@ def pretrained(name: str | None, revision: str | None = None) -> PreTrainedToken
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
-def bpe(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase:
+def bpe(
+    texts: Iterable[str], vocab_size: int = 2000, extra_tokens: Sequence[str] | None = None
+) -> PreTrainedTokenizerBase:
     """Trains byte-level BPE (Radford et al. 2019, section 2.2), which spells any text: nothing is unknown.
 
     Args:
         vocab_size: the number of tokens, special ones included; fewer if the texts give no more merges.
+        extra_tokens: more special tokens, on top of these: text has the same ids as without them.
     """
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 3
     if vocab_size < least:
@@ -49,20 +52,25 @@ def bpe(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerBase
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, mask_token=mask
     )
+    return with_extra_tokens(made, extra_tokens or [])
 
 
-def char(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """Makes a tokenizer with one id per character of the texts; any other character is the unknown token."""
+def char(texts: Iterable[str], extra_tokens: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
+    """Makes a tokenizer with one id per character of the texts; any other character is the unknown token.
+
+    Args:
+        extra_tokens: special tokens besides: text has the same ids as without them.
+    """
     alphabet = sorted({character for text in texts for character in text})
     special = [END, PAD, MASK, UNKNOWN]
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,
         eos_token=END,
@@ -70,6 +78,21 @@ def char(texts: Iterable[str]) -> PreTrainedTokenizerBase:
         mask_token=MASK,
         unk_token=UNKNOWN,
     )
+    return with_extra_tokens(made, extra_tokens or [])
+
+
+def with_extra_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Adds special tokens behind all others of a tokenizer, and returns it.
+
+    Raises:
+        UserError: one is empty, or a token already, which would be another one then.
+    """
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if not token or token in known:
+            raise UserError(f'tokenizer.extra_tokens: "{token}" is {"a token already" if token else "no token"}.')
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tokens]})
+    return tokenizer
 
 
 def encode(

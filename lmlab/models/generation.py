@@ -54,7 +54,8 @@ def generate(
         options: of transformers' `generate`, over `SAMPLING`.
 
     Returns:
-        the text with its continuation, `num_return_sequences` (1) times.
+        the text with its continuation, `num_return_sequences` (1) times. Special tokens are left out, but for those
+        that the text itself spells out, as a prompt to fill in the middle does.
 
     Raises:
         UserError: the text is too long or has no token, or `generate` refuses an option.
@@ -84,7 +85,12 @@ def generate(
     except (ValueError, TypeError) as error:  # transformers checks the names and values of the options itself
         raise UserError(f"generate refused its options: {error}") from error
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    return [tokenizer.decode(sequence, skip_special_tokens=True) for sequence in sequences]
+    spelled = set(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) & set(tokenizer.all_special_ids)
+    hidden = set(tokenizer.all_special_ids) - spelled
+    return [
+        tokenizer.decode([token for token in sequence if token not in hidden], skip_special_tokens=not spelled)
+        for sequence in sequences.tolist()
+    ]
 
 
 @torch.no_grad()

@@ -70,6 +70,9 @@ class Objective(Protocol):
     """The scores of held-out text, as the key `score` of an evaluation: labels are the targets of the examples, elbo is
     the bound of `lmlab.evaluation.scoring.ElboRows`. An objective without this member has labels."""
 
+    held_out: type | None = None
+    """The class of the objective by which held-out text is scored, made without keys of the config; None is its own,
+    with the keys of the config but for `validation_…` and schedules (`lmlab.config.build.held_out_objective`)."""
     writes: Literal["generate", "fill_mask", "unmask"] | None = None
     """The function of `lmlab.models.generation` by which its models write; None is the one that suits their class."""
 

@@ -43,6 +43,8 @@ RENAMED = errors.RENAMED | {
 """Keys and targets in configs of lmlab 0.1, and their names since."""
 ADDED: dict[str, dict[str, Any]] = {
     "": {"float32_matmul_precision": "highest"},
+    "lmlab.data.tokenizers.bpe": {"extra_tokens": None},
+    "lmlab.data.tokenizers.char": {"extra_tokens": None},
     "lmlab.objectives.mlm.MaskedLM": {
         "mask_schedule": "constant",
         "final_mask_probability": None,
@@ -57,6 +59,15 @@ def of_this_version(config: dict[str, Any]) -> dict[str, Any]:
     config = ADDED[""] | with_present_names(config)
     blocks = {key: value for key, value in config.items() if isinstance(value, dict)}
     return config | {key: ADDED.get(block.get("_target_", "-"), {}) | block for key, block in blocks.items()}
+
+
+def without_added(block: dict[str, Any]) -> dict[str, Any]:
+    """Copies a block of a config without the keys that those of lmlab 0.1 lack, where they change nothing.
+
+    What is named by a block, such as a cached tokenizer, has then the name that it had before.
+    """
+    added = ADDED.get(block.get("_target_", "-"), {}).items()
+    return {key: value for key, value in block.items() if (key, value) not in added}
 
 
 def with_present_names(config: Any) -> Any:

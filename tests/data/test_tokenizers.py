@@ -43,6 +43,24 @@ def round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return tokenizer.decode(tokenizer(text)["input_ids"])
 
 
+@pytest.mark.parametrize("make", [char, lambda texts, *more: bpe(texts, 300, *more)])
+def test_extra_tokens(make: Callable[..., PreTrainedTokenizerBase], answers: list[str], tmp_path: Path) -> None:
+    """Special tokens behind all others, so that text keeps its ids; also after a save. None changes nothing."""
+    plain, more = make(answers), make(answers, ["<one>", "<two>"])
+    assert content_hash(make(answers, None)) == content_hash(make(answers, [])) == content_hash(plain)
+    assert content_hash(more) != content_hash(plain)
+    for tokenizer in (more, saved(more, tmp_path)):
+        assert tokenizer.convert_tokens_to_ids(["<one>", "<two>"]) == [len(plain), len(plain) + 1]
+        assert {len(plain), len(plain) + 1} <= {*tokenizer.all_special_ids}
+        assert tokenizer("<two>a").input_ids == [len(plain) + 1, *plain("a").input_ids]
+        # A document that spells one out is text.
+        for text in [*answers[:20], "<one>"]:
+            assert next(encode([text], tokenizer))[0] == next(encode([text], plain))[0]
+    for token, said in {PAD: "a token already", "e": "a token already", "": "no token"}.items():
+        with pytest.raises(UserError, match=f'"{token}" is {said}'):
+            make(answers, [token])
+
+
 # --- bpe ---
 
 
