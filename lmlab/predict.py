@@ -9,10 +9,14 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
+from lmlab.config import targets, trust
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly, stopped_with
 from lmlab.hub import check_directory
@@ -68,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="of a run before its end: let code run that its config names and that is not lmlab's",
+        help="let code run that is not lmlab's: of a torch module, or of a run before its end what its config names",
     )
     p.add_argument("--json", action="store_true", help="one JSON object per line")
     return p
@@ -115,18 +119,14 @@ def of_objective(arguments: argparse.Namespace) -> str | None:
     if not run.has_config():
         return None
 
-    from omegaconf import OmegaConf
-
-    from lmlab.config import trust
     from lmlab.config.compose import read_config
-    from lmlab.config.targets import target
 
     block = read_config(run.path).objective
     try:
         trust.check_trusted(OmegaConf.create({"objective": block}), arguments.trust)
     except UserError:  # the class of its model says how
         return None
-    return getattr(target(block, "objective"), "writes", None)
+    return getattr(targets.target(block, "objective"), "writes", None)
 
 
 def load(arguments: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -144,14 +144,29 @@ def load(arguments: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedT
 
     logging.disable_progress_bar()
     if not unfinished:
-        return generation.load(name, arguments.revision)
+        return generation.load(name, arguments.revision, trusted_module(name, arguments.trust))
 
     from lmlab.config.snapshot import snapshot
 
     with TemporaryDirectory() as folder:
         path = Path(folder, "snapshot")
         print(f"From {snapshot(run, path, arguments.trust)}.", file=sys.stderr)
-        return generation.load(str(RunDirectory(path).model))
+        name = str(RunDirectory(path).model)
+        return generation.load(name, make_module=trusted_module(name, arguments.trust))
+
+
+def trusted_module(name: str, trusted: list[str]) -> Callable[..., Any] | None:
+    """Returns a function that makes the torch module which a directory holds; None if it holds another model.
+
+    Raises:
+        UserError: the code of the module is not trusted.
+    """
+    module = trust.exported_module(Path(name))
+    if module is None:
+        return None
+    block = OmegaConf.create({"model": {"module": module}})
+    trust.check_trusted(block, trusted)
+    return partial(targets.build, block.model.module, "model.module", empty=False)
 
 
 def read_texts(arguments: argparse.Namespace) -> list[str]:

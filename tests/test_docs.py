@@ -209,7 +209,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [(name, words) for name in ("train", "resume", "evaluate") for words in verb(name, extensions=True)],
+    [(name, words) for name in ("train", "resume", "evaluate", "predict") for words in verb(name, extensions=True)],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_extension(
@@ -231,7 +231,9 @@ def test_extension(
         "train": [override for override in TINY if not override.startswith("model.")],
         "resume": ["trainer.max_steps=6"],
         "evaluate": [],
+        "predict": [],
     }
-    if name == "train" and not any(word.startswith("hydra.run.dir=") for word in arguments):
+    if name in ("train", "evaluate") and not any(word.startswith("hydra.run.dir=") for word in arguments):
         arguments = [*arguments, f"hydra.run.dir=outputs/{uuid4().hex}"]  # two begin in one second
-    run_verb(name, *arguments, *few[name])
+    pretrained = "model=pretrained" in arguments  # with its own tokenizer
+    run_verb(name, *arguments, *(word for word in few[name] if not (pretrained and word.startswith("tokenizer."))))

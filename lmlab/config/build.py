@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lmlab.training.module import LMModule
 
 DRAWS = 16  # of the bound of each window, where neither the command nor the objective says how many
+PRETRAINED = "lmlab.models.loading.pretrained"
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
 
 
@@ -103,7 +104,7 @@ def build_model(
             "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
         )
     torch.manual_seed(cfg.seed)
-    model = build(cfg.model, "model", tokenizer=tokenizer, auto_class=objective.auto_class, empty=empty)
+    model = make_model(cfg.model, tokenizer=tokenizer, auto_class=objective.auto_class, empty=empty)
     if cfg.preprocess.block_size is None:
         cfg.preprocess.block_size = min(max_positions(model) or LONGEST, LONGEST)
     if not empty:
@@ -116,6 +117,28 @@ def build_model(
     if cfg.get("compile"):
         efficiency.compile_layers(model)
     return objective, model
+
+
+def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
+    """Returns what the block `model` makes; a plain torch module as a `TorchModule`, which keeps how it was made.
+
+    Args:
+        given: more arguments: tokenizer, auto_class and empty.
+    """
+    from transformers import PreTrainedModel
+
+    from lmlab.models.torch_module import TorchModule, hold
+
+    made, module = block, block.get("module") if block.get("_target_") == PRETRAINED else None
+    if module is not None:  # an exported torch module
+        made, given["module"] = module, build(module, "model.module", **given)
+        block = OmegaConf.masked_copy(block, [str(key) for key in block if key != "module"])
+    model = build(block, "model", **given)
+    if not isinstance(model, PreTrainedModel):
+        model = hold(model, given["tokenizer"], given["auto_class"])
+    if isinstance(model, TorchModule):
+        model.config.module = OmegaConf.to_container(without_secrets(made))
+    return model
 
 
 def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "HeldOut":

@@ -1,6 +1,7 @@
 """Completes the config of an evaluation: what its command leaves open, the evaluated run says."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +28,10 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     OmegaConf.set_struct(cfg, False)
     run = take_model(cfg)
     taken = list[str]()  # blocks of the run
+    module = trust.exported_module(Path(cfg.model.name))
+    if module is not None and "module" not in cfg.model:
+        cfg.model.module = module
+        taken += ["model"]
     if "objective" not in cfg:
         cfg.objective = run.objective if run is not None else objective_of(cfg)
         taken += ["objective"] if run is not None else []

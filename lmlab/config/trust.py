@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lmlab.config.changes import parse_override
 from lmlab.errors import UserError
+from lmlab.io import read_json
 
 # What a block may name, out of these modules: a subclass of a class, or a function that is annotated to return one.
 OWN = {
@@ -49,6 +50,17 @@ def check_trusted(cfg: DictConfig, trusted: Collection[str]) -> None:
                 f"the config of the run names {key}={name}, which lmlab itself does not use there.\n"
                 f"If you trust its code: add trust={package} (lmlab.predict: --trust {package}) to the command."
             )
+
+
+def exported_module(folder: Path) -> dict[str, Any] | None:
+    """Returns the block by which the torch module in an exported directory was made; None if it holds another model."""
+    file = folder / "config.json"
+    try:
+        config = read_json(file) if file.is_file() else {}
+    except UserError:  # as what loads the model will say
+        return None
+    module = config.get("module") if config.get("model_type") == "torch_module" else None
+    return module if isinstance(module, dict) else None
 
 
 def strings(config: Any, key: str = "") -> Iterator[tuple[str, str]]:

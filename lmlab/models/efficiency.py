@@ -41,6 +41,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     Layers of one kind share their code, so a deep model takes no longer to compile than a shallow one. What has
     another shape each time stays eager: the scored positions of a step, held-out windows, generated text.
     """
+    if not layers(model):
+        raise UserError("compile=true compiles layers, and this model has no nn.ModuleList of them. Leave it out.")
     for layer in layers(model):
         layer.forward = compiled_in_training(layer)
 
@@ -114,13 +116,20 @@ def share_tied_gradient(model: PreTrainedModel) -> None:
 
 
 def check_sharding(model: PreTrainedModel) -> None:
-    """Refuses to shard a model that leaves out layers at random in training: each rank would leave out other ones.
+    """Refuses to shard a model without a list of layers, or one that leaves out layers at random in training.
 
-    Ranks gather the weights of a layer together, so that those of another layer would come in their place.
+    Gradients are summed over the ranks as a backward pass comes to a layer: without one they would not be, as the loss
+    does not come from what the whole model returns. Ranks gather the weights of a layer together, so that those of
+    another layer would come in their place where each rank leaves out other ones.
 
     Raises:
-        UserError: names the key of the model's config.
+        UserError: says so, or names the key of the model's config.
     """
+    if not layers(model):
+        raise UserError(
+            "a model is sharded layer by layer, and this one has no nn.ModuleList of layers.\n"
+            "Train it without trainer=fsdp, such as with trainer=ddp."
+        )
     for key, value in model.config.to_dict().items():
         if key.endswith("layerdrop") and value:
             raise UserError(
@@ -170,7 +179,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, bf16: bool) -> None:
 
 def unsharded(model: PreTrainedModel, empty: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """Gives whole weights, and the buffers of a sharded model, to an empty one of the same kind, and returns that."""
-    empty.load_state_dict(weights, assign=True)
+    empty.load_state_dict(weights, assign=any(weight.is_meta for weight in empty.parameters()))
     empty.tie_weights()
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")

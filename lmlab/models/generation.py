@@ -3,16 +3,19 @@
 Shapes: T tokens of a text, M masks in it, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lmlab.errors import UserError
+from lmlab.errors import UserError, first_line, out_of_memory
 from lmlab.hub import from_hub
+from lmlab.models import torch_module
 from lmlab.models.loading import auto_class_of, max_positions
+from lmlab.models.torch_module import TorchModule, TorchModuleConfig
 
 SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
 """The guide's options for `generate`."""
@@ -20,16 +23,24 @@ MASKS = ("<mask>", "[MASK]", "<|mask|>")
 """The masks that people write, whatever the tokenizer calls its own."""
 
 
-def load(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, revision: str | None = None, make_module: Callable[..., Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer, for the task that the model was trained for.
 
     Args:
         name: hub id or directory.
         revision: branch, tag or commit of a hub id.
+        make_module: called with `tokenizer` and `auto_class`, makes an exported torch module as it was.
     """
     with from_hub("model", name, "the first argument"):
-        auto = getattr(transformers, auto_class_of(name, revision))
+        auto_class = auto_class_of(name, revision)
+        auto = getattr(transformers, auto_class)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if isinstance(config, TorchModuleConfig):
+            module = make_module and make_module(tokenizer=tokenizer, auto_class=auto_class)
+            return torch_module.load(name, revision, config, module, tokenizer, auto_class), tokenizer
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
 
 
@@ -84,6 +95,13 @@ def generate(
         out = model.generate(ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, **options)
     except (ValueError, TypeError) as error:  # transformers checks the names and values of the options itself
         raise UserError(f"generate refused its options: {error}") from error
+    except (IndexError, AssertionError, RuntimeError) as error:
+        if not isinstance(model, TorchModule) or out_of_memory(error):
+            raise
+        raise UserError(
+            f"the model can't go on with a text of {length} tokens ({type(error).__name__}: {first_line(error)}).\n"
+            "Generate fewer (max_new_tokens). A module that reads only so many says it by an attribute max_positions."
+        ) from error
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
     spelled = set(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) & set(tokenizer.all_special_ids)
     hidden = set(tokenizer.all_special_ids) - spelled

@@ -15,7 +15,8 @@ from lmlab.errors import UserError, first_line, nearest, out_of_memory
 from lmlab.hub import from_hub
 from lmlab.models.loss import check_scoring
 from lmlab.models.memory import check_weights, meta_model
-from lmlab.models.probe import probe, run_probe
+from lmlab.models.probe import probe, run_probe, vocabulary
+from lmlab.models.torch_module import TorchModule, TorchModuleConfig, TorchModuleForCausalLM, check_length, load
 from lmlab.objectives import OBJECTIVE_OF, Objective
 
 
@@ -24,7 +25,9 @@ def pretrained(
     name: str,
     revision: str | None = None,
     config: dict[str, Any] | None = None,
+    module: Any = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     empty: bool = False,
 ) -> PreTrainedModel:
     """Loads a trained model, in float32.
@@ -34,12 +37,21 @@ def pretrained(
         name: hub id or directory.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
+        module: of an exported torch module one that was made as it was; in a config the block that makes it.
+        tokenizer: of an exported torch module the tokenizer that it reads.
         empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
     with from_hub("model", name, "model.name"):
         changes = config_values(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
         try:
             settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **changes)
+            if isinstance(settings, TorchModuleConfig):
+                assert tokenizer is not None
+                if changes:
+                    raise UserError("model.config: a torch module has none. Its arguments are keys of model.module.")
+                return load(name, revision, settings, module, tokenizer, auto_class)
+            if module is not None:
+                raise UserError(f"model.module is for an exported torch module, which {name} is not. Leave it out.")
             auto = auto_model(settings, auto_class)
             if empty:
                 return meta_model(auto, settings)
@@ -133,7 +145,7 @@ def auto_class_of(name: str, revision: str | None = None) -> str:
     architecture = (config.architectures or [""])[0]
     if architecture.endswith("ForMaskedLM"):
         return "AutoModelForMaskedLM"
-    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if architecture in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), TorchModuleForCausalLM.__name__):
         return "AutoModelForCausalLM"
     raise UserError(f'{name} is a "{architecture or "model of unknown task"}": no causal or masked language model.')
 
@@ -163,6 +175,8 @@ def task(auto_class: str) -> str:
 
 def alternative(config: PreTrainedConfig, auto_class: str) -> str:
     """Returns advice for an architecture that can't be trained by the objective that wants this `AutoModel` class."""
+    if isinstance(config, TorchModuleConfig):
+        return "Let it hide the tokens after a position, or use objective=mlm."
     for other, objective in OBJECTIVE_OF.items():
         if other != auto_class and has_model(config, other):
             return f"Use objective={objective}, or another architecture."
@@ -193,7 +207,7 @@ def check_model(
     Raises:
         UserError: its embedding, its positions or its attention don't fit, or its head can't be scored.
     """
-    rows = len(model.get_input_embeddings().weight)
+    rows = vocabulary(model)
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's embedding only {rows} rows.\n"
@@ -205,6 +219,8 @@ def check_model(
             f"preprocess.block_size={block_size} is more than the {longest} positions of the model.\n"
             f"Set preprocess.block_size={longest} or less, or make a model from scratch with more positions."
         )
+    if isinstance(model, TorchModule):
+        check_length(model, block_size)
     if getattr(model.config, "attention_type", None) == "block_sparse":  # BigBird's
         raise UserError(
             f"{model.config.model_type} gives up its block-sparse attention for good at the first short row, so that "
@@ -224,7 +240,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         UserError: says how they differ.
     """
-    rows = len(model.get_input_embeddings().weight)
+    rows = vocabulary(model)
     advice = "Use the tokenizer that the model was trained with: leave tokenizer.name out."
     # Models pad their embeddings to round numbers; in DeepSeek's 2.3 % of the rows have no token.
     if rows - len(tokenizer) > max(256, 0.04 * rows):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmlab.errors import UserError, first_line
-from lmlab.models.probe import backbone, evaluation_mode, example_ids, forward, probe
+from lmlab.models.probe import evaluation_mode, example_ids, forward, hook_hidden_states, probe
 
 LOG = logging.getLogger(__name__)
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
@@ -73,20 +73,18 @@ def score(
     """
     projected: list[Tensor] = []
 
-    def keep_scored(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output.last_hidden_state  # [B, T, H]
-        output.last_hidden_state = hidden.flatten(0, 1).index_select(0, positions)[None]  # [1, N, H]
-        return output
+    def keep_scored(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1).index_select(0, positions)[None]  # [1, N, H]
 
     def project_nothing(module: nn.Module, args: Any) -> Any:
         projected.append(args[0].flatten(0, 1))  # [N, H], through the head's transform
         return (args[0][:, :0],)
 
-    head, body = model.get_output_embeddings(), backbone(model)
+    head = model.get_output_embeddings()
     if not probe(model).needs_mask and not getattr(model.config.get_text_config(), "output_router_logits", False):
         attention_mask = None  # with a mask there is no flash attention; only an auxiliary loss would count padding
     with ExitStack() as stack:
-        stack.callback(body.register_forward_hook(keep_scored).remove)
+        stack.callback(hook_hidden_states(model, keep_scored).remove)
         if chunk_size is not None:
             stack.callback(head.register_forward_pre_hook(project_nothing).remove)
         output = forward(model, input_ids, attention_mask)

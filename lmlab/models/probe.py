@@ -4,7 +4,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -12,10 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils import ModelOutput
 
 from lmlab.errors import UserError
+from lmlab.models.torch_module import TorchModule, constants_varied
 
 TOKENS, PADDING = 4, 2  # of a probe: no more than any model has positions
 PORTABLE = ("eager", "sdpa")
@@ -37,7 +39,8 @@ class Probe(NamedTuple):
     """The properties of a model's forward pass."""
 
     backbone: str
-    """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model."""
+    """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model. Of a
+    `TorchModule` its head, which reads the hidden states, or the model itself (an empty name) where none is known."""
     projects: bool
     """True if the logits are just what the output embedding, a plain `nn.Linear`, returns."""
     sees_ahead: bool
@@ -63,20 +66,42 @@ def probe(model: PreTrainedModel) -> Probe:
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """Returns the module whose `last_hidden_state` the head reads: all of the model but its head."""
+    """Returns the module whose `last_hidden_state` the head reads, all of the model but its head: `Probe.backbone`."""
     module: nn.Module = model.get_submodule(probe(model).backbone)
     return module
 
 
+def hook_hidden_states(model: PreTrainedModel, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Lets a function replace the hidden states [B, T, H] that the head reads.
+
+    Of a `TorchModule` without a known head it replaces the logits [B, T, V].
+    """
+    body = backbone(model)
+    if body is model.get_output_embeddings():
+        handle: RemovableHandle = body.register_forward_pre_hook(lambda module, args: (function(args[0]), *args[1:]))
+        return handle
+    name = "logits" if body is model else "last_hidden_state"
+
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        output[name] = function(output[name])
+        return output
+
+    return body.register_forward_hook(replace)
+
+
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a model into evaluation mode, with an attention that runs on any device, and afterwards back."""
+    """Puts a model into evaluation mode, with an attention that runs on any device, and afterwards back.
+
+    A `TorchModule` shows what it can do also where its parameters start with zeros.
+    """
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     if attention not in PORTABLE:
         model.set_attn_implementation("eager")
     try:
-        yield
+        with constants_varied(model) if isinstance(model, TorchModule) else nullcontext():
+            yield
     finally:
         model.train(training)
         if attention not in PORTABLE:
@@ -85,7 +110,13 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 def example_ids(model: PreTrainedModel) -> Tensor:
     """Returns ids [1, T] of different tokens that are hardly special ones."""
-    return torch.arange(2, 2 + TOKENS, device=model.device)[None] % len(model.get_input_embeddings().weight)
+    return torch.arange(2, 2 + TOKENS, device=model.device)[None] % vocabulary(model)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Returns the number of ids that a model can read: the rows of its embedding."""
+    embedding = model.get_input_embeddings()
+    return model.config.vocab_size if embedding is None else len(embedding.weight)
 
 
 def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Any:
@@ -115,7 +146,7 @@ def run_probe(model: PreTrainedModel) -> Probe:
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
         if module is head:
-            projected.append(output)
+            projected.append(output.clone())  # what comes after the head may change it in place
         elif module is not model and isinstance(output, ModelOutput) and output.get("last_hidden_state") is not None:
             inner.append(module)
 
@@ -127,14 +158,16 @@ def run_probe(model: PreTrainedModel) -> Probe:
             handle.remove()
         last_changed = forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits
         padding_matters, needs_mask = (padding_changes(model, ids, logits, masked) for masked in (True, False))
-    if not inner:
+    if not inner and not isinstance(model, TorchModule):
         raise UserError(
             f"lmlab can't score {model.config.model_type}: none of its modules returns a last_hidden_state.\n"
             "Choose another architecture."
         )
     names = {id(module): name for name, module in model.named_modules()}
+    # The outermost module ends last.
+    body = model.head or "" if isinstance(model, TorchModule) else names[id(inner[-1])]
     return Probe(
-        backbone=names[id(inner[-1])],  # the outermost one ends last
+        backbone=body,
         projects=plain and len(projected) == 1 and torch.equal(projected[0], logits),
         sees_ahead=differ(logits[:, :-1], last_changed[:, :-1]),
         padding_matters=padding_matters,

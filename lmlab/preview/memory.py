@@ -91,7 +91,7 @@ def model_without_weights(
     Raises:
         UserError: no model can be made of the config.
     """
-    if "empty" not in targets.takes(block, "model"):
+    if "empty" not in targets.takes(block, "model") or "module" in block:
         return None
     set_verbosity_error()
     model: PreTrainedModel = targets.build(block, "model", tokenizer=tokenizer, auto_class=auto_class, empty=True)
