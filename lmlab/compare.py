@@ -121,7 +121,7 @@ def notes(rows: list[dict[str, Any]], runs: list[Records], unit: str, reference:
     if not all(row["decides"] for row in rows if row["decides"] is not None):
         lines.append("A bound that is higher than an exact value does not say which of the two models is better.")
     ends = [row["ends"] for row in rows]
-    if None not in ends and min(ends) < max(ends):
+    if None not in ends and min(ends) < 0.9 * max(ends):
         lines.append(
             f"Row {ends.index(min(ends)) + 1} was scored on {min(ends):,} ends of documents, and row "
             f"{ends.index(max(ends)) + 1} on {max(ends):,}: the nll of the others is missing in their difference."
