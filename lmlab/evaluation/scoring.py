@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lmlab.data.datamodule import pad_rows
+from lmlab.data.datamodule import pad_rows, prefix_of
 from lmlab.data.documents import CONTINUES, COUNTS, FLAGS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
@@ -44,6 +44,8 @@ class ScoringBatch(NamedTuple):
     """[N] int64: the stretch of the documents that each target belongs to."""
     counts: Tensor
     """[N, 7] int64: the `documents.COUNTS` of each target."""
+    prefix: Tensor | None = None
+    """[B] int64: the number of first positions that every position of a row may attend to; None is 0 for each."""
 
 
 class Row(NamedTuple):
@@ -57,6 +59,8 @@ class Row(NamedTuple):
     """[n] the id to predict at each of them."""
     tokens: np.ndarray
     """[n] the number of each target among the documents' tokens."""
+    prefix: int = 0
+    """The number of first positions that every position may attend to."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ class WindowRows:
             example = make_example(self.objective, ids, key, continues=continues)
             tokens = start - len(head) + example.positions + shift
             scored = tokens >= w.scored[index]
-            inputs = example.inputs[: len(example.inputs) - shift]
-            return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored])
+            # The last token is a target alone, unless positions before it see it.
+            inputs = example.inputs[: max(len(example.inputs) - shift, example.prefix)]
+            return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored], example.prefix)
         parts = []
         for document, first, stop in self.parts(start, end):
             key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
@@ -109,7 +114,9 @@ class WindowRows:
             example = make_example(self.objective, ids, key, offset, continues=continues)
             parts.append((example.inputs, example.targets, first + example.positions + shift))
         inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Row(np.array([*head, *inputs, *tail]), tokens - shift - start + len(head), targets, tokens)
+        ids = np.array([*head, *inputs, *tail])
+        # A decoder that may see all of each part sees all of the window, as in training.
+        return Row(ids, tokens - shift - start + len(head), targets, tokens, len(ids) if example.prefix else 0)
 
     def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""
@@ -244,6 +251,7 @@ class HeldOut(Dataset[ScoringBatch]):
             *pad_rows(rows, self.pad_id),
             torch.from_numpy(np.searchsorted(documents.stretches, tokens, side="right") - 1),
             torch.from_numpy(documents.counts(tokens)),
+            prefix_of(rows),
         )
 
 
@@ -331,7 +339,7 @@ class Scorer(L.LightningModule):
         """Returns the losses of a batch's targets; for `scale` see `lmlab.models.loss.score`."""
         inputs = batch.input_ids, batch.attention_mask
         weights = getattr(batch, "weights", None)
-        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale, weights)
+        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale, weights, batch.prefix)
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         self.sums.update(self.score(batch).nll, batch)
