@@ -19,7 +19,7 @@ PYTHON = Path(sys.executable).parent
 # What is typed, what is offered, and what is not.
 CASES = [
     ("train optim=ad", ["optim=adamw"], []),
-    ("train objective=", ["objective=clm", "objective=mlm"], ["optim"]),
+    ("train objective=", ["objective=clm", "objective=hybrid", "objective=mlm", "objective=prefix"], ["optim"]),
     ("train trainer.max_", ["trainer.max_epochs=", "trainer.max_steps="], ["trainer.devices="]),
     (
         "train -m objective=mlm optim.lr=1,2 objective.repl",

@@ -65,7 +65,7 @@ class MaskedLM:
             )
         if tokenizer.mask_token_id is None:
             raise UserError(
-                "objective=mlm needs a tokenizer with a mask token, and this one has none.\n"
+                "this objective needs a tokenizer with a mask token, and this one has none.\n"
                 "Choose a masked model's tokenizer (such as tokenizer.name=distilroberta-base), or tokenizer=bpe."
             )
         if (mask_schedule == "constant") is not (final_mask_probability is None):
