@@ -19,7 +19,11 @@ PYTHON = Path(sys.executable).parent
 # What is typed, what is offered, and what is not.
 CASES = [
     ("train optim=ad", ["optim=adamw"], []),
-    ("train objective=", ["objective=clm", "objective=fim", "objective=mlm"], ["optim"]),
+    (
+        "train objective=",
+        [f"objective={name}" for name in ("clm", "diffusion", "fim", "hybrid", "mlm", "prefix")],
+        ["optim"],
+    ),
     ("train trainer.max_", ["trainer.max_epochs=", "trainer.max_steps="], ["trainer.devices="]),
     (
         "train -m objective=mlm optim.lr=1,2 objective.repl",

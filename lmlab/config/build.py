@@ -90,6 +90,7 @@ def build_model(
 
     from lmlab.models import efficiency
     from lmlab.models.loading import check_model, max_positions
+    from lmlab.models.probe import PORTABLE
     from lmlab.objectives import Objective
 
     # What a run has to say, it says itself.
@@ -102,6 +103,11 @@ def build_model(
         raise UserError(
             f"objective._target_={cfg.objective._target_}: its objects have no {' and no '.join(missing)}.\n"
             "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
+        )
+    if getattr(objective, "prefixes", False) and cfg.attention not in (None, *PORTABLE):
+        raise UserError(
+            f"attention={cfg.attention} takes no mask that lets a position see a prefix, as this objective needs.\n"
+            "Use attention=sdpa or attention=eager."
         )
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, tokenizer=tokenizer, auto_class=objective.auto_class, empty=empty)

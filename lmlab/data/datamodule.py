@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     """The number of tokens that the sum of the losses stands for: see `Example.divisor`."""
     weights: Tensor | None = None
     """[N] float32: the factor of the nll of each target; None is 1 for each."""
+    prefix: Tensor | None = None
+    """[B] int64: the number of first positions that every position of a row may attend to; None is 0 for each."""
 
 
 class Batches(Dataset[Batch]):
@@ -102,7 +104,7 @@ def collate(
         weights = torch.from_numpy(np.concatenate([*ones]).astype(np.float32))
     tokens = sum(len(row.inputs) for row in rows)
     divisor = sum(len(row.targets) if row.divisor is None else row.divisor for row in rows)
-    return Batch(*pad_rows(rows, pad_id), tokens, number, divisor, weights)
+    return Batch(*pad_rows(rows, pad_id), tokens, number, divisor, weights, prefix_of(rows))
 
 
 class Unpadded(Protocol):
@@ -114,6 +116,8 @@ class Unpadded(Protocol):
     def positions(self) -> np.ndarray: ...
     @property
     def targets(self) -> np.ndarray: ...
+    @property
+    def prefix(self) -> int: ...
 
 
 def pad_rows(rows: Sequence[Unpadded], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -132,6 +136,11 @@ def pad_rows(rows: Sequence[Unpadded], pad_id: int) -> tuple[Tensor, Tensor | No
     targets = np.concatenate([row.targets for row in rows]).astype(np.int64)
     mask = None if attention_mask.all() else torch.from_numpy(attention_mask)
     return torch.from_numpy(input_ids), mask, torch.from_numpy(positions), torch.from_numpy(targets)
+
+
+def prefix_of(rows: Sequence[Unpadded]) -> Tensor | None:
+    """Returns the prefix of each row, [B] int64; None where all are 0, as then no mask has to be made."""
+    return torch.tensor([row.prefix for row in rows]) if any(row.prefix for row in rows) else None
 
 
 class Rows(Protocol):

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lmlab.data.datamodule import pad_rows
+from lmlab.data.datamodule import pad_rows, prefix_of
 from lmlab.data.documents import CONTINUES, COUNTS, FLAGS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
@@ -47,6 +47,8 @@ class ScoringBatch(NamedTuple):
     """[M] int64: the stretch of each token that the batch counts; these are its targets, but for `ElboRows`."""
     counts: Tensor
     """[M, 7] int64: the `documents.COUNTS` of each of these tokens."""
+    prefix: Tensor | None = None
+    """[B] int64: the number of first positions that every position of a row may attend to; None is 0 for each."""
     factors: Tensor | None = None
     """[N] float64: the factor of the nll of each target; None is 1 for each."""
     halves: Tensor | None = None
@@ -64,6 +66,8 @@ class Row(NamedTuple):
     """[n] the id to predict at each of them."""
     tokens: np.ndarray
     """[n] the number of each target among the documents' tokens."""
+    prefix: int = 0
+    """The number of first positions that every position may attend to."""
     counted: np.ndarray | None = None
     """The tokens that the row counts; None is its targets."""
     factor: float = 1.0
@@ -113,8 +117,9 @@ class WindowRows:
             example = make_example(self.objective, ids, key, continues=continues)
             tokens = start - len(head) + example.positions + shift
             scored = tokens >= w.scored[index]
-            inputs = example.inputs[: len(example.inputs) - shift]
-            return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored])
+            # The last token is a target alone, unless positions before it see it.
+            inputs = example.inputs[: max(len(example.inputs) - shift, example.prefix)]
+            return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored], example.prefix)
         parts = []
         for document, first, stop in self.parts(start, end):
             key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
@@ -122,7 +127,9 @@ class WindowRows:
             example = make_example(self.objective, ids, key, offset, continues=continues)
             parts.append((example.inputs, example.targets, first + example.positions + shift))
         inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Row(np.array([*head, *inputs, *tail]), tokens - shift - start + len(head), targets, tokens)
+        ids = np.array([*head, *inputs, *tail])
+        # A decoder that may see all of each part sees all of the window, as in training.
+        return Row(ids, tokens - shift - start + len(head), targets, tokens, len(ids) if example.prefix else 0)
 
     def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""
@@ -288,9 +295,9 @@ class ElboRows:
             chosen + len(head),
             targets,
             start + chosen,
-            np.arange(start, end) if draw == 0 else np.zeros(0, np.int64),
-            length / (hidden * self.draws),
-            2 * window + half,
+            counted=np.arange(start, end) if draw == 0 else np.zeros(0, np.int64),
+            factor=length / (hidden * self.draws),
+            half=2 * window + half,
         )
 
     def __len__(self) -> int:
@@ -329,6 +336,7 @@ class HeldOut(Dataset[ScoringBatch]):
             torch.from_numpy(documents.stretch_of(tokens)),
             torch.from_numpy(documents.stretch_of(counted)),
             torch.from_numpy(documents.counts(counted)),
+            prefix_of(rows),
         )
         if not isinstance(self.rows, ElboRows):
             return batch
@@ -451,7 +459,7 @@ class Scorer(L.LightningModule):
         """Returns the losses of a batch's targets; for `scale` see `lmlab.models.loss.score`."""
         inputs = batch.input_ids, batch.attention_mask
         weights = getattr(batch, "weights", None)
-        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale, weights)
+        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale, weights, batch.prefix)
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         self.sums.update(self.score(batch).nll, batch)

@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
 from lmlab.hub import from_hub
-from lmlab.models.loss import check_scoring
+from lmlab.models.loss import check_scoring, score
 from lmlab.models.memory import check_weights, meta_model
-from lmlab.models.probe import probe, run_probe, vocabulary
+from lmlab.models.probe import TOKENS, differ, evaluation_mode, probe, run_probe, vocabulary
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig, TorchModuleForCausalLM, check_length, load
 from lmlab.objectives import OBJECTIVE_OF, Objective
 
@@ -232,6 +232,57 @@ def check_model(
             f"perplexity means nothing.\n{alternative(model.config, objective.auto_class)}"
         )
     check_scoring(model)
+    if getattr(objective, "prefixes", False):
+        check_prefixes(model, block_size)
+
+
+@torch.no_grad()
+def check_prefixes(model: PreTrainedModel, block_size: int) -> None:
+    """Refuses a model that does not attend as an `Example.prefix` says.
+
+    Some models take no mask but their own. Others have layers that see a window of the positions before a token: given
+    any mask, they see what that shows, so a prefix of 0 would not be their causal attention in a longer text.
+
+    Raises:
+        UserError: says which of the two.
+    """
+    kind, device = model.config.model_type, model.device
+    vocabulary, few = len(model.get_input_embeddings().weight), min(TOKENS, block_size)
+    text = torch.arange(2, 2 + block_size, device=device)[None] % vocabulary  # [1, T]
+    changed = torch.cat([text[:, : few - 1], text[:, :1]], dim=1)  # in the last of a few tokens
+    targets = torch.arange(min(vocabulary, 64), device=device)
+
+    def logits(ids: torch.Tensor, prefix: int | None, position: int) -> torch.Tensor:
+        """Returns the logits of some tokens at one position, less their mean."""
+        seen = None if prefix is None else torch.tensor([prefix], device=device)
+        nll = score(model, ids, None, torch.full_like(targets, position), targets, prefix=seen).nll
+        return nll.mean() - nll
+
+    def is_causal(length: int) -> bool:
+        """Returns whether a prefix of 0 changes nothing at the last position of a text."""
+        return not differ(logits(text[:, :length], None, length - 1), logits(text[:, :length], 0, length - 1))
+
+    with evaluation_mode(model):
+        try:
+            # At the first position: with all of the prefix the change is seen, without its last token it is not.
+            sees, leaks = (differ(logits(text[:, :few], n, 0), logits(changed, n, 0)) for n in (few, few - 1))
+            follows = sees and not leaks and is_causal(few)
+        except Exception as error:  # transformers' code may raise anything for a mask that it was not written for
+            if out_of_memory(error):
+                raise
+            follows = False
+        everywhere = follows and is_causal(block_size)
+    if not follows:
+        raise UserError(
+            f"{kind} takes no mask that lets it see the tokens after a position, as this objective needs.\n"
+            "Use another decoder, such as model.architecture=gpt2, llama or gpt_neox."
+        )
+    if not everywhere:
+        raise UserError(
+            f"{kind} has layers that see fewer than preprocess.block_size={block_size} positions, and a prefix would "
+            "let them see all.\nMake it without (such as model.config.sliding_window=null), or lower "
+            "preprocess.block_size."
+        )
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

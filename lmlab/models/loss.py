@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmlab.errors import UserError, first_line
-from lmlab.models.probe import evaluation_mode, example_ids, forward, hook_hidden_states, probe
+from lmlab.models.probe import evaluation_mode, example_ids, forward, hook_hidden_states, prefix_mask, probe
 
 LOG = logging.getLogger(__name__)
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
@@ -46,6 +46,7 @@ def score(
     chunk_size: int | None = None,
     scale: Tensor | None = None,
     weights: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -70,6 +71,7 @@ def score(
             a scalar on the device. Gradients in float16 are multiplied by it as they are made, in the forward pass,
             as they would vanish otherwise.
         weights: [N] the factor of the nll of each target; None is 1 for each.
+        prefix: [B] the number of first positions that every position of a row may attend to; None is 0 for each.
     """
     projected: list[Tensor] = []
 
@@ -81,7 +83,9 @@ def score(
         return (args[0][:, :0],)
 
     head = model.get_output_embeddings()
-    if not probe(model).needs_mask and not getattr(model.config.get_text_config(), "output_router_logits", False):
+    if prefix is not None:
+        attention_mask = prefix_mask(prefix, attention_mask, input_ids.shape[1], model.dtype)
+    elif not probe(model).needs_mask and not getattr(model.config.get_text_config(), "output_router_logits", False):
         attention_mask = None  # with a mask there is no flash attention; only an auxiliary loss would count padding
     with ExitStack() as stack:
         stack.callback(hook_hidden_states(model, keep_scored).remove)

@@ -123,13 +123,40 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> 
     """Returns the model's output for ids [B, T].
 
     Args:
-        mask: [B, T], 0 on padding. None where no row is padded: some models take no mask.
+        mask: [B, T], 0 on padding, or a `prefix_mask`. None where no row is padded: some models take no mask.
     """
     masked = {} if mask is None else {"attention_mask": mask}
     with ExitStack() as stack:
         for owner, name, function in DEVICE_READS:
             stack.enter_context(patch.object(owner, name, function))
         return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
+
+
+def prefix_mask(prefix: Tensor, attention_mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor:
+    """Returns the mask [B, 1, T, T] by which positions attend to a prefix, themselves and those before them.
+
+    It is added to the scores of queries (third dimension) and keys (fourth), the form that both eager attention and
+    sdpa take, so it is 0 where a position is seen, and the least number of the dtype where it is not. Three tokens and
+    one of padding, with a prefix of 2:
+
+    ```
+    query 0   0  0  -  -
+    query 1   0  0  -  -
+    query 2   0  0  0  -
+    query 3   0  0  0  -
+    ```
+
+    Args:
+        prefix: [B] the number of first positions that every position may attend to.
+        attention_mask: [B, T], 0 on padding; None where no row is padded.
+        length: T.
+        dtype: that of the model's weights.
+    """
+    numbers = torch.arange(length, device=prefix.device)
+    seen = (numbers <= numbers[:, None]) | (numbers < prefix[:, None, None])  # [B, T, T]
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None].bool()
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 @torch.no_grad()

@@ -33,6 +33,9 @@ class Example(NamedTuple):
     divisor: int | None = None
     """The number of tokens that the weighted sum stands for: the loss of a batch is the sum over its examples, divided
     by the sum of their divisors. None is N, so that the loss is the mean nll per target."""
+    prefix: int = 0
+    """The number of first positions that every position may attend to, besides those before it and itself: 0 for causal
+    attention, T for attention in both directions. It is for decoders: an encoder attends in both directions anyway."""
 
 
 class Objective(Protocol):
@@ -50,7 +53,8 @@ class Objective(Protocol):
 
     Any class with these members is one; it need not derive from this. Its constructor takes the keys of its YAML, and
     the tokenizer where it has a parameter of that name. Its `__call__` may have more parameters, and is given what it
-    has a parameter for: see `make_example`.
+    has a parameter for: see `make_example`. If its examples have a `prefix`, it has an attribute `prefixes` that is
+    true, and models that can't attend so are refused before a run begins.
     """
 
     metric: str
@@ -152,4 +156,9 @@ def check_shapes(objective: Objective, example: Example) -> None:
         raise UserError(
             f"{type(objective).__name__} returns positions from {first} to {last}, and 0 to {length - 1} was expected, "
             f"as there are {length} tokens. See lmlab.objectives.Example."
+        )
+    if not 0 <= example.prefix <= length:
+        raise UserError(
+            f"{type(objective).__name__} returns a prefix of {example.prefix}, and 0 to {length} was expected, as "
+            f"there are {length} tokens. See lmlab.objectives.Example."
         )

@@ -9,7 +9,6 @@ import numpy as np
 from annotated_types import Ge, Gt, Lt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lmlab.data.sampler import EVALUATION
 from lmlab.objectives import Example
 from lmlab.objectives.mlm import mask_id, random_words, uniform
 
@@ -49,12 +48,12 @@ class MaskedDiffusion:
             min_rate: the least rate; at lower ones hardly a token is hidden, and its weight is 1 / rate.
             draws: the number of random masks by which the bound of each held-out window is estimated; an even one.
         """
-        self.mask_id = mask_id(tokenizer, "diffusion")
+        self.mask_id = mask_id(tokenizer)
         self.min_rate, self.draws = min_rate, draws
 
     def rate(self, seed: int, number: int) -> float:
         """Returns the probability with which the tokens of a sample are hidden, by its number in the run."""
-        first = int(random_words((seed, EVALUATION, 0), 0, 1)[0, 0])
+        first = int(random_words((seed, 0, 0), 0, 1)[3, 0])  # a word that decides no mask
         even = uniform(np.array([(first + number * GOLDEN) % 2**64], np.uint64))
         return self.min_rate + (1 - self.min_rate) * float(even[0])
 

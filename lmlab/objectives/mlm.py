@@ -83,7 +83,7 @@ class MaskedLM:
         self.whole_word = whole_word
         self.replace_mask = replace_mask
         self.replace_random = replace_random
-        self.mask_id = mask_id(tokenizer, "mlm")
+        self.mask_id = mask_id(tokenizer)
         self.vocab_size = len(tokenizer)
         self.special = np.isin(np.arange(self.vocab_size), tokenizer.all_special_ids)
         """[V] bool: the special tokens, which are no targets."""
@@ -132,18 +132,15 @@ class MaskedLM:
         return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
 
 
-def mask_id(tokenizer: PreTrainedTokenizerBase, objective: str) -> int:
+def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the id of the tokenizer's mask token.
-
-    Args:
-        objective: the name of the objective that needs it.
 
     Raises:
         UserError: it has none.
     """
     if tokenizer.mask_token_id is None:
         raise UserError(
-            f"objective={objective} needs a tokenizer with a mask token, and this one has none.\n"
+            "this objective needs a tokenizer with a mask token, and this one has none.\n"
             "Choose a masked model's tokenizer (such as tokenizer.name=distilroberta-base), or tokenizer=bpe."
         )
     return int(tokenizer.mask_token_id)

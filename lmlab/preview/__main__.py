@@ -68,7 +68,7 @@ def preview(plan: Plan) -> None:
     show_ledger(data.ledger)
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
-    batch.show_samples(first, data.tokenizer, not objective.bidirectional, console())
+    batch.show_samples(first, data.tokenizer, objective.target_shift == 1, console())
 
     if for_gpus:
         memory.show_memory(cfg, data.tokenizer, objective.auto_class, first)

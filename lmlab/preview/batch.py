@@ -59,12 +59,10 @@ def sample_pieces(batch: Batch, row: int, tokenizer: Any, causal: bool) -> list[
             kind = "end"
         elif position not in targets:
             kind = "input"
-        elif causal:
-            kind = "target"
-        elif token == tokenizer.mask_token_id:
-            kind = "masked"
+        elif token != original:
+            kind = "masked" if token == tokenizer.mask_token_id else "random"
         else:
-            kind = "kept" if token == original else "random"
+            kind = "target" if causal else "kept"
         if kind == "random":
             said = f"{said}→{decode(tokenizer, [token]).strip() or SPACE}"
         if pieces and pieces[-1][0] == kind and kind in ("input", "target"):

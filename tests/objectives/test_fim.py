@@ -81,7 +81,7 @@ def test_as_written_out(
     marks, end = tokenizer.convert_tokens_to_ids(SENTINELS), tokenizer.eos_token_id
     for sample, ids in enumerate(blocks):
         key = (3, 1, sample)
-        inputs, positions, targets = objective(ids, key)
+        inputs, positions, targets, *_ = objective(ids, key)
         words = random_words(key, 0, len(ids) + 1).T.tolist()
         expected = written_out(ids.tolist(), rate, spm_rate, marks, end, words)
         assert inputs.tolist() == expected

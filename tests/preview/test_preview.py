@@ -27,6 +27,7 @@ from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import Draw
 from lmlab.errors import UserError
 from lmlab.models import loading
+from lmlab.objectives import Example
 from lmlab.preview import batch as batches
 from lmlab.preview import job
 from lmlab.preview.measure import Measurement
@@ -189,6 +190,17 @@ def test_causal_targets_are_those_of_the_token_before() -> None:
         ("end", "|"),
         ("target", "c"),
     ]
+
+
+def test_hidden_tokens_that_are_predicted_one_position_earlier() -> None:
+    """A hidden token says that it is, and where it stands; other targets are unmarked as in a causal sample."""
+
+    def objective(block: np.ndarray, key: Any) -> Example:
+        return Example(np.array([3, 2, 5, 20]), np.array([0, 1, 2]), block[1:], prefix=4)
+
+    made = collate([np.arange(3, 7)], [Draw(0, 0)], objective, 0, 1)  # type: ignore[arg-type]
+    found = batches.sample_pieces(made, 0, Letters(), causal=True)
+    assert found == [("input", "a"), ("masked", "b"), ("target", "c"), ("random", "d→r")]
 
 
 def test_bytes_are_those_of_adamw(shown: Callable[..., str]) -> None:
