@@ -27,6 +27,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         checkpoint: the path of the checkpoint to go on from; None for the start.
     """
     from lmlab.data.sources import fingerprint
+    from lmlab.evaluation.records import weights_hash
     from lmlab.models.efficiency import unsharded
     from lmlab.training import checkpoint as checkpoints
     from lmlab.training.loggers import closed_at_the_end
@@ -41,6 +42,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     )
     objective, model = build.build_model_of_rank(cfg, data.tokenizer)
     module, datamodule = build.build_training(cfg, data, objective, model)
+    if module.teacher is not None:
+        lifecycle.keep_teacher(run, weights_hash(module.teacher.model.state_dict()), leads=not ranks.rank())
     lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
     trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
     with closed_at_the_end(trainer.loggers, run):

@@ -23,6 +23,7 @@ TARGETS = {
 # What a person has to say along with an option.
 REQUIRED = {
     "data=files": ["data.train=x.txt"],
+    "distill=teacher": ["distill.model=me/model"],
     "data=hub": ["data.path=me/data"],
     "model=pretrained": ["model.name=me/model"],
     "model=scratch": ["model.architecture=gpt2"],
@@ -136,7 +137,7 @@ def test_sweep_composes(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize("name", ["train", "evaluate", "trainer", "validation", "preprocess"])
 def test_each_key_is_declared_with_its_meaning(name: str) -> None:
     """The schema has the keys of the YAML files, those of its groups included, and says what each of them means."""
-    words = ["data=sample", "objective=clm", "+model.name=x"] if name == "evaluate" else []
+    words = ["data=sample", "objective=clm", "+model.name=x"] if name == "evaluate" else ["distill=teacher"]
     cfg = compose(*words, verb="evaluate" if name == "evaluate" else "train")
     block = cfg if name in ("train", "evaluate") else cfg[name]
     declared = schema.DECLARED[name]

@@ -13,6 +13,7 @@ from lmlab.config.targets import arguments, blocks, build, takes
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line
 from lmlab.runs.choices import without_added
+from lmlab.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     import lightning as L
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.prepared import Prepared
     from lmlab.evaluation.scoring import HeldOut
+    from lmlab.models.teacher import Teacher
     from lmlab.objectives import Objective
     from lmlab.training.module import LMModule
 
@@ -145,6 +147,27 @@ def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
     if isinstance(model, TorchModule):
         model.config.module = OmegaConf.to_container(without_secrets(made))
     return model
+
+
+def build_teacher(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", objective: "Objective") -> "Teacher | None":
+    """Returns the teacher of a run, on each rank a whole one; None where it learns from the text alone.
+
+    Raises:
+        UserError: the config names no model, or one that can't teach this student.
+    """
+    if "distill" not in cfg:
+        return None
+    block, run = cfg.distill.copy(), RunDirectory(cfg.distill.model)
+    if run.has_config():
+        if not run.model.is_dir():
+            raise UserError(
+                f"distill.model={block.model} holds no model: it is an evaluation, or a run that has not ended.\n"
+                "Name a run that has, an exported directory, or a hub id."
+            )
+        block.model = str(run.model)
+    given = {"tokenizer": tokenizer, "objective": objective, "block_size": cfg.preprocess.block_size}
+    teacher: Teacher = build(block, "distill", **given)
+    return teacher
 
 
 def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "HeldOut":
@@ -272,6 +295,7 @@ def build_training(
     half = str(trainer.precision) in ("bf16-true", "16-true")
     device = torch.device("cuda" if gpu else "cpu")
     has_room = check_training(model, tensors, half, device, trainer.devices, shards(trainer))
+    teacher = build_teacher(cfg, data.tokenizer, objective)
     module = LMModule(
         model,
         optimizer,
@@ -284,9 +308,11 @@ def build_training(
         logits_chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, gpu),
         val_interval=interval,
         reduces_once=has_room,
+        teacher=teacher,
     )
     lengths = np.concatenate([np.diff(data.train.bounds)[:, 0], (whole or held_out).rows.lengths])
-    check_padding(model, lengths, micro_batch_size(cfg.batch_size, world(trainer), trainer.accumulate_grad_batches))
+    for one in [model] if teacher is None else [model, teacher.model]:
+        check_padding(one, lengths, micro_batch_size(cfg.batch_size, world(trainer), trainer.accumulate_grad_batches))
     datamodule = BlocksDataModule(
         data.train,
         held_out,

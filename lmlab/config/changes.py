@@ -27,9 +27,9 @@ from lmlab.secrets import MARK
 
 CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
 """Keys and blocks that a run that goes on may change: how it runs, its length, and its callbacks."""
-LOCATED = ("data", "tokenizer.name", "model.name")
-"""Keys and blocks that name files, which may move: hashes in the manifest tell whether data and tokenizer are the same,
-and the weights of a model come from the checkpoint."""
+LOCATED = ("data", "tokenizer.name", "model.name", "distill.model")
+"""Keys and blocks that name files, which may move: hashes in the manifest tell whether data, tokenizer and teacher are
+the same, and the weights of a model come from the checkpoint."""
 GROUPS = ("trainer", "callbacks", "logger")
 """Groups of which a run that goes on may choose another option."""
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
@@ -66,7 +66,7 @@ def apply_overrides(
         elif key in GROUPS and not isinstance(override.value(), dict):
             block = compose_group(key, word, run_dir, config_dir)
             cfg[key] = OmegaConf.merge(cfg[key], {k: block[k] for k in HARDWARE}) if key == "trainer" else block
-        elif isinstance(cfg.get(key), DictConfig) and key not in GROUPS:
+        elif key == "distill" or (isinstance(cfg.get(key), DictConfig) and key not in GROUPS):
             raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
         elif key not in known and not (override.is_add() or override.is_force_add()):
             raise UserError(f'there is no key "{key}".{nearest(key, known)} A key that is to be added: +KEY=VALUE')

@@ -14,6 +14,8 @@ from lmlab.secrets import MARK, redacted_word
 # a callback or a logger, the environment. Hydra knows the keys of the YAML files alone.
 FREE = re.compile(r"(model\.config|data\.filter|hydra\.job\.env_set)[.=]|(callbacks|logger)(\.\w+)?=\{")
 FREE_OF_A_SEARCH = re.compile(r"hydra\.sweeper\.(sampler|pruner)[.=]")
+# Groups that a command may leave out. To choose one is to add it, so a + before it says nothing more.
+OPTIONAL = re.compile(r"\+(?=(distill|experiment)=)")
 KEY = re.compile(r"(\+{1,2}|~)?[A-Za-z_$][\w./@:$-]*")
 # Where a value, or an element of one, begins with a home directory; what is in quotes is left alone.
 HOME = re.compile(
@@ -46,7 +48,10 @@ def readable(words: Sequence[str], searches: bool = False) -> list[str]:
     for number, word in enumerate(words):
         if "=" not in word and not word.startswith("~"):
             raise UserError(explain_word(words, number))
-    return [f"++{word}" if any(kind.match(word) for kind in free) else word for word in map(expand_home, words)]
+    words = [
+        OPTIONAL.sub("", expand_home(word), count=1) if OPTIONAL.match(word) else expand_home(word) for word in words
+    ]
+    return [f"++{word}" if any(kind.match(word) for kind in free) else word for word in words]
 
 
 def expand_home(word: str) -> str:

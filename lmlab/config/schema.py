@@ -69,6 +69,8 @@ class Train(Config):
     """A target that makes examples of blocks."""
     optim: dict[str, Any]
     """A target that makes an optimizer and its schedule."""
+    distill: dict[str, Any] | None = None
+    """A target that loads a teacher, whose probabilities are learned too; null learns from the text alone."""
     callbacks: dict[str, Any] | None = None
     """Targets that return Lightning callbacks, by a name for each."""
     logger: dict[str, Any] | None = None
@@ -164,6 +166,7 @@ SUPPLIED = {
     "tokenizer": ("texts",),
     "model": ("tokenizer", "auto_class", "empty"),
     "objective": ("tokenizer",),
+    "distill": ("tokenizer", "objective", "block_size"),
     "logger": ("run_dir", "run_id", "config"),
     "trainer": (
         "callbacks",

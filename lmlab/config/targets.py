@@ -40,7 +40,7 @@ BOUNDS = {
 
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """Yields the blocks of a config that name a target, with their dotted keys."""
-    for name in ("data", "tokenizer", "model", "objective", "optim", "trainer"):
+    for name in ("data", "tokenizer", "model", "objective", "distill", "optim", "trainer"):
         if name in cfg:
             yield name, cfg[name]
     for group in ("callbacks", "logger"):

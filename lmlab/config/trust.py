@@ -23,6 +23,7 @@ OWN = {
     "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
     "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),
     "objective": ("builtins.object", ["lmlab.objectives"]),
+    "distill": ("lmlab.models.teacher.Teacher", ["lmlab.models.teacher"]),
     "optim": ("builtins.object", ["lmlab.optim"]),
     "trainer": ("lightning.Trainer", ["lightning.pytorch.trainer"]),
     "callbacks": ("lightning.Callback", ["lmlab.training", "lmlab.sweeps.pruning", "lightning.pytorch.callbacks"]),

@@ -26,6 +26,7 @@ from lmlab.evaluation.metrics import EXACT
 from lmlab.evaluation.windows import Windows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
+from lmlab.models.teacher import Teacher
 from lmlab.objectives import Objective, check_shapes, make_example
 from lmlab.objectives.mlm import random_words, uniform
 
@@ -455,11 +456,12 @@ class Scorer(L.LightningModule):
             bf16 = self.trainer.precision == "bf16-mixed" and self._device_mesh.device_type == "cuda"
             shard(self.model, self._device_mesh, bf16)
 
-    def score(self, batch: Any, scale: Tensor | None = None) -> Scores:
-        """Returns the losses of a batch's targets; for `scale` see `lmlab.models.loss.score`."""
+    def score(self, batch: Any, scale: Tensor | None = None, teacher: Teacher | None = None) -> Scores:
+        """Returns the losses of a batch's targets; for `scale` and `teacher` see `lmlab.models.loss.score`."""
         inputs = batch.input_ids, batch.attention_mask
         weights = getattr(batch, "weights", None)
-        return score(self.model, *inputs, batch.positions, batch.targets, self.chunk_size, scale, weights, batch.prefix)
+        more = self.chunk_size, scale, weights, batch.prefix, teacher
+        return score(self.model, *inputs, batch.positions, batch.targets, *more)
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         self.sums.update(self.score(batch).nll, batch)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 
 from lmlab.errors import UserError, first_line
 from lmlab.models.probe import evaluation_mode, example_ids, forward, hook_hidden_states, prefix_mask, probe
+
+if TYPE_CHECKING:
+    from lmlab.models.teacher import Taught, Teacher
 
 LOG = logging.getLogger(__name__)
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
@@ -35,6 +38,19 @@ class Scores(NamedTuple):
     """[N] negative log-likelihood of each target, in nats, times its weight."""
     auxiliary: Tensor | None
     """The model's own auxiliary loss (a scalar, weighted by its coefficient); None where it has none."""
+    distilled: "Distilled | None" = None
+    """What a student is trained by; None without a teacher. The nll beside it is that of the student, without gradient.
+    """
+
+
+class Distilled(NamedTuple):
+    """The losses of a batch that a student learns from its targets and from a teacher."""
+
+    loss: Tensor
+    """[N] (1 - weight) · nll + weight · temperature² · kl of each target, times the target's own weight."""
+    kl: Tensor
+    """[N] KL(teacher ‖ student) of the distributions softened by the temperature, in nats, times the target's weight.
+    """
 
 
 def score(
@@ -47,6 +63,7 @@ def score(
     scale: Tensor | None = None,
     weights: Tensor | None = None,
     prefix: Tensor | None = None,
+    teacher: "Teacher | None" = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -72,6 +89,40 @@ def score(
             as they would vanish otherwise.
         weights: [N] the factor of the nll of each target; None is 1 for each.
         prefix: [B] the number of first positions that every position of a row may attend to; None is 0 for each.
+        teacher: the model whose probabilities are to be learned too, if there is one.
+    """
+    shown = input_ids, attention_mask, positions, prefix
+    taught = None if teacher is None else teacher.read(*shown)
+    output, rows = run_on_scored(model, *shown, project=chunk_size is None)
+    auxiliary = auxiliary_loss(model, output)
+    if chunk_size is None:
+        nll = F.cross_entropy(rows.float(), targets, reduction="none")  # of logits [N, V]
+        losses = nll if taught is None else torch.stack(taught.losses(rows, nll))
+        losses = losses if weights is None else losses * weights
+    else:
+        head, train = model.get_output_embeddings(), torch.is_grad_enabled()
+        inputs = rows, head.weight, head.bias, targets, chunk_size, train, scale, weights, taught
+        losses = ChunkedNLL.apply(*inputs)  # type: ignore[no-untyped-call]
+    if taught is None:
+        return Scores(losses, auxiliary)
+    loss, nll, kl = losses
+    return Scores(nll.detach(), auxiliary, Distilled(loss, kl.detach()))
+
+
+def run_on_scored(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor,
+    prefix: Tensor | None = None,
+    *,
+    project: bool,
+) -> tuple[Any, Tensor]:
+    """Runs a model of which only the scored rows go through the head; arguments are those of `score`.
+
+    Returns:
+        The model's output, and the logits of the scored rows [N, V]; without `project` what its last map, which is left
+        out, would have made them of, [N, H].
     """
     projected: list[Tensor] = []
 
@@ -89,17 +140,11 @@ def score(
         attention_mask = None  # with a mask there is no flash attention; only an auxiliary loss would count padding
     with ExitStack() as stack:
         stack.callback(hook_hidden_states(model, keep_scored).remove)
-        if chunk_size is not None:
+        if not project:
             stack.callback(head.register_forward_pre_hook(project_nothing).remove)
         output = forward(model, input_ids, attention_mask)
-    auxiliary = auxiliary_loss(model, output)
-    if chunk_size is None:
-        logits = output.logits.flatten(0, 1)  # [N, V]; the gradient of [0] would be copied into zeros
-        nll = F.cross_entropy(logits.float(), targets, reduction="none")
-        return Scores(nll if weights is None else nll * weights, auxiliary)
-    train = torch.is_grad_enabled()
-    nll = ChunkedNLL.apply(projected[0], head.weight, head.bias, targets, chunk_size, train, scale, weights)  # type: ignore[no-untyped-call]
-    return Scores(nll, auxiliary)
+    # The gradient of [0] would be copied into zeros.
+    return output, output.logits.flatten(0, 1) if project else projected[0]
 
 
 def auxiliary_loss(model: PreTrainedModel, output: Any) -> Tensor | None:
@@ -161,8 +206,9 @@ class ChunkedNLL(torch.autograd.Function):
         train: bool,
         scale: Tensor | None = None,
         weights: Tensor | None = None,
-    ) -> Tensor:
-        """Returns the nll [N], times its weights.
+        taught: "Taught | None" = None,
+    ) -> Any:
+        """Returns the nll [N], times its weights; with a teacher loss, nll and kl, [N] each (see `Distilled`).
 
         Args:
             hidden: [N, H].
@@ -174,19 +220,17 @@ class ChunkedNLL(torch.autograd.Function):
             scale: a factor of the gradients in float16, which would vanish without it; the backward pass takes it
                 off again.
             weights: [N].
+            taught: what a teacher says of these rows. The loss alone can then be differentiated.
         """
         device = hidden.device.type
-        # A last norm gives float32 under autocast, and the product would not have been made in it.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        if multiplies_in_float32(device, dtype, train and scale is None):
-            dtype = torch.float32
+        dtype = product_dtype(hidden, train and scale is None)
         if dtype != torch.float16:
             scale = None
         h, w = hidden.to(dtype), pad_vocabulary(weight, dtype)  # [N, H], [V', H]
         b = None if bias is None else pad_vocabulary(bias, dtype)
         factors = scale if weights is None else (weights if scale is None else weights * scale)[:, None]
         vocabulary = len(weight)
-        nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
+        losses = torch.empty((1 if taught is None else 3, len(h)), dtype=torch.float32, device=h.device)
         if train:
             d_hidden = torch.empty_like(h)
             d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
@@ -201,7 +245,10 @@ class ChunkedNLL(torch.autograd.Function):
                 if step is nll_and_slope:
                     logits = logits.float()  # here, so that memory holds them once
                 of_part = factors[part] if factors is not None and factors.dim() else factors
-                nll[part], slope = step(logits, targets[part], dtype if train else None, of_part)
+                rest = targets[part], dtype if train else None, of_part
+                *values, slope = step(logits, *rest) if taught is None else taught.distill(part, logits, *rest)
+                for row, value in zip(losses, values, strict=True):
+                    row[part] = value
                 if slope is None:
                     continue
                 if d_bias is not None:
@@ -214,16 +261,20 @@ class ChunkedNLL(torch.autograd.Function):
                 else:
                     d_weight += slope.t() @ h[part]
         if weights is not None:
-            nll.mul_(weights)
+            losses.mul_(weights)
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
             ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
             ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
-        return nll
+        if taught is None:
+            return losses[0]
+        loss, nll, kl = losses
+        ctx.mark_non_differentiable(nll, kl)
+        return loss, nll, kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor, *of_constants: Tensor) -> Any:
         if upstream.numel() > 1 and upstream.stride() != (0,):
             raise RuntimeError("the nll of all rows must weigh the same in what is differentiated: take their sum.")
         d_hidden, d_weight, d_bias = ctx.gradients
@@ -236,11 +287,7 @@ class ChunkedNLL(torch.autograd.Function):
         types = (hidden_type, weight_type, weight_type)
         return (
             *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)),
-            None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
 
 
@@ -290,6 +337,14 @@ def compiled_nll_and_slope(device: str) -> Callable[..., tuple[Tensor, Tensor | 
         LOG.warning("the loss is not compiled, and so takes longer: %s", first_line(error))
         return nll_and_slope
     return compiled
+
+
+def product_dtype(hidden: Tensor, unscaled: bool) -> torch.dtype:
+    """Returns the dtype in which a head multiplies its input; for `unscaled` see `multiplies_in_float32`."""
+    device = hidden.device.type
+    # A last norm gives float32 under autocast, and the product would not have been made in it.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.float32 if multiplies_in_float32(device, dtype, unscaled) else dtype
 
 
 def multiplies_in_float32(device: str, dtype: torch.dtype, unscaled: bool) -> bool:

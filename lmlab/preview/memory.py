@@ -65,6 +65,8 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
         print(f"Activations are counted as if layers were attention and one MLP; those of {kind} have other parts.")
     elif "eager" in (cfg.attention, model.config._attn_implementation):
         print("Not in it: the scores of all pairs of positions, which attention=eager keeps.")
+    if "distill" in cfg:
+        print("Not in it: the teacher's weights and logits.")
     if known:
         print(comparison(sum(estimate)))
 

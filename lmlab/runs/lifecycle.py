@@ -167,6 +167,24 @@ def write_data(run: RunDirectory, data: "Prepared", steps: int, vocab_size: int 
             )
 
 
+def keep_teacher(run: RunDirectory, weights: str, leads: bool) -> None:
+    """Writes the hash of a teacher's weights into the manifest of its student's run.
+
+    Args:
+        leads: whether this is the rank that writes the file.
+
+    Raises:
+        UserError: the run was begun with another teacher.
+    """
+    if run.read_manifest().get("teacher_hash", weights) != weights:
+        raise UserError(
+            f"the teacher of {run.path} is not what the run was begun with: its weights are others.\n"
+            "Bring it back, name where it is now (distill.model=PATH), or begin another run."
+        )
+    if leads:
+        run.update_manifest(teacher_hash=weights)
+
+
 def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads: bool) -> None:
     """Cuts the rows of metrics.jsonl that come after a checkpoint: the run makes those steps again.
 

@@ -103,11 +103,15 @@ class Measure(Callback):
         by_rank = module.by_rank(torch.cat([on_host.to(module.device), on_device, sums])).T.tolist()
         seconds = self.watch.seconds
         waits, memories, tokens_seen, norms, bad_batches, *others = by_rank
-        nll, targets, auxiliary, auxiliary_targets = map(math.fsum, others)
+        nll, targets, auxiliary, auxiliary_targets, kl, kl_targets = map(math.fsum, others)
         module.refuse_bad_batch(int(min(bad_batches)))
-        for metric in (module.train_nll, module.train_auxiliary):
+        for metric in module.train_metrics:
             metric.reset()
         loss = nll / targets if targets else math.nan  # as a masked block may have none
+        losses = {"train/loss": loss}
+        if module.teacher is not None and kl_targets:
+            mean = kl / kl_targets
+            losses = {"train/loss": module.teacher.loss(loss, mean), "train/nll": loss, "train/kl": mean}
         tokens, wait = int(tokens_seen[0]), max(waits)
         new_tokens = tokens - self.tokens_then
         flops_of_all = self.flops.step(new_tokens, int(targets), module.block_size) if self.flops else 0
@@ -115,7 +119,7 @@ class Measure(Callback):
         new = {"seconds": seconds, "waited": wait, "tokens": new_tokens, "flops": flops, "flops_of_all": flops_of_all}
         self.total = {name: total + new[name] for name, total in self.total.items()}
         self.latest = {
-            "train/loss": loss,
+            **losses,
             f"train/{module.metric}": perplexity(loss),
             "optim/lr": module.lr,
             "optim/grad_norm": norms[0],

@@ -23,6 +23,7 @@ from lmlab.errors import UserError, nearest
 from lmlab.evaluation.metrics import compute_metrics, sum_totals
 from lmlab.evaluation.scoring import DocumentSums, MeanNLL, Scorer
 from lmlab.models.efficiency import share_tied_gradient
+from lmlab.models.teacher import Teacher
 
 NEVER = torch.iinfo(torch.int64).max
 """The number of the first batch with a loss that is not finite, as long as there was none."""
@@ -58,6 +59,7 @@ class LMModule(Scorer):
         logits_chunk_size: int | None = None,
         val_interval: int | None = None,
         reduces_once: bool = True,
+        teacher: Teacher | None = None,
     ):
         """Takes a model, and how it is trained.
 
@@ -73,15 +75,18 @@ class LMModule(Scorer):
             val_interval: optimizer steps between validations; None validates before the first and after the last only.
             reduces_once: True to sum the gradients of a sharded model over the ranks once a step, for which each rank
                 keeps one of the whole model between accumulated batches; False to sum them after each batch.
+            teacher: a model whose probabilities are learned too. Held-out text is scored without it.
         """
         super().__init__(model, sums, logits_chunk_size)
         self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
         self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
-        self.reduces_once = reduces_once
+        self.reduces_once, self.teacher = reduces_once, teacher
         self.nominal_targets = batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
         """The model's own auxiliary loss, per target as the nll."""
+        self.train_kl = MeanNLL()
+        """The KL divergence of the teacher from the model, per target."""
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.grad_norm: Tensor | None = None
         """Norm of the gradient of the last step, before clipping."""
@@ -123,6 +128,8 @@ class LMModule(Scorer):
         self.step_counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.first_bad_batch = torch.tensor(NEVER, device=self.device)
         share_tied_gradient(self.model)
+        if self.teacher is not None:  # Lightning does not know of it
+            self.teacher.model.to(self.device, next(self.model.parameters()).dtype)
 
     def on_train_start(self) -> None:
         # A loaded optimizer has the rate that its last step had by the schedule of the run's length at that time.
@@ -165,9 +172,11 @@ class LMModule(Scorer):
         # DDP takes the mean over ranks and Lightning over accumulated batches; this makes them sums.
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets
         scale = None if self.scaler is None else self.scaler.scale(torch.full((), factor, device=self.device))
-        nll, auxiliary = self.score(batch, scale)  # [N], scalar or None
-        loss = nll.sum()
+        nll, auxiliary, distilled = self.score(batch, scale, self.teacher)  # [N], scalar or None
+        loss = (nll if distilled is None else distilled.loss).sum()
         self.train_nll.update(nll, batch.divisor)
+        if distilled is not None:
+            self.train_kl.update(distilled.kl, batch.divisor)
         if auxiliary is not None:
             # Weighted by the number of targets, as the nll of the batch is.
             loss = loss + auxiliary * batch.divisor
@@ -310,9 +319,13 @@ class LMModule(Scorer):
         checkpoint["train_nll"] = self.by_rank(self.sums_since_report()).cpu()
 
     def sums_since_report(self) -> Tensor:
-        """Returns the sums of this rank since the last report [4]: nll and targets, of the model and auxiliary loss."""
-        metrics = (self.train_nll, self.train_auxiliary)
-        return torch.stack([s for metric in metrics for s in (metric.nll, metric.targets.double())])
+        """Returns the sums of this rank since the last report [6]: of each of `train_metrics`, and its targets."""
+        return torch.stack([s for metric in self.train_metrics for s in (metric.nll, metric.targets.double())])
+
+    @property
+    def train_metrics(self) -> tuple[MeanNLL, ...]:
+        """The means over the training targets since the last report."""
+        return self.train_nll, self.train_auxiliary, self.train_kl
 
     def by_rank(self, values: Tensor) -> Tensor:
         """Returns the values [n] of all ranks, [world size, n]; each of them has to call it."""
@@ -327,7 +340,8 @@ class LMModule(Scorer):
             self.result = checkpoint["validation"]["nll"].numpy(), checkpoint["validation"]["units"].numpy()
         # At the same world size, each rank gets its own sums again.
         sums = checkpoint["train_nll"][self.global_rank :: self.trainer.world_size].sum(0).to(self.device)
-        for metric, (nll, targets) in zip((self.train_nll, self.train_auxiliary), sums.view(-1, 2), strict=False):
+        # lmlab 0.1 saved fewer.
+        for metric, (nll, targets) in zip(self.train_metrics, sums.view(-1, 2), strict=False):
             metric.nll, metric.targets = nll, targets.long()
             metric._update_count = 1  # else torchmetrics warns that it was computed before any update
         steps = checkpoint["global_step"]
