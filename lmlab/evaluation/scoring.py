@@ -458,10 +458,18 @@ class Scorer(L.LightningModule):
 
     def score(self, batch: Any, scale: Tensor | None = None, teacher: Teacher | None = None) -> Scores:
         """Returns the losses of a batch's targets; for `scale` and `teacher` see `lmlab.models.loss.score`."""
-        inputs = batch.input_ids, batch.attention_mask
-        weights = getattr(batch, "weights", None)
-        more = self.chunk_size, scale, weights, batch.prefix, teacher
-        return score(self.model, *inputs, batch.positions, batch.targets, *more)
+        return score(
+            self.model,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.positions,
+            batch.targets,
+            self.chunk_size,
+            scale,
+            getattr(batch, "weights", None),
+            batch.prefix,
+            teacher,
+        )
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         self.sums.update(self.score(batch).nll, batch)
