@@ -128,24 +128,27 @@ def build_model(
 
 
 def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
-    """Returns what the block `model` makes; a plain torch module as a `TorchModule`, which keeps how it was made.
+    """Returns what the block `model` makes; a plain torch module as a `TorchModule`.
+
+    The config of a `TorchModule` records the block that made it, by which its export is loaded again.
 
     Args:
         given: more arguments: tokenizer, auto_class and empty.
     """
     from transformers import PreTrainedModel
 
-    from lmlab.models.torch_module import TorchModule, hold
+    from lmlab.models.torch_module import TorchModule, wrap
 
-    made, module = block, block.get("module") if block.get("_target_") == PRETRAINED else None
-    if module is not None:  # an exported torch module
-        made, given["module"] = module, build(module, "model.module", **given)
+    exported = block.get("module") if block.get("_target_") == PRETRAINED else None
+    made_by = block if exported is None else exported
+    if exported is not None:
+        given["module"] = build(exported, "model.module", **given)
         block = OmegaConf.masked_copy(block, [str(key) for key in block if key != "module"])
     model = build(block, "model", **given)
     if not isinstance(model, PreTrainedModel):
-        model = hold(model, given["tokenizer"], given["auto_class"])
+        model = wrap(model, given["tokenizer"], given["auto_class"])
     if isinstance(model, TorchModule):
-        model.config.module = OmegaConf.to_container(without_secrets(made))
+        model.config.module = OmegaConf.to_container(without_secrets(made_by))
     return model
 
 

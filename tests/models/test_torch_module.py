@@ -26,7 +26,7 @@ from lmlab.models.efficiency import check_sharding, checkpoint_activations, choo
 from lmlab.models.loading import check_model, max_positions
 from lmlab.models.loss import logits_chunk_size, score
 from lmlab.models.probe import probe
-from lmlab.models.torch_module import TorchModule, hold
+from lmlab.models.torch_module import TorchModule, wrap
 from lmlab.objectives.clm import CausalLM
 
 from ..conftest import TINY, Refused, blocks_of, losses, run_verb, stop_after
@@ -122,7 +122,7 @@ class Layered(nn.Module):
 
 
 def held(module: Any) -> TorchModule:
-    return hold(module, make_tokenizer(TOKENS), CLASS)
+    return wrap(module, make_tokenizer(TOKENS), CLASS)
 
 
 @pytest.mark.parametrize("rows", [None, 2])
