@@ -173,7 +173,7 @@ def unmask(
     """Fills the masks of a text, or continues one without masks, by unmasking some tokens in each step.
 
     Each step is a forward pass over all tokens. If tokens are sampled, a random part of the masks is replaced (Sahoo
-    et al. 2024, section 3.2.2); otherwise those of which the model is most certain, by their most likely tokens (Nie
+    et al. 2024); otherwise those of which the model is most certain, by their most likely tokens (Nie
     et al. 2025, section 2.4).
 
     Args:
