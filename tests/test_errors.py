@@ -1176,7 +1176,7 @@ EVALUATIONS = {
     "model=masked data=sample context=sliding": ["context=sliding is for causal models", "context=document or blocks"],
     "model=masked data=sample context=document stride=4": ["stride is for causal models", "Leave it out"],
     "model=masked data=sample context=document preprocess.block_size=2": ["no room", "Use more than 2"],
-    "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "for masked models", "leave it out"],
+    "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "from both sides", "leave it out"],
     "model=masked data=sample score=pseudo sample=2": [
         "sample=2: it has to be a number, more than 0, less than 1",
         "share of the tokens",
