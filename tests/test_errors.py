@@ -116,7 +116,9 @@ def refused(
 def files() -> DictConfig:
     """The config of a run on files."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", [*TINY, "data=files"])
+        cfg = hydra.compose("train", [*TINY, "data=files"])
+    OmegaConf.resolve(cfg.tokenizer)  # as commands do
+    return cfg
 
 
 @pytest.fixture
