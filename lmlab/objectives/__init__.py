@@ -41,7 +41,7 @@ class Example(NamedTuple):
 class Objective(Protocol):
     """Turns the tokens of a text into an `Example`, and says what the model and the metric have to be.
 
-    The two that come with lmlab, on the text "The cat sat on":
+    Two of those that come with lmlab, on the text "The cat sat on":
 
     ```
                  CausalLM                     MaskedLM
@@ -53,8 +53,7 @@ class Objective(Protocol):
 
     Any class with these members is one; it need not derive from this. Its constructor takes the keys of its YAML, and
     the tokenizer where it has a parameter of that name. Its `__call__` may have more parameters, and is given what it
-    has a parameter for: see `make_example`. If its examples have a `prefix`, it has an attribute `prefixes` that is
-    true, and models that can't attend so are refused before a run begins.
+    has a parameter for: see `make_example`. It may lack the members that have a value here.
     """
 
     metric: str
@@ -72,8 +71,9 @@ class Objective(Protocol):
 
     score: Literal["labels", "elbo"] = "labels"
     """The scores of held-out text, as the key `score` of an evaluation: labels are the targets of the examples, elbo is
-    the bound of `lmlab.evaluation.scoring.ElboRows`. An objective without this member has labels."""
-
+    the bound of `lmlab.evaluation.scoring.ElboRows`."""
+    prefixes: bool = False
+    """True if its examples may have a `prefix`: models that can't attend so are then refused before a run begins."""
     held_out: type | None = None
     """The class of the objective by which held-out text is scored, made without keys of the config; None is its own,
     with the keys of the config but for `validation_…` and schedules (`lmlab.config.build.held_out_objective`)."""

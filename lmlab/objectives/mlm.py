@@ -4,14 +4,19 @@ Shapes: T positions of one text, N scored positions in it.
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Literal
 
 import numpy as np
-from annotated_types import Gt, Le
+from annotated_types import Gt, Le, Lt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
 from lmlab.objectives import Example
+
+LONGEST_SPAN = 10
+"""The number of tokens, or words, of the longest span: SpanBERT's."""
 
 
 class MaskedLM:
@@ -22,9 +27,14 @@ class MaskedLM:
     in each case. With `whole_word`, words are chosen instead of tokens, with the same probability, and all tokens of a
     chosen word are (as in the whole-word models that Devlin et al. released in 2019).
 
-    What happens to a token is a pure function of the key, of its position (of a whole word, that of its first token)
-    and of the progress of the run. So masks are the same for any number of workers and devices, and wherever a text is
-    cut, but that a word which is cut into two is two words.
+    With `span_length`, spans of tokens are chosen, or of words with `whole_word` (SpanBERT, Joshi et al. 2020, section
+    3.1). Their lengths have a geometric distribution over 1 to `LONGEST_SPAN`, and all tokens of a span are replaced in
+    the same way. A span begins at each token with a probability by which `mask_probability` of the tokens are in one.
+
+    What happens to a token is a pure function of the key, of its position (of a whole word, that of its first token;
+    of a span, also those before it) and of the progress of the run. So masks are the same for any number of workers and
+    devices, and wherever a text is cut, but that a word which is cut into two is two words, and that spans of words end
+    where a text is cut.
     """
 
     metric = "masked_perplexity"  # it is no measure of a causal model's perplexity, so it has another name
@@ -42,6 +52,7 @@ class MaskedLM:
         mask_schedule: Literal["constant", "linear", "cosine"] = "constant",
         final_mask_probability: Annotated[float, Gt(0), Le(1)] | None = None,
         whole_word: bool = False,
+        span_length: Annotated[float, Gt(1), Lt(5.5)] | None = None,
     ):
         """Checks the shares and the tokenizer.
 
@@ -57,6 +68,8 @@ class MaskedLM:
                 stays, linear is a straight line (Ankner et al. 2024), cosine half a cosine.
             final_mask_probability: share of the tokens that are targets at the end of a run, for a schedule.
             whole_word: True to choose whole words; words are what the tokenizer's own pre-tokenizer cuts a text into.
+            span_length: mean number of tokens, or words, of the spans that are chosen; SpanBERT's is 3.8. None: no
+                spans.
         """
         if min(replace_mask, replace_random) < 0 or replace_mask + replace_random > 1:
             raise UserError(
@@ -80,7 +93,7 @@ class MaskedLM:
         self.mask_probability = mask_probability
         self.final_mask_probability = mask_probability if final_mask_probability is None else final_mask_probability
         self.mask_schedule = mask_schedule
-        self.whole_word = whole_word
+        self.whole_word, self.span_length = whole_word, span_length
         self.replace_mask = replace_mask
         self.replace_random = replace_random
         self.mask_id = mask_id(tokenizer)
@@ -102,14 +115,20 @@ class MaskedLM:
         continues: np.ndarray | None = None,
     ) -> Example:
         """Returns the example of a text: see `Objective` and `make_example`."""
-        choice, replacement, token, _ = random_words(key, first, len(ids))
+        # A span may begin before the text, where that is cut.
+        before = min(first, LONGEST_SPAN - 1) if self.span_length and not self.whole_word else 0
+        words = random_words(key, first - before, before + len(ids))
+        begins = np.arange(words.shape[1])  # the first token of the word of each token
         if self.whole_word:
             assert continues is not None
-            # Each token is chosen by the number of the token that its word begins with.
-            begins = np.where(continues, 0, np.arange(len(ids)))
-            choice = choice[np.maximum.accumulate(begins)]
-        positions = np.flatnonzero((uniform(choice) < self.probability(progress)) & ~self.special[ids])
-        share = uniform(replacement[positions])
+            begins = np.maximum.accumulate(np.where(continues, 0, begins))
+        if self.span_length:
+            chosen, leader = self.spans(words, begins, self.probability(progress))
+        else:
+            chosen, leader = uniform(words[0, begins]) < self.probability(progress), np.arange(words.shape[1])
+        chosen, leader, token = chosen[before:], leader[before:], words[2, before:]
+        positions = np.flatnonzero(chosen & ~self.special[ids])
+        share = uniform(words[1, leader[positions]])
         tokens = (token[positions] % np.uint64(self.vocab_size)).astype(ids.dtype)
         inputs = ids.copy()
         inputs[positions] = np.where(
@@ -118,6 +137,25 @@ class MaskedLM:
             np.where(share < self.replace_mask + self.replace_random, tokens, ids[positions]),
         )
         return Example(inputs, positions, ids[positions])
+
+    def spans(self, words: np.ndarray, begins: np.ndarray, probability: float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which tokens are in a span [T] bool, and the token that each one's span begins with [T].
+
+        Args:
+            words: [4, T] random words.
+            begins: [T] the first token of the word of each token.
+            probability: the share of the tokens, or words, that are in a span.
+        """
+        assert self.span_length is not None
+        start, lengths = span_distribution(self.span_length, probability)
+        firsts, word = np.unique(begins, return_inverse=True)  # [words], and the word of each token
+        numbers = np.arange(len(firsts))
+        length = 1 + np.searchsorted(lengths, uniform(words[3, firsts]), side="right")
+        ends = np.where(uniform(words[0, firsts]) < start, numbers + length, 0)
+        reach = np.maximum.accumulate(ends)
+        longer = np.diff(reach, prepend=0) > 0  # of spans that overlap, the one that reaches furthest leads
+        leader = np.maximum.accumulate(np.where(longer, numbers, 0))
+        return (reach > numbers)[word], firsts[leader][word]
 
     def sample(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, str]:
         """Returns a block's beginning as text with a mask in its middle, and the three best tokens for it, on lines."""
@@ -130,6 +168,40 @@ class MaskedLM:
         text = " ".join(f"{before}{space}{tokenizer.mask_token}{after}".split())
         candidates = fill_mask(model, tokenizer, text, top_k=3)[0]
         return text, "\n".join([text, *(f"  {c['score']:.3f}  {c['token_str'].strip()}" for c in candidates)])
+
+
+@cache
+def span_distribution(mean: float, probability: float) -> tuple[float, np.ndarray]:
+    """Returns the probability with which a span begins at a token, and the distribution of its length.
+
+    Args:
+        mean: the mean length.
+        probability: the share of the tokens that are to be in a span.
+
+    Returns:
+        The probability, and the cumulative distribution of the lengths 1 to `LONGEST_SPAN` without its last entry.
+    """
+    numbers = np.arange(1, LONGEST_SPAN + 1)
+
+    def shares(ratio: float) -> np.ndarray:
+        powers = ratio ** (numbers - 1)
+        return np.asarray(powers / powers.sum())
+
+    def outside(start: float) -> float:  # of the spans that could reach a token, none begins
+        return float(np.prod(1 - start * longer))
+
+    ratio = bisect(lambda ratio: float(shares(ratio) @ numbers) - mean)
+    longer = shares(ratio)[::-1].cumsum()[::-1]  # the share of spans of at least each length
+    return bisect(lambda start: 1 - outside(start) - probability), shares(ratio).cumsum()[:-1]
+
+
+def bisect(function: Callable[[float], float]) -> float:
+    """Returns the zero of an increasing function in 0 to 1."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if function(middle) > 0 else (middle, high)
+    return high
 
 
 def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -49,6 +49,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "mask_schedule": "constant",
         "final_mask_probability": None,
         "whole_word": False,
+        "span_length": None,
     },
 }
 """Keys that configs of lmlab 0.1 lack, and the values by which they ran: at the top, and in blocks by their target."""

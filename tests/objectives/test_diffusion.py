@@ -1,7 +1,9 @@
 """Masked diffusion: its rates and weights, its steps against a loop written out, and what its models write."""
 
 import copy
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lmlab.objectives.diffusion import MaskedDiffusion
 from lmlab.optim import AdamW
 from lmlab.training.module import LMModule
 
+from ..conftest import TINY, TINY_MLM, losses, metrics, run_verb, stop_after
 from ..training.test_reference import BATCH, SEED, SIZES, STEPS, LossesOf, blocks, fitted, tokenizer
 
 __all__ = ["blocks", "tokenizer"]
@@ -133,3 +136,63 @@ def test_a_tokenizer_without_a_mask() -> None:
 
     with pytest.raises(UserError, match="this objective needs a tokenizer with a mask token"):
         MaskedDiffusion(NoMask())  # type: ignore[arg-type]
+
+
+def test_a_run(
+    train: Callable[..., Path], evaluate: Callable[..., Path], refused: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """It goes on exactly, certifies a bound, is compared with exact metrics, and writes by unmasking."""
+    short = ["trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
+    words = [*TINY_MLM[1:], *short, "objective=diffusion", "objective.draws=4"]
+    whole = train(*words, run_dir=tmp_path / "whole")
+    stop_after(whole, 3, tmp_path / "stopped")
+    assert losses(train(*words, run_dir=tmp_path / "stopped")) == losses(whole)
+    assert {name for row in metrics(whole) for name in row if name.startswith("val/")} == {
+        *("val/loss", "val/bound_perplexity", "val/bound_bits_per_byte"),
+        *("val/bound_bits_per_word", "val/bound_word_perplexity"),
+    }
+    causal = train(*TINY, *short, run_dir=tmp_path / "causal")
+    own = json.loads((whole / "certificate.json").read_text())
+    assert own["figure"] == "bound_perplexity"
+    assert own["policy"]["elbo"] == {"draws": 4, "seed": 0}
+    again, more = evaluate(whole), evaluate(whole, "draws=32", "seed=3")
+    assert json.loads((again / "certificate.json").read_text())["figures"] == pytest.approx(own["figures"], rel=1e-6)
+    sharper, error = json.loads((more / "certificate.json").read_text())["figures"], "nll_per_token_standard_error"
+    apart = abs(sharper["nll_per_token"] - own["figures"]["nll_per_token"])
+    assert 0 < apart < 5 * own["figures"][error]
+    assert 0 < sharper[error] < own["figures"][error]
+
+    capsys.readouterr()
+    run_verb("compare", causal, whole, "--pairs", "--out", tmp_path / "comparison")
+    shown = capsys.readouterr().out
+    values = [json.loads((run / "certificate.json").read_text())["figures"] for run in (causal, whole)]
+    exact, bound = values[0]["bits_per_byte"], values[1]["bound_bits_per_byte"]
+    assert f"≤ {bound:.4f}" in shown
+    assert f"≤ {exact:.4f}" not in shown
+    assert "≤ Row 2 is an upper bound" in shown
+    assert shown.count("undecided") == (3 if bound > exact else 0)
+
+    run_verb("predict", whole, "Light is", "--max-new-tokens", 6, "--steps", 2)
+    assert capsys.readouterr().out.startswith("Light is")
+    run_verb("predict", whole, "Light is a <mask>.", "--greedy", "--json")
+    assert "<mask>" not in json.loads(capsys.readouterr().out)["generated_text"]
+
+    for command, said in {
+        ("evaluate", causal, "score=elbo"): "score=elbo hides tokens, which is for masked models",
+        ("evaluate", whole, "score=labels"): "held-out text of MaskedDiffusion is scored by score=elbo",
+        ("evaluate", whole, "draws=3"): "draws=3: it has to be an even number",
+        ("evaluate", causal, "draws=4"): "draws is for score=elbo",
+        ("predict", causal, "Light is", "--steps", "3"): "--steps is for a run with objective=diffusion",
+        ("predict", whole, "Light is", "--option", "num_beams=2"): "--option num_beams=2: it is for a causal model",
+    }.items():
+        assert said in refused(*command)
+
+
+def test_the_bound_of_a_masked_model(train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path) -> None:
+    """By default each document on its own; all of its tokens are scored."""
+    run = train(*TINY_MLM, run_dir=tmp_path / "masked")
+    found = json.loads((evaluate(run, "score=elbo", "draws=2") / "certificate.json").read_text())
+    ledger = json.loads((run / "ledger.json").read_text())["validation"]
+    assert found["policy"]["context"] == "document"
+    assert found["totals"]["bytes"] == ledger["bytes"]
+    assert found["totals"]["tokens"] == ledger["tokens"] - ledger["documents"]  # their ends are not scored

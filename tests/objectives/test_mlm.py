@@ -17,7 +17,7 @@ from lmlab.data.sampler import EVALUATION, draws
 from lmlab.data.tokenizers import bpe, char
 from lmlab.errors import UserError
 from lmlab.objectives import make_example
-from lmlab.objectives.mlm import MaskedLM, random_words, uniform
+from lmlab.objectives.mlm import MaskedLM, random_words, span_distribution, uniform
 
 LENGTH, SAMPLES = 512, 400
 
@@ -276,3 +276,62 @@ def test_progress_is_that_of_the_optimizer_step(tokenizer: PreTrainedTokenizerBa
         assert torch.equal(torch.cat(divided), targets)
         shares.append(len(targets) / (8 * 64))
     assert shares == pytest.approx([0.9, 0.74, 0.58, 0.42, 0.26], abs=0.08)
+
+
+def spans_written_out(ids: np.ndarray, objective: MaskedLM, key: tuple[int, int, int]) -> list[int]:
+    """The leader of each token's span, by loops; -1 for a token that is in none."""
+    start, lengths = span_distribution(objective.span_length or 0, objective.mask_probability)
+    words, found, reach = random_words(key, 0, len(ids)), [], 0
+    leader = -1
+    for i in range(len(ids)):
+        if uniform(words[0, i : i + 1])[0] < start:
+            length = 1 + sum(uniform(words[3, i : i + 1])[0] >= edge for edge in lengths)
+            if i + length > reach:
+                leader, reach = i, i + length
+        found.append(leader if i < reach else -1)
+    return found
+
+
+def test_spans(tokenizer: PreTrainedTokenizerBase, blocks: np.ndarray) -> None:
+    """SpanBERT's lengths, of which all tokens are replaced alike; as written out, and in the share asked for."""
+    objective = MaskedLM(tokenizer, span_length=3.8, replace_mask=0.5, replace_random=0.3)
+    _, lengths = span_distribution(3.8, 0.15)
+    share = np.diff([0, *lengths, 1])
+    np.testing.assert_allclose(share[1:] / share[:-1], 0.8, rtol=0.01)  # Joshi et al.: p = 0.2, at most 10
+    assert share @ np.arange(1, 11) == pytest.approx(3.8)
+    count = hidden = 0
+    for sample, ids in enumerate(blocks[:60]):
+        example = objective(ids, (1, 0, sample))
+        leaders = np.array(spans_written_out(ids, objective, (1, 0, sample)))
+        special = np.isin(ids, tokenizer.all_special_ids)
+        np.testing.assert_array_equal(example.positions, np.flatnonzero((leaders >= 0) & ~special))
+        words = random_words((1, 0, sample), 0, len(ids))
+        for position in example.positions:
+            fate, drawn = uniform(words[1])[leaders[position]], int(words[2, position]) % len(tokenizer)
+            wanted = tokenizer.mask_token_id if fate < 0.5 else drawn if fate < 0.8 else ids[position]
+            assert example.inputs[position] == wanted
+        count, hidden = count + int((leaders >= 0).sum()), hidden + len(ids)
+    assert count / hidden == pytest.approx(0.15, abs=0.01)
+    # Wherever the text is cut.
+    whole, tail = objective(ids, (1, 0, 3)), objective(ids[100:], (1, 0, 3), 100)
+    np.testing.assert_array_equal(whole.inputs[100:], tail.inputs)
+
+
+def test_spans_of_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A word is hidden as a whole, and the share is of words."""
+    ids = np.full(30_000, tokenizer("s", add_special_tokens=False)["input_ids"][0], np.int32)
+    continues = np.arange(len(ids)) % 3 > 0  # words of three tokens
+    objective = MaskedLM(tokenizer, whole_word=True, span_length=2.0, replace_mask=1.0, replace_random=0.0)
+    example = make_example(objective, ids, (0, 0, 0), continues=continues)
+    hidden = (example.inputs == tokenizer.mask_token_id).reshape(-1, 3)
+    assert (hidden.all(axis=1) == hidden.any(axis=1)).all()
+    assert hidden.all(axis=1).mean() == pytest.approx(0.15, abs=0.02)
+    edges = np.flatnonzero(np.diff(hidden[:, 0].astype(int), prepend=0, append=0))
+    assert np.diff(edges)[::2].mean() > 1.7
+
+
+@pytest.mark.parametrize("length", [1.0, 5.5])
+def test_spans_of_no_length(length: float, refused: Any) -> None:
+    said = refused("train", "objective=mlm", f"objective.span_length={length}")
+    assert "objective.span_length" in said
+    assert "more than 1, less than 5.5" in said
