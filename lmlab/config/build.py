@@ -304,7 +304,6 @@ def build_training(
     from lmlab.models.efficiency import check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
-    from lmlab.objectives import check_shapes, make_example
     from lmlab.optim import AdamW
     from lmlab.training.module import LMModule
 
@@ -312,8 +311,6 @@ def build_training(
     trainer, gpu = cfg.trainer, uses_gpu(cfg.trainer)
     if shards(trainer) > 1:
         check_sharding(model)
-    first = make_example(objective, data.train[0], (cfg.seed, 0, 0), continues=data.train.continues(0))
-    check_shapes(objective, first)
     steps, interval = training_length(cfg, data)
     check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)
