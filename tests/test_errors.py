@@ -116,7 +116,9 @@ def refused(
 def files() -> DictConfig:
     """The config of a run on files."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", [*TINY, "data=files"])
+        cfg = hydra.compose("train", [*TINY, "data=files"])
+    OmegaConf.resolve(cfg.tokenizer)  # as commands do
+    return cfg
 
 
 @pytest.fixture
@@ -1176,7 +1178,7 @@ EVALUATIONS = {
     "model=masked data=sample context=sliding": ["context=sliding is for causal models", "context=document or blocks"],
     "model=masked data=sample context=document stride=4": ["stride is for causal models", "Leave it out"],
     "model=masked data=sample context=document preprocess.block_size=2": ["no room", "Use more than 2"],
-    "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "for masked models", "leave it out"],
+    "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "from both sides", "leave it out"],
     "model=masked data=sample score=pseudo sample=2": [
         "sample=2: it has to be a number, more than 0, less than 1",
         "share of the tokens",

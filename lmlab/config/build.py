@@ -60,6 +60,38 @@ def training_length(cfg: DictConfig, data: "Prepared") -> tuple[int, int]:
     return training_steps(cfg.trainer, len(data.train), cfg.batch_size)
 
 
+def build_objective(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "Objective":
+    """Returns the objective of a config.
+
+    Raises:
+        UserError: it lacks a member of `Objective`.
+    """
+    from lmlab.objectives import Objective
+
+    objective: Objective = build(cfg.objective, "objective", tokenizer=tokenizer)
+    required = [name for name in Objective.__annotations__ if not hasattr(Objective, name)]
+    missing = [name for name in (*required, "sample") if not hasattr(objective, name)]
+    if missing:
+        raise UserError(
+            f"objective._target_={cfg.objective._target_}: its objects have no {' and no '.join(missing)}.\n"
+            "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
+        )
+    return objective
+
+
+def check_example(cfg: DictConfig, data: "Prepared", objective: "Objective") -> None:
+    """Refuses an objective that makes no example of the first training block: see `check_shapes`.
+
+    Held-out text, which another objective may score, is checked where it is prepared.
+    """
+    from lmlab.objectives import check_shapes, make_example
+
+    assert data.train is not None
+    block, continues = data.train[0], data.train.continues(0)
+    example = make_example(objective, block, (cfg.seed, 0, 0), progress=0.0, continues=continues)
+    check_shapes(objective, example, len(block))
+
+
 def build_model_of_rank(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple[Objective, PreTrainedModel]":
     """Returns the objective and the model of a config on each rank.
 
@@ -93,19 +125,11 @@ def build_model(
     from lmlab.models import efficiency
     from lmlab.models.loading import check_model, max_positions
     from lmlab.models.probe import PORTABLE
-    from lmlab.objectives import Objective
 
     # What a run has to say, it says itself.
     disable_progress_bar()
     set_verbosity_error()
-    objective = build(cfg.objective, "objective", tokenizer=tokenizer)
-    required = [name for name in Objective.__annotations__ if not hasattr(Objective, name)]
-    missing = [name for name in (*required, "sample") if not hasattr(objective, name)]
-    if missing:
-        raise UserError(
-            f"objective._target_={cfg.objective._target_}: its objects have no {' and no '.join(missing)}.\n"
-            "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
-        )
+    objective = build_objective(cfg, tokenizer)
     if getattr(objective, "prefixes", False) and cfg.attention not in (None, *PORTABLE):
         raise UserError(
             f"attention={cfg.attention} takes no mask that lets a position see a prefix, as this objective needs.\n"
@@ -283,7 +307,6 @@ def build_training(
     from lmlab.models.efficiency import check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
-    from lmlab.objectives import check_shapes, make_example
     from lmlab.optim import AdamW
     from lmlab.training.module import LMModule
 
@@ -291,9 +314,8 @@ def build_training(
     trainer, gpu = cfg.trainer, uses_gpu(cfg.trainer)
     if shards(trainer) > 1:
         check_sharding(model)
-    first = make_example(objective, data.train[0], (cfg.seed, 0, 0), continues=data.train.continues(0))
-    check_shapes(objective, first)
     steps, interval = training_length(cfg, data)
+    check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
     # AdamW keeps two moments; what another optimizer keeps is not known.

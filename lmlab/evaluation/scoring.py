@@ -158,7 +158,7 @@ def check_targets(objective: Objective, documents: Documents, size: int) -> None
     """
     ids, continues = documents.tokens[:size], documents.continues(0, size)
     example = make_example(objective, ids, (0, EVALUATION, 0), continues=continues)
-    check_shapes(objective, example)
+    check_shapes(objective, example, len(ids))
     positions, targets = example.positions, example.targets
     tokens = positions + objective.target_shift
     inside = tokens < len(ids)

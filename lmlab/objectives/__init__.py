@@ -136,20 +136,25 @@ def more_parameters(objective: type[Any]) -> tuple[str, ...]:
     return tuple(name for name in ("progress", "continues", "number") if name in parameters)
 
 
-def check_shapes(objective: Objective, example: Example) -> None:
+def check_shapes(objective: Objective, example: Example, length: int) -> None:
     """Refuses an example whose fields do not fit together.
+
+    Args:
+        length: the number of tokens of the text that it is made of.
 
     Raises:
         UserError: names the field, with the shape that was expected and the one that was given.
     """
-    length, scored = len(example.inputs), len(example.positions)
+    scored = len(example.positions)
     expected = {"inputs": (length,), "positions": (scored,), "targets": (scored,), "weights": (scored,)}
     for field, shape in expected.items():
         given = getattr(example, field)
-        if given is not None and np.shape(given) != shape:
+        if given is not None and not (isinstance(given, np.ndarray) and given.shape == shape):
+            kind = "" if isinstance(given, np.ndarray) else f"as {type(given).__name__} "
             raise UserError(
-                f"{type(objective).__name__} returns {field} of shape {[*np.shape(given)]}, and {[*shape]} was "
-                f"expected:\n{scored} positions are scored in {length} tokens. See lmlab.objectives.Example."
+                f"{type(objective).__name__} returns {field} {kind}of shape {[*np.shape(given)]}, and an array of "
+                f"{[*shape]} was expected:\n{scored} positions are scored in {length} tokens. "
+                "See lmlab.objectives.Example."
             )
     first, last = (min(example.positions), max(example.positions)) if scored else (0, 0)
     if first < 0 or last >= length:
