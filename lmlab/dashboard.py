@@ -10,7 +10,7 @@ from typing import Any
 
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, first_line, shown_plainly, stopped_with
-from lmlab.evaluation.metrics import BOUND, EXACT, prefix_of
+from lmlab.evaluation.metrics import BOUND, EXACT, metric_prefix
 
 TOKENS = "data/tokens_seen"
 COLUMNS = ("optim.lr", "optim.weight_decay", "batch_size", "preprocess.block_size", "seed")
@@ -95,7 +95,7 @@ def title(metric: str) -> str:
 
 def bits_per_byte(metric: str) -> str:
     """Returns the logged name of the bits per byte beside a perplexity of that name."""
-    return f"val/{prefix_of(metric)}bits_per_byte"
+    return f"val/{metric_prefix(metric)}bits_per_byte"
 
 
 def curves(metric: str) -> list[Any]:

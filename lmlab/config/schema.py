@@ -236,7 +236,7 @@ def check_evaluation(cfg: DictConfig) -> None:
     if cfg.score == "labels" and getattr(objective, "score", "labels") != "labels":
         raise UserError(f"score=labels: held-out text of {objective.__name__} is scored by score={objective.score}.")
     if cfg.score != "elbo" and cfg.draws is not None:
-        raise UserError("draws is for score=elbo.")
+        raise UserError("draws is for score=elbo: leave it out, or add score=elbo.")
 
 
 def check_keys(cfg: DictConfig, name: str) -> None:

@@ -24,7 +24,7 @@ WORDS = {
 """The definitions of a word, by the config key `units` (docs/measure.md, "Words")."""
 
 
-def prefix_of(metric: str) -> str:
+def metric_prefix(metric: str) -> str:
     """Returns what the names of metrics begin with beside a perplexity of a name: "masked_" for masked_perplexity."""
     return metric.removesuffix("perplexity") if metric.endswith("perplexity") else f"{metric}_"
 
@@ -91,7 +91,7 @@ def compute_metrics(
             a standard error (Cochran 1977, section 2.11, for a ratio).
         units: the key of `WORDS` that says what counts as a word.
     """
-    prefix = prefix_of(name)
+    prefix = metric_prefix(name)
     count = Counter(totals)
     nats = count["nll"] + NATS_PER_UNKNOWN_BYTE * count["unknown_bytes"]
     words = count["words"] + count["ends" if units == "text" else "lines"]

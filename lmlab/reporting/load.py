@@ -16,7 +16,7 @@ import yaml
 from lmlab.console import command, counted
 from lmlab.errors import UserError, first_line
 from lmlab.evaluation.comparison import run_choices
-from lmlab.evaluation.metrics import prefix_of
+from lmlab.evaluation.metrics import metric_prefix
 from lmlab.evaluation.records import Records, read
 from lmlab.io import rows
 from lmlab.runs.choices import MACHINERY, config_choices, is_in
@@ -286,7 +286,7 @@ def evaluation_metrics(records: Records) -> dict[str, float | None]:
 
 def bits_per_byte(perplexity: str) -> str:
     """Returns the name that bits per byte have beside a perplexity of that name."""
-    return f"{prefix_of(perplexity)}bits_per_byte"
+    return f"{metric_prefix(perplexity)}bits_per_byte"
 
 
 def objective_of(records: Records) -> str | None:

@@ -27,7 +27,7 @@ from lmlab.evaluation.comparison import (
     row_unit,
     shared_draw,
 )
-from lmlab.evaluation.metrics import BOUND, perplexity, prefix_of
+from lmlab.evaluation.metrics import BOUND, perplexity, metric_prefix
 from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.reporting.text import interval_text, letter
 from lmlab.runs.status import ENDED
@@ -36,7 +36,7 @@ BEST = 40
 """Configurations whose difference from the best is worked out, and that a chart has room for."""
 NAMED = 2
 """Configurations that a sentence names before it counts them."""
-BITS_OF_BOUND = f"{prefix_of(BOUND)}bits_per_byte".replace("_", " ")
+BITS_OF_BOUND = f"{metric_prefix(BOUND)}bits_per_byte".replace("_", " ")
 BY_DEFINITION = "these models write in any order, and the exact value may be lower."
 BY_CHARGE = "of text that a tokenizer can't spell, each byte is charged 8 bits."
 

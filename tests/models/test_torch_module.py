@@ -359,6 +359,7 @@ def test_a_run_resumes_to_the_same_bits(whole: Path, their_lab: ModuleType, refu
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_its_export_is_evaluated_where_its_code_is_trusted(
     whole: Path,
     theirs: Path,
@@ -429,6 +430,7 @@ def test_it_continues_texts(
     assert len(said) == 2
 
 
+@pytest.mark.long
 def test_training_goes_on_from_its_export(
     whole: Path, their_lab: ModuleType, train: Callable[..., Path], refused: Refused, tmp_path: Path
 ) -> None:
@@ -465,6 +467,7 @@ def test_an_export_cannot_name_other_code(whole: Path, their_lab: ModuleType, re
     assert not (tmp_path / "SEEN").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("target", "more"), [("MyLM", ["+model.both=true"]), ("Attends", [])])
 def test_a_masked_one(
     target: str,

@@ -106,6 +106,7 @@ def test_a_longer_run_is_that_run_gone_on(whole: Path, longer: Path, refused: Re
     assert steps[:3] == [(line["step"], line["val/kept_ppl"]) for line in metrics(whole) if "val/kept_ppl" in line]
 
 
+@pytest.mark.long
 def test_it_is_evaluated_compared_and_reported(
     whole: Path, longer: Path, refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
