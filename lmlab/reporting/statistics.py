@@ -27,7 +27,7 @@ from lmlab.evaluation.comparison import (
     row_unit,
     shared_draw,
 )
-from lmlab.evaluation.metrics import BOUND, perplexity, metric_prefix
+from lmlab.evaluation.metrics import BOUND, metric_prefix, perplexity
 from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.reporting.text import interval_text, letter
 from lmlab.runs.status import ENDED
