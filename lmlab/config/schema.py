@@ -230,6 +230,8 @@ def check_evaluation(cfg: DictConfig) -> None:
     objective = target(cfg.objective, "objective")
     if cfg.score != "labels" and not objective.bidirectional:
         raise UserError(f"score={cfg.score} hides tokens, which is for masked models. For a causal one leave it out.")
+    if cfg.score != "labels" and objective.auto_class == "AutoModelForSeq2SeqLM":
+        raise UserError(f"score={cfg.score} hides tokens behind a mask, which is for encoders. Leave it out.")
     if cfg.score == "labels" and getattr(objective, "score", "labels") != "labels":
         raise UserError(f"score=labels: held-out text of {objective.__name__} is scored by score={objective.score}.")
     if cfg.score != "elbo" and cfg.draws is not None:
