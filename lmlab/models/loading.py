@@ -258,10 +258,14 @@ def check_decoder(
     """Refuses an encoder-decoder whose decoder can't read what the objective gives it.
 
     Raises:
-        UserError: it begins with another token, or has fewer positions.
+        UserError: it begins with another token, or has fewer positions; or the objective gives it nothing to read.
     """
     read = make_example(objective, np.arange(block_size, dtype=np.int32), (0, 0, 0)).decoder_inputs
-    assert read is not None
+    if read is None:
+        raise UserError(
+            f"{type(objective).__name__} trains encoder-decoders, and returns no decoder_inputs.\n"
+            "See lmlab.objectives.Example."
+        )
     start, longest = getattr(model.config, "decoder_start_token_id", None), max_positions(model)
     if start is not None and start != read[0]:
         raise UserError(

@@ -22,6 +22,7 @@ from lmlab.models.efficiency import layers
 from lmlab.models.loading import auto_class_of, check_model, from_scratch
 from lmlab.models.loss import score
 from lmlab.models.probe import probe
+from lmlab.models.torch_module import hold
 from lmlab.objectives import Example, check_shapes
 from lmlab.objectives.span import SpanCorruption
 from lmlab.optim import AdamW
@@ -263,6 +264,22 @@ def test_decoders_that_do_not_fit() -> None:
     tokens = with_sentinels(80)
     with pytest.raises(UserError, match=r"reads 66 tokens of a block of preprocess.block_size=64.* 64 positions"):
         check_model(small("bart", tokens), tokens, 64, SpanCorruption(tokens, 0.9, 1.0))
+
+
+def test_an_objective_that_gives_the_decoder_nothing() -> None:
+    class Silent(SpanCorruption):
+        """Leaves the decoder out."""
+
+        def __call__(self, *arguments: Any) -> Example:
+            return super().__call__(*arguments)._replace(decoder_inputs=None)
+
+    with pytest.raises(UserError, match="returns no decoder_inputs"):
+        check_model(small("t5"), with_sentinels(), 64, Silent(with_sentinels()))
+
+
+def test_a_torch_module_is_no_encoder_decoder() -> None:
+    with pytest.raises(UserError, match="no torch module"):
+        hold(torch.nn.Embedding(94, 94), tokenizer(), SpanCorruption.auto_class)
 
 
 def test_encoder_and_decoder_are_probed() -> None:
