@@ -159,8 +159,7 @@ def auto_class_of(name: str, revision: str | None = None) -> str:
     if architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
         return "AutoModelForSeq2SeqLM"
     raise UserError(
-        f'{name} is a "{architecture or "model of unknown task"}": no causal, masked or sequence-to-sequence language '
-        "model."
+        f'{name} is a "{architecture or "model of unknown task"}": no causal, masked or encoder-decoder language model.'
     )
 
 
