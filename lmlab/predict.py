@@ -1,6 +1,7 @@
 """`python -m lmlab.predict MODEL TEXT…`: prints what a trained model makes of texts.
 
-A causal model continues them, a masked one fills their masks, and a diffusion model does either, some tokens at a time.
+A causal model continues them, a masked one fills their masks, a diffusion model does either, some tokens at a time, and
+an encoder-decoder writes the spans that are missing in them.
 The command takes ordinary arguments, so a text is taken as typed, commas, quotes and `=` included.
 """
 
@@ -47,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's arguments."""
     p = Arguments(
         prog="python -m lmlab.predict",
-        description="Continue a text (causal model), fill its masks (masked model), or either (diffusion model).",
+        description="Continue a text (causal model), fill its masks (masked model), do either (diffusion model), or "
+        "write its missing spans (encoder-decoder).",
     )
     p.add_argument("model", help="run directory, exported directory, or hub id")
     p.add_argument("--revision", help="of a hub id: branch, tag or commit")
@@ -106,8 +108,7 @@ def predict(arguments: argparse.Namespace) -> None:
                 rows = [{"text": text, "masks": masks}]
                 shown = "\n".join(candidate_lines(masks))
             else:
-                write = generation.unmask if way == "unmask" else generation.generate
-                continued = write(model, tokenizer, text, arguments.seed, **options)
+                continued = getattr(generation, way)(model, tokenizer, text, arguments.seed, **options)
                 rows = [{"text": text, "generated_text": one} for one in continued]
                 shown = "\n".join(continued)
             print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if arguments.json else shown)

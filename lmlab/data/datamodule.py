@@ -1,6 +1,6 @@
 """Batches of blocks, and the loaders that give them (guide, `DataCollatorForLanguageModeling`).
 
-Shapes: B samples, T positions, N scored positions of the whole batch.
+Shapes: B samples, T positions, U of a decoder beside an encoder, N scored positions of the whole batch.
 """
 
 import time
@@ -28,11 +28,11 @@ class Batch(NamedTuple):
     attention_mask: Tensor | None
     """[B, T] int64, 0 on padding; None if no row is padded."""
     positions: Tensor
-    """[N] int64 indices of the scored positions in the flattened [B·T]."""
+    """[N] int64 indices of the scored positions in the flattened [B·T], or [B·U] with `decoder_ids`."""
     targets: Tensor
     """[N] int64 ids of the tokens to predict there."""
     tokens: int
-    """The number of tokens of the batch, without padding."""
+    """The number of tokens of the batch, without padding; those that a decoder beside an encoder reads included."""
     number: int
     """The number of micro batches of this rank before this one in the whole run."""
     divisor: int
@@ -41,6 +41,8 @@ class Batch(NamedTuple):
     """[N] float32: the factor of the nll of each target; None is 1 for each."""
     prefix: Tensor | None = None
     """[B] int64: the number of first positions that every position of a row may attend to; None is 0 for each."""
+    decoder_ids: Tensor | None = None
+    """[B, U] int64: what the decoder of an encoder-decoder reads; None for other models."""
 
 
 class Batches(Dataset[Batch]):
@@ -102,9 +104,10 @@ def collate(
     if any(row.weights is not None for row in rows):
         ones = (np.ones(len(row.targets)) if row.weights is None else row.weights for row in rows)
         weights = torch.from_numpy(np.concatenate([*ones]).astype(np.float32))
-    tokens = sum(len(row.inputs) for row in rows)
+    tokens = sum(len(ids) for row in rows for ids in (row.inputs, row.decoder_inputs) if ids is not None)
     divisor = sum(len(row.targets) if row.divisor is None else row.divisor for row in rows)
-    return Batch(*pad_rows(rows, pad_id), tokens, number, divisor, weights, prefix_of(rows))
+    padded = pad_rows(rows, pad_id)
+    return Batch(*padded, tokens, number, divisor, weights, prefix_of(rows), decoder_ids_of(rows, pad_id))
 
 
 class Unpadded(Protocol):
@@ -118,24 +121,41 @@ class Unpadded(Protocol):
     def targets(self) -> np.ndarray: ...
     @property
     def prefix(self) -> int: ...
+    @property
+    def decoder_inputs(self) -> np.ndarray | None: ...
 
 
 def pad_rows(rows: Sequence[Unpadded], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Pads rows on the right, to the longest of them.
 
     Returns:
-        input_ids [B, T], attention_mask [B, T] or None, positions [N] in the flattened [B·T], and targets [N].
+        input_ids [B, T], attention_mask [B, T] or None, positions [N] in the flattened [B·T] or [B·U], and targets [N].
     """
-    length = max(len(row.inputs) for row in rows)
-    input_ids = np.full((len(rows), length), pad_id, np.int64)
-    attention_mask = np.zeros((len(rows), length), np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row.inputs)] = row.inputs
-        attention_mask[number, : len(row.inputs)] = 1
+    input_ids, attention_mask = padded([row.inputs for row in rows], pad_id)
+    length = max(len(row.inputs if row.decoder_inputs is None else row.decoder_inputs) for row in rows)
     positions = np.concatenate([i * length + row.positions for i, row in enumerate(rows)]).astype(np.int64)
     targets = np.concatenate([row.targets for row in rows]).astype(np.int64)
     mask = None if attention_mask.all() else torch.from_numpy(attention_mask)
     return torch.from_numpy(input_ids), mask, torch.from_numpy(positions), torch.from_numpy(targets)
+
+
+def padded(texts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns texts padded on the right to the longest of them, and a mask that is 0 on padding: [B, T] int64 each."""
+    length = max(map(len, texts))
+    ids, mask = np.full((len(texts), length), pad_id, np.int64), np.zeros((len(texts), length), np.int64)
+    for number, text in enumerate(texts):
+        ids[number, : len(text)] = text
+        mask[number, : len(text)] = 1
+    return ids, mask
+
+
+def decoder_ids_of(rows: Sequence[Unpadded], pad_id: int) -> Tensor | None:
+    """Returns what the decoder of an encoder-decoder reads, [B, U] int64; None for other models.
+
+    It needs no mask: a decoder's positions do not see the padding after them.
+    """
+    texts = [row.decoder_inputs for row in rows if row.decoder_inputs is not None]
+    return torch.from_numpy(padded(texts, pad_id)[0]) if texts else None
 
 
 def prefix_of(rows: Sequence[Unpadded]) -> Tensor | None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub
+from lmlab.objectives import sentinel
 
 END, PAD, MASK, UNKNOWN = "<|endoftext|>", "<pad>", "<mask>", "<unk>"
 
@@ -29,13 +30,14 @@ def pretrained(name: str | None, revision: str | None = None) -> PreTrainedToken
 
 
 def bpe(
-    texts: Iterable[str], vocab_size: int = 2000, extra_tokens: Sequence[str] | None = None
+    texts: Iterable[str], vocab_size: int = 2000, extra_tokens: Sequence[str] | int | None = None
 ) -> PreTrainedTokenizerBase:
     """Trains byte-level BPE (Radford et al. 2019, section 2.2), which spells any text: nothing is unknown.
 
     Args:
         vocab_size: the number of tokens, special ones included; fewer if the texts give no more merges.
-        extra_tokens: more special tokens, on top of these: text has the same ids as without them.
+        extra_tokens: more special tokens, on top of these: text has the same ids as without them. A number stands for
+            so many sentinels of T5.
     """
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 3
     if vocab_size < least:
@@ -58,11 +60,11 @@ def bpe(
     return with_extra_tokens(made, extra_tokens or [])
 
 
-def char(texts: Iterable[str], extra_tokens: Sequence[str] | None = None) -> PreTrainedTokenizerBase:
+def char(texts: Iterable[str], extra_tokens: Sequence[str] | int | None = None) -> PreTrainedTokenizerBase:
     """Makes a tokenizer with one id per character of the texts; any other character is the unknown token.
 
     Args:
-        extra_tokens: special tokens besides: text has the same ids as without them.
+        extra_tokens: special tokens besides, as of `bpe`.
     """
     alphabet = sorted({character for text in texts for character in text})
     special = [END, PAD, MASK, UNKNOWN]
@@ -81,14 +83,22 @@ def char(texts: Iterable[str], extra_tokens: Sequence[str] | None = None) -> Pre
     return with_extra_tokens(made, extra_tokens or [])
 
 
-def with_extra_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> PreTrainedTokenizerBase:
+def with_extra_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | AddedToken] | int
+) -> PreTrainedTokenizerBase:
     """Adds special tokens behind all others of a tokenizer, and returns it.
+
+    Args:
+        tokens: their names; a number stands for so many sentinels.
 
     Raises:
         UserError: one is empty, or a token already, which would be another one then.
     """
     known = tokenizer.get_vocab()
-    for token in tokens:
+    if isinstance(tokens, int):
+        # Each takes the space before it, as the mask does: it stands for tokens that carry theirs.
+        tokens = [AddedToken(sentinel(number), lstrip=True, special=True) for number in range(tokens)]
+    for token in map(str, tokens):
         if not token or token in known:
             raise UserError(f'tokenizer.extra_tokens: "{token}" is {"a token already" if token else "no token"}.')
     tokenizer.add_special_tokens({"extra_special_tokens": [*tokens]})

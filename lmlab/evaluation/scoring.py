@@ -2,8 +2,8 @@
 
 Validation in training and `lmlab.evaluate` use the same rows, batches and sums.
 
-Shapes: B rows, T positions, N scored positions of the batch, n of one row, S stretches of the documents (parts of
-them, or whole ones).
+Shapes: B rows, T positions, U of a decoder beside an encoder, N scored positions of the batch, n of one row, S
+stretches of the documents (parts of them, or whole ones).
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lmlab.data.datamodule import pad_rows, prefix_of
+from lmlab.data.datamodule import decoder_ids_of, pad_rows, prefix_of
 from lmlab.data.documents import CONTINUES, COUNTS, FLAGS, Documents
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
@@ -27,7 +27,7 @@ from lmlab.evaluation.windows import Windows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
 from lmlab.models.teacher import Teacher
-from lmlab.objectives import Objective, check_shapes, make_example
+from lmlab.objectives import Example, Objective, check_shapes, make_example
 from lmlab.objectives.mlm import random_words, uniform
 
 
@@ -39,7 +39,7 @@ class ScoringBatch(NamedTuple):
     attention_mask: Tensor | None
     """[B, T] int64, 0 on padding; None if no row is padded."""
     positions: Tensor
-    """[N] int64 indices of the scored positions in the flattened [B·T]."""
+    """[N] int64 indices of the scored positions in the flattened [B·T], or [B·U] with `decoder_ids`."""
     targets: Tensor
     """[N] int64: the id to predict at each of them."""
     stretches: Tensor
@@ -54,6 +54,8 @@ class ScoringBatch(NamedTuple):
     """[N] float64: the factor of the nll of each target; None is 1 for each."""
     halves: Tensor | None = None
     """[N] int64: the entry of `DocumentSums.halves` that each target is added to; None if there are none."""
+    decoder_ids: Tensor | None = None
+    """[B, U] int64: what the decoder of an encoder-decoder reads; None for other models."""
 
 
 class Row(NamedTuple):
@@ -66,7 +68,8 @@ class Row(NamedTuple):
     targets: np.ndarray
     """[n] the id to predict at each of them."""
     tokens: np.ndarray
-    """[n] the number of each target among the documents' tokens."""
+    """[n] the number of each target among the documents' tokens; of one that is no token of the text, such as a
+    sentinel, that of the token beside it."""
     prefix: int = 0
     """The number of first positions that every position may attend to."""
     counted: np.ndarray | None = None
@@ -75,6 +78,10 @@ class Row(NamedTuple):
     """The factor of the nll of each target."""
     half: int = 0
     """The entry of `DocumentSums.halves` that the nll of the row is added to."""
+    decoder_inputs: np.ndarray | None = None
+    """[U] the ids that the decoder of an encoder-decoder reads."""
+    textless: np.ndarray | None = None
+    """[n] bool: the targets that are no token of the text. They count as targets, without bytes and words."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +113,22 @@ class WindowRows:
         ```
 
         Otherwise it is given the part of each document on its own: what it draws for a token is then a function of
-        (seed, document, position in it), whatever the windows are.
+        (seed, document, position in it), whatever the windows are. For an encoder-decoder the window is one text.
         """
         w, shift = self.windows, self.objective.target_shift
         start, end = int(w.starts[index]), int(w.ends[index])
         head, tail = (w.head, w.tail) if w.framed[index] else ([], [])
+        if self.objective.auto_class == "AutoModelForSeq2SeqLM":
+            example = make_example(self.objective, self.documents.tokens[start:end], (self.seed, EVALUATION, index))
+            tokens = targets_in_text(self.objective, example)
+            return Row(
+                np.array([*head, *example.inputs, *tail]),
+                example.positions,
+                example.targets,
+                start + beside_text(tokens),
+                decoder_inputs=example.decoder_inputs,
+                textless=tokens < 0,
+            )
         if not self.objective.bidirectional:
             ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
             continues = np.concatenate([np.zeros(len(head), bool), self.documents.continues(start, end)])
@@ -144,10 +162,24 @@ class WindowRows:
         return len(self.windows)
 
 
+def targets_in_text(objective: Objective, example: Example) -> np.ndarray:
+    """Returns the number of each target of an example among the ids it was made of, [N]; -1 for no token of them."""
+    return example.positions + objective.target_shift if example.tokens is None else example.tokens
+
+
+def beside_text(tokens: np.ndarray) -> np.ndarray:
+    """Replaces each -1 among the numbers of tokens [N] by the number after it, behind the last one by that."""
+    own = np.flatnonzero(tokens >= 0)
+    nearest = np.searchsorted(own, np.arange(len(tokens))).clip(max=len(own) - 1)
+    beside: np.ndarray = tokens[own[nearest]] if len(own) else np.zeros(len(tokens), np.int64)
+    return beside
+
+
 def check_targets(objective: Objective, documents: Documents, size: int) -> None:
     """Refuses an objective whose examples have wrong shapes, or whose targets are not the text's own tokens.
 
-    They have to be those `target_shift` after their positions, of which it counts bytes and document.
+    They have to be those that `Example.tokens` says, or those `target_shift` after their positions, of which it counts
+    bytes and document.
     An objective whose metric is called "perplexity" has to score every token but the first.
 
     Args:
@@ -160,12 +192,15 @@ def check_targets(objective: Objective, documents: Documents, size: int) -> None
     example = make_example(objective, ids, (0, EVALUATION, 0), continues=continues)
     check_shapes(objective, example, len(ids))
     positions, targets = example.positions, example.targets
-    tokens = positions + objective.target_shift
+    tokens = targets_in_text(objective, example)
     inside = tokens < len(ids)
-    wrong = np.flatnonzero(~inside | (ids[np.where(inside, tokens, 0)] != targets))
+    textless = tokens < 0 if example.tokens is not None else np.zeros(len(tokens), bool)
+    wrong = np.flatnonzero(~textless & (~inside | (ids[np.where(inside, tokens, 0)] != targets)))
     if len(wrong):
         position, target = positions[wrong[0]], targets[wrong[0]]
         expected = "the token after it" if objective.target_shift else "the token there"
+        if example.tokens is not None:
+            expected = f"token {tokens[wrong[0]]} of the block"
         raise UserError(
             f"{type(objective).__name__} asks for token {target} at position {position} of a block, and {expected} is "
             "another:\nwhich document and bytes it scores can't be known. Return targets that are the text's tokens."
@@ -328,15 +363,21 @@ class HeldOut(Dataset[ScoringBatch]):
         rows = [self.rows.row(int(self.order[index])) for index in indices]
         if not rows:
             nothing = np.zeros(0, np.int64)
-            rows = [Row(self.rows.row(int(self.order[-1])).inputs, nothing, nothing, nothing)]
+            row = self.rows.row(int(self.order[-1]))
+            rows = [Row(row.inputs, nothing, nothing, nothing, decoder_inputs=row.decoder_inputs)]
         tokens = np.concatenate([row.tokens for row in rows])
         counted = np.concatenate([row.tokens if row.counted is None else row.counted for row in rows])
+        counts = documents.counts(counted)
+        if any(row.textless is not None for row in rows):
+            textless = [np.zeros(len(row.tokens), bool) if row.textless is None else row.textless for row in rows]
+            counts[np.concatenate(textless), 1:] = 0
         batch = ScoringBatch(
             *pad_rows(rows, self.pad_id),
             torch.from_numpy(documents.stretch_of(tokens)),
             torch.from_numpy(documents.stretch_of(counted)),
-            torch.from_numpy(documents.counts(counted)),
+            torch.from_numpy(counts),
             prefix_of(rows),
+            decoder_ids=decoder_ids_of(rows, self.pad_id),
         )
         if not isinstance(self.rows, ElboRows):
             return batch
@@ -468,6 +509,7 @@ class Scorer(L.LightningModule):
             getattr(batch, "weights", None),
             batch.prefix,
             teacher,
+            batch.decoder_ids,
         )
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:

@@ -115,7 +115,9 @@ def windows(
                 "stride is for causal models: one that sees the tokens after a position is shown pieces that do not "
                 "overlap.\nLeave it out."
             )
-        opening, closing = special_ids(tokenizer, "cls", "bos", "eos"), special_ids(tokenizer, "sep", "eos")
+        # T5's encoder reads no token before a text.
+        begins = ("cls", "bos") if objective.auto_class == "AutoModelForSeq2SeqLM" else ("cls", "bos", "eos")
+        opening, closing = special_ids(tokenizer, *begins), special_ids(tokenizer, "sep", "eos")
         return disjoint_windows(context.block_size, documents, opening, closing)
     edges = np.array([0, len(documents.tokens)]) if context.name == "sliding" else documents.edges
     return overlapping_windows(context, documents.tokens, edges, special_ids(tokenizer, "bos", "eos"))

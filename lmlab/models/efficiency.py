@@ -22,7 +22,12 @@ from lmlab.errors import UserError, first_line
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the repeated layers: the longest list of modules in the base model."""
+    """Returns the repeated layers: the longest list of modules in the base model, or those of encoder and decoder."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        # A layer of T5's is a list itself, which may be longer than that of the layers.
+        halves = [half.modules() for half in (model.get_encoder(), model.get_decoder())]
+        first = (next((part for part in half if isinstance(part, nn.ModuleList)), ()) for half in halves)
+        return [layer for repeated in first for layer in repeated]
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=lambda modules: len(list(modules)))) if lists else []
 

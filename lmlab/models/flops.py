@@ -38,7 +38,12 @@ class Flops(NamedTuple):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> "Flops | None":
-        """Counts a model's operations; returns None if it has layers of a kind that is not known here."""
+        """Counts a model's operations; returns None if it has layers of a kind that is not known here.
+
+        Nor are those of an encoder-decoder counted: its two parts read texts of different lengths.
+        """
+        if getattr(model.config, "is_encoder_decoder", False):
+            return None
         config = model.config.get_text_config()
         attention = attention_flops(config)
         if attention is None:

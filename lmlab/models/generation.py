@@ -1,9 +1,10 @@
-"""Makes a trained model write (guide, "Inference"): continue a text, or fill the masks in it.
+"""Makes a trained model write (guide, "Inference"): continue a text, or fill the masks or the spans in it.
 
 Shapes: T tokens of a text, M masks in it, V vocabulary.
 """
 
 from collections.abc import Callable
+from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from lmlab.hub import from_hub
 from lmlab.models import torch_module
 from lmlab.models.loading import auto_class_of, max_positions
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig
+from lmlab.objectives import sentinel
 
 SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
 """The guide's options for `generate`."""
@@ -44,8 +46,10 @@ def load(
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
 
 
-def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask"]:
+def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask", "infill"]:
     """Returns the name of the function of this file that suits a model, where nothing is known but its class."""
+    if model.config.is_encoder_decoder:
+        return "infill"
     return "fill_mask" if type(model).__name__.endswith("ForMaskedLM") else "generate"
 
 
@@ -76,17 +80,31 @@ def generate(
         if tokenizer.bos_token_id is None:
             raise UserError("an empty text, and the tokenizer has no token to begin with: give some words.")
         ids = torch.tensor([[tokenizer.bos_token_id]])
+    sequences = generated(model, tokenizer, ids, seed, options)
+    spelled = set(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) & set(tokenizer.all_special_ids)
+    hidden = set(tokenizer.all_special_ids) - spelled
+    return [
+        tokenizer.decode([token for token in sequence if token not in hidden], skip_special_tokens=not spelled)
+        for sequence in sequences
+    ]
+
+
+def generated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, seed: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """Returns what transformers' `generate` makes of ids [1, T]; arguments and errors are those of `generate` above."""
     length, longest = ids.shape[1], max_positions(model)
+    written = 1 if model.config.is_encoder_decoder else length  # a decoder beside an encoder begins with one token
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options = SAMPLING | {"pad_token_id": pad} | options
     if "max_length" in options:
-        options["max_new_tokens"] = options.pop("max_length") - length
+        options["max_new_tokens"] = options.pop("max_length") - written
     if not isinstance(options["max_new_tokens"], int) or options["max_new_tokens"] < 1:
         raise UserError(f"max_new_tokens is a whole number, 1 or more, not {options['max_new_tokens']}.")
     if longest is not None:
         if length >= longest:
             raise UserError(f"the text has {length} tokens and the model only {longest} positions.")
-        options["max_new_tokens"] = min(options["max_new_tokens"], longest - length)
+        options["max_new_tokens"] = min(options["max_new_tokens"], longest - written)
     if not options["do_sample"]:
         options = {key: value for key, value in options.items() if key not in ("top_k", "top_p", "temperature")}
     torch.manual_seed(seed)
@@ -102,13 +120,58 @@ def generate(
             f"the model can't go on with a text of {length} tokens ({type(error).__name__}: {first_line(error)}).\n"
             "Generate fewer (max_new_tokens). A module that reads only so many says it by an attribute max_positions."
         ) from error
-    sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    spelled = set(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) & set(tokenizer.all_special_ids)
-    hidden = set(tokenizer.all_special_ids) - spelled
-    return [
-        tokenizer.decode([token for token in sequence if token not in hidden], skip_special_tokens=not spelled)
-        for sequence in sequences.tolist()
-    ]
+    sequences: list[list[int]] = (out if isinstance(out, torch.Tensor) else out.sequences).tolist()
+    return sequences
+
+
+@torch.no_grad()
+def infill(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, seed: int, /, **options: Any
+) -> list[str]:
+    """Writes the spans that are missing in a text, by an encoder-decoder that was trained to (T5's pretraining).
+
+    A missing span is written as `<extra_id_0>`, the next as `<extra_id_1>` and so on, or each as a mask (`MASKS`).
+
+    Args:
+        seed: decides what is sampled; the result is the same for the same text and options.
+        options: of transformers' `generate`, over `SAMPLING`.
+
+    Returns:
+        the text with the spans that the model wrote, `num_return_sequences` (1) times. A span is empty where it wrote
+        none.
+
+    Raises:
+        UserError: the text is too long or misses no span, or `generate` refuses an option.
+    """
+    known = tokenizer.get_vocab()
+    sentinels = [known[name] for name in takewhile(known.__contains__, map(sentinel, count()))]
+    for mask in MASKS:
+        text = text.replace(mask, MASKS[0])
+    first, *others = text.split(MASKS[0])
+    missing = sum(sentinel(number) in text for number in range(len(sentinels)))
+    if missing and others:
+        raise UserError(f"{MASKS[0]} and {sentinel(0)} in one text: write all missing spans in one way.")
+    missing = missing or len(others)
+    if not 0 < missing < len(sentinels):
+        raise UserError(
+            f'{missing or "no"} missing spans in "{text}", and the tokenizer has {len(sentinels)} sentinels, one of '
+            f"which ends the last span.\nWrite {sentinel(0)}, {sentinel(1)} and so on where spans are to be filled in."
+        )
+    text = "".join([first, *(f"{sentinel(number)}{part}" for number, part in enumerate(others))])
+    ids = encode(tokenizer, text)
+    # The last sentinel, or the end of the text, which ends what a model wrote that has seen no such sentinel.
+    ends = [sentinels[missing], *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    texts = []
+    for sequence in generated(model, tokenizer, ids, seed, {"eos_token_id": ends} | options):
+        spans, span = dict[int, list[int]](), list[int]()
+        for token in sequence:
+            if token in sentinels:
+                span = spans.setdefault(token, [])
+            elif token not in tokenizer.all_special_ids:
+                span.append(token)
+        filled = [token for place in ids[0].tolist() for token in spans.get(place, [place])]
+        texts.append(tokenizer.decode(filled, skip_special_tokens=True).strip())
+    return texts
 
 
 @torch.no_grad()

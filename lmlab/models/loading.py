@@ -3,13 +3,17 @@
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
 from lmlab.hub import from_hub
@@ -17,7 +21,7 @@ from lmlab.models.loss import check_scoring, score
 from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import TOKENS, differ, evaluation_mode, probe, run_probe, vocabulary
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig, TorchModuleForCausalLM, check_length, load
-from lmlab.objectives import OBJECTIVE_OF, Objective
+from lmlab.objectives import OBJECTIVE_OF, Objective, make_example
 
 
 def pretrained(
@@ -112,7 +116,12 @@ def from_scratch(
         }
         # An encoder that is made for causal modelling has to be told to hide the future.
         values["is_decoder"] = auto_class == "AutoModelForCausalLM"
-        values = {key: value for key, value in values.items() if hasattr(defaults, key)} | changes
+        if auto_class == "AutoModelForSeq2SeqLM":
+            values["forced_eos_token_id"] = tokenizer.eos_token_id  # BART's
+        values = {key: value for key, value in values.items() if hasattr(defaults, key)}
+        if auto_class == "AutoModelForSeq2SeqLM":  # T5's config has no such key until it is set
+            values["decoder_start_token_id"] = tokenizer.pad_token_id
+        values |= changes
         settings = AutoConfig.for_model(architecture, **values)
         if empty:
             return meta_model(auto, settings)
@@ -139,7 +148,7 @@ def auto_class_of(name: str, revision: str | None = None) -> str:
         name: hub id or directory.
 
     Raises:
-        UserError: it is no causal or masked language model.
+        UserError: it is no causal, masked or encoder-decoder language model.
     """
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     architecture = (config.architectures or [""])[0]
@@ -147,7 +156,11 @@ def auto_class_of(name: str, revision: str | None = None) -> str:
         return "AutoModelForMaskedLM"
     if architecture in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), TorchModuleForCausalLM.__name__):
         return "AutoModelForCausalLM"
-    raise UserError(f'{name} is a "{architecture or "model of unknown task"}": no causal or masked language model.')
+    if architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return "AutoModelForSeq2SeqLM"
+    raise UserError(
+        f'{name} is a "{architecture or "model of unknown task"}": no causal, masked or encoder-decoder language model.'
+    )
 
 
 def auto_model(config: PreTrainedConfig, auto_class: str) -> Any:
@@ -170,7 +183,8 @@ def has_model(config: PreTrainedConfig, auto_class: str) -> bool:
 
 def task(auto_class: str) -> str:
     """Returns what messages call the models of an `AutoModel` class, such as "causal" for AutoModelForCausalLM."""
-    return auto_class.removeprefix("AutoModelFor").removesuffix("LM").lower()
+    name = auto_class.removeprefix("AutoModelFor").removesuffix("LM").lower()
+    return "encoder-decoder" if name == "seq2seq" else name
 
 
 def alternative(config: PreTrainedConfig, auto_class: str) -> str:
@@ -180,8 +194,6 @@ def alternative(config: PreTrainedConfig, auto_class: str) -> str:
     for other, objective in OBJECTIVE_OF.items():
         if other != auto_class and has_model(config, other):
             return f"Use objective={objective}, or another architecture."
-    if getattr(config, "is_encoder_decoder", False):
-        return "It is an encoder-decoder, and lmlab trains decoders and encoders: use another architecture."
     return "Use another architecture."
 
 
@@ -226,7 +238,8 @@ def check_model(
             f"{model.config.model_type} gives up its block-sparse attention for good at the first short row, so that "
             "its metrics would depend on what it has read before.\nSet model.config.attention_type=original_full."
         )
-    if not objective.bidirectional and probe(model).sees_ahead:
+    decodes = objective.auto_class == "AutoModelForSeq2SeqLM"
+    if (decodes or not objective.bidirectional) and probe(model).sees_ahead:
         raise UserError(
             f"{model.config.model_type} sees the tokens it should predict, so its "
             f"{objective.metric.replace('_', ' ')} means nothing.\n{alternative(model.config, objective.auto_class)}"
@@ -234,6 +247,35 @@ def check_model(
     check_scoring(model)
     if getattr(objective, "prefixes", False):
         check_prefixes(model, block_size)
+    if decodes:
+        check_decoder(model, tokenizer, block_size, objective)
+
+
+def check_decoder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, objective: Objective
+) -> None:
+    """Refuses an encoder-decoder whose decoder can't read what the objective gives it.
+
+    Raises:
+        UserError: it begins with another token, or has fewer positions; or the objective gives it nothing to read.
+    """
+    read = make_example(objective, np.arange(block_size, dtype=np.int32), (0, 0, 0)).decoder_inputs
+    if read is None:
+        raise UserError(
+            f"{type(objective).__name__} trains encoder-decoders, and returns no decoder_inputs.\n"
+            "See lmlab.objectives.Example."
+        )
+    start, longest = getattr(model.config, "decoder_start_token_id", None), max_positions(model)
+    if start is not None and start != read[0]:
+        raise UserError(
+            f"the decoder of {model.config.model_type} begins with token {start}, and the objective with {read[0]}.\n"
+            f"Set objective.decoder_start='{tokenizer.convert_ids_to_tokens(start)}'"
+        )
+    if longest is not None and len(read) > longest:
+        raise UserError(
+            f"the decoder reads {len(read)} tokens of a block of preprocess.block_size={block_size}, and the model has "
+            f"{longest} positions.\nLower preprocess.block_size, or hide fewer tokens."
+        )
 
 
 @torch.no_grad()

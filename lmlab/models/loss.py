@@ -1,7 +1,7 @@
 """Computes the nll of the scored positions: only they go through the head (promise 3), and in chunks of limited size.
 
-Shapes: B rows, T positions, H hidden size, N scored positions of the batch, V vocabulary, V' the same after padding,
-R positions of a chunk.
+Shapes: B rows, T positions, U of a decoder beside an encoder, H hidden size, N scored positions of the batch,
+V vocabulary, V' the same after padding, R positions of a chunk.
 """
 
 import logging
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmlab.errors import UserError, first_line
-from lmlab.models.probe import evaluation_mode, example_ids, forward, hook_hidden_states, prefix_mask, probe
+from lmlab.models.probe import (
+    evaluation_mode,
+    example_decoder_ids,
+    example_ids,
+    forward,
+    hook_hidden_states,
+    prefix_mask,
+    probe,
+)
 
 if TYPE_CHECKING:
     from lmlab.models.teacher import Teacher, TeacherOutput
@@ -64,6 +72,7 @@ def score(
     weights: Tensor | None = None,
     prefix: Tensor | None = None,
     teacher: "Teacher | None" = None,
+    decoder_ids: Tensor | None = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -80,7 +89,7 @@ def score(
     Args:
         input_ids: [B, T].
         attention_mask: [B, T], 0 on padding; None where no row is padded.
-        positions: [N] the scored positions, as indices into the B·T of the flattened batch.
+        positions: [N] the scored positions, as indices into the B·T of the flattened batch, or its B·U.
         targets: [N] the id to predict at each of them.
         chunk_size: the number of scored positions whose logits are in memory at once (see `logits_chunk_size`); only
             the sum of the nll can then be differentiated, see `ChunkedNLL`. None holds all [N, V].
@@ -90,8 +99,9 @@ def score(
         weights: [N] the factor of the nll of each target; None is 1 for each.
         prefix: [B] the number of first positions that every position of a row may attend to; None is 0 for each.
         teacher: the model whose probabilities are to be learned too, if there is one.
+        decoder_ids: [B, U] what the decoder of an encoder-decoder reads; None for other models.
     """
-    shown = input_ids, attention_mask, positions, prefix
+    shown = input_ids, attention_mask, positions, prefix, decoder_ids
     taught = None if teacher is None else teacher.read(*shown)
     output, rows = run_on_scored(model, *shown, project=chunk_size is None)
     auxiliary = auxiliary_loss(model, output)
@@ -115,6 +125,7 @@ def run_on_scored(
     attention_mask: Tensor | None,
     positions: Tensor,
     prefix: Tensor | None = None,
+    decoder_ids: Tensor | None = None,
     *,
     project: bool,
 ) -> tuple[Any, Tensor]:
@@ -142,7 +153,7 @@ def run_on_scored(
         stack.callback(hook_hidden_states(model, keep_scored).remove)
         if not project:
             stack.callback(head.register_forward_pre_hook(project_nothing).remove)
-        output = forward(model, input_ids, attention_mask)
+        output = forward(model, input_ids, attention_mask, decoder_ids)
     # The gradient of [0] would be copied into zeros.
     return output, output.logits.flatten(0, 1) if project else projected[0]
 
@@ -171,11 +182,13 @@ def check_scoring(model: PreTrainedModel) -> None:
     with evaluation_mode(model):
         ids = torch.cat([example_ids(model), example_ids(model).flip(1)])  # [2, T]
         positions = torch.tensor([1, 3, 5, 6], device=ids.device)
-        targets = ids.flatten()[positions - 1]
-        own = F.cross_entropy(forward(model, ids).logits.flatten(0, 1)[positions].float(), targets, reduction="none")
+        targets, decoder_ids = ids.flatten()[positions - 1], example_decoder_ids(model, ids)
+        logits = forward(model, ids, None, decoder_ids).logits.flatten(0, 1)
+        own = F.cross_entropy(logits[positions].float(), targets, reduction="none")
         reason = ""
         try:
-            moved = float((score(model, ids, None, positions, targets).nll - own).abs().max())
+            scores = score(model, ids, None, positions, targets, decoder_ids=decoder_ids)
+            moved = float((scores.nll - own).abs().max())
         except (RuntimeError, IndexError, ValueError) as error:
             moved, reason = math.inf, f" ({first_line(error)})"
     # The metrics of weights that give no finite numbers will show that.

@@ -1,6 +1,6 @@
 """Finds out by forward passes over a few tokens what an architecture does, rather than by the names in its class.
 
-Shapes: B rows, T positions, H hidden size, V vocabulary.
+Shapes: B rows, T positions, U of a decoder beside an encoder, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,12 +39,13 @@ class Probe(NamedTuple):
     """The properties of a model's forward pass."""
 
     backbone: str
-    """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model. Of a
+    """The module whose `last_hidden_state` [B, T, H] the head reads, by its dotted name in the model: of an
+    encoder-decoder the decoder, [B, U, H], or the module with both. Of a
     `TorchModule` its head, which reads the hidden states, or the model itself (an empty name) where none is known."""
     projects: bool
     """True if the logits are just what the output embedding, a plain `nn.Linear`, returns."""
     sees_ahead: bool
-    """True if a token changes the logits of positions before it."""
+    """True if a token changes the logits of positions before it; of an encoder-decoder one that the decoder reads."""
     padding_matters: bool
     """True if padding on the right changes the logits of a row's own positions."""
     needs_mask: bool
@@ -119,17 +120,24 @@ def vocabulary(model: PreTrainedModel) -> int:
     return model.config.vocab_size if embedding is None else len(embedding.weight)
 
 
-def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Any:
+def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, decoder_ids: Tensor | None = None) -> Any:
     """Returns the model's output for ids [B, T].
 
     Args:
         mask: [B, T], 0 on padding, or a `prefix_mask`. None where no row is padded: some models take no mask.
+        decoder_ids: [B, U] what the decoder of an encoder-decoder reads; None for other models.
     """
-    masked = {} if mask is None else {"attention_mask": mask}
+    given = {"attention_mask": mask, "decoder_input_ids": decoder_ids}
+    masked = {name: tensor for name, tensor in given.items() if tensor is not None}
     with ExitStack() as stack:
         for owner, name, function in DEVICE_READS:
             stack.enter_context(patch.object(owner, name, function))
         return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
+
+
+def example_decoder_ids(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
+    """Returns what a decoder beside an encoder reads where the encoder reads ids [B, T]: the same; else None."""
+    return ids if getattr(model.config, "is_encoder_decoder", False) else None
 
 
 def prefix_mask(prefix: Tensor, attention_mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor:
@@ -177,13 +185,15 @@ def run_probe(model: PreTrainedModel) -> Probe:
         elif module is not model and isinstance(output, ModelOutput) and output.get("last_hidden_state") is not None:
             inner.append(module)
 
+    decoder_ids, changed = example_decoder_ids(model, ids), torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     with evaluation_mode(model):
         handle = register_module_forward_hook(watch)
         try:
-            logits = forward(model, ids).logits
+            logits = forward(model, ids, None, decoder_ids).logits
         finally:
             handle.remove()
-        last_changed = forward(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1)).logits
+        last = forward(model, changed) if decoder_ids is None else forward(model, ids, None, changed)
+        last_changed = last.logits
         padding_matters, needs_mask = (padding_changes(model, ids, logits, masked) for masked in (True, False))
     if not inner and not isinstance(model, TorchModule):
         raise UserError(
@@ -199,7 +209,7 @@ def run_probe(model: PreTrainedModel) -> Probe:
         sees_ahead=differ(logits[:, :-1], last_changed[:, :-1]),
         padding_matters=padding_matters,
         # Fresh weights of an encoder may hide what trained ones show: its mask is always kept.
-        needs_mask=needs_mask or not model.can_generate(),
+        needs_mask=needs_mask or not model.can_generate() or decoder_ids is not None,
     )
 
 
@@ -209,7 +219,8 @@ def padding_changes(model: PreTrainedModel, ids: Tensor, logits: Tensor, masked:
     padded = nn.functional.pad(ids, (0, PADDING), value=0 if pad is None else pad)
     mask = nn.functional.pad(torch.ones_like(ids), (0, PADDING))
     try:
-        return differ(logits, forward(model, padded, mask if masked else None).logits[:, :TOKENS])
+        output = forward(model, padded, mask if masked else None, example_decoder_ids(model, ids))
+        return differ(logits, output.logits[:, :TOKENS])
     except TypeError:  # it takes no mask
         return True
 

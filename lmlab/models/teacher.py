@@ -131,14 +131,20 @@ class Teacher:
 
     @torch.no_grad()
     def read(
-        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, prefix: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        prefix: Tensor | None = None,
+        decoder_ids: Tensor | None = None,
     ) -> TeacherOutput:
         """Runs the teacher on a batch; the arguments are those of `lmlab.models.loss.score`.
 
         Where its logits are a plain projection, they are made of as few positions at a time as they are asked for.
         """
         projects = probe(self.model).projects
-        _, rows = run_on_scored(self.model, input_ids, attention_mask, positions, prefix, project=not projects)
+        shown = input_ids, attention_mask, positions, prefix, decoder_ids
+        _, rows = run_on_scored(self.model, *shown, project=not projects)
         if not projects:
             return TeacherOutput(lambda part: rows[part, : self.tokens], self)
         head, dtype = self.model.get_output_embeddings(), product_dtype(rows, unscaled=False)

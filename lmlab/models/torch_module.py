@@ -108,6 +108,11 @@ def wrap(module: Any, tokenizer: PreTrainedTokenizerBase, auto_class: str) -> To
             f"the model's _target_ returns {described(module)}.\n"
             "Let it return a model of transformers (PreTrainedModel) or a torch module (nn.Module)."
         )
+    if auto_class == "AutoModelForSeq2SeqLM":
+        raise UserError(
+            "this objective trains encoder-decoders of transformers, and no torch module: it takes no second text.\n"
+            "Use model=t5_small, or model=scratch model.architecture=…"
+        )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     kind = TorchModuleForMaskedLM if auto_class == "AutoModelForMaskedLM" else TorchModuleForCausalLM
     positions = getattr(module, "max_positions", None)

@@ -1,6 +1,6 @@
 """The interface of an objective: which tokens a model has to predict, and what follows from that.
 
-Shapes: T positions of one text, N scored positions in it.
+Shapes: T positions of one text, U of what a decoder beside an encoder reads, N scored positions in it.
 """
 
 import inspect
@@ -14,18 +14,23 @@ from lmlab.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OBJECTIVE_OF = {"AutoModelForCausalLM": "clm", "AutoModelForMaskedLM": "mlm"}
+OBJECTIVE_OF = {"AutoModelForCausalLM": "clm", "AutoModelForMaskedLM": "mlm", "AutoModelForSeq2SeqLM": "span"}
 """The objective (a file of conf/objective/) that suits a trained model of each `AutoModel` class, where a command
 does not name one."""
+
+
+def sentinel(number: int) -> str:
+    """Returns the name of the token that stands for a hidden span in T5's tokenizers; numbers begin with 0."""
+    return f"<extra_id_{number}>"
 
 
 class Example(NamedTuple):
     """The inputs that a model is given for one text, and the targets that it has to predict."""
 
     inputs: np.ndarray
-    """The ids that the model reads, [T]."""
+    """The ids that the model reads, [T]; of an encoder-decoder the encoder."""
     positions: np.ndarray
-    """The positions whose output is scored, ascending, [N]."""
+    """The positions whose output is scored, ascending, [N]; of an encoder-decoder those of its decoder."""
     targets: np.ndarray
     """The id that has to be predicted at each of these positions, [N]."""
     weights: np.ndarray | None = None
@@ -36,6 +41,11 @@ class Example(NamedTuple):
     prefix: int = 0
     """The number of first positions that every position may attend to, besides those before it and itself: 0 for causal
     attention, T for attention in both directions. It is for decoders: an encoder attends in both directions anyway."""
+    decoder_inputs: np.ndarray | None = None
+    """The ids that the decoder of an encoder-decoder reads, [U]; None for other models."""
+    tokens: np.ndarray | None = None
+    """The number of each target among the given ids, [N]; -1 for one that is no token of the text, such as a sentinel.
+    None is the scored position and `Objective.target_shift`."""
 
 
 class Objective(Protocol):
@@ -64,7 +74,8 @@ class Objective(Protocol):
     """The class of transformers that makes its models, such as "AutoModelForCausalLM"."""
     bidirectional: bool
     """True if the model may see the tokens after a position. Then each document is framed by the tokenizer's special
-    tokens and cut into pieces; otherwise held-out text can be scored in windows that overlap."""
+    tokens and cut into pieces; otherwise held-out text can be scored in windows that overlap. An encoder-decoder may:
+    its encoder sees all that it is given."""
     target_shift: int
     """The number of positions that a target stands after its scored position in the text: 1 for the next token, 0 for
     the token itself."""
@@ -77,7 +88,7 @@ class Objective(Protocol):
     held_out: type | None = None
     """The class of the objective by which held-out text is scored, made without keys of the config; None is its own,
     with the keys of the config but for `validation_…` and schedules (`lmlab.config.build.held_out_objective`)."""
-    writes: Literal["generate", "fill_mask", "unmask"] | None = None
+    writes: Literal["generate", "fill_mask", "unmask", "infill"] | None = None
     """The function of `lmlab.models.generation` by which its models write; None is the one that suits their class."""
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
@@ -146,7 +157,11 @@ def check_shapes(objective: Objective, example: Example, length: int) -> None:
         UserError: names the field, with the shape that was expected and the one that was given.
     """
     scored = len(example.positions)
-    expected = {"inputs": (length,), "positions": (scored,), "targets": (scored,), "weights": (scored,)}
+    expected = {"inputs": (length if example.decoder_inputs is None else len(example.inputs),)}
+    expected |= dict.fromkeys(("positions", "targets", "weights", "tokens"), (scored,))
+    if example.decoder_inputs is not None:
+        length = len(example.decoder_inputs)
+        expected["decoder_inputs"] = (length,)
     for field, shape in expected.items():
         given = getattr(example, field)
         if given is not None and not (isinstance(given, np.ndarray) and given.shape == shape):

@@ -20,6 +20,7 @@ CONTROL = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵", 127: 
 KINDS = {
     "input": ("", "read, and no target"),
     "target": ("green", "read, and the target of a position before it"),
+    "written": ("green", "read and written by the decoder"),
     "masked": ("black on red", "a target, hidden behind the mask token"),
     "random": ("black on yellow", "a target, another token in its place"),
     "kept": ("black on green", "a target that stays as it is"),
@@ -46,6 +47,8 @@ def sample_pieces(batch: Batch, row: int, tokenizer: Any, shift: int) -> list[Pi
     Args:
         shift: the `target_shift` of the objective.
     """
+    if batch.decoder_ids is not None:
+        return seq2seq_pieces(batch, row, tokenizer)
     width = batch.input_ids.shape[1]
     length = width if batch.attention_mask is None else int(batch.attention_mask[row].sum())
     inputs = batch.input_ids[row, : min(length, LONGEST)].tolist()
@@ -77,6 +80,17 @@ def sample_pieces(batch: Batch, row: int, tokenizer: Any, shift: int) -> list[Pi
     if width > length:
         pieces.append(("padding", f" pad×{width - length}"))
     return pieces
+
+
+def seq2seq_pieces(batch: Batch, row: int, tokenizer: Any) -> list[Piece]:
+    """Returns what the encoder reads in a sample of a batch, and what the decoder writes."""
+    assert batch.decoder_ids is not None
+    width, ids = batch.input_ids.shape[1], batch.input_ids[row]
+    inputs = ids if batch.attention_mask is None else ids[batch.attention_mask[row].bool()]
+    targets = batch.targets[batch.positions // batch.decoder_ids.shape[1] == row]
+    read, written = (decode(tokenizer, part[:LONGEST].tolist()) for part in (inputs, targets))
+    padding = [("padding", f" pad×{width - len(inputs)}")] if width > len(inputs) else []
+    return [("input", read), *padding, ("written", f" {written}")]
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:

@@ -277,7 +277,7 @@ def test_a_student_goes_on(runs: Path, tmp_path: Path, refused: Refused) -> None
         ("nowhere", TINY, 'could not load teacher "{}": no such directory. Give one that is there as distill.model.'),
         ("empty", TINY, 'could not load teacher "{}" from there'),
         ("unfinished", TINY, "distill.model={} holds no model: it is an evaluation, or a run that has not ended."),
-        ("encoder", TINY, "no causal or masked language model"),
+        ("encoder", TINY, "no causal, masked or encoder-decoder language model"),
         ("headless", TINY, "distill.model={} holds no weights for transformer.h.0.mlp.c_fc.weight"),
         ("teacher", TINY_MLM, "{}/model is a causal model, and the objective trains a masked one."),
         ("teacher", [*TINY, "tokenizer.vocab_size=320"], "another tokenizer (300 tokens) than the student"),
