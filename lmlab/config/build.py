@@ -280,7 +280,8 @@ def build_training(
     from lmlab.models.efficiency import check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
-    from lmlab.objectives import check_shapes, make_example
+    from lmlab.models.probe import vocabulary
+    from lmlab.objectives import make_example
     from lmlab.optim import AdamW
     from lmlab.training.module import LMModule
 
@@ -289,7 +290,9 @@ def build_training(
     if shards(trainer) > 1:
         check_sharding(model)
     first = make_example(objective, data.train[0], (cfg.seed, 0, 0), continues=data.train.continues(0))
-    check_shapes(objective, first)
+    highest, ids = max([*first.inputs, *first.targets]), vocabulary(model)
+    if highest >= ids:
+        raise UserError(f"{type(objective).__name__} returns the id {highest}, and the model knows 0 to {ids - 1}.")
     steps, interval = training_length(cfg, data)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")

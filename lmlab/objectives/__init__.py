@@ -122,11 +122,19 @@ def make_example(
             for training text it is where the objective has a key `whole_word` that is true.
         number: the number of samples before this one in the whole run, over all ranks; 0 for held-out text. What is to
             be spread evenly over the samples of a batch can be a function of it.
+
+    Raises:
+        UserError: the objective returns something else, see `check_example`.
     """
     # An objective that is only given whole texts, as a causal one is, may have no `first`.
     given = {"progress": progress, "continues": continues, "number": number}
     more: dict[str, Any] = {name: given[name] for name in more_parameters(type(objective))}
-    return Example(*(objective(ids, key, first, **more) if first else objective(ids, key, **more)))
+    made = objective(ids, key, first, **more) if first else objective(ids, key, **more)
+    if not isinstance(made, tuple):
+        raise UserError(f"{type(objective).__name__} returns a {type(made).__name__}, and an Example was expected.")
+    example = Example(*made)
+    check_example(objective, example)
+    return example
 
 
 @cache
@@ -136,29 +144,46 @@ def more_parameters(objective: type[Any]) -> tuple[str, ...]:
     return tuple(name for name in ("progress", "continues", "number") if name in parameters)
 
 
-def check_shapes(objective: Objective, example: Example) -> None:
-    """Refuses an example whose fields do not fit together.
+def check_example(objective: Objective, example: Example) -> None:
+    """Refuses an example whose fields are of wrong types or do not fit together.
 
     Raises:
-        UserError: names the field, with the shape that was expected and the one that was given.
+        UserError: names the field, with what was expected and what was given.
     """
-    length, scored = len(example.inputs), len(example.positions)
-    expected = {"inputs": (length,), "positions": (scored,), "targets": (scored,), "weights": (scored,)}
-    for field, shape in expected.items():
+    name, see = type(objective).__name__, "See lmlab.objectives.Example."
+    length, scored = np.size(example.inputs), np.size(example.positions)
+    # The kinds of numpy's dtypes: signed, unsigned, float. A boolean mask is no array of positions.
+    expected = {"inputs": (length, "iu"), "positions": (scored, "iu"), "targets": (scored, "iu")}
+    if example.weights is not None:
+        expected["weights"] = (scored, "iuf")
+    for field, (count, kinds) in expected.items():
         given = getattr(example, field)
-        if given is not None and np.shape(given) != shape:
+        if not isinstance(given, np.ndarray) or given.dtype.kind not in kinds:
+            found = f"{given.dtype} numbers" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
+            numbers = "numbers" if "f" in kinds else "whole numbers"
+            raise UserError(f"{name} returns {found} as {field}, and a numpy array of {numbers} was expected. {see}")
+        if given.shape != (count,):
             raise UserError(
-                f"{type(objective).__name__} returns {field} of shape {[*np.shape(given)]}, and {[*shape]} was "
-                f"expected:\n{scored} positions are scored in {length} tokens. See lmlab.objectives.Example."
+                f"{name} returns {field} of shape {[*given.shape]}, and {[count]} was expected:\n"
+                f"{scored} positions are scored in {length} tokens. {see}"
             )
-    first, last = (min(example.positions), max(example.positions)) if scored else (0, 0)
+    first, last = (int(example.positions.min()), int(example.positions.max())) if scored else (0, 0)
     if first < 0 or last >= length:
         raise UserError(
-            f"{type(objective).__name__} returns positions from {first} to {last}, and 0 to {length - 1} was expected, "
-            f"as there are {length} tokens. See lmlab.objectives.Example."
+            f"{name} returns positions from {first} to {last}, and 0 to {length - 1} was expected, as there are "
+            f"{length} tokens. {see}"
         )
+    if scored and example.targets.min() < 0:
+        raise UserError(
+            f"{name} returns the target {example.targets.min()}, which is no token.\n"
+            f"Leave out the positions that are not to be scored. {see}"
+        )
+    if example.weights is not None and not np.isfinite(example.weights).all():
+        raise UserError(f"{name} returns weights that are not finite. {see}")
+    if example.divisor is not None and not (isinstance(example.divisor, int | np.integer) and example.divisor >= 0):
+        raise UserError(f"{name} returns the divisor {example.divisor}, and a whole number was expected. {see}")
     if not 0 <= example.prefix <= length:
         raise UserError(
-            f"{type(objective).__name__} returns a prefix of {example.prefix}, and 0 to {length} was expected, as "
-            f"there are {length} tokens. See lmlab.objectives.Example."
+            f"{name} returns a prefix of {example.prefix}, and 0 to {length} was expected, as there are {length} "
+            f"tokens. {see}"
         )
