@@ -1,42 +1,24 @@
 """The command `python -m lmlab.dashboard ENTITY/PROJECT`, which shows a W&B project's runs at a glance.
 
-Takes ordinary arguments. Makes a workspace and a report page. Metrics of causal and of masked models never share a
-panel or a ranking.
+Takes ordinary arguments. Makes a workspace and a report page. Metrics of different names never share a panel or a
+ranking.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, first_line, shown_plainly, stopped_with
+from lmlab.evaluation.metrics import BOUND, EXACT, metric_prefix
 
 TOKENS = "data/tokens_seen"
 COLUMNS = ("optim.lr", "optim.weight_decay", "batch_size", "preprocess.block_size", "seed")
 THROUGHPUT = ("perf/tokens_per_s", "perf/step_ms", "perf/data_wait", "perf/peak_memory_gib")
 TRAINING = ("optim/lr", "optim/grad_norm")
-
-
-class Kind(NamedTuple):
-    """An objective, and the prefix of the names of its metrics."""
-
-    title: str
-    objective: str
-    prefix: str
-    columns: tuple[str, ...]
-    """The config keys that only its sweeps have."""
-
-    @property
-    def quality(self) -> list[str]:
-        """The metrics that say how well its models do."""
-        names = ("val/{}perplexity", "val/{}bits_per_byte", "train/{}perplexity")
-        return [name.format(self.prefix) for name in names]
-
-
-KINDS = (
-    Kind("Causal models", "lmlab.objectives.clm.CausalLM", "", ()),
-    Kind("Masked models", "lmlab.objectives.mlm.MaskedLM", "masked_", ("objective.mask_probability",)),
-)
+METRICS = (EXACT, BOUND, "masked_perplexity")
+SWEPT = {"masked_perplexity": ("objective.mask_probability",)}
+"""The config keys that only the sweeps of runs with a metric have."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
         "project", type=read_project, metavar="ENTITY/PROJECT", help="as in the address of the project's page"
     )
     p.add_argument("--columns", nargs="+", default=COLUMNS, metavar="KEY", help=f"of sweeps ({' '.join(COLUMNS)})")
+    p.add_argument(
+        "--metrics", nargs="+", default=METRICS, metavar="NAME", help=f"perplexities to show ({' '.join(METRICS)})"
+    )
     p.add_argument("--dry-run", action="store_true", help="only say what would be made; needs no network and no key")
     return p
 
@@ -68,7 +53,10 @@ def main() -> None:
         if not arguments.dry_run:
             check_reachable()
         entity, project = arguments.project
-        views = [make_workspace(entity, project), make_report(entity, project, arguments.columns)]
+        views = [
+            make_workspace(entity, project, arguments.metrics),
+            make_report(entity, project, arguments.metrics, arguments.columns),
+        ]
         if arguments.dry_run:
             for view in views:
                 print("\n".join(outline(view)))
@@ -100,12 +88,27 @@ def save(view: Any) -> str:
         raise UserError(f"W&B made no {type(view).__name__.lower()}: {first_line(error)}") from error
 
 
-def make_workspace(entity: str, project: str) -> Any:
+def title(metric: str) -> str:
+    """Returns the heading of what is shown of the runs that have a metric."""
+    return metric.replace("_", " ").capitalize()
+
+
+def bits_per_byte(metric: str) -> str:
+    """Returns the logged name of the bits per byte beside a perplexity of that name."""
+    return f"val/{metric_prefix(metric)}bits_per_byte"
+
+
+def curves(metric: str) -> list[Any]:
+    """Returns the panels that say how well models with this perplexity do."""
+    return line_plots([f"val/{metric}", bits_per_byte(metric), f"train/{metric}"])
+
+
+def make_workspace(entity: str, project: str, metrics: Sequence[str]) -> Any:
     """Returns the project's workspace: curves by what they are of."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    sections = [ws.Section(kind.title, panels=line_plots(kind.quality), is_open=True) for kind in KINDS]
+    sections = [ws.Section(title(metric), panels=curves(metric), is_open=True) for metric in metrics]
     sections += [
         ws.Section("Throughput", panels=line_plots(THROUGHPUT), is_open=True),
         ws.Section("Training", panels=line_plots(TRAINING)),
@@ -115,29 +118,32 @@ def make_workspace(entity: str, project: str) -> Any:
     return ws.Workspace(entity, project, name="lmlab", sections=sections, settings=settings)
 
 
-def make_report(entity: str, project: str, columns: Sequence[str]) -> Any:
-    """Returns the report page: each kind of model with runs of its own."""
+def make_report(entity: str, project: str, metrics: Sequence[str], columns: Sequence[str]) -> Any:
+    """Returns the report page: each metric with the runs that have it."""
     import wandb_workspaces.expr as expr
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [
-        wr.P("Perplexities are of held-out text. Those of a masked model are no measure of a causal one."),
+        wr.P(
+            "Metrics are of held-out text, and those of different names do not mean the same: a bound is an upper "
+            "bound of perplexity, and a masked perplexity is no measure of a causal model's."
+        ),
         wr.TableOfContents(),
     ]
-    for kind in KINDS:
-        best = wr.SummaryMetric(f"val/{kind.prefix}bits_per_byte")  # the same text, whatever the tokenizer
+    for metric in metrics:
+        best = wr.SummaryMetric(bits_per_byte(metric))  # the same text, whatever the tokenizer
         runs = wr.Runset(
             entity,
             project,
-            name=f"{kind.title}, best first",
-            filters=[expr.Config("objective.value._target_") == kind.objective],  # as W&B's own pages write it
+            name=f"{title(metric)}, best first",
+            filters=[expr.Summary(best.name) >= 0],  # true of the runs that have it
             order=[wr.OrderBy(best, ascending=True)],
         )
-        keys = [*columns, *kind.columns]
+        keys = [*columns, *SWEPT.get(metric, ())]
         swept = [wr.ParallelCoordinatesPlotColumn(wr.Config(key), log=key == "optim.lr") for key in keys]
         swept.append(wr.ParallelCoordinatesPlotColumn(best, inverted=True))
         parts = {
-            "perplexity by tokens": line_plots(kind.quality),
+            "curves by tokens": curves(metric),
             "best runs": [wr.BarPlot(title=f"{best.name}, of the best weights", metrics=[best], max_bars_to_show=20)],
             "sweeps": [
                 wr.ParallelCoordinatesPlot(title=", ".join([*keys, best.name]), columns=swept),
@@ -146,11 +152,11 @@ def make_report(entity: str, project: str, columns: Sequence[str]) -> Any:
             "throughput": line_plots(THROUGHPUT),
             "samples": [wr.WeavePanelSummaryTable(table_name="samples")],
         }
-        blocks.append(wr.H1(kind.title))
-        for title, panels in parts.items():
+        blocks.append(wr.H1(title(metric)))
+        for part, panels in parts.items():
             for number, panel in enumerate(panels):
                 panel.layout = wr.Layout(x=12 * (number % 2), y=8 * (number // 2), w=24 // min(2, len(panels)), h=8)
-            blocks += [wr.H2(f"{kind.title}: {title}"), wr.PanelGrid(runsets=[runs], panels=panels)]
+            blocks += [wr.H2(f"{title(metric)}: {part}"), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(project, entity, title="lmlab", blocks=blocks, width="fluid")
 
 

@@ -91,7 +91,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
     from lmlab.models import generation
 
-    way = of_objective(arguments) or generation.way_of_writing(model)
+    way = way_of_objective(arguments) or generation.way_of_writing(model)
     for mask in generation.MASKS if way == "generate" else ():
         if any(mask in text for text in texts):
             raise UserError(f"{mask}: the model is causal, and continues texts. Fill masks with a masked model.")
@@ -113,8 +113,11 @@ def predict(arguments: argparse.Namespace) -> None:
             print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if arguments.json else shown)
 
 
-def of_objective(arguments: argparse.Namespace) -> str | None:
-    """Returns how models of a run write, by the objective of its config; None if that, or a run, is not to be seen."""
+def way_of_objective(arguments: argparse.Namespace) -> str | None:
+    """Returns the function of `lmlab.models.generation` that the objective of a run names, if it names one.
+
+    None if the model is no run directory, or if the objective is a class whose code is not trusted.
+    """
     run = RunDirectory(arguments.model)
     if not run.has_config():
         return None

@@ -42,6 +42,11 @@ def figures(spec: Any) -> set[str]:
     return {name for name in names if name.startswith(("val/", "train/"))}
 
 
+def meaning(name: str) -> str:
+    """What a metric of quality is of, by its name: "masked_", "bound_" or the text itself."""
+    return name.partition("/")[2].partition(",")[0].removesuffix("perplexity").removesuffix("bits_per_byte")
+
+
 def test_what_would_be_made(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # where nobody answers
     run_verb("dashboard", "me/lmlab", "--dry-run", "--columns", "optim.lr", "seed")
@@ -51,6 +56,7 @@ def test_what_would_be_made(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     for panel in (
         "LinePlot: val/perplexity by data/tokens_seen",
         "LinePlot: val/masked_perplexity by data/tokens_seen",
+        "LinePlot: val/bound_perplexity by data/tokens_seen",
         "LinePlot: perf/tokens_per_s by data/tokens_seen",
         "BarPlot: val/bits_per_byte",
         "ParallelCoordinatesPlot: optim.lr, seed, val/bits_per_byte",
@@ -76,18 +82,17 @@ def test_it_is_made(tmp_path: Path) -> None:
         shown = list(panels(json.loads(view["spec"])))
         assert len(shown) > 10
         for panel in shown:
-            assert len({"masked" in name for name in figures(panel)}) <= 1, panel
-    # A grid's runs and what is shown of them are of one objective.
+            assert len({meaning(name) for name in figures(panel)}) <= 1, panel
+    # A grid's runs have the metric that is shown of them, and no other is.
     grids = [block for block in json.loads(report["spec"])["blocks"] if block.get("type") == "panel-grid"]
-    assert len(grids) == 10
+    assert len(grids) == 15
     for grid in grids:
         (runs,) = grid["metadata"]["runSets"]
         (only,) = runs["filters"]["filters"]
-        assert only["key"] == {"section": "config", "name": "objective.value._target_"}
-        masked = only["value"] == "lmlab.objectives.mlm.MaskedLM"
-        assert all(("masked" in name) == masked for name in figures(grid)), figures(grid)
+        assert (only["key"]["section"], only["op"], only["value"]) == ("summary", ">=", 0)
+        assert all(meaning(name) == meaning(only["key"]["name"]) for name in figures(grid)), figures(grid)
     coordinates = [panel for panel in panels(grids) if panel["viewType"] == "Parallel Coordinates Plot"]
-    assert len(coordinates) == 2
+    assert len(coordinates) == 3
     assert "config:optim.value.lr" in set(strings(coordinates[0]))
 
 

@@ -98,7 +98,8 @@ def test_evaluate_command(
     # What stands in for the run that the command names, which the reader has.
     cfg = OmegaConf.merge({"data": {"_target_": "lmlab.data.sources.load_sample"}, "objective": {}}, cfg)
     if not cfg.objective:
-        cfg.objective = {"_target_": f"lmlab.objectives.{'mlm.MaskedLM' if cfg.score == 'pseudo' else 'clm.CausalLM'}"}
+        hides = cfg.score in ("pseudo", "elbo")
+        cfg.objective = {"_target_": f"lmlab.objectives.{'mlm.MaskedLM' if hides else 'clm.CausalLM'}"}
     monkeypatch.setattr(evaluated, "check_directory", lambda *_: None)
     cfg = evaluated.completed(cfg, arguments)
     schema.check_evaluation(compose.freeze(cfg))

@@ -116,7 +116,9 @@ def refused(
 def files() -> DictConfig:
     """The config of a run on files."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", [*TINY, "data=files"])
+        cfg = hydra.compose("train", [*TINY, "data=files"])
+    OmegaConf.resolve(cfg.tokenizer)  # as commands do
+    return cfg
 
 
 @pytest.fixture
@@ -877,6 +879,10 @@ MODELS = {
         "SecondNext asks for token",
         "the token after it is another",
     ],
+    "objective._target_=tests.broken_objective.NewToken tokenizer.vocab_size=300": [
+        "NewToken returns the id 300, and the tokenizer has 0 to 299",
+        "tokenizer.extra_tokens=",
+    ],
     "objective=mlm objective._target_=tests.broken_objective.Parity": ["Parity asks", "the token there is another"],
     # XLNet says that it has -1 positions.
     "model=scratch model.architecture=xlnet model.config={d_model:32,n_layer:1,n_head:2,d_inner:32}": ["xlnet sees"],
@@ -1176,7 +1182,7 @@ EVALUATIONS = {
     "model=masked data=sample context=sliding": ["context=sliding is for causal models", "context=document or blocks"],
     "model=masked data=sample context=document stride=4": ["stride is for causal models", "Leave it out"],
     "model=masked data=sample context=document preprocess.block_size=2": ["no room", "Use more than 2"],
-    "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "for masked models", "leave it out"],
+    "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "from both sides", "leave it out"],
     "model=masked data=sample score=pseudo sample=2": [
         "sample=2: it has to be a number, more than 0, less than 1",
         "share of the tokens",

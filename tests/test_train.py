@@ -275,6 +275,7 @@ def test_a_piece_from_outside_needs_no_edit_here(train: Callable[..., Path], tmp
     (tmp_path / "my_objective.py").write_text(
         "from lmlab.objectives.clm import CausalLM\n"
         "class EverySecond(CausalLM):\n"
+        "    metric = 'every_second_perplexity'\n"
         "    def __init__(self, every): self.every = every\n"
         "    def __call__(self, ids, key):\n"
         "        ids, positions, targets, *_ = super().__call__(ids, key)\n"

@@ -60,6 +60,43 @@ def training_length(cfg: DictConfig, data: "Prepared") -> tuple[int, int]:
     return training_steps(cfg.trainer, len(data.train), cfg.batch_size)
 
 
+def build_objective(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "Objective":
+    """Returns the objective of a config.
+
+    Raises:
+        UserError: it lacks a member of `Objective`.
+    """
+    from lmlab.objectives import Objective
+
+    objective: Objective = build(cfg.objective, "objective", tokenizer=tokenizer)
+    required = [name for name in Objective.__annotations__ if not hasattr(Objective, name)]
+    missing = [name for name in (*required, "sample") if not hasattr(objective, name)]
+    if missing:
+        raise UserError(
+            f"objective._target_={cfg.objective._target_}: its objects have no {' and no '.join(missing)}.\n"
+            "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
+        )
+    return objective
+
+
+def check_example(cfg: DictConfig, data: "Prepared", objective: "Objective") -> None:
+    """Refuses an objective that makes no example of the first training block, of tokens of its tokenizer.
+
+    Held-out text, which another objective may score, is checked where it is prepared.
+    """
+    from lmlab.objectives import make_example
+
+    assert data.train is not None
+    block, continues = data.train[0], data.train.continues(0)
+    example = make_example(objective, block, (cfg.seed, 0, 0), progress=0.0, continues=continues)
+    highest, tokens = max([*example.inputs, *example.targets]), len(data.tokenizer)
+    if highest >= tokens:
+        raise UserError(
+            f"{type(objective).__name__} returns the id {highest}, and the tokenizer has 0 to {tokens - 1}.\n"
+            "More special tokens of a trained tokenizer: tokenizer.extra_tokens=…"
+        )
+
+
 def build_model_of_rank(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple[Objective, PreTrainedModel]":
     """Returns the objective and the model of a config on each rank.
 
@@ -93,19 +130,11 @@ def build_model(
     from lmlab.models import efficiency
     from lmlab.models.loading import check_model, max_positions
     from lmlab.models.probe import PORTABLE
-    from lmlab.objectives import Objective
 
     # What a run has to say, it says itself.
     disable_progress_bar()
     set_verbosity_error()
-    objective = build(cfg.objective, "objective", tokenizer=tokenizer)
-    required = [name for name in Objective.__annotations__ if not hasattr(Objective, name)]
-    missing = [name for name in (*required, "sample") if not hasattr(objective, name)]
-    if missing:
-        raise UserError(
-            f"objective._target_={cfg.objective._target_}: its objects have no {' and no '.join(missing)}.\n"
-            "What an objective has is in lmlab/objectives/__init__.py; one may derive from those of lmlab."
-        )
+    objective = build_objective(cfg, tokenizer)
     if getattr(objective, "prefixes", False) and cfg.attention not in (None, *PORTABLE):
         raise UserError(
             f"attention={cfg.attention} takes no mask that lets a position see a prefix, as this objective needs.\n"
@@ -128,24 +157,27 @@ def build_model(
 
 
 def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
-    """Returns what the block `model` makes; a plain torch module as a `TorchModule`, which keeps how it was made.
+    """Returns what the block `model` makes; a plain torch module as a `TorchModule`.
+
+    The config of a `TorchModule` records the block that made it, by which its export is loaded again.
 
     Args:
         given: more arguments: tokenizer, auto_class and empty.
     """
     from transformers import PreTrainedModel
 
-    from lmlab.models.torch_module import TorchModule, hold
+    from lmlab.models.torch_module import TorchModule, wrap
 
-    made, module = block, block.get("module") if block.get("_target_") == PRETRAINED else None
-    if module is not None:  # an exported torch module
-        made, given["module"] = module, build(module, "model.module", **given)
+    exported = block.get("module") if block.get("_target_") == PRETRAINED else None
+    made_by = block if exported is None else exported
+    if exported is not None:
+        given["module"] = build(exported, "model.module", **given)
         block = OmegaConf.masked_copy(block, [str(key) for key in block if key != "module"])
     model = build(block, "model", **given)
     if not isinstance(model, PreTrainedModel):
-        model = hold(model, given["tokenizer"], given["auto_class"])
+        model = wrap(model, given["tokenizer"], given["auto_class"])
     if isinstance(model, TorchModule):
-        model.config.module = OmegaConf.to_container(without_secrets(made))
+        model.config.module = OmegaConf.to_container(without_secrets(made_by))
     return model
 
 
@@ -280,8 +312,6 @@ def build_training(
     from lmlab.models.efficiency import check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
-    from lmlab.models.probe import vocabulary
-    from lmlab.objectives import make_example
     from lmlab.optim import AdamW
     from lmlab.training.module import LMModule
 
@@ -289,11 +319,8 @@ def build_training(
     trainer, gpu = cfg.trainer, uses_gpu(cfg.trainer)
     if shards(trainer) > 1:
         check_sharding(model)
-    first = make_example(objective, data.train[0], (cfg.seed, 0, 0), continues=data.train.continues(0))
-    highest, ids = max([*first.inputs, *first.targets]), vocabulary(model)
-    if highest >= ids:
-        raise UserError(f"{type(objective).__name__} returns the id {highest}, and the model knows 0 to {ids - 1}.")
     steps, interval = training_length(cfg, data)
+    check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
     # AdamW keeps two moments; what another optimizer keeps is not known.

@@ -15,7 +15,7 @@ from lmlab.secrets import MARK, redacted_word
 FREE = re.compile(r"(model\.config|data\.filter|hydra\.job\.env_set)[.=]|(callbacks|logger)(\.\w+)?=\{")
 FREE_OF_A_SEARCH = re.compile(r"hydra\.sweeper\.(sampler|pruner)[.=]")
 # Groups that a command may leave out. To choose one is to add it, so a + before it says nothing more.
-OPTIONAL = re.compile(r"\+(?=(distill|experiment)=)")
+OPTIONAL = re.compile(r"^\+(?=(distill|experiment)=)")
 KEY = re.compile(r"(\+{1,2}|~)?[A-Za-z_$][\w./@:$-]*")
 # Where a value, or an element of one, begins with a home directory; what is in quotes is left alone.
 HOME = re.compile(
@@ -48,9 +48,7 @@ def readable(words: Sequence[str], searches: bool = False) -> list[str]:
     for number, word in enumerate(words):
         if "=" not in word and not word.startswith("~"):
             raise UserError(explain_word(words, number))
-    words = [
-        OPTIONAL.sub("", expand_home(word), count=1) if OPTIONAL.match(word) else expand_home(word) for word in words
-    ]
+    words = [OPTIONAL.sub("", expand_home(word)) for word in words]
     return [f"++{word}" if any(kind.match(word) for kind in free) else word for word in words]
 
 

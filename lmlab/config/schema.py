@@ -228,12 +228,15 @@ def check_evaluation(cfg: DictConfig) -> None:
     check_choices(cfg)
     check_devices(cfg.trainer)
     objective = target(cfg.objective, "objective")
-    if cfg.score != "labels" and not objective.bidirectional:
-        raise UserError(f"score={cfg.score} hides tokens, which is for masked models. For a causal one leave it out.")
+    if cfg.score != "labels" and (not objective.bidirectional or objective.target_shift):
+        raise UserError(
+            f"score={cfg.score} hides tokens, which is for models that predict a token where it stands, from both "
+            "sides.\nFor a causal one leave it out."
+        )
     if cfg.score == "labels" and getattr(objective, "score", "labels") != "labels":
         raise UserError(f"score=labels: held-out text of {objective.__name__} is scored by score={objective.score}.")
     if cfg.score != "elbo" and cfg.draws is not None:
-        raise UserError("draws is for score=elbo.")
+        raise UserError("draws is for score=elbo: leave it out, or add score=elbo.")
 
 
 def check_keys(cfg: DictConfig, name: str) -> None:

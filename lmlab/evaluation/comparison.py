@@ -122,18 +122,18 @@ def check_comparable(runs: Sequence[Records]) -> None:
         one, two = first.certificate, other.certificate
         both = f"{first.path} and {other.path} can't be compared:"
         figures = {one["figure"], two["figure"]}
-        texts = figures <= {EXACT, BOUND}
-        if len(figures) > 1 and not texts:
-            of_mask = "masked_perplexity" in figures and figures & {EXACT, BOUND}
+        whole = figures <= {EXACT, BOUND}  # every token of the text is scored
+        mixed = len(figures) > 1
+        if mixed and not whole:
+            context = one["policy"]["context"]
+            bound = (
+                f", or a bound of\nthe masked one: python -m lmlab.evaluate RUN score=elbo context={context}"
+                if "masked_perplexity" in figures and figures & {EXACT, BOUND}
+                else "."
+            )
             raise UserError(
                 f"{both} {one['figure']} is not {two['figure']}.\n"
-                "Models of different objectives predict other tokens, or from other text. Compare those of one"
-                + (
-                    f",\nor a bound of the masked one: python -m lmlab.evaluate RUN score=elbo "
-                    f"context={one['policy']['context']}"
-                    if of_mask
-                    else "."
-                )
+                f"Models of different objectives predict other tokens, or from other text. Compare those of one{bound}"
             )
         if one["data_hash"] != two["data_hash"]:
             names = {*first.table["document"].to_pylist()}
@@ -142,15 +142,16 @@ def check_comparable(runs: Sequence[Records]) -> None:
                 f"{both} they were evaluated on other text; {shared or 'no'} of {len(names)} documents "
                 f"{'is' if shared == 1 else 'are'} in both.\n{same}"
             )
-        # A model that sees both sides has no overlapping windows.
-        free = (*OF_MASKS, *(("stride",) if one["figure"] != two["figure"] else ())) if texts else ()
+        free = [*OF_MASKS] if whole else []
+        if mixed:
+            free.append("stride")  # a model that sees both sides has no overlapping windows
         for key in [key for key in one["policy"] | two["policy"] if key not in free]:
             here, there = (certificate["policy"].get(key) for certificate in (one, two))
             if here != there:
                 raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{same}")
         # The tokens that are masked, or sampled, are drawn one by one.
         drawn = one["policy"]["masks_seed"] is not None or (one["policy"]["pseudo"] or {}).get("sample")
-        if drawn and not texts and one["tokenizer_hash"] != two["tokenizer_hash"]:
+        if drawn and not whole and one["tokenizer_hash"] != two["tokenizer_hash"]:
             raise UserError(
                 f"{both} their tokenizers differ, so other parts of the text were scored.\n"
                 "score=pseudo without a sample scores every token, and compares across tokenizers."

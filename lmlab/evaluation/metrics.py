@@ -24,6 +24,11 @@ WORDS = {
 """The definitions of a word, by the config key `units` (docs/measure.md, "Words")."""
 
 
+def metric_prefix(metric: str) -> str:
+    """Returns what the names of metrics begin with beside a perplexity of a name: "masked_" for masked_perplexity."""
+    return metric.removesuffix("perplexity") if metric.endswith("perplexity") else f"{metric}_"
+
+
 def perplexity(nll: float) -> float:
     """Returns exp(nll) of a mean nll in nats; infinite where that is beyond a float.
 
@@ -86,7 +91,7 @@ def compute_metrics(
             a standard error (Cochran 1977, section 2.11, for a ratio).
         units: the key of `WORDS` that says what counts as a word.
     """
-    prefix = name.removesuffix("perplexity") if name.endswith("perplexity") else f"{name}_"
+    prefix = metric_prefix(name)
     count = Counter(totals)
     nats = count["nll"] + NATS_PER_UNKNOWN_BYTE * count["unknown_bytes"]
     words = count["words"] + count["ends" if units == "text" else "lines"]

@@ -253,7 +253,7 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
 def is_bound(certificate: Mapping[str, Any]) -> bool:
     """Returns whether a certificate's metrics per byte and per word are upper bounds of what they are named after.
 
-    They are if it is of a bound, or if some tokens were unknown.
+    They are if the metric is a `BOUND`, or if some tokens were unknown.
     """
     return certificate["figure"] == BOUND or bool(certificate["totals"].get("unknown_tokens", 0))
 

@@ -53,7 +53,7 @@ class ScoringBatch(NamedTuple):
     factors: Tensor | None = None
     """[N] float64: the factor of the nll of each target; None is 1 for each."""
     halves: Tensor | None = None
-    """[N] int64: the row of `DocumentSums.halves` that each target is added to; None if there are none."""
+    """[N] int64: the entry of `DocumentSums.halves` that each target is added to; None if there are none."""
 
 
 class Row(NamedTuple):
@@ -74,7 +74,7 @@ class Row(NamedTuple):
     factor: float = 1.0
     """The factor of the nll of each target."""
     half: int = 0
-    """The row of `DocumentSums.halves` that the row is added to."""
+    """The entry of `DocumentSums.halves` that the nll of the row is added to."""
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,7 @@ class ElboRows:
 
     A model that predicts hidden tokens from all others can write a text of L tokens in any order, one token after the
     other. The nll of the text under a random order is at most the mean of the nll over all orders. Of that mean only
-    the number k of hidden tokens and which ones they are matter (Uria et al. 2014, section 4; Hoogeboom et al. 2022,
-    equation 2):
+    the number k of hidden tokens and which ones they are matter (Uria et al. 2014; Hoogeboom et al. 2022):
 
     ```
     -log p(x)  ≤  Σ over k = 1 … L of  1/k · mean over sets M of k tokens of  Σ over i in M of  -log p(x_i | others)

@@ -106,10 +106,14 @@ def windows(
         return Windows(starts, ends, starts + shift, np.zeros(len(starts), bool), [], [])
     if objective.bidirectional:
         if context.name == "sliding":
-            raise UserError("context=sliding is for causal models. For a masked one: context=document or blocks.")
+            raise UserError(
+                "context=sliding is for causal models, and this one sees the tokens after a position.\n"
+                "Choose context=document or blocks."
+            )
         if context.stride is not None:
             raise UserError(
-                "stride is for causal models: a masked one is shown pieces that do not overlap. Leave it out."
+                "stride is for causal models: one that sees the tokens after a position is shown pieces that do not "
+                "overlap.\nLeave it out."
             )
         opening, closing = special_ids(tokenizer, "cls", "bos", "eos"), special_ids(tokenizer, "sep", "eos")
         return disjoint_windows(context.block_size, documents, opening, closing)

@@ -173,7 +173,7 @@ def unmask(
     """Fills the masks of a text, or continues one without masks, by unmasking some tokens in each step.
 
     Each step is a forward pass over all tokens. If tokens are sampled, a random part of the masks is replaced (Sahoo
-    et al. 2024, section 3.2.2); otherwise those of which the model is most certain, by their most likely tokens (Nie
+    et al. 2024); otherwise those of which the model is most certain, by their most likely tokens (Nie
     et al. 2025, section 2.4).
 
     Args:
@@ -194,11 +194,13 @@ def unmask(
         text = text.replace(mask, tokenizer.mask_token)
     continues, longest = tokenizer.mask_token not in text, max_positions(model)
     if continues:
-        room = max_new_tokens if longest is None else min(max_new_tokens, longest - encode(tokenizer, text).shape[1])
-        text += tokenizer.mask_token * room
+        length = encode(tokenizer, text).shape[1]
+        if longest is not None and length >= longest:
+            raise UserError(f"the text has {length} tokens and the model only {longest} positions.")
+        text += tokenizer.mask_token * (max_new_tokens if longest is None else min(max_new_tokens, longest - length))
     ids = encode(tokenizer, text).to(model.device)  # [1, T]
     masks = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # [M]
-    if not len(masks) or (longest is not None and ids.shape[1] > longest):
+    if longest is not None and ids.shape[1] > longest:
         raise UserError(f"the text has {ids.shape[1]} tokens and the model only {longest} positions.")
     began, count = int(masks[0]), min(steps or len(masks), len(masks))
     warpers = [TemperatureLogitsWarper(float(temperature)), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]

@@ -228,8 +228,8 @@ def check_model(
         )
     if not objective.bidirectional and probe(model).sees_ahead:
         raise UserError(
-            f"{model.config.model_type} sees the tokens it should predict, so its {task(objective.auto_class)} "
-            f"perplexity means nothing.\n{alternative(model.config, objective.auto_class)}"
+            f"{model.config.model_type} sees the tokens it should predict, so its "
+            f"{objective.metric.replace('_', ' ')} means nothing.\n{alternative(model.config, objective.auto_class)}"
         )
     check_scoring(model)
     if getattr(objective, "prefixes", False):

@@ -20,7 +20,7 @@ from lmlab.errors import UserError, first_line
 from lmlab.models.probe import evaluation_mode, example_ids, forward, hook_hidden_states, prefix_mask, probe
 
 if TYPE_CHECKING:
-    from lmlab.models.teacher import Taught, Teacher
+    from lmlab.models.teacher import Teacher, TeacherOutput
 
 LOG = logging.getLogger(__name__)
 LOGITS_BYTES = {"cpu": 128 * 2**20, "gpu": 2**30}
@@ -206,7 +206,7 @@ class ChunkedNLL(torch.autograd.Function):
         train: bool,
         scale: Tensor | None = None,
         weights: Tensor | None = None,
-        taught: "Taught | None" = None,
+        taught: "TeacherOutput | None" = None,
     ) -> Any:
         """Returns the nll [N], times its weights; with a teacher loss, nll and kl, [N] each (see `Distilled`).
 

@@ -31,8 +31,8 @@ from lmlab.models.torch_module import TorchModuleConfig
 from lmlab.objectives import Objective
 
 
-class Taught(NamedTuple):
-    """Gives the logits of a teacher at the scored positions of a batch, and what a student learns from them."""
+class TeacherOutput(NamedTuple):
+    """The logits of a teacher at the scored positions of a batch, and the losses by which a student learns them."""
 
     logits: Callable[[slice], Tensor]
     """Returns the teacher's logits [R, K] of some of the positions."""
@@ -53,7 +53,7 @@ class Taught(NamedTuple):
     def distill(
         self, part: slice, logits: Tensor, targets: Tensor, dtype: torch.dtype | None, factors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Returns loss, nll and kl [R] of some of the positions, and the derivative of the loss by their logits.
+        """Returns loss, nll and kl [R] of some positions, and the gradient of the loss with respect to the logits.
 
         The arguments after `part` are those of `lmlab.models.loss.nll_and_slope`.
         """
@@ -68,21 +68,21 @@ def distillation_and_slope(
     targets: Tensor,
     dtype: torch.dtype | None,
     factors: Tensor | None,
-    taught: Tensor,
+    teacher_logits: Tensor,
     weight: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns nll and kl [R] of targets, and the derivative of `Teacher.loss` by the student's logits, in a dtype.
+    """Returns nll and kl [R] of targets, and the gradient of `Teacher.loss` with respect to the logits, in a dtype.
 
     That of temperature² · kl is temperature · (softmax(student / temperature) - softmax(teacher / temperature)).
 
     Args:
-        logits, targets, dtype, factors: as of `nll_and_slope`.
-        taught: [R, K] the teacher's logits.
+        logits, targets, dtype, factors: as of `nll_and_slope`; the logits are those of the student.
+        teacher_logits: [R, K].
         weight, temperature: as of `Teacher`.
     """
-    theirs = (taught.float() / temperature).log_softmax(1)
-    ours = (logits[:, : taught.shape[1]].float() / temperature).log_softmax(1)
+    theirs = (teacher_logits.float() / temperature).log_softmax(1)
+    ours = (logits[:, : teacher_logits.shape[1]].float() / temperature).log_softmax(1)
     probabilities = theirs.exp()
     kl = (theirs - ours).mul_(probabilities).sum(1)
     nll, slope = nll_and_slope(logits, targets, None if dtype is None else torch.float32)
@@ -104,10 +104,9 @@ def compiled_distillation(device: str) -> Callable[..., tuple[Tensor, Tensor, Te
 
 
 class Teacher:
-    """Lets a student learn its probabilities: knowledge distillation.
+    """A trained model whose probabilities a student learns: knowledge distillation (Hinton et al. 2015, section 2).
 
-    It is that of Hinton et al. 2015, section 2; for language models see Sanh et al. 2019, section 3.
-    At each scored position the student is trained by
+    At each scored position the loss of the student is (for language models see Sanh et al. 2019)
 
     ```
     (1 - weight) · nll + weight · temperature² · KL(teacher ‖ student)
@@ -134,7 +133,7 @@ class Teacher:
     @torch.no_grad()
     def read(
         self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, prefix: Tensor | None = None
-    ) -> Taught:
+    ) -> TeacherOutput:
         """Runs the teacher on a batch; the arguments are those of `lmlab.models.loss.score`.
 
         Where its logits are a plain projection, they are made of as few positions at a time as they are asked for.
@@ -142,7 +141,7 @@ class Teacher:
         projects = probe(self.model).projects
         _, rows = run_on_scored(self.model, input_ids, attention_mask, positions, prefix, project=not projects)
         if not projects:
-            return Taught(lambda part: rows[part, : self.tokens], self)
+            return TeacherOutput(lambda part: rows[part, : self.tokens], self)
         head, dtype = self.model.get_output_embeddings(), product_dtype(rows, unscaled=False)
         inputs, matrix = rows.to(dtype), pad_vocabulary(head.weight, dtype)  # [N, H], [V', H]
         bias = None if head.bias is None else pad_vocabulary(head.bias, dtype)
@@ -151,7 +150,7 @@ class Teacher:
             with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
                 return F.linear(inputs[part], matrix, bias)[:, : self.tokens]
 
-        return Taught(logits, self)
+        return TeacherOutput(logits, self)
 
 
 def load_teacher(

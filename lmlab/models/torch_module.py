@@ -1,4 +1,4 @@
-"""Holds a plain torch module, `forward(input_ids [B, T]) -> logits [B, T, V]`, as a model of transformers.
+"""Wraps a plain torch module, `forward(input_ids [B, T]) -> logits [B, T, V]`, as a model of transformers.
 
 Shapes: B rows, T positions, H hidden size, V vocabulary, N scored positions.
 """
@@ -36,7 +36,7 @@ AutoConfig.register(TorchModuleConfig.model_type, TorchModuleConfig)
 
 
 class TorchModule(PreTrainedModel):  # type: ignore[misc]
-    """A torch module as it is, with what lmlab asks a model for. `hold` makes it."""
+    """A torch module with the methods by which lmlab uses a model of transformers; `wrap` makes it."""
 
     config_class = TorchModuleConfig
     base_model_prefix = "module"
@@ -92,7 +92,7 @@ class TorchModuleForMaskedLM(TorchModule):
 
 
 @torch.no_grad()
-def hold(module: Any, tokenizer: PreTrainedTokenizerBase, auto_class: str) -> TorchModule:
+def wrap(module: Any, tokenizer: PreTrainedTokenizerBase, auto_class: str) -> TorchModule:
     """Returns a torch module as a model of transformers, in evaluation mode.
 
     Args:
@@ -125,7 +125,7 @@ def hold(module: Any, tokenizer: PreTrainedTokenizerBase, auto_class: str) -> To
             "Give it that vocabulary: a target with a parameter `tokenizer` is given the tokenizer."
         )
     config.vocab_size = logits.shape[-1]
-    find_ends(model, ids, logits)
+    find_embedding_and_head(model, ids, logits)
     return model
 
 
@@ -144,7 +144,7 @@ def load(
         revision: branch, tag or commit of a hub id.
         config: the exported one.
         module: what the config's `module` names; None is refused, as that is code which nobody has allowed to run.
-        tokenizer, auto_class: as for `hold`.
+        tokenizer, auto_class: as for `wrap`.
 
     Raises:
         UserError: the module is not there, or other weights than its own are.
@@ -155,7 +155,7 @@ def load(
             f"{name} holds a torch module, made by code that runs only where it is named.\n"
             f"If you trust that code, add to a command that takes overrides: {words}"
         )
-    model = hold(module, tokenizer, auto_class)
+    model = wrap(module, tokenizer, auto_class)
     try:
         module.load_state_dict(load_file(cached_file(name, SAFE_WEIGHTS_NAME, revision=revision)))
     except RuntimeError as error:
@@ -218,7 +218,7 @@ def described(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def find_ends(model: TorchModule, ids: Tensor, logits: Tensor) -> None:
+def find_embedding_and_head(model: TorchModule, ids: Tensor, logits: Tensor) -> None:
     """Finds the embedding and the head of a torch module by a forward pass over ids [B, T], and notes their names."""
     names = {id(part): name for name, part in model.named_modules()}
     embeddings, linears = list[nn.Module](), list[nn.Module]()
@@ -236,11 +236,11 @@ def find_ends(model: TorchModule, ids: Tensor, logits: Tensor) -> None:
         handle.remove()
     if embeddings:
         model.embedding = names[id(embeddings[0])]
-    if linears and linears.count(linears[-1]) == 1 and makes_rows(model, linears[-1], ids):
+    if linears and linears.count(linears[-1]) == 1 and projects_rows(model, linears[-1], ids):
         model.head = names[id(linears[-1])]
 
 
-def makes_rows(model: TorchModule, head: nn.Module, ids: Tensor) -> bool:
+def projects_rows(model: TorchModule, head: nn.Module, ids: Tensor) -> bool:
     """Returns whether the module makes the same logits of a few positions where only these are handed to a Linear."""
     rows = torch.tensor([0, 2, 3, 5, 6])  # as many as there are neither rows in the batch nor positions in one
 

@@ -124,7 +124,7 @@ def make_example(
             be spread evenly over the samples of a batch can be a function of it.
 
     Raises:
-        UserError: the objective returns something else, see `check_example`.
+        UserError: the objective returns something else, see `check_shapes`.
     """
     # An objective that is only given whole texts, as a causal one is, may have no `first`.
     given = {"progress": progress, "continues": continues, "number": number}
@@ -133,7 +133,7 @@ def make_example(
     if not isinstance(made, tuple):
         raise UserError(f"{type(objective).__name__} returns a {type(made).__name__}, and an Example was expected.")
     example = Example(*made)
-    check_example(objective, example)
+    check_shapes(objective, example, len(ids))
     return example
 
 
@@ -144,29 +144,32 @@ def more_parameters(objective: type[Any]) -> tuple[str, ...]:
     return tuple(name for name in ("progress", "continues", "number") if name in parameters)
 
 
-def check_example(objective: Objective, example: Example) -> None:
+def check_shapes(objective: Objective, example: Example, length: int) -> None:
     """Refuses an example whose fields are of wrong types or do not fit together.
+
+    Args:
+        length: the number of tokens of the text that it is made of.
 
     Raises:
         UserError: names the field, with what was expected and what was given.
     """
     name, see = type(objective).__name__, "See lmlab.objectives.Example."
-    length, scored = np.size(example.inputs), np.size(example.positions)
+    scored = np.size(example.positions)
     # The kinds of numpy's dtypes: signed, unsigned, float. A boolean mask is no array of positions.
     expected = {"inputs": (length, "iu"), "positions": (scored, "iu"), "targets": (scored, "iu")}
     if example.weights is not None:
         expected["weights"] = (scored, "iuf")
     for field, (count, kinds) in expected.items():
         given = getattr(example, field)
-        if not isinstance(given, np.ndarray) or given.dtype.kind not in kinds:
-            found = f"{given.dtype} numbers" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
-            numbers = "numbers" if "f" in kinds else "whole numbers"
-            raise UserError(f"{name} returns {found} as {field}, and a numpy array of {numbers} was expected. {see}")
-        if given.shape != (count,):
+        if not (isinstance(given, np.ndarray) and given.shape == (count,)):
+            kind = "" if isinstance(given, np.ndarray) else f"as {type(given).__name__} "
             raise UserError(
-                f"{name} returns {field} of shape {[*given.shape]}, and {[count]} was expected:\n"
+                f"{name} returns {field} {kind}of shape {[*np.shape(given)]}, and an array of {[count]} was expected:\n"
                 f"{scored} positions are scored in {length} tokens. {see}"
             )
+        if given.dtype.kind not in kinds:
+            numbers = "numbers" if "f" in kinds else "whole numbers"
+            raise UserError(f"{name} returns {field} of type {given.dtype}, and {numbers} were expected. {see}")
     first, last = (int(example.positions.min()), int(example.positions.max())) if scored else (0, 0)
     if first < 0 or last >= length:
         raise UserError(

@@ -17,16 +17,18 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 class MaskedDiffusion:
-    """Masked diffusion language modelling (Sahoo et al. 2024, equation 11; Nie et al. 2025, equation 3).
+    """Masked diffusion language modelling (Sahoo et al. 2024; Nie et al. 2025).
 
-    For each sample a rate is drawn from 0 to 1, and each of its tokens becomes the mask token with this probability.
-    The nll of a hidden token is divided by the rate, and their sum by the number of all tokens. The mean of this loss
-    is an upper bound of the nll per token: that of a text which is written by unmasking one token after the other, in
-    random order. An evaluation scores the same bound with less noise: see `lmlab.evaluation.scoring.ElboRows`.
+    For each sample a rate is drawn uniformly from `min_rate` to 1, and each of its tokens becomes the mask token with
+    this probability. The loss of a sample is the sum of the nll of its hidden tokens, divided by the rate and by the
+    number of all its tokens. Its expected value is an upper bound of the nll per token of a model that writes a text by
+    unmasking one token after the other, in random order. An evaluation estimates this bound with less variance: see
+    `lmlab.evaluation.scoring.ElboRows`.
 
-    The rates of consecutive samples are spread evenly (Kronecker's sequence of the golden ratio), so that those of a
-    global batch are, whatever its size, and the loss has less variance than with independent ones. The rate of a sample
-    is a function of the seed and of its number in the run, and its mask one of the rate and the key.
+    The rates of consecutive samples are a low-discrepancy sequence (the Kronecker sequence of the golden ratio), so
+    that those of a global batch are spread evenly, whatever its size, and the loss has less variance than with
+    independent rates. The rate of a sample is a function of the seed and of its number in the run, and its mask is a
+    function of the rate and the key.
     """
 
     metric = "bound_perplexity"
@@ -46,7 +48,7 @@ class MaskedDiffusion:
 
         Args:
             min_rate: the least rate; at lower ones hardly a token is hidden, and its weight is 1 / rate.
-            draws: the number of random masks by which the bound of each held-out window is estimated; an even one.
+            draws: the random masks of each held-out window, from which its bound is estimated; an even number.
         """
         self.mask_id = mask_id(tokenizer)
         self.min_rate, self.draws = min_rate, draws

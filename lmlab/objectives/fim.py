@@ -20,9 +20,10 @@ class FillInTheMiddle(CausalLM):
     """Next-token prediction of documents whose middle was moved to their end (Bavarian et al. 2022, section 3).
 
     Each document of a block is rewritten with probability `rate`. It is cut at two positions, drawn uniformly and
-    independently, into prefix, middle and suffix, any of which may be empty. The three are put in one of two orders
-    behind the sentinel tokens: PSM, or with probability `spm_rate` SPM, in the form by which the paper trains both.
-    The end-of-text token stays at the end, where it tells the model that the middle is complete.
+    independently, into prefix, middle and suffix, any of which may be empty. Sentinel tokens, special tokens of the
+    tokenizer, mark where each part begins. The order is prefix, suffix, middle (PSM), or with probability `spm_rate`
+    suffix, prefix, middle (SPM), in the form that the paper uses where a model is trained on both. The end-of-text
+    token stays at the end, where it tells the model that the middle is complete.
 
     ```
     document   The  cat  sat  on  the  mat  </s>             cut before "sat" and before "the"
@@ -67,7 +68,7 @@ class FillInTheMiddle(CausalLM):
         if len(set(sentinels)) < 3:
             raise UserError(f"objective.sentinels={[*sentinels]}: they have to be three different tokens.")
         self.rate, self.spm_rate, self.sentinels = rate, spm_rate, tuple(sentinels)
-        self.marks = [np.array([known[token]], np.int32) for token in sentinels]
+        self.sentinel_ids = [np.array([known[token]], np.int32) for token in sentinels]
         ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
         self.end_id = next((token for token in ends if token is not None), -1)
 
@@ -90,7 +91,7 @@ class FillInTheMiddle(CausalLM):
             return document
         one, two = sorted(int(word) % (len(document) + 1) for word in words[1:3])
         before, middle, after = document[:one], document[one:two], document[two:]
-        prefix, suffix, mid = self.marks
+        prefix, suffix, mid = self.sentinel_ids
         if uniform(words[3]) < self.spm_rate:
             return np.concatenate([prefix, suffix, after, mid, before, middle])
         return np.concatenate([prefix, before, suffix, after, mid, middle])

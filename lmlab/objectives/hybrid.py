@@ -30,9 +30,10 @@ class HybridLM(CausalLM):
     prefix       0                            4
     ```
 
-    All samples of one length weigh the same in the loss, however many of their tokens are targets: it is `causal_share`
-    times the mean nll of the causal ones, and the rest times that of the masked ones, as the means of the authors'
-    devices are. Whether a sample is causal is a pure function of its key.
+    All samples of one length weigh the same in the loss, however many of their tokens are targets. So its expected
+    value is `causal_share` times the mean nll of causal samples, plus the rest times that of masked ones. The authors
+    get the same by devices that have samples of one kind each, and average the means of the devices. Whether a sample
+    is causal is a pure function of its key.
     """
 
     prefixes = True

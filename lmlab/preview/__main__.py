@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lmlab.config import compose, schema, targets
+from lmlab.config import compose, schema
 from lmlab.config.explain import explain
 from lmlab.distributed import slurm
 from lmlab.distributed.signals import SIGNALS
@@ -62,13 +62,14 @@ def preview(plan: Plan) -> None:
 
     show_config(plan)
     data = build.prepare_data(cfg)
-    objective = targets.build(cfg.objective, "objective", tokenizer=data.tokenizer)
+    objective = build.build_objective(cfg, data.tokenizer)
+    build.check_example(cfg, data, objective)
     assert data.train is not None
     steps, interval = build.training_length(cfg, data)
     show_ledger(data.ledger)
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
-    batch.show_samples(first, data.tokenizer, objective.target_shift == 1, console())
+    batch.show_samples(first, data.tokenizer, objective.target_shift, console())
 
     if for_gpus:
         memory.show_memory(cfg, data.tokenizer, objective.auto_class, first)

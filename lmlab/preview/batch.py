@@ -19,9 +19,9 @@ CONTROL = {code: 0x2400 + code for code in range(32)} | {ord("\n"): "↵", 127: 
 """Signs for the control characters of a text, which would act on the terminal."""
 KINDS = {
     "input": ("", "read, and no target"),
-    "target": ("green", "read, and the target of the token before it"),
+    "target": ("green", "read, and the target of a position before it"),
     "masked": ("black on red", "a target, hidden behind the mask token"),
-    "random": ("black on yellow", "a target, a random token in its place"),
+    "random": ("black on yellow", "a target, another token in its place"),
     "kept": ("black on green", "a target that stays as it is"),
     "end": ("black on cyan", "end of a document"),
     "padding": ("dim", "padding"),
@@ -40,13 +40,17 @@ def first_batch(cfg: DictConfig, data: Any, objective: Any, steps: int, pad_id: 
     return collate(data.train, draws, objective, cfg.seed, pad_id, number)
 
 
-def sample_pieces(batch: Batch, row: int, tokenizer: Any, causal: bool) -> list[Piece]:
-    """Returns a sample of a batch as text, in pieces by the kind of their tokens."""
+def sample_pieces(batch: Batch, row: int, tokenizer: Any, shift: int) -> list[Piece]:
+    """Returns a sample of a batch as text, in pieces by the kind of their tokens.
+
+    Args:
+        shift: the `target_shift` of the objective.
+    """
     width = batch.input_ids.shape[1]
     length = width if batch.attention_mask is None else int(batch.attention_mask[row].sum())
     inputs = batch.input_ids[row, : min(length, LONGEST)].tolist()
     scored = batch.positions // width == row
-    positions = batch.positions[scored] % width + causal  # a causal target is the next token
+    positions = batch.positions[scored] % width + shift
     targets = dict(zip(positions.tolist(), batch.targets[scored].tolist(), strict=True))
     tokens = [targets.get(position, token) for position, token in enumerate(inputs)]
     pieces, before = list[Piece](), ""
@@ -55,14 +59,14 @@ def sample_pieces(batch: Batch, row: int, tokenizer: Any, causal: bool) -> list[
         # The last of several tokens has their character: before that, it decodes to a replacement character.
         if not text.endswith("\ufffd") or position + 1 == len(tokens):
             said, before = text[len(before) :], text
-        if original in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token != original:
+            kind = "masked" if token == tokenizer.mask_token_id else "random"
+        elif token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
             kind = "end"
         elif position not in targets:
             kind = "input"
-        elif token != original:
-            kind = "masked" if token == tokenizer.mask_token_id else "random"
         else:
-            kind = "target" if causal else "kept"
+            kind = "target" if shift else "kept"
         if kind == "random":
             said = f"{said}→{decode(tokenizer, [token]).strip() or SPACE}"
         if pieces and pieces[-1][0] == kind and kind in ("input", "target"):
@@ -91,10 +95,22 @@ def render(pieces: list[Piece], unmarked: str) -> Text:
     return text
 
 
-def show_samples(batch: Batch, tokenizer: Any, causal: bool, console: Console, count: int = 3) -> None:
-    """Prints the first samples of a batch, under a legend of the kinds of their tokens."""
-    size, unmarked = len(batch.input_ids), "target" if causal else "input"
-    samples = [sample_pieces(batch, row, tokenizer, causal) for row in range(min(count, size))]
+def describe_weights(batch: Batch, row: int) -> str:
+    """Returns how much the targets of a sample weigh in the loss; the empty string if it has none."""
+    assert batch.weights is not None
+    weights = batch.weights[batch.positions // batch.input_ids.shape[1] == row].tolist()
+    least, most = (f"{weight:.3g}" for weight in (min(weights, default=0), max(weights, default=0)))
+    return f"weight of each target: {least}{'' if least == most else f' to {most}'}" if weights else ""
+
+
+def show_samples(batch: Batch, tokenizer: Any, shift: int, console: Console, count: int = 3) -> None:
+    """Prints the first samples of a batch, under a legend of the kinds of their tokens.
+
+    Args:
+        shift: the `target_shift` of the objective.
+    """
+    size, unmarked = len(batch.input_ids), "target" if shift else "input"
+    samples = [sample_pieces(batch, row, tokenizer, shift) for row in range(min(count, size))]
     console.print(Text("First batch", style="italic"))
     console.print(f"{len(samples)} of the {size} samples that the first device starts with", highlight=False)
     for kind, (style, meaning) in KINDS.items():
@@ -102,3 +118,8 @@ def show_samples(batch: Batch, tokenizer: Any, causal: bool, console: Console, c
             console.print(Text(f"  {'(unmarked)' if kind == unmarked else f'[{kind}:…]':<11} {meaning}", style))
     for number, sample in enumerate(samples, 1):
         console.print(Text(f"{number}  ").append_text(render(sample, unmarked)))
+        if batch.weights is not None:
+            console.print(Text(f"   {describe_weights(batch, number - 1)}", "dim"))
+    if batch.weights is not None or batch.divisor != len(batch.targets):
+        loss = f"the nll of {len(batch.targets)} targets, each times its weight, in sum, divided by {batch.divisor}"
+        console.print(f"Loss of all {size} samples: {loss}", highlight=False)

@@ -16,6 +16,7 @@ import yaml
 from lmlab.console import command, counted
 from lmlab.errors import UserError, first_line
 from lmlab.evaluation.comparison import run_choices
+from lmlab.evaluation.metrics import metric_prefix
 from lmlab.evaluation.records import Records, read
 from lmlab.io import rows
 from lmlab.runs.choices import MACHINERY, config_choices, is_in
@@ -78,7 +79,7 @@ class Run:
         if self.records:
             return self.records.certificate["figure"]
         named = [key.removeprefix("val/") for key in (*self.summary, *self.metrics) if key.startswith("val/")]
-        return next((key for key in named if key.endswith("perplexity") and "word_" not in key), None)
+        return next((key for key in named if bits_per_byte(key) in named), None)
 
     @cached_property
     def final(self) -> dict[str, float | None]:
@@ -285,12 +286,13 @@ def evaluation_metrics(records: Records) -> dict[str, float | None]:
 
 def bits_per_byte(perplexity: str) -> str:
     """Returns the name that bits per byte have beside a perplexity of that name."""
-    return perplexity.removesuffix("perplexity") + "bits_per_byte"
+    return f"{metric_prefix(perplexity)}bits_per_byte"
 
 
-def objective_of(records: Records) -> str:
-    """Returns the dotted name of the class of the objective that an evaluation is of."""
-    return records.certificate["policy"]["objective"]["_target_"]
+def objective_of(records: Records) -> str | None:
+    """Returns the dotted name of the class of the objective that an evaluation is of; None if its score needs none."""
+    objective = records.certificate["policy"]["objective"]
+    return objective and objective["_target_"]
 
 
 def describe_origin(manifest: Mapping[str, Any]) -> dict[str, list[str]]:

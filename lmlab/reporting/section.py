@@ -12,10 +12,11 @@ import pandas as pd
 
 from lmlab.console import command
 from lmlab.evaluation.comparison import Difference
+from lmlab.evaluation.metrics import BOUND, EXACT
 from lmlab.evaluation.records import AT_MOST, Records, is_bound
 from lmlab.io import from_here
 from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final
-from lmlab.reporting.load import COUNTS, SPLITS, Run, objective_of
+from lmlab.reporting.load import COUNTS, SPLITS, Run, bits_per_byte, objective_of
 from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys
 from lmlab.reporting.statistics import BEST, final_metrics, split_comparable, verdict
 from lmlab.reporting.text import as_text, brief, letter, p_text, shorten
@@ -32,7 +33,7 @@ class Section:
     """The runs of one objective: nothing is compared beyond it.
 
     Args:
-        objective: the dotted name of its class.
+        objective: the dotted name of its class; of evaluations that need none, the name of their metric.
         runs: its runs.
         evaluations: those of other models, by their names.
         slug: the beginning of the names of its files.
@@ -43,7 +44,7 @@ class Section:
         self, objective: str, runs: Sequence[Run], evaluations: Mapping[str, Records], slug: str, points: int
     ) -> None:
         self.objective, self.slug = objective, slug
-        self.title = objective.rpartition(".")[2]
+        self.title = objective.rpartition(".")[2].replace("_", " ")
         of_runs = [run.records for run in runs if run.records and run.status.name == "done"]
         self.kinds, self.apart = split_comparable([*of_runs, *evaluations.values()])
         self.ranks: dict[Path, tuple[int, int]] = {}
@@ -121,10 +122,13 @@ class Section:
     @cached_property
     def shown(self) -> pd.DataFrame:
         """The table of runs for a person: what differs between them, in few columns."""
-        table, bits = self.page_table, bits_name(self.metric).replace(" ", "_")
-        bounds = [AT_MOST if run.records and is_bound(run.records.certificate) else "" for run in self.runs]
-        if any(bounds):
-            table[bits] = [bound + as_text(value, "per byte") for bound, value in zip(bounds, table[bits], strict=True)]
+        table, perplexity = self.page_table, self.metric.replace(" ", "_")
+        bound = {
+            perplexity: [run.metric == BOUND for run in self.runs],
+            bits_per_byte(perplexity): [bool(run.records and is_bound(run.records.certificate)) for run in self.runs],
+        }
+        for name, flags in bound.items():
+            table[name] = bounded(table[name], flags, name.replace("_", " "))
         for key in self.heads.keys() - self.numeric:
             table[key] = [brief(run.chosen[key]) if key in run.chosen else None for run in self.runs]
         table["seconds"] /= self.time[0]
@@ -155,7 +159,7 @@ class Section:
         names = {run.name: self.configurations[run.path] for run in self.runs}
         curves.insert(1, "configuration", curves["run"].map(names))
         with np.errstate(over="ignore"):
-            return curves.assign(perplexity=np.exp(curves["loss"]))
+            return curves.assign(**{self.metric.replace(" ", "_"): np.exp(curves["loss"])})
 
     @cached_property
     def final_data(self) -> pd.DataFrame:
@@ -181,13 +185,19 @@ class Section:
     def final_table(self, number: int) -> pd.DataFrame:
         """Returns the table of the final metrics of a kind of evaluation for a person."""
         data = self.final_data[self.final_data["evaluation"] == letter(number)][:BEST]
-        data = data.drop(columns=["rank", "evaluation", *([] if data["upper_bound"].any() else ["upper_bound"])])
+        metric, bounds = self.kind_metrics[number], data["upper_bound"]
+        data = data.drop(columns=["rank", "evaluation", "upper_bound"])
         for name in ("bits_per_byte", "perplexity", "difference"):
             ends = zip(data.pop(f"{name}_low"), data.pop(f"{name}_high"), strict=True)
             texts = [" to ".join(filter(None, (as_text(end, name.replace("_", " ")) for end in both))) for both in ends]
             data.insert(data.columns.get_loc(name) + 1, f"{name}, 95 %", texts)
         data["p"] = [p_text(final.difference.p if final.difference else None) for final in self.finals[number][:BEST]]
-        names = {name: name.replace("perplexity", self.kind_metrics[number]).replace("_", " ") for name in data.columns}
+        data["bits_per_byte"] = bounded(data["bits_per_byte"], bounds, "per byte")
+        if metric.replace(" ", "_") == BOUND:
+            data["perplexity"] = bounded(data["perplexity"], bounds, "perplexity")
+        names = {"bits_per_byte": bits_name(metric), "perplexity": metric}
+        for name in ("bits_per_byte", "perplexity"):
+            names[f"{name}, 95 %"] = f"{names[name]}, 95 %"
         return data.rename(columns=names)
 
     @property
@@ -209,7 +219,8 @@ class Section:
     @cached_property
     def curves(self) -> list[Chart]:
         """The charts of the loss and the speed over training."""
-        loss = f"loss (nats per {'scored ' if 'masked' in self.metric else ''}token)"
+        scored = "" if self.metric.replace(" ", "_") in (EXACT, BOUND) else "scored "
+        loss = f"loss (nats per {scored}token)"
         numeric = [key for key in self.chart_heads if key in self.numeric]
         by = max(numeric, key=lambda key: self.done[key].nunique(), default=None)
         data = self.curve_data
@@ -295,7 +306,7 @@ class Section:
             # With many choices, a configuration goes by the name of a run.
             choices = [self.configurations[run.path]] if 0 < len(self.heads) <= 4 else []
             which = ", ".join([run.name, *choices, f"seed {run.chosen.get('seed')}"])
-            value = as_text(run.final["perplexity"])
+            value = f"{AT_MOST if run.metric == BOUND else ''}{as_text(run.final['perplexity'], 'perplexity')}"
             sentences.append(f"The best single run{of} is {which}, with {self.kind_metrics[kind]} {value}.")
         return sentences
 
@@ -307,13 +318,17 @@ def make_sections(runs: Sequence[Run], evaluations: Mapping[str, Records], point
         points: the number of points of curves that the report has room for in all.
     """
     sections: list[Section] = []
-    for objective in dict.fromkeys([*(run.objective for run in runs), *map(objective_of, evaluations.values())]):
+    # An evaluation that needs no objective is shown with the runs of its metric.
+    of_metric = {run.metric: run.objective for run in reversed(runs)}
+    metrics = {name: records.certificate["figure"] for name, records in evaluations.items()}
+    shown_in = {name: objective_of(evaluations[name]) or of_metric.get(of, of) for name, of in metrics.items()}
+    for objective in dict.fromkeys([*(run.objective for run in runs), *shown_in.values()]):
         module = ([*objective.split("."), ""][-3:-1] or [""])[0].lower()
         slug = re.sub(r"\W", "-", module) or "runs"
         if slug in {section.slug for section in sections}:
             slug = f"{slug}{len(sections) + 1}"
         own = [run for run in runs if run.objective == objective]
-        others = {name: records for name, records in evaluations.items() if objective_of(records) == objective}
+        others = {name: records for name, records in evaluations.items() if shown_in[name] == objective}
         sections.append(Section(objective, own, others, slug, points * len(own) // max(1, len(runs))))
     return sections
 
@@ -331,7 +346,15 @@ def with_ends(name: str, values: Sequence[float | None]) -> dict[str, float | No
 
 def bits_name(perplexity: str) -> str:
     """Returns what bits per byte are called beside a perplexity of that name."""
-    return perplexity.replace("perplexity", "bits per byte")
+    return bits_per_byte(perplexity.replace(" ", "_")).replace("_", " ")
+
+
+def bounded(values: Sequence[float | None], flags: Sequence[bool], head: str) -> list[object]:
+    """Returns the values of a column, those that are upper bounds as texts with their sign."""
+    return [
+        f"{AT_MOST}{as_text(value, head)}" if flag and as_text(value) else value
+        for value, flag in zip(values, flags, strict=True)
+    ]
 
 
 def next_command(run: Run) -> str:

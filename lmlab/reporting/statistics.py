@@ -27,7 +27,7 @@ from lmlab.evaluation.comparison import (
     row_unit,
     shared_draw,
 )
-from lmlab.evaluation.metrics import perplexity
+from lmlab.evaluation.metrics import BOUND, metric_prefix, perplexity
 from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.reporting.text import interval_text, letter
 from lmlab.runs.status import ENDED
@@ -36,6 +36,9 @@ BEST = 40
 """Configurations whose difference from the best is worked out, and that a chart has room for."""
 NAMED = 2
 """Configurations that a sentence names before it counts them."""
+BITS_OF_BOUND = f"{metric_prefix(BOUND)}bits_per_byte".replace("_", " ")
+BY_DEFINITION = "these models write in any order, and the exact value may be lower."
+BY_CHARGE = "of text that a tokenizer can't spell, each byte is charged 8 bits."
 
 Estimate = tuple[float, float | None, float | None]
 """A value, and the ends of its 95 % interval; these are None where there are too few documents."""
@@ -51,7 +54,7 @@ class Final:
     bits_per_byte: Estimate
     """The mean over the runs."""
     bound: bool
-    """True if bits per byte are an upper bound, as some tokens were unknown."""
+    """True if bits per byte are an upper bound, by the metric's definition or as some tokens were unknown."""
     unit: str
     """The unit that the intervals are over: documents, or stretches of them."""
     perplexity: Estimate
@@ -186,10 +189,9 @@ def verdict(kinds: Sequence[tuple[str, Sequence[Final]]], statuses: Mapping[str,
         (f"{letter(number)}: " if len(kinds) > 1 else "") + kind_verdict(name, finals)
         for number, (name, finals) in enumerate(kinds)
     ]
-    if any(final.bound for _, finals in kinds for final in finals):
-        sentences.append(
-            f"{AT_MOST}is an upper bound: of text that a tokenizer can't spell, each byte is charged 8 bits."
-        )
+    bounded = [name for name, finals in kinds if any(final.bound for final in finals)]
+    reasons = [BY_DEFINITION if name == BITS_OF_BOUND else BY_CHARGE for name in bounded]
+    sentences += [f"{AT_MOST}is an upper bound: {reason}" for reason in dict.fromkeys(reasons)]
     if unranked:
         them = "it" if unranked == 1 else "them"
         sentences.append(f"{counted(unranked, 'run')} finished, without an evaluation to rank {them} by.")

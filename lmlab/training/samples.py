@@ -21,8 +21,8 @@ SHORTEST = 4  # tokens of a document that a sample can begin with
 class Samples(Callback):
     """Writes `samples.jsonl`: the `step`, a `text` from a held-out document, and what the model `said` to it.
 
-    A causal model continues the text, a masked one fills its mask. A run with samples is the same to the last bit as
-    one without.
+    The objective makes the text, and chooses how the model goes on with it or fills it in. A run with samples is the
+    same to the last bit as one without.
     """
 
     def __init__(self, run_dir: str, count: Annotated[int, Ge(0)] = 3):

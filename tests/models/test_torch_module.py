@@ -26,7 +26,7 @@ from lmlab.models.efficiency import check_sharding, checkpoint_activations, choo
 from lmlab.models.loading import check_model, max_positions
 from lmlab.models.loss import logits_chunk_size, score
 from lmlab.models.probe import probe
-from lmlab.models.torch_module import TorchModule, hold
+from lmlab.models.torch_module import TorchModule, wrap
 from lmlab.objectives.clm import CausalLM
 
 from ..conftest import TINY, Refused, blocks_of, losses, run_verb, stop_after
@@ -122,7 +122,7 @@ class Layered(nn.Module):
 
 
 def held(module: Any) -> TorchModule:
-    return hold(module, make_tokenizer(TOKENS), CLASS)
+    return wrap(module, make_tokenizer(TOKENS), CLASS)
 
 
 @pytest.mark.parametrize("rows", [None, 2])
@@ -359,6 +359,7 @@ def test_a_run_resumes_to_the_same_bits(whole: Path, their_lab: ModuleType, refu
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_its_export_is_evaluated_where_its_code_is_trusted(
     whole: Path,
     theirs: Path,
@@ -429,6 +430,7 @@ def test_it_continues_texts(
     assert len(said) == 2
 
 
+@pytest.mark.long
 def test_training_goes_on_from_its_export(
     whole: Path, their_lab: ModuleType, train: Callable[..., Path], refused: Refused, tmp_path: Path
 ) -> None:
@@ -465,6 +467,7 @@ def test_an_export_cannot_name_other_code(whole: Path, their_lab: ModuleType, re
     assert not (tmp_path / "SEEN").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("target", "more"), [("MyLM", ["+model.both=true"]), ("Attends", [])])
 def test_a_masked_one(
     target: str,

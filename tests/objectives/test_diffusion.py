@@ -138,6 +138,7 @@ def test_a_tokenizer_without_a_mask() -> None:
         MaskedDiffusion(NoMask())  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_a_run(
     train: Callable[..., Path], evaluate: Callable[..., Path], refused: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -178,7 +179,11 @@ def test_a_run(
     assert "<mask>" not in json.loads(capsys.readouterr().out)["generated_text"]
 
     for command, said in {
-        ("evaluate", causal, "score=elbo"): "score=elbo hides tokens, which is for masked models",
+        (
+            "evaluate",
+            causal,
+            "score=elbo",
+        ): "score=elbo hides tokens, which is for models that predict a token where it stands",
         ("evaluate", whole, "score=labels"): "held-out text of MaskedDiffusion is scored by score=elbo",
         ("evaluate", whole, "draws=3"): "draws=3: it has to be an even number",
         ("evaluate", causal, "draws=4"): "draws is for score=elbo",

@@ -168,6 +168,7 @@ def test_a_tokenizer_without_the_sentinels() -> None:
     FillInTheMiddle(char(["abc"], ["<a>", "<b>", "<c>"]), sentinels=["<a>", "<b>", "<c>"])
 
 
+@pytest.mark.long
 def test_a_run(train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It goes on exactly after a stop, and is scored and compared as a causal run; its model keeps the sentinels."""
     words = [*TINY, "trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lmlab.data.sampler import EVALUATION
 from lmlab.errors import UserError
 from lmlab.evaluation.scoring import Scorer
-from lmlab.objectives import Example, check_example, make_example
+from lmlab.objectives import Example, check_shapes, make_example
 from lmlab.objectives.hybrid import HybridLM
 from lmlab.objectives.mlm import MaskedLM
 
@@ -65,7 +65,7 @@ def test_shares(share: float) -> None:
     assert about(SAMPLES - len(masked), SAMPLES, share)
     assert about(sum(len(example.targets) for example in masked), len(masked) * (LENGTH - 1), 0.3)
     for example in examples:
-        check_example(objective, example)
+        check_shapes(objective, example, len(IDS))
         np.testing.assert_array_equal(example.targets, IDS[example.positions + 1])
         # What is no target is not touched.
         np.testing.assert_array_equal(np.delete(example.inputs - IDS, example.positions + 1), 0)
@@ -103,7 +103,7 @@ def test_short_texts(length: int) -> None:
     """One without a target counts for nothing."""
     for sample in range(20):
         example = hybrid(0.0)(IDS[:length], (0, 0, sample))
-        check_example(hybrid(), example)
+        check_shapes(hybrid(), example, length)
         assert example.divisor == (length - 1 if len(example.targets) else 0)
 
 

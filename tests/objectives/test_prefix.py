@@ -18,7 +18,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation.scoring import Scorer
 from lmlab.models.loading import check_prefixes
 from lmlab.models.probe import prefix_mask
-from lmlab.objectives import Example, check_example
+from lmlab.objectives import Example, check_shapes
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.prefix import PrefixLM
 
@@ -58,7 +58,7 @@ def test_lengths_are_drawn_alike(least: float, most: float) -> None:
     examples = [objective(IDS, (0, 0, sample)) for sample in range(2000)]
     lengths = np.array([example.prefix for example in examples])
     for example in examples:
-        check_example(objective, example)
+        check_shapes(objective, example, len(IDS))
         np.testing.assert_array_equal(example.positions, np.arange(max(0, example.prefix - 1), 63))
         np.testing.assert_array_equal(example.targets, IDS[example.positions + 1])
     possible = np.arange(64 * least, max(64 * most, 64 * least + 1))
@@ -79,7 +79,7 @@ def test_pure_function_of_the_key() -> None:
 def test_short_texts(length: int) -> None:
     for sample in range(20):
         example = drawn()(IDS[:length], (0, 0, sample))
-        check_example(drawn(), example)
+        check_shapes(drawn(), example, length)
         assert len(example.targets) == length - max(1, example.prefix)
 
 
@@ -176,7 +176,7 @@ def test_senseless_shares(choices: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize("prefix", [-1, 65])
 def test_a_prefix_beyond_the_text_is_refused(prefix: int) -> None:
     with pytest.raises(UserError, match=f"returns a prefix of {prefix}, and 0 to 64 was expected"):
-        check_example(drawn(), drawn()(IDS, (0, 0, 0))._replace(prefix=prefix))
+        check_shapes(drawn(), drawn()(IDS, (0, 0, 0))._replace(prefix=prefix), len(IDS))
 
 
 WINDOW = {"sliding_window": 8, "num_key_value_heads": 2}

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from lmlab.config import build, files, targets
 from lmlab.console import duration
@@ -149,7 +150,7 @@ def test_masked_sample_is_read_back() -> None:
         return (inputs, scored, ids[scored]) if len(block) == 6 else (block, scored[:0], block[:0])
 
     made = collate([ids, np.arange(3, 11)], [Draw(0, 0), Draw(1, 0)], objective, 0, 1)  # type: ignore[arg-type]
-    found = batches.sample_pieces(made, 0, Letters(), causal=False)
+    found = batches.sample_pieces(made, 0, Letters(), shift=0)
     assert [tuple(piece) for piece in found] == [
         ("input", "a"),
         ("masked", "b"),
@@ -177,14 +178,14 @@ def test_characters_of_several_tokens_and_of_control() -> None:
     ids = torch.tensor([list(text.encode())])
     none = torch.empty(0, dtype=torch.int64)
     one = Batch(ids, None, none, none, ids.numel(), 0, 0)
-    assert batches.render(batches.sample_pieces(one, 0, tokenizer, causal=True), "input").plain == "a 🎉␛[31m↵"
+    assert batches.render(batches.sample_pieces(one, 0, tokenizer, shift=1), "input").plain == "a 🎉␛[31m↵"
 
 
 def test_causal_targets_are_those_of_the_token_before() -> None:
     from lmlab.objectives.clm import CausalLM
 
     made = collate([np.array([3, 4, 0, 5])], [Draw(0, 0)], CausalLM(), 0, 1)  # type: ignore[arg-type]
-    assert [tuple(piece) for piece in batches.sample_pieces(made, 0, Letters(), causal=True)] == [
+    assert [tuple(piece) for piece in batches.sample_pieces(made, 0, Letters(), shift=1)] == [
         ("input", "a"),
         ("target", "b"),
         ("end", "|"),
@@ -199,8 +200,46 @@ def test_hidden_tokens_that_are_predicted_one_position_earlier() -> None:
         return Example(np.array([3, 2, 5, 20]), np.array([0, 1, 2]), block[1:], prefix=4)
 
     made = collate([np.arange(3, 7)], [Draw(0, 0)], objective, 0, 1)  # type: ignore[arg-type]
-    found = batches.sample_pieces(made, 0, Letters(), causal=True)
+    found = batches.sample_pieces(made, 0, Letters(), shift=1)
     assert found == [("input", "a"), ("masked", "b"), ("target", "c"), ("random", "d→r")]
+
+
+def test_a_hidden_end_of_text_is_shown_as_hidden() -> None:
+    def objective(block: np.ndarray, key: Any) -> Example:
+        return Example(np.array([3, 2, 4, 0]), np.array([1]), block[1:2])
+
+    made = collate([np.array([3, 0, 4, 0])], [Draw(0, 0)], objective, 0, 1)  # type: ignore[arg-type]
+    assert batches.sample_pieces(made, 0, Letters(), shift=0) == [
+        ("input", "a"),
+        ("masked", "|"),
+        ("input", "b"),
+        ("end", "|"),
+    ]
+
+
+@pytest.mark.parametrize("weights", [None, [[0.5, 0.5], [1.0, 2.5]]])
+def test_weights_are_told(weights: list[list[float]] | None) -> None:
+    """Of each sample, and what the sum of the losses is divided by."""
+
+    def objective(block: np.ndarray, key: tuple[int, int, int]) -> Example:
+        own = {} if weights is None else {"weights": np.array(weights[key[2]]), "divisor": 4}
+        return Example(block, np.array([1, 2]), block[2:], **own)
+
+    made = collate([np.arange(3, 7)] * 2, [Draw(0, 0), Draw(1, 0)], objective, 0, 1)  # type: ignore[arg-type]
+    console = Console(file=io.StringIO(), width=120)
+    batches.show_samples(made, Letters(), 1, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1  [input:ab]cd\n" in said
+    told = [line.strip() for line in said.splitlines() if "weight" in line]
+    assert told == (
+        []
+        if weights is None
+        else [
+            "weight of each target: 0.5",
+            "weight of each target: 1 to 2.5",
+            "Loss of all 2 samples: the nll of 4 targets, each times its weight, in sum, divided by 8",
+        ]
+    )
 
 
 def test_bytes_are_those_of_adamw(shown: Callable[..., str]) -> None:

@@ -401,6 +401,34 @@ def test_the_headline_is_of_configurations_not_of_a_lucky_seed(
     assert f"{verdict} {single}" in said
 
 
+def test_a_bound_is_shown_as_one_and_apart(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Runs of masked diffusion beside a causal one, and evaluations whose scores need no objective."""
+    runs = tmp_path / "runs"
+    made(trained["clm"], runs / "causal")
+    words = [word for word in TINY_MLM if word != "objective=mlm"]
+    run_verb("train", "objective=diffusion", "objective.draws=2", *words, f"hydra.run.dir={runs / 'diffusion'}")
+    for score in ("elbo", "pseudo"):
+        more = ["draws=2", "context=blocks"] if score == "elbo" else ["sample=0.02"]
+        run_verb("evaluate", trained["mlm"], f"score={score}", *more, f"hydra.run.dir={runs / score}")
+    causal, diffusion, pseudo = sections = sections_of(runs)
+    assert [section.title for section in sections] == ["CausalLM", "MaskedDiffusion", "pseudo perplexity"]
+    assert [section.metric for section in sections[:2]] == ["perplexity", "bound perplexity"]
+    summary = RunDirectory(runs / "diffusion").read_summary()
+    (row,) = diffusion.shown.to_dict("records")
+    assert row["bound perplexity"] == f"≤ {summary['val/bound_perplexity']:,.2f}"
+    assert row["bound bits per byte"] == f"≤ {summary['val/bound_bits_per_byte']:.4f}"
+    finals = diffusion.final_table(0)
+    assert len(finals) == 2  # the elbo of another model is a bound as well
+    assert all(value.startswith("≤ ") for name in ("perplexity", "bits per byte") for value in finals[f"bound {name}"])
+    assert f"with bound perplexity ≤ {summary['val/bound_perplexity']:,.2f}." in diffusion.verdict[-1]
+    assert not any("≤" in text for section in (causal, pseudo) for text in section.verdict)
+    (row,) = causal.shown.to_dict("records")
+    assert isinstance(row["perplexity"], float)
+    assert [*pseudo.final_table(0)["pseudo perplexity"]] == [
+        records.read(runs / "pseudo").certificate["figures"]["pseudo_perplexity"]
+    ]
+
+
 def test_seeds_only_are_one_row(trained: dict[str, Path], tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         # Whole numbers may be written as such or not.

@@ -1,5 +1,6 @@
 """What a report says that its final figures decide: the words follow from the numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,16 @@ def test_nothing_has_finished() -> None:
     said = "None has finished, so none is ranked; what is known so far is shown."
     assert verdict([], {"running": 2, "waiting": 1}, 0) == [said]
     assert verdict([], {"running": 1, "done": 1}, 1)[0] == "1 run finished, without an evaluation to rank it by."
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (BITS, "of text that a tokenizer can't spell, each byte is charged 8 bits."),
+        (f"bound {BITS}", "these models write in any order, and the exact value may be lower."),
+    ],
+)
+def test_a_bound_has_its_sign_and_its_reason(name: str, why: str) -> None:
+    best, note = verdict([(name, [replace(BEST, bound=True)])], {}, 0)
+    assert best == f"Only one configuration is ranked, lr=1: ≤ 3.6980 {name} in the mean of 3 seeds."
+    assert note == f"≤ is an upper bound: {why}"
