@@ -29,3 +29,12 @@ class Causal:
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int]) -> Example:
         return Example(ids, np.arange(len(ids) - 1), ids[1:])
+
+
+class NewToken(CausalLM):
+    """Begins each training text with a token that the tokenizer lacks."""
+
+    held_out = CausalLM
+
+    def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
+        return super().__call__(np.concatenate([[300], ids[1:]]), key)

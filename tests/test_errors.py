@@ -886,6 +886,10 @@ MODELS = {
         "SecondNext asks for token",
         "the token after it is another",
     ],
+    "objective._target_=tests.broken_objective.NewToken tokenizer.vocab_size=300": [
+        "NewToken returns the id 300, and the tokenizer has 0 to 299",
+        "tokenizer.extra_tokens=",
+    ],
     "objective=mlm objective._target_=tests.broken_objective.Parity": ["Parity asks", "the token there is another"],
     # XLNet says that it has -1 positions.
     "model=scratch model.architecture=xlnet model.config={d_model:32,n_layer:1,n_head:2,d_inner:32}": ["xlnet sees"],

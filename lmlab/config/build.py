@@ -80,16 +80,21 @@ def build_objective(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "O
 
 
 def check_example(cfg: DictConfig, data: "Prepared", objective: "Objective") -> None:
-    """Refuses an objective that makes no example of the first training block: see `check_shapes`.
+    """Refuses an objective that makes no example of the first training block, of tokens of its tokenizer.
 
     Held-out text, which another objective may score, is checked where it is prepared.
     """
-    from lmlab.objectives import check_shapes, make_example
+    from lmlab.objectives import make_example
 
     assert data.train is not None
     block, continues = data.train[0], data.train.continues(0)
     example = make_example(objective, block, (cfg.seed, 0, 0), progress=0.0, continues=continues)
-    check_shapes(objective, example, len(block))
+    highest, tokens = max([*example.inputs, *example.targets]), len(data.tokenizer)
+    if highest >= tokens:
+        raise UserError(
+            f"{type(objective).__name__} returns the id {highest}, and the tokenizer has 0 to {tokens - 1}.\n"
+            "More special tokens of a trained tokenizer: tokenizer.extra_tokens=…"
+        )
 
 
 def build_model_of_rank(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "tuple[Objective, PreTrainedModel]":

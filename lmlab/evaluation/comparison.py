@@ -121,12 +121,19 @@ def check_comparable(runs: Sequence[Records]) -> None:
     for other in runs[1:]:
         one, two = first.certificate, other.certificate
         both = f"{first.path} and {other.path} can't be compared:"
-        whole = {one["figure"], two["figure"]} <= {EXACT, BOUND}  # every token of the text is scored
-        mixed = one["figure"] != two["figure"]
+        figures = {one["figure"], two["figure"]}
+        whole = figures <= {EXACT, BOUND}  # every token of the text is scored
+        mixed = len(figures) > 1
         if mixed and not whole:
+            context = one["policy"]["context"]
+            bound = (
+                f", or a bound of\nthe masked one: python -m lmlab.evaluate RUN score=elbo context={context}"
+                if "masked_perplexity" in figures and figures & {EXACT, BOUND}
+                else "."
+            )
             raise UserError(
                 f"{both} {one['figure']} is not {two['figure']}.\n"
-                "Models of different objectives predict other tokens, or from other text. Compare those of one."
+                f"Models of different objectives predict other tokens, or from other text. Compare those of one{bound}"
             )
         if one["data_hash"] != two["data_hash"]:
             names = {*first.table["document"].to_pylist()}
@@ -382,15 +389,26 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
+def excess_bits(sums: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Returns the bits [D] by which documents take more than others of as many bytes, of bits and bytes [D, 2]."""
+    share = np.divide(reference[:, 1], sums[:, 1], out=np.ones(len(sums)), where=(sums[:, 1] > 0))
+    excess: np.ndarray = sums[:, 0] * share - reference[:, 0]
+    return excess
+
+
 def largest_differences(sides: Sequence[Side], count: int, against: int = 0) -> list[dict[str, Any]]:
-    """Returns rows for the `count` documents on which each side differs most, in bits, from side `against`."""
+    """Returns rows for the `count` documents on which each side differs most, in bits, from side `against`.
+
+    `bits_more` is the difference in bits per byte times the bytes that side `against` scored. Sides need not have
+    scored the same bytes: the first token of a block has a bound, but no nll under a causal model.
+    """
     reference = sides[against]
     names, starts = (reference.runs[0].table[column].to_pylist() for column in ("document", "start"))
     rows = []
     for number, side in enumerate(sides, 1):
         if side is reference:
             continue
-        more = side.sums[:, 0] - reference.sums[:, 0]
+        more = excess_bits(side.sums, reference.sums)
         ranked = np.argsort(-np.abs(more), kind="stable")
         scored = (side.sums + reference.sums)[ranked].any(axis=1)
         for i in ranked[scored][:count].tolist():

@@ -27,7 +27,7 @@ from lmlab.evaluation.windows import Windows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
 from lmlab.models.teacher import Teacher
-from lmlab.objectives import Example, Objective, check_shapes, make_example
+from lmlab.objectives import Example, Objective, make_example
 from lmlab.objectives.mlm import random_words, uniform
 
 
@@ -176,7 +176,7 @@ def beside_text(tokens: np.ndarray) -> np.ndarray:
 
 
 def check_targets(objective: Objective, documents: Documents, size: int) -> None:
-    """Refuses an objective whose examples have wrong shapes, or whose targets are not the text's own tokens.
+    """Refuses an objective whose targets are not the text's own tokens.
 
     They have to be those that `Example.tokens` says, or those `target_shift` after their positions, of which it counts
     bytes and document.
@@ -190,7 +190,6 @@ def check_targets(objective: Objective, documents: Documents, size: int) -> None
     """
     ids, continues = documents.tokens[:size], documents.continues(0, size)
     example = make_example(objective, ids, (0, EVALUATION, 0), continues=continues)
-    check_shapes(objective, example, len(ids))
     positions, targets = example.positions, example.targets
     tokens = targets_in_text(objective, example)
     inside = tokens < len(ids)

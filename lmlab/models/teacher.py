@@ -27,6 +27,7 @@ from lmlab.models.loss import (
 )
 from lmlab.models.memory import check_weights
 from lmlab.models.probe import probe
+from lmlab.models.torch_module import TorchModuleConfig
 from lmlab.objectives import Objective
 
 
@@ -195,6 +196,11 @@ def load_teacher(
                 f"{len(tokenizer)} tokens).\nTake the teacher's: tokenizer=pretrained tokenizer.name={model}"
             )
         settings = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        if isinstance(settings, TorchModuleConfig):
+            raise UserError(
+                f"distill.model={model} holds a torch module, which can be a student, but no teacher.\n"
+                "Choose a teacher of an architecture of transformers."
+            )
         auto = auto_model(settings, kind)
         check_weights(auto, settings)
         options = {"trust_remote_code": False, "config": settings, "dtype": torch.float32}

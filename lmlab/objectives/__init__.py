@@ -133,11 +133,19 @@ def make_example(
             for training text it is where the objective has a key `whole_word` that is true.
         number: the number of samples before this one in the whole run, over all ranks; 0 for held-out text. What is to
             be spread evenly over the samples of a batch can be a function of it.
+
+    Raises:
+        UserError: the objective returns something else, see `check_shapes`.
     """
     # An objective that is only given whole texts, as a causal one is, may have no `first`.
     given = {"progress": progress, "continues": continues, "number": number}
     more: dict[str, Any] = {name: given[name] for name in more_parameters(type(objective))}
-    return Example(*(objective(ids, key, first, **more) if first else objective(ids, key, **more)))
+    made = objective(ids, key, first, **more) if first else objective(ids, key, **more)
+    if not isinstance(made, tuple):
+        raise UserError(f"{type(objective).__name__} returns a {type(made).__name__}, and an Example was expected.")
+    example = Example(*made)
+    check_shapes(objective, example, len(ids))
+    return example
 
 
 @cache
@@ -148,37 +156,53 @@ def more_parameters(objective: type[Any]) -> tuple[str, ...]:
 
 
 def check_shapes(objective: Objective, example: Example, length: int) -> None:
-    """Refuses an example whose fields do not fit together.
+    """Refuses an example whose fields are of wrong types or do not fit together.
 
     Args:
         length: the number of tokens of the text that it is made of.
 
     Raises:
-        UserError: names the field, with the shape that was expected and the one that was given.
+        UserError: names the field, with what was expected and what was given.
     """
-    scored = len(example.positions)
-    expected = {"inputs": (length if example.decoder_inputs is None else len(example.inputs),)}
-    expected |= dict.fromkeys(("positions", "targets", "weights", "tokens"), (scored,))
-    if example.decoder_inputs is not None:
-        length = len(example.decoder_inputs)
-        expected["decoder_inputs"] = (length,)
-    for field, shape in expected.items():
+    name, see = type(objective).__name__, "See lmlab.objectives.Example."
+    scored = np.size(example.positions)
+    # The kinds of numpy's dtypes: signed, unsigned, float. A boolean mask is no array of positions.
+    expected = {"inputs": (length, "iu"), "positions": (scored, "iu"), "targets": (scored, "iu")}
+    if example.decoder_inputs is not None:  # then the inputs may be of any length, and positions are the decoder's
+        length = np.size(example.decoder_inputs)
+        expected |= {"inputs": (np.size(example.inputs), "iu"), "decoder_inputs": (length, "iu")}
+    if example.tokens is not None:
+        expected["tokens"] = (scored, "iu")
+    if example.weights is not None:
+        expected["weights"] = (scored, "iuf")
+    for field, (count, kinds) in expected.items():
         given = getattr(example, field)
-        if given is not None and not (isinstance(given, np.ndarray) and given.shape == shape):
+        if not (isinstance(given, np.ndarray) and given.shape == (count,)):
             kind = "" if isinstance(given, np.ndarray) else f"as {type(given).__name__} "
             raise UserError(
-                f"{type(objective).__name__} returns {field} {kind}of shape {[*np.shape(given)]}, and an array of "
-                f"{[*shape]} was expected:\n{scored} positions are scored in {length} tokens. "
-                "See lmlab.objectives.Example."
+                f"{name} returns {field} {kind}of shape {[*np.shape(given)]}, and an array of {[count]} was expected:\n"
+                f"{scored} positions are scored in {length} tokens. {see}"
             )
-    first, last = (min(example.positions), max(example.positions)) if scored else (0, 0)
+        if given.dtype.kind not in kinds:
+            numbers = "numbers" if "f" in kinds else "whole numbers"
+            raise UserError(f"{name} returns {field} of type {given.dtype}, and {numbers} were expected. {see}")
+    first, last = (int(example.positions.min()), int(example.positions.max())) if scored else (0, 0)
     if first < 0 or last >= length:
         raise UserError(
-            f"{type(objective).__name__} returns positions from {first} to {last}, and 0 to {length - 1} was expected, "
-            f"as there are {length} tokens. See lmlab.objectives.Example."
+            f"{name} returns positions from {first} to {last}, and 0 to {length - 1} was expected, as there are "
+            f"{length} tokens. {see}"
         )
+    if scored and example.targets.min() < 0:
+        raise UserError(
+            f"{name} returns the target {example.targets.min()}, which is no token.\n"
+            f"Leave out the positions that are not to be scored. {see}"
+        )
+    if example.weights is not None and not np.isfinite(example.weights).all():
+        raise UserError(f"{name} returns weights that are not finite. {see}")
+    if example.divisor is not None and not (isinstance(example.divisor, int | np.integer) and example.divisor >= 0):
+        raise UserError(f"{name} returns the divisor {example.divisor}, and a whole number was expected. {see}")
     if not 0 <= example.prefix <= length:
         raise UserError(
-            f"{type(objective).__name__} returns a prefix of {example.prefix}, and 0 to {length} was expected, as "
-            f"there are {length} tokens. See lmlab.objectives.Example."
+            f"{name} returns a prefix of {example.prefix}, and 0 to {length} was expected, as there are {length} "
+            f"tokens. {see}"
         )

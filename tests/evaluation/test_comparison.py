@@ -190,11 +190,25 @@ def test_the_documents_that_differ_most(write: Write) -> None:
     assert rows[0]["begins"] == "Text 7"
 
 
+def test_a_document_of_which_more_bytes_were_scored_does_not_differ_for_that(write: Write) -> None:
+    """A bound scores the first token of each block, and an exact metric does not."""
+    level, sizes = np.full(40, 1.0), np.full(40, 90)
+    other = level.copy()
+    other[7] += 0.5
+    more = sizes.copy()
+    more[20] += 60  # at as many bits per byte
+    runs = [write("a", level, sizes), write("b", other, more)]
+    first, second = comparison.largest_differences(comparison.make_sides(runs), 2)
+    assert (first["document"], first["bits_more"], first["bytes"]) == ("document-7", pytest.approx(45), 90)
+    assert second["bits_more"] == pytest.approx(0)
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
         ({"data_hash": "other"}, "other text; 40 of 40 documents are in both"),
         ({"figure": "masked_perplexity"}, "perplexity is not masked_perplexity"),
+        ({"figure": "masked_perplexity"}, "python -m lmlab.evaluate RUN score=elbo context=blocks"),
         ({"policy": POLICY | {"block_size": 64}}, "block_size is 32 in one and 64 in the other"),
         ({"policy": POLICY | {"context": "sliding"}}, "context is blocks in one and sliding in the other"),
     ],

@@ -87,7 +87,7 @@ def test_examples_are_those_of_the_papers_figure(length: int, density: float, me
     names = [known[f"<extra_id_{i}>"] for i in range(40)]
     for sample in range(50):
         example = objective(IDS[:length], (0, 0, sample))
-        check_shapes(objective, example)
+        check_shapes(objective, example, length)
         assert example.tokens is not None
         assert example.decoder_inputs is not None
         hidden = np.isin(np.arange(length), example.tokens).tolist()

@@ -22,6 +22,7 @@ from lmlab.models.loading import from_scratch
 from lmlab.models.loss import logits_chunk_size, nll_and_slope, score
 from lmlab.models.probe import probe
 from lmlab.models.teacher import Teacher, compiled_distillation, distillation_and_slope
+from lmlab.models.torch_module import TorchModuleConfig
 from lmlab.objectives import Example
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
@@ -218,6 +219,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = load_file(exported / "model.safetensors")
     weights.pop("transformer.h.0.mlp.c_fc.weight")
     save_file(weights, place / "headless" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(exported, place / "module")
+    TorchModuleConfig(architectures=["TorchModuleForCausalLM"]).save_pretrained(place / "module")
     return place
 
 
@@ -278,6 +281,7 @@ def test_a_student_goes_on(runs: Path, tmp_path: Path, refused: Refused) -> None
         ("empty", TINY, 'could not load teacher "{}" from there'),
         ("unfinished", TINY, "distill.model={} holds no model: it is an evaluation, or a run that has not ended."),
         ("encoder", TINY, "no causal, masked or encoder-decoder language model"),
+        ("module", TINY, "distill.model={} holds a torch module, which can be a student, but no teacher."),
         ("headless", TINY, "distill.model={} holds no weights for transformer.h.0.mlp.c_fc.weight"),
         ("teacher", TINY_MLM, "{}/model is a causal model, and the objective trains a masked one."),
         ("teacher", [*TINY, "tokenizer.vocab_size=320"], "another tokenizer (300 tokens) than the student"),
