@@ -337,6 +337,7 @@ def test_rows() -> None:
         assert f"`{row.command}" in readme, row.command
 
 
+@pytest.mark.long
 def test_commands(tmp_path: Path) -> None:
     """As they are typed, from the command line to an exit code."""
 

@@ -403,6 +403,7 @@ def killed(tokenizer: Any, auto_class: str, architecture: str, config: dict[str,
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "says"),
     [

@@ -100,6 +100,7 @@ def test_a_full_disk_loses_no_sample(full_disk: Path, tmp_path: Path) -> None:
     assert said(full_disk) == [line] * 9
 
 
+@pytest.mark.long
 def test_sampling_is_no_part_of_the_speed(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
