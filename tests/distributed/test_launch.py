@@ -134,7 +134,9 @@ def test_the_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
 
 def start(*words: object, torchrun: bool = False, options: Sequence[str] = ()) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run"] if torchrun else []
-    launcher += [*(options or ["--nproc-per-node=2"]), "--rdzv-backend=c10d"] if torchrun else []
+    # A port of their own, as tests run side by side; what comes later in a line counts.
+    alone = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launcher += [*alone, *(options or ["--nproc-per-node=2"])] if torchrun else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "lmlab.train", *map(str, words)],
         text=True,

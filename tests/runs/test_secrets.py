@@ -238,7 +238,7 @@ def test_no_error_shows_one(refused: Refused, verb: str, words: list[str]) -> No
     assert not re.search("SEK|RET", said), said
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 @pytest.mark.long

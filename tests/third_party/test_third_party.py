@@ -36,7 +36,7 @@ def theirs() -> Iterator[list[str]]:
     sys.path.insert(0, str(HERE))
     yield ["--config-dir", str(HERE / "mine"), "objective=kept", "model=lstm", "data=poems", f"data.file={poems}", *FEW]
     sys.path.remove(str(HERE))
-    del sys.modules["their_lab"]
+    del sys.modules["poem_lab"]
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +52,15 @@ def longer(whole: Path) -> Path:
     """The same run, made longer."""
     run = whole.parent / "longer"
     shutil.copytree(whole, run)
-    run_verb("resume", run, "trust=their_lab", "trainer.max_steps=6")
+    run_verb("resume", run, "trust=poem_lab", "trainer.max_steps=6")
     return run
 
 
 def own_model(width: int = 16) -> Any:
     """Their model, made without lmlab."""
-    import their_lab
+    import poem_lab
 
-    return their_lab.LSTM(range(300), width)
+    return poem_lab.LSTM(range(300), width)
 
 
 def nll(model: Any, example: Any) -> torch.Tensor:
@@ -71,9 +71,9 @@ def nll(model: Any, example: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def test_the_metric_is_the_mean_over_the_targets_of_held_out_text(whole: Path) -> None:
-    import their_lab
+    import poem_lab
 
-    objective, model = their_lab.Kept(0.5), own_model()
+    objective, model = poem_lab.Kept(0.5), own_model()
     model.load_state_dict(load_file(whole / "model" / "model.safetensors"))
     blocks = blocks_of(build.prepare_data(read_config(whole)), "validation")
     losses = torch.cat([nll(model, objective(ids, (0, 2**63, i))) for i, ids in enumerate(blocks)])
@@ -100,7 +100,7 @@ def test_the_training_loss_has_its_weights_and_its_divisor(whole: Path) -> None:
 
 
 def test_a_longer_run_is_that_run_gone_on(whole: Path, longer: Path, refused: Refused) -> None:
-    assert "trust=their_lab" in refused("resume", whole, "trainer.max_steps=6")
+    assert "trust=poem_lab" in refused("resume", whole, "trainer.max_steps=6")
     steps = [(line["step"], line["val/kept_ppl"]) for line in metrics(longer) if "val/kept_ppl" in line]
     assert [step for step, _ in steps] == [0, 2, 4, 6]
     assert steps[:3] == [(line["step"], line["val/kept_ppl"]) for line in metrics(whole) if "val/kept_ppl" in line]
@@ -110,8 +110,8 @@ def test_a_longer_run_is_that_run_gone_on(whole: Path, longer: Path, refused: Re
 def test_it_is_evaluated_compared_and_reported(
     whole: Path, longer: Path, refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "trust=their_lab" in refused("evaluate", whole)
-    for words in (["trust=their_lab"], ["--config-dir", HERE / "mine", "context=document"]):
+    assert "trust=poem_lab" in refused("evaluate", whole)
+    for words in (["trust=poem_lab"], ["--config-dir", HERE / "mine", "context=document"]):
         place = tmp_path / str(len(words))
         run_verb("evaluate", whole, *words, f"hydra.run.dir={place}")
         assert records.read(place).certificate["figure"] == "kept_ppl"
@@ -133,8 +133,8 @@ def test_it_is_evaluated_compared_and_reported(
 
 
 def test_it_writes(whole: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--trust their_lab" in refused("predict", whole, "The cell")
-    run_verb("predict", whole, "The cell", "--trust", "their_lab", "--greedy", "--max-new-tokens", 4)
+    assert "--trust poem_lab" in refused("predict", whole, "The cell")
+    run_verb("predict", whole, "The cell", "--trust", "poem_lab", "--greedy", "--max-new-tokens", 4)
     assert capsys.readouterr().out.startswith("The cell")
 
 
@@ -155,7 +155,7 @@ def test_wrong_shapes_are_refused_before_training(
     verb: str, target: str, field: str, theirs: list[str], refused: Refused, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    said = refused(verb, *theirs, f"objective._target_=their_lab.{target}", f"hydra.run.dir={run}")
+    said = refused(verb, *theirs, f"objective._target_=poem_lab.{target}", f"hydra.run.dir={run}")
     given, expected = {"weights": (32, r"\d\d?"), "inputs": (33, 32), "positions": (31, 31)}[field]
     kind = "as list " if field == "positions" else ""
     shapes = rf"of shape \[{given}\], and an array of \[{expected}\] was expected:"
