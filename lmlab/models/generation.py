@@ -4,7 +4,6 @@ Shapes: T tokens of a text, M masks in it, V vocabulary.
 """
 
 from collections.abc import Callable
-from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from lmlab.hub import from_hub
 from lmlab.models import torch_module
 from lmlab.models.loading import auto_class_of, max_positions
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig
-from lmlab.objectives import sentinel
+from lmlab.objectives import sentinel, sentinel_ids
 
 SAMPLING = {"max_new_tokens": 100, "do_sample": True, "top_k": 50, "top_p": 0.95}
 """The guide's options for `generate`."""
@@ -36,10 +35,10 @@ def load(
         make_module: called with `tokenizer` and `auto_class`, makes an exported torch module as it was.
     """
     with from_hub("model", name, "the first argument"):
-        auto_class = auto_class_of(name, revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        auto_class = auto_class_of(config, name)
         auto = getattr(transformers, auto_class)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         if isinstance(config, TorchModuleConfig):
             module = make_module and make_module(tokenizer=tokenizer, auto_class=auto_class)
             return torch_module.load(name, revision, config, module, tokenizer, auto_class), tokenizer
@@ -56,6 +55,22 @@ def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask", "
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Returns the ids [1, T] of a text."""
     return torch.tensor([tokenizer(text, verbose=False).input_ids], dtype=torch.long)
+
+
+def with_own_masks(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Returns a text with its masks, which may be written as any tokenizer's (`MASKS`), as this tokenizer's."""
+    if tokenizer.mask_token is None:
+        raise UserError("the model fills masks, but its tokenizer has no mask token.")
+    for mask in MASKS:
+        text = text.replace(mask, tokenizer.mask_token)
+    return text
+
+
+def check_length(model: PreTrainedModel, length: int, more: int = 0) -> None:
+    """Refuses a text of so many tokens if the model has no positions for them, and for some more."""
+    longest = max_positions(model)
+    if longest is not None and length + more > longest:
+        raise UserError(f"the text has {length} tokens and the model only {longest} positions.")
 
 
 @torch.no_grad()
@@ -101,9 +116,8 @@ def generated(
         options["max_new_tokens"] = options.pop("max_length") - written
     if not isinstance(options["max_new_tokens"], int) or options["max_new_tokens"] < 1:
         raise UserError(f"max_new_tokens is a whole number, 1 or more, not {options['max_new_tokens']}.")
+    check_length(model, length, 1)
     if longest is not None:
-        if length >= longest:
-            raise UserError(f"the text has {length} tokens and the model only {longest} positions.")
         options["max_new_tokens"] = min(options["max_new_tokens"], longest - written)
     if not options["do_sample"]:
         options = {key: value for key, value in options.items() if key not in ("top_k", "top_p", "temperature")}
@@ -143,8 +157,7 @@ def infill(
     Raises:
         UserError: the text is too long or misses no span, or `generate` refuses an option.
     """
-    known = tokenizer.get_vocab()
-    sentinels = [known[name] for name in takewhile(known.__contains__, map(sentinel, count()))]
+    sentinels = sentinel_ids(tokenizer)
     for mask in MASKS:
         text = text.replace(mask, MASKS[0])
     first, *others = text.split(MASKS[0])
@@ -189,17 +202,12 @@ def fill_mask(
     Raises:
         UserError: there is no mask in the text, or it is too long.
     """
-    if tokenizer.mask_token is None:
-        raise UserError("the model fills masks, but its tokenizer has no mask token.")
-    for mask in MASKS:
-        text = text.replace(mask, tokenizer.mask_token)
+    text = with_own_masks(tokenizer, text)
     ids = encode(tokenizer, text).to(model.device)
     positions = (ids[0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
     if not positions:
         raise UserError(f'no mask in "{text}".\nWrite {tokenizer.mask_token} where a word is to be filled in.')
-    longest = max_positions(model)
-    if longest is not None and ids.shape[1] > longest:
-        raise UserError(f"the text has {ids.shape[1]} tokens and the model only {longest} positions.")
+    check_length(model, ids.shape[1])
     probabilities = model(input_ids=ids).logits[0, positions].float().softmax(-1)  # [M, V]
     # The vocabulary of the model may be padded beyond the tokenizer's.
     scores, tokens = probabilities[:, : len(tokenizer)].topk(min(top_k, len(tokenizer)))
@@ -251,20 +259,15 @@ def unmask(
     Raises:
         UserError: the text is too long.
     """
-    if tokenizer.mask_token is None:
-        raise UserError("the model replaces masks, but its tokenizer has no mask token.")
-    for mask in MASKS:
-        text = text.replace(mask, tokenizer.mask_token)
+    text = with_own_masks(tokenizer, text)
     continues, longest = tokenizer.mask_token not in text, max_positions(model)
     if continues:
         length = encode(tokenizer, text).shape[1]
-        if longest is not None and length >= longest:
-            raise UserError(f"the text has {length} tokens and the model only {longest} positions.")
+        check_length(model, length, 1)
         text += tokenizer.mask_token * (max_new_tokens if longest is None else min(max_new_tokens, longest - length))
     ids = encode(tokenizer, text).to(model.device)  # [1, T]
     masks = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]  # [M]
-    if longest is not None and ids.shape[1] > longest:
-        raise UserError(f"the text has {ids.shape[1]} tokens and the model only {longest} positions.")
+    check_length(model, ids.shape[1])
     began, count = int(masks[0]), min(steps or len(masks), len(masks))
     warpers = [TemperatureLogitsWarper(float(temperature)), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
     random = torch.Generator().manual_seed(seed)
@@ -285,6 +288,12 @@ def unmask(
     if continues and tokenizer.eos_token_id in written[began:]:
         written = written[: written.index(tokenizer.eos_token_id, began)]
     return [tokenizer.decode(written, skip_special_tokens=True)]
+
+
+def first_half(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Returns the first half of a block's beginning as text, on one line."""
+    tokens = beginning(model, tokenizer, ids)
+    return " ".join(tokenizer.decode(tokens[: len(tokens) // 2]).split())
 
 
 def beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -141,16 +141,15 @@ def from_scratch(
     return model
 
 
-def auto_class_of(name: str, revision: str | None = None) -> str:
+def auto_class_of(config: PreTrainedConfig, name: str) -> str:
     """Returns the `AutoModel` class of the task that a model was trained for, by its config.
 
     Args:
-        name: hub id or directory.
+        name: hub id or directory of the model, for a message.
 
     Raises:
         UserError: it is no causal, masked or encoder-decoder language model.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     architecture = (config.architectures or [""])[0]
     if architecture.endswith("ForMaskedLM"):
         return "AutoModelForMaskedLM"

@@ -182,7 +182,8 @@ def load_teacher(
         UserError: it can't be loaded, or can't teach this student; says why.
     """
     with from_hub("teacher", model, "distill.model"):
-        kind = auto_class_of(model)
+        settings = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        kind = auto_class_of(settings, model)
         if kind != objective.auto_class:
             raise UserError(
                 f"distill.model={model} is a {task(kind)} model, and the objective trains a "
@@ -195,7 +196,6 @@ def load_teacher(
                 f"distill.model={model} has another tokenizer ({len(theirs)} tokens) than the student ({own}, "
                 f"{len(tokenizer)} tokens).\nTake the teacher's: tokenizer=pretrained tokenizer.name={model}"
             )
-        settings = AutoConfig.from_pretrained(model, trust_remote_code=False)
         if isinstance(settings, TorchModuleConfig):
             raise UserError(
                 f"distill.model={model} holds a torch module, which can be a student, but no teacher.\n"

@@ -5,6 +5,7 @@ Shapes: T positions of one text, U of what a decoder beside an encoder reads, N 
 
 import inspect
 from functools import cache
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +23,12 @@ does not name one."""
 def sentinel(number: int) -> str:
     """Returns the name of the token that stands for a hidden span in T5's tokenizers; numbers begin with 0."""
     return f"<extra_id_{number}>"
+
+
+def sentinel_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Returns the ids of the sentinels that a tokenizer has, from 0 on up to the first that it lacks."""
+    known = tokenizer.get_vocab()
+    return [known[name] for name in takewhile(known.__contains__, map(sentinel, count()))]
 
 
 class Example(NamedTuple):
@@ -175,12 +182,12 @@ def check_shapes(objective: Objective, example: Example, length: int) -> None:
         expected["tokens"] = (scored, "iu")
     if example.weights is not None:
         expected["weights"] = (scored, "iuf")
-    for field, (count, kinds) in expected.items():
+    for field, (size, kinds) in expected.items():
         given = getattr(example, field)
-        if not (isinstance(given, np.ndarray) and given.shape == (count,)):
+        if not (isinstance(given, np.ndarray) and given.shape == (size,)):
             kind = "" if isinstance(given, np.ndarray) else f"as {type(given).__name__} "
             raise UserError(
-                f"{name} returns {field} {kind}of shape {[*np.shape(given)]}, and an array of {[count]} was expected:\n"
+                f"{name} returns {field} {kind}of shape {[*np.shape(given)]}, and an array of {[size]} was expected:\n"
                 f"{scored} positions are scored in {length} tokens. {see}"
             )
         if given.dtype.kind not in kinds:

@@ -31,8 +31,7 @@ class CausalLM:
 
     def sample(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> tuple[str, str]:
         """Returns the first half of a block's beginning as text, and that text as the model continues it."""
-        from lmlab.models.generation import beginning, generate
+        from lmlab.models.generation import first_half, generate
 
-        tokens = beginning(model, tokenizer, ids)
-        text = " ".join(tokenizer.decode(tokens[: len(tokens) // 2]).split())
+        text = first_half(model, tokenizer, ids)
         return text, generate(model, tokenizer, text, 0, max_new_tokens=40)[0]

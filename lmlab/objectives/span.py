@@ -3,7 +3,6 @@
 Shapes: T positions of one text, S spans hidden in it, K tokens that stay, N targets.
 """
 
-from itertools import count, takewhile
 from typing import Annotated
 
 import numpy as np
@@ -11,7 +10,7 @@ from annotated_types import Ge, Gt, Lt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
-from lmlab.objectives import Example, sentinel
+from lmlab.objectives import Example, sentinel, sentinel_ids
 from lmlab.objectives.mlm import random_words
 
 
@@ -60,8 +59,7 @@ class SpanCorruption:
             decoder_start: the token that the decoder begins with. None: the padding token, as in T5.
         """
         known = tokenizer.get_vocab()
-        names = takewhile(known.__contains__, map(sentinel, count()))
-        self.sentinels = np.array([known[name] for name in names][:sentinels], np.int32)
+        self.sentinels = np.array(sentinel_ids(tokenizer)[:sentinels], np.int32)
         if len(self.sentinels) < 2:
             raise UserError(
                 f"objective=span hides spans behind tokens that this tokenizer lacks: {sentinel(0)}, {sentinel(1)}, …\n"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.sampler import EVALUATION, draws
@@ -330,7 +330,7 @@ def test_run(run: Path, evaluate: Callable[..., Path], capsys: pytest.CaptureFix
     assert "<extra_id_0>" in json.loads((run / "samples.jsonl").read_text().splitlines()[0])["text"]
     trained = json.loads((run / "certificate.json").read_text())
     assert trained["figure"] == "span_perplexity"
-    assert auto_class_of(str(run / "model")) == "AutoModelForSeq2SeqLM"
+    assert auto_class_of(AutoConfig.from_pretrained(run / "model"), "") == "AutoModelForSeq2SeqLM"
     of_run, exported = evaluate(run), evaluate(run / "model", "data=sample", "preprocess.block_size=32")
     for evaluation in (of_run, exported):
         assert json.loads((evaluation / "certificate.json").read_text())["totals"] == trained["totals"]
