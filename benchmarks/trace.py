@@ -53,7 +53,8 @@ from lmlab.data.prepared import Blocks
 from lmlab.data.preprocess import group_texts
 from lmlab.errors import shown_plainly
 from lmlab.evaluation.certify import silence_lightning
-from lmlab.evaluation.scoring import HeldOut, WindowRows
+from lmlab.evaluation.rows import WindowRows
+from lmlab.evaluation.scoring import HeldOut
 from lmlab.evaluation.windows import Context, windows
 from lmlab.models import efficiency, loss
 from lmlab.models.flops import Flops

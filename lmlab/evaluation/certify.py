@@ -18,7 +18,8 @@ from lmlab.data.prepared import Prepared
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.evaluation.metrics import BOUND
-from lmlab.evaluation.scoring import ElboRows, HeldOut, PseudoRows, Scorer, WindowRows, check_targets
+from lmlab.evaluation.rows import ElboRows, PseudoRows, WindowRows, check_targets
+from lmlab.evaluation.scoring import HeldOut, Scorer
 from lmlab.evaluation.windows import Context, windows
 from lmlab.objectives import Objective
 

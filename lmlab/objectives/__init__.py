@@ -89,7 +89,7 @@ class Objective(Protocol):
 
     score: Literal["labels", "elbo"] = "labels"
     """The scores of held-out text, as the key `score` of an evaluation: labels are the targets of the examples, elbo is
-    the bound of `lmlab.evaluation.scoring.ElboRows`."""
+    the bound of `lmlab.evaluation.rows.ElboRows`."""
     prefixes: bool = False
     """True if its examples may have a `prefix`: models that can't attend so are then refused before a run begins."""
     held_out: type | None = None

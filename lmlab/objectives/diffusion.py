@@ -23,7 +23,7 @@ class MaskedDiffusion:
     this probability. The loss of a sample is the sum of the nll of its hidden tokens, divided by the rate and by the
     number of all its tokens. Its expected value is an upper bound of the nll per token of a model that writes a text by
     unmasking one token after the other, in random order. An evaluation estimates this bound with less variance: see
-    `lmlab.evaluation.scoring.ElboRows`.
+    `lmlab.evaluation.rows.ElboRows`.
 
     The rates of consecutive samples are a low-discrepancy sequence (the Kronecker sequence of the golden ratio), so
     that those of a global batch are spread evenly, whatever its size, and the loss has less variance than with
