@@ -53,7 +53,8 @@ def loss_of_step(model: PreTrainedModel, samples: list[tuple[np.ndarray, Example
 
 @pytest.mark.parametrize(("architecture", "attention", "rows"), [("gpt2", "sdpa", None), ("llama", "eager", 100)])
 def test_training_agrees_with_a_plain_loop(architecture: str, attention: str, rows: int | None, tmp_path: Path) -> None:
-    agrees(hybrid(mask_probability=0.3), decoder(architecture, attention), loss_of_step, rows, tmp_path)
+    _, examples = agrees(hybrid(mask_probability=0.3), decoder(architecture, attention), loss_of_step, rows, tmp_path)
+    assert len({example.prefix for example in examples}) > 2  # none, and those of blocks of several lengths
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0625, 0.5, 1.0])

@@ -48,7 +48,8 @@ def loss_of_step(model: PreTrainedModel, samples: list[tuple[np.ndarray, Example
 
 @pytest.mark.parametrize(("architecture", "attention", "rows"), [("gpt2", "eager", 100), ("llama", "sdpa", None)])
 def test_training_agrees_with_a_plain_loop(architecture: str, attention: str, rows: int | None, tmp_path: Path) -> None:
-    agrees(drawn(), decoder(architecture, attention), loss_of_step, rows, tmp_path)
+    _, examples = agrees(drawn(), decoder(architecture, attention), loss_of_step, rows, tmp_path)
+    assert len({example.prefix for example in examples}) > 2  # none, and those of blocks of several lengths
 
 
 @pytest.mark.parametrize(("least", "most"), [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5)])
