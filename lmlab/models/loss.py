@@ -47,8 +47,8 @@ class Scores(NamedTuple):
     auxiliary: Tensor | None
     """The model's own auxiliary loss (a scalar, weighted by its coefficient); None where it has none."""
     distilled: "Distilled | None" = None
-    """What a student is trained by; None without a teacher. The nll beside it is that of the student, without gradient.
-    """
+    """The losses that a student is trained by; None without a teacher. The nll beside them is the student's, without
+    gradient."""
 
 
 class Distilled(NamedTuple):
