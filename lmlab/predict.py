@@ -1,7 +1,7 @@
 """`python -m lmlab.predict MODEL TEXT…`: prints what a trained model makes of texts.
 
-A causal model continues them, a masked one fills their masks, a diffusion model does either, some tokens at a time, and
-an encoder-decoder writes the spans that are missing in them.
+A causal model continues them, a masked one fills their masks, a diffusion model does either, some tokens at a time, an
+encoder-decoder writes the spans that are missing in them, and a discriminator says which of their tokens were replaced.
 The command takes ordinary arguments, so a text is taken as typed, commas, quotes and `=` included.
 """
 
@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's arguments."""
     p = Arguments(
         prog="python -m lmlab.predict",
-        description="Continue a text (causal model), fill its masks (masked model), do either (diffusion model), or "
-        "write its missing spans (encoder-decoder).",
+        description="Continue a text (causal model), fill its masks (masked model), do either (diffusion model), "
+        "write its missing spans (encoder-decoder), or find its replaced tokens (discriminator).",
     )
     p.add_argument("model", help="run directory, exported directory, or hub id")
     p.add_argument("--revision", help="of a hub id: branch, tag or commit")
@@ -105,8 +105,12 @@ def predict(arguments: argparse.Namespace) -> None:
         for text in texts:
             if way == "fill_mask":
                 masks = generation.fill_mask(model, tokenizer, text, arguments.top_k or 5)
-                rows = [{"text": text, "masks": masks}]
+                rows: list[dict[str, Any]] = [{"text": text, "masks": masks}]
                 shown = "\n".join(candidate_lines(masks))
+            elif way == "detect":
+                tokens = generation.detect(model, tokenizer, text)
+                rows = [{"text": text, "tokens": tokens}]
+                shown = "\n".join(f"{t['score']:.4f}  {t['token']:>6}  {t['token_str']!r}" for t in tokens)
             else:
                 continued = getattr(generation, way)(model, tokenizer, text, arguments.seed, **options)
                 rows = [{"text": text, "generated_text": one} for one in continued]

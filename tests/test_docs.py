@@ -70,7 +70,7 @@ def test_train_command(
     if "--help" in arguments:
         monkeypatch.setattr("sys.argv", ["lmlab.train", *arguments])
         train.main()
-        assert "objective: clm, diffusion, fim, hybrid, mlm, prefix, span" in capsys.readouterr().out
+        assert "objective: clm, diffusion, electra, fim, hybrid, mlm, prefix, span" in capsys.readouterr().out
         return
     if "-sc" in arguments:
         pytest.skip("prints a script for a shell; tests/test_completion.py has such shells")

@@ -874,6 +874,9 @@ MODELS = {
     "objective=span objective.decoder_start=S": ["begins with token 1", "objective.decoder_start='<pad>'"],
     "objective=span model=scratch model.architecture=bart model.config={d_model:16,max_position_embeddings:8} "
     "preprocess.block_size=9": ["8 positions"],
+    "objective=electra model=roberta_small": ["no discriminator roberta", "model=electra_small"],
+    "objective=mlm model=electra_small": ["model.generator", "objective=electra"],
+    "objective=electra +distill=teacher distill.model=outputs/x": ["losses of its own", "leave +distill out"],
     "objective=mlm model=gpt_small": ["gpt2", "objective=clm"],
     "objective=mlm model=scratch model.architecture=big_bird model.config.hidden_size=16 model.config.block_size=4 "
     "model.config.num_hidden_layers=1 model.config.num_attention_heads=2 model.config.intermediate_size=16": [

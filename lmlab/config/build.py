@@ -189,6 +189,10 @@ def build_teacher(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", objecti
     """
     if "distill" not in cfg:
         return None
+    if getattr(objective, "losses", None) is not None:
+        raise UserError(
+            f"{type(objective).__name__} has losses of its own, into which a teacher does not come: leave +distill out."
+        )
     block, run = cfg.distill.copy(), RunDirectory(cfg.distill.model)
     if run.has_config():
         if not run.model.is_dir():
@@ -342,6 +346,8 @@ def build_training(
         val_interval=interval,
         reduces_once=has_room,
         teacher=teacher,
+        losses=getattr(objective, "losses", None),
+        held_out_losses=held_out.losses,
     )
     lengths = np.concatenate([np.diff(data.train.bounds)[:, 0], (whole or held_out).rows.lengths])
     for one in [model] if teacher is None else [model, teacher.model]:

@@ -228,8 +228,8 @@ def check_evaluation(cfg: DictConfig) -> None:
     check_choices(cfg)
     check_devices(cfg.trainer)
     objective = target(cfg.objective, "objective")
-    if cfg.score != "labels" and objective.auto_class == "AutoModelForSeq2SeqLM":
-        raise UserError(f"score={cfg.score} hides tokens behind a mask, which is for encoders. Leave it out.")
+    if cfg.score != "labels" and objective.auto_class in ("AutoModelForSeq2SeqLM", "AutoModelForPreTraining"):
+        raise UserError(f"score={cfg.score} hides tokens behind a mask, which is for masked models. Leave it out.")
     if cfg.score != "labels" and (not objective.bidirectional or objective.target_shift):
         raise UserError(
             f"score={cfg.score} hides tokens, which is for models that predict a token where it stands, from both "

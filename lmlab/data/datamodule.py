@@ -43,6 +43,10 @@ class Batch(NamedTuple):
     """[B] int64: the number of first positions that every position of a row may attend to; None is 0 for each."""
     decoder_ids: Tensor | None = None
     """[B, U] int64: what the decoder of an encoder-decoder reads; None for other models."""
+    hidden: Tensor | None = None
+    """[K] int64 indices of the targets whose tokens a generator fills in; None without one."""
+    draws: Tensor | None = None
+    """[K] float64: the uniform random number by which each of these tokens is drawn."""
 
 
 class Batches(Dataset[Batch]):
@@ -107,7 +111,8 @@ def collate(
     tokens = sum(len(ids) for row in rows for ids in (row.inputs, row.decoder_inputs) if ids is not None)
     divisor = sum(len(row.targets) if row.divisor is None else row.divisor for row in rows)
     padded = pad_rows(rows, pad_id)
-    return Batch(*padded, tokens, number, divisor, weights, prefix_of(rows), decoder_ids_of(rows, pad_id))
+    others = prefix_of(rows), decoder_ids_of(rows, pad_id), *draws_of(rows)
+    return Batch(*padded, tokens, number, divisor, weights, *others)
 
 
 class Unpadded(Protocol):
@@ -123,6 +128,8 @@ class Unpadded(Protocol):
     def prefix(self) -> int: ...
     @property
     def decoder_inputs(self) -> np.ndarray | None: ...
+    @property
+    def draws(self) -> np.ndarray | None: ...
 
 
 def pad_rows(rows: Sequence[Unpadded], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -161,6 +168,15 @@ def decoder_ids_of(rows: Sequence[Unpadded], pad_id: int) -> Tensor | None:
 def prefix_of(rows: Sequence[Unpadded]) -> Tensor | None:
     """Returns the prefix of each row, [B] int64; None where all are 0, as then no mask has to be made."""
     return torch.tensor([row.prefix for row in rows]) if any(row.prefix for row in rows) else None
+
+
+def draws_of(rows: Sequence[Unpadded]) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the targets whose tokens a generator fills in, and the draw of each: `hidden` and `draws` of a batch."""
+    if all(row.draws is None for row in rows):
+        return None, None
+    draws = np.concatenate([np.full(len(row.positions), -1.0) if row.draws is None else row.draws for row in rows])
+    hidden = np.flatnonzero(draws >= 0)
+    return torch.from_numpy(hidden), torch.from_numpy(draws[hidden])
 
 
 class Rows(Protocol):

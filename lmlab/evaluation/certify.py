@@ -132,7 +132,7 @@ def certify(
         )
     if facts is None:
         facts = {"model": model.name_or_path, "run": None, "weights_hash": records.weights_hash(model.state_dict())}
-    scorer = Scorer(model, held_out.sums(), chunk_size)
+    scorer = Scorer(model, held_out.sums(), chunk_size, held_out.losses)
     trainer.validate(scorer, HeldOutData(held_out, batch_size, num_workers), verbose=False)
     if not np.isfinite(scorer.result[0]).all():
         raise UserError(

@@ -42,6 +42,8 @@ class Row(NamedTuple):
     """[U] the ids that the decoder of an encoder-decoder reads."""
     textless: np.ndarray | None = None
     """[n] bool: the targets that are no token of the text. They count as targets, without bytes and words."""
+    draws: np.ndarray | None = None
+    """[n] the random numbers of `Example.draws`; None without a generator."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,20 @@ class WindowRows:
             # The last token is a target alone, unless positions before it see it.
             inputs = example.inputs[: max(len(example.inputs) - shift, example.prefix)]
             return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored], example.prefix)
-        parts = []
+        parts, draws = [], list[np.ndarray]()
         for document, first, stop in self.parts(start, end):
             key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
             ids, continues = self.documents.tokens[first:stop], self.documents.continues(first, stop)
             example = make_example(self.objective, ids, key, offset, continues=continues)
             parts.append((example.inputs, example.targets, first + example.positions + shift))
+            if example.draws is not None:
+                draws.append(example.draws)
         inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         ids = np.array([*head, *inputs, *tail])
         # A decoder that may see all of each part sees all of the window, as in training.
-        return Row(ids, tokens - shift - start + len(head), targets, tokens, len(ids) if example.prefix else 0)
+        prefix = len(ids) if example.prefix else 0
+        own = tokens - shift - start + len(head)
+        return Row(ids, own, targets, tokens, prefix, draws=np.concatenate(draws) if draws else None)
 
     def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""

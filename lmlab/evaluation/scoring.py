@@ -6,6 +6,7 @@ Shapes: B rows, T positions, U of a decoder beside an encoder, N scored position
 stretches of the documents (parts of them, or whole ones).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lmlab.data.datamodule import decoder_ids_of, pad_rows, prefix_of
+from lmlab.data.datamodule import decoder_ids_of, draws_of, pad_rows, prefix_of
 from lmlab.data.documents import COUNTS
 from lmlab.evaluation.rows import ElboRows, PseudoRows, Row, WindowRows
 from lmlab.models.efficiency import shard
@@ -49,6 +50,10 @@ class ScoringBatch(NamedTuple):
     """[N] int64: the entry of `DocumentSums.halves` that each target is added to; None if there are none."""
     decoder_ids: Tensor | None = None
     """[B, U] int64: what the decoder of an encoder-decoder reads; None for other models."""
+    hidden: Tensor | None = None
+    """[K] int64 indices of the targets whose tokens a generator fills in; None without one."""
+    draws: Tensor | None = None
+    """[K] float64: the uniform random number by which each of these tokens is drawn."""
 
 
 class HeldOut(Dataset[ScoringBatch]):
@@ -76,13 +81,15 @@ class HeldOut(Dataset[ScoringBatch]):
         if not rows:
             nothing = np.zeros(0, np.int64)
             row = self.rows.row(int(self.order[-1]))
-            rows = [Row(row.inputs, nothing, nothing, nothing, decoder_inputs=row.decoder_inputs)]
+            draws = None if row.draws is None else np.zeros(0)
+            rows = [Row(row.inputs, nothing, nothing, nothing, decoder_inputs=row.decoder_inputs, draws=draws)]
         tokens = np.concatenate([row.tokens for row in rows])
         counted = np.concatenate([row.tokens if row.counted is None else row.counted for row in rows])
         counts = documents.counts(counted)
         if any(row.textless is not None for row in rows):
             textless = [np.zeros(len(row.tokens), bool) if row.textless is None else row.textless for row in rows]
             counts[np.concatenate(textless), 1:] = 0
+        hidden, drawn = draws_of(rows)
         batch = ScoringBatch(
             *pad_rows(rows, self.pad_id),
             torch.from_numpy(documents.stretch_of(tokens)),
@@ -90,6 +97,8 @@ class HeldOut(Dataset[ScoringBatch]):
             torch.from_numpy(counts),
             prefix_of(rows),
             decoder_ids=decoder_ids_of(rows, self.pad_id),
+            hidden=hidden,
+            draws=drawn,
         )
         if not isinstance(self.rows, ElboRows):
             return batch
@@ -98,6 +107,11 @@ class HeldOut(Dataset[ScoringBatch]):
             for name in ("factor", "half")
         )
         return batch._replace(factors=factors, halves=halves)
+
+    @property
+    def losses(self) -> Callable[..., Scores] | None:
+        """How the rows are scored: `Objective.losses` of the objective whose targets they have."""
+        return getattr(self.rows.objective, "losses", None) if isinstance(self.rows, WindowRows) else None
 
     def sums(self) -> "DocumentSums":
         """Returns the metric that adds up the nll of these rows."""
@@ -190,16 +204,23 @@ class DocumentSums(Metric):
 class Scorer(L.LightningModule):
     """Scores held-out documents with one model; its `result` is what `DocumentSums` computes, as arrays."""
 
-    def __init__(self, model: PreTrainedModel, sums: DocumentSums, chunk_size: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sums: DocumentSums,
+        chunk_size: int | None = None,
+        held_out_losses: Callable[..., Scores] | None = None,
+    ):
         """Keeps a model to score with.
 
         Args:
             sums: the metric that adds up the nll of the rows: see `HeldOut.sums`.
             chunk_size: the number of scored positions whose logits are in memory at once; None for all.
+            held_out_losses: how the rows are scored: see `HeldOut.losses`.
         """
         super().__init__()
         self.model, self.chunk_size = model, chunk_size
-        self.sums = sums
+        self.sums, self.held_out_losses = sums, held_out_losses
         self.result: tuple[np.ndarray, np.ndarray]
 
     def configure_model(self) -> None:
@@ -208,8 +229,19 @@ class Scorer(L.LightningModule):
             bf16 = self.trainer.precision == "bf16-mixed" and self._device_mesh.device_type == "cuda"
             shard(self.model, self._device_mesh, bf16)
 
-    def score(self, batch: Any, scale: Tensor | None = None, teacher: Teacher | None = None) -> Scores:
-        """Returns the losses of a batch's targets; for `scale` and `teacher` see `lmlab.models.loss.score`."""
+    def score(
+        self,
+        batch: Any,
+        losses: Callable[..., Scores] | None = None,
+        scale: Tensor | None = None,
+        teacher: Teacher | None = None,
+    ) -> Scores:
+        """Returns the losses of a batch's targets, by an objective's own `losses` or by `lmlab.models.loss.score`.
+
+        For `scale` and `teacher` see that.
+        """
+        if losses is not None:
+            return losses(self.model, batch, self.chunk_size, scale)
         return score(
             self.model,
             batch.input_ids,
@@ -225,7 +257,7 @@ class Scorer(L.LightningModule):
         )
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
-        self.sums.update(self.score(batch).nll, batch)
+        self.sums.update(self.score(batch, self.held_out_losses).nll, batch)
 
     def on_validation_epoch_end(self) -> None:
         nll, counts = self.sums.compute()

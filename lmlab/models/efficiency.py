@@ -22,7 +22,12 @@ from lmlab.errors import UserError, first_line
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the repeated layers: the longest list of modules in the base model, or those of encoder and decoder."""
+    """Returns the repeated layers: the longest list of modules in the base model.
+
+    Of an encoder-decoder these are the layers of both, and of a discriminator with a generator too.
+    """
+    if hasattr(model, "discriminator"):
+        return [layer for half in (model.generator, model.discriminator) for layer in layers(half)]
     if getattr(model.config, "is_encoder_decoder", False):
         # A layer of T5's is a list itself, which may be longer than that of the layers.
         halves = [half.modules() for half in (model.get_encoder(), model.get_decoder())]
@@ -130,6 +135,11 @@ def check_sharding(model: PreTrainedModel) -> None:
     Raises:
         UserError: says so, or names the key of the model's config.
     """
+    if hasattr(model, "discriminator"):
+        raise UserError(
+            "a generator and a discriminator, which share their embeddings, are not sharded.\n"
+            "Train them without trainer=fsdp, such as with trainer=ddp."
+        )
     if not layers(model):
         raise UserError(
             "a model is sharded layer by layer, and this one has no nn.ModuleList of layers.\n"

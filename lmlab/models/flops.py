@@ -40,9 +40,10 @@ class Flops(NamedTuple):
     def from_model(cls, model: PreTrainedModel) -> "Flops | None":
         """Counts a model's operations; returns None if it has layers of a kind that is not known here.
 
-        Nor are those of an encoder-decoder counted: its two parts read texts of different lengths.
+        Nor are those of an encoder-decoder counted, whose two parts read texts of different lengths, or of a
+        discriminator with a generator.
         """
-        if getattr(model.config, "is_encoder_decoder", False):
+        if getattr(model.config, "is_encoder_decoder", False) or hasattr(model, "discriminator"):
             return None
         config = model.config.get_text_config()
         attention = attention_flops(config)

@@ -1,4 +1,5 @@
-"""Makes a trained model write (guide, "Inference"): continue a text, or fill the masks or the spans in it.
+"""Makes a trained model write (guide, "Inference"): continue a text, fill the masks or the spans in it, or find what
+was replaced in it.
 
 Shapes: T tokens of a text, M masks in it, V vocabulary.
 """
@@ -45,10 +46,12 @@ def load(
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
 
 
-def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask", "infill"]:
+def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask", "infill", "detect"]:
     """Returns the name of the function of this file that suits a model, where nothing is known but its class."""
     if model.config.is_encoder_decoder:
         return "infill"
+    if type(model).__name__.endswith("ForPreTraining"):
+        return "detect"
     return "fill_mask" if type(model).__name__.endswith("ForMaskedLM") else "generate"
 
 
@@ -223,6 +226,26 @@ def fill_mask(
     return [
         [candidate(position, score, token) for score, token in zip(*row, strict=True)]
         for position, *row in zip(positions, scores.tolist(), tokens.tolist(), strict=True)
+    ]
+
+
+@torch.no_grad()
+def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[dict[str, Any]]:
+    """Returns for each token of a text how probably it is not the token that stood there, by a discriminator (ELECTRA).
+
+    Returns:
+        for each token, special ones left out: `score` (probability), `token` (id), `token_str`.
+
+    Raises:
+        UserError: the text is too long.
+    """
+    ids = encode(tokenizer, text).to(model.device)
+    check_length(model, ids.shape[1])
+    scores = model(input_ids=ids).logits[0].float().sigmoid().tolist()
+    return [
+        {"score": score, "token": token, "token_str": tokenizer.decode([token])}
+        for score, token in zip(scores, ids[0].tolist(), strict=True)
+        if token not in tokenizer.all_special_ids
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
 from lmlab.hub import from_hub
+from lmlab.models.electra import GENERATOR, GeneratorAndDiscriminator, embeddings_fit
 from lmlab.models.loss import check_scoring, score
 from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import TOKENS, differ, evaluation_mode, probe, run_probe, vocabulary
@@ -30,6 +31,7 @@ def pretrained(
     revision: str | None = None,
     config: dict[str, Any] | None = None,
     module: Any = None,
+    generator: str | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     empty: bool = False,
@@ -42,6 +44,7 @@ def pretrained(
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
+        generator: hub id or directory of the generator of a discriminator; None for the one that lies beside it.
         tokenizer: of an exported torch module the tokenizer that it reads.
         empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
@@ -77,7 +80,32 @@ def pretrained(
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
         logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
+    if auto_class == "AutoModelForPreTraining":
+        return with_generator(model, name, revision, generator)
+    if generator is not None:
+        raise UserError("model.generator is for objective=electra, which trains a discriminator. Leave it out.")
     return model
+
+
+def with_generator(
+    discriminator: PreTrainedModel, name: str, revision: str | None, generator: str | None
+) -> GeneratorAndDiscriminator:
+    """Returns a trained discriminator with its generator; arguments are those of `pretrained`.
+
+    They share their embeddings if these have the same values.
+    """
+    source = {"subfolder": GENERATOR, "revision": revision} if generator is None else {}
+    try:
+        with from_hub("generator", generator or name, "model.generator"):
+            made = AutoModelForMaskedLM.from_pretrained(generator or name, dtype=torch.float32, **source)
+    except UserError as error:
+        if generator is not None:
+            raise
+        raise UserError(
+            f"{name} is a discriminator without a generator beside it, which objective=electra trains it with.\n"
+            "Name one: +model.generator=ID_OR_DIRECTORY"
+        ) from error
+    return GeneratorAndDiscriminator(made, discriminator, embeddings_fit(made, discriminator, values=True))
 
 
 def from_scratch(
@@ -85,6 +113,7 @@ def from_scratch(
     auto_class: str,
     architecture: str,
     config: dict[str, Any] | None = None,
+    generator: dict[str, Any] | None = None,
     *,
     empty: bool = False,
 ) -> PreTrainedModel:
@@ -95,12 +124,29 @@ def from_scratch(
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
         architecture: a `model_type` of transformers, such as gpt2 or roberta.
         config: values of its config, over transformers' defaults and those of the tokenizer.
+        generator: for a discriminator, values in which the config of the generator beside it differs. They share their
+            embeddings if these have the same shapes.
         empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
     if architecture not in CONFIG_MAPPING:
         raise UserError(
             f'model.architecture: transformers knows no "{architecture}".{nearest(architecture, CONFIG_MAPPING)}'
         )
+    if auto_class == "AutoModelForPreTraining":
+        ours = config or {}
+        discriminator = from_scratch_alone(tokenizer, auto_class, architecture, ours, empty=empty)
+        smaller = ours | (generator or {})
+        made = from_scratch_alone(tokenizer, "AutoModelForMaskedLM", architecture, smaller, empty=empty)
+        return GeneratorAndDiscriminator(made, discriminator, embeddings_fit(made, discriminator, values=False))
+    if generator is not None:
+        raise UserError("model.generator is for objective=electra, which trains a discriminator. Leave it out.")
+    return from_scratch_alone(tokenizer, auto_class, architecture, config, empty=empty)
+
+
+def from_scratch_alone(
+    tokenizer: PreTrainedTokenizerBase, auto_class: str, architecture: str, config: dict[str, Any] | None, empty: bool
+) -> PreTrainedModel:
+    """Makes one model with random weights; arguments are those of `from_scratch`."""
     try:
         defaults = AutoConfig.for_model(architecture)
         auto = auto_model(defaults, auto_class)
@@ -153,6 +199,8 @@ def auto_class_of(config: PreTrainedConfig, name: str) -> str:
     architecture = (config.architectures or [""])[0]
     if architecture.endswith("ForMaskedLM"):
         return "AutoModelForMaskedLM"
+    if architecture == "ElectraForPreTraining":
+        return "AutoModelForPreTraining"
     if architecture in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), TorchModuleForCausalLM.__name__):
         return "AutoModelForCausalLM"
     if architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
@@ -176,20 +224,27 @@ def auto_model(config: PreTrainedConfig, auto_class: str) -> Any:
 
 
 def has_model(config: PreTrainedConfig, auto_class: str) -> bool:
-    """Returns whether an `AutoModel` class has a model for the config's architecture."""
+    """Returns whether an `AutoModel` class has a model for the config's architecture.
+
+    Of those for pretraining this is ELECTRA's alone: those of other architectures are for their own objectives.
+    """
+    if auto_class == "AutoModelForPreTraining" and config.model_type != "electra":
+        return False
     return type(config) in getattr(transformers, auto_class)._model_mapping
 
 
 def task(auto_class: str) -> str:
     """Returns what messages call the models of an `AutoModel` class, such as "causal" for AutoModelForCausalLM."""
     name = auto_class.removeprefix("AutoModelFor").removesuffix("LM").lower()
-    return "encoder-decoder" if name == "seq2seq" else name
+    return {"seq2seq": "encoder-decoder", "pretraining": "discriminator"}.get(name, name)
 
 
 def alternative(config: PreTrainedConfig, auto_class: str) -> str:
     """Returns advice for an architecture that can't be trained by the objective that wants this `AutoModel` class."""
     if isinstance(config, TorchModuleConfig):
         return "Let it hide the tokens after a position, or use objective=mlm."
+    if auto_class == "AutoModelForPreTraining":
+        return "Use model=electra_small, or model=scratch model.architecture=electra."
     for other, objective in OBJECTIVE_OF.items():
         if other != auto_class and has_model(config, other):
             return f"Use objective={objective}, or another architecture."
@@ -229,6 +284,11 @@ def check_model(
         raise UserError(
             f"preprocess.block_size={block_size} is more than the {longest} positions of the model.\n"
             f"Set preprocess.block_size={longest} or less, or make a model from scratch with more positions."
+        )
+    if objective.auto_class == "AutoModelForPreTraining" and not isinstance(model, GeneratorAndDiscriminator):
+        raise UserError(
+            f"{type(objective).__name__} trains a discriminator with a generator, and the model has none.\n"
+            "Use model=electra_small, or another model of lmlab.models.loading."
         )
     if isinstance(model, TorchModule):
         check_length(model, block_size)

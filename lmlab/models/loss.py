@@ -45,20 +45,15 @@ class Scores(NamedTuple):
     nll: Tensor
     """[N] negative log-likelihood of each target, in nats, times its weight."""
     auxiliary: Tensor | None
-    """The model's own auxiliary loss (a scalar, weighted by its coefficient); None where it has none."""
-    distilled: "Distilled | None" = None
-    """The losses that a student is trained by; None without a teacher. The nll beside them is the student's, without
+    """The auxiliary loss (a scalar, weighted by its coefficient), per target, of a mixture of experts or a generator;
+    None where there is none."""
+    loss: Tensor | None = None
+    """[N] the loss that is trained by, where it is not the nll: that of a student, (1 - weight) · nll + weight ·
+    temperature² · kl of each target, times the target's own weight, or a multiple of the nll. The nll is then without
     gradient."""
-
-
-class Distilled(NamedTuple):
-    """The losses of a batch that a student learns from its targets and from a teacher."""
-
-    loss: Tensor
-    """[N] (1 - weight) · nll + weight · temperature² · kl of each target, times the target's own weight."""
-    kl: Tensor
+    kl: Tensor | None = None
     """[N] KL(teacher ‖ student) of the distributions softened by the temperature, in nats, times the target's weight.
-    """
+    None without a teacher."""
 
 
 def score(
@@ -73,6 +68,7 @@ def score(
     prefix: Tensor | None = None,
     teacher: "Teacher | None" = None,
     decoder_ids: Tensor | None = None,
+    observe: Callable[[slice, Tensor], None] | None = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -100,23 +96,27 @@ def score(
         prefix: [B] the number of first positions that every position of a row may attend to; None is 0 for each.
         teacher: the model whose probabilities are to be learned too, if there is one.
         decoder_ids: [B, U] what the decoder of an encoder-decoder reads; None for other models.
+        observe: called with the logits [R, V] of some of the scored positions, and which these are, while they are in
+            memory.
     """
     shown = input_ids, attention_mask, positions, prefix, decoder_ids
     taught = None if teacher is None else teacher.read(*shown)
     output, rows = run_on_scored(model, *shown, project=chunk_size is None)
     auxiliary = auxiliary_loss(model, output)
     if chunk_size is None:
+        if observe is not None:
+            observe(slice(None), rows.detach())
         nll = F.cross_entropy(rows.float(), targets, reduction="none")  # of logits [N, V]
         losses = nll if taught is None else torch.stack(taught.losses(rows, nll))
         losses = losses if weights is None else losses * weights
     else:
         head, train = model.get_output_embeddings(), torch.is_grad_enabled()
-        inputs = rows, head.weight, head.bias, targets, chunk_size, train, scale, weights, taught
+        inputs = rows, head.weight, head.bias, targets, chunk_size, train, scale, weights, taught, observe
         losses = ChunkedNLL.apply(*inputs)  # type: ignore[no-untyped-call]
     if taught is None:
         return Scores(losses, auxiliary)
     loss, nll, kl = losses
-    return Scores(nll.detach(), auxiliary, Distilled(loss, kl.detach()))
+    return Scores(nll.detach(), auxiliary, loss, kl.detach())
 
 
 def run_on_scored(
@@ -220,8 +220,9 @@ class ChunkedNLL(torch.autograd.Function):
         scale: Tensor | None = None,
         weights: Tensor | None = None,
         taught: "TeacherOutput | None" = None,
+        observe: Callable[[slice, Tensor], None] | None = None,
     ) -> Any:
-        """Returns the nll [N], times its weights; with a teacher loss, nll and kl, [N] each (see `Distilled`).
+        """Returns the nll [N], times its weights; with a teacher loss, nll and kl, [N] each (see `Scores`).
 
         Args:
             hidden: [N, H].
@@ -234,6 +235,7 @@ class ChunkedNLL(torch.autograd.Function):
                 off again.
             weights: [N].
             taught: what a teacher says of these rows. The loss alone can then be differentiated.
+            observe: called with each part and its logits [R, V].
         """
         device = hidden.device.type
         dtype = product_dtype(hidden, train and scale is None)
@@ -257,6 +259,8 @@ class ChunkedNLL(torch.autograd.Function):
                     logits[:, vocabulary:] = -torch.inf  # of probability 0, and so of slope 0
                 if step is nll_and_slope:
                     logits = logits.float()  # here, so that memory holds them once
+                if observe is not None:
+                    observe(part, logits[:, :vocabulary])
                 of_part = factors[part] if factors is not None and factors.dim() else factors
                 rest = targets[part], dtype if train else None, of_part
                 *values, slope = step(logits, *rest) if taught is None else taught.distill(part, logits, *rest)
@@ -300,7 +304,7 @@ class ChunkedNLL(torch.autograd.Function):
         types = (hidden_type, weight_type, weight_type)
         return (
             *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)),
-            *[None] * 6,
+            *[None] * 7,
         )
 
 

@@ -39,7 +39,7 @@ class TeacherOutput(NamedTuple):
     teacher: "Teacher"
 
     def losses(self, logits: Tensor, nll: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns loss, nll and kl [N] (see `lmlab.models.loss.Distilled`), for autograd to differentiate.
+        """Returns loss, nll and kl [N] (see `lmlab.models.loss.Scores`), for autograd to differentiate.
 
         Args:
             logits: [N, V] the student's.

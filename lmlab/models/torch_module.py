@@ -113,6 +113,10 @@ def wrap(module: Any, tokenizer: PreTrainedTokenizerBase, auto_class: str) -> To
             "this objective trains encoder-decoders of transformers, and no torch module: it takes no second text.\n"
             "Use model=t5_small, or model=scratch model.architecture=…"
         )
+    if auto_class == "AutoModelForPreTraining":
+        raise UserError(
+            "this objective trains a discriminator with a generator, and no torch module.\nUse model=electra_small."
+        )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     kind = TorchModuleForMaskedLM if auto_class == "AutoModelForMaskedLM" else TorchModuleForCausalLM
     positions = getattr(module, "max_positions", None)

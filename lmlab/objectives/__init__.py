@@ -13,9 +13,18 @@ import numpy as np
 from lmlab.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OBJECTIVE_OF = {"AutoModelForCausalLM": "clm", "AutoModelForMaskedLM": "mlm", "AutoModelForSeq2SeqLM": "span"}
+    from lmlab.models.loss import Scores
+
+OBJECTIVE_OF = {
+    "AutoModelForCausalLM": "clm",
+    "AutoModelForMaskedLM": "mlm",
+    "AutoModelForSeq2SeqLM": "span",
+    "AutoModelForPreTraining": "electra",
+}
 """The objective (a file of conf/objective/) that suits a trained model of each `AutoModel` class, where a command
 does not name one."""
 
@@ -53,6 +62,9 @@ class Example(NamedTuple):
     tokens: np.ndarray | None = None
     """The number of each target among the given ids, [N]; -1 for one that is no token of the text, such as a sentinel.
     None is the scored position and `Objective.target_shift`."""
+    draws: np.ndarray | None = None
+    """For an objective with a generator, which fills in some of the tokens: for each target a uniform random number in
+    [0, 1) by which its token is drawn, and -1 where the text's own token stays, [N]."""
 
 
 class Objective(Protocol):
@@ -95,7 +107,11 @@ class Objective(Protocol):
     held_out: type | None = None
     """The class of the objective by which held-out text is scored, made without keys of the config; None is its own,
     with the keys of the config but for `validation_…` and schedules (`lmlab.config.build.held_out_objective`)."""
-    writes: Literal["generate", "fill_mask", "unmask", "infill"] | None = None
+    losses: "Callable[..., Scores] | None" = None
+    """The method by which the output of a model becomes losses: (model, batch, chunk_size, scale) → Scores, whose nll
+    [N] is that of each target. `batch` is a `lmlab.data.datamodule.Batch` in training and a `ScoringBatch` for held-out
+    text; the others are arguments of `lmlab.models.loss.score`, which is what None stands for."""
+    writes: Literal["generate", "fill_mask", "unmask", "infill", "detect"] | None = None
     """The function of `lmlab.models.generation` by which its models write; None is the one that suits their class."""
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
@@ -180,8 +196,9 @@ def check_shapes(objective: Objective, example: Example, length: int) -> None:
         expected |= {"inputs": (np.size(example.inputs), "iu"), "decoder_inputs": (length, "iu")}
     if example.tokens is not None:
         expected["tokens"] = (scored, "iu")
-    if example.weights is not None:
-        expected["weights"] = (scored, "iuf")
+    for field in ("weights", "draws"):
+        if getattr(example, field) is not None:
+            expected[field] = (scored, "iuf")
     for field, (size, kinds) in expected.items():
         given = getattr(example, field)
         if not (isinstance(given, np.ndarray) and given.shape == (size,)):
@@ -206,6 +223,8 @@ def check_shapes(objective: Objective, example: Example, length: int) -> None:
         )
     if example.weights is not None and not np.isfinite(example.weights).all():
         raise UserError(f"{name} returns weights that are not finite. {see}")
+    if example.draws is not None and scored and not (example.draws.min() >= -1 and example.draws.max() < 1):
+        raise UserError(f"{name} returns draws that are neither in [0, 1) nor -1. {see}")
     if example.divisor is not None and not (isinstance(example.divisor, int | np.integer) and example.divisor >= 0):
         raise UserError(f"{name} returns the divisor {example.divisor}, and a whole number was expected. {see}")
     if not 0 <= example.prefix <= length:

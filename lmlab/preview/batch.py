@@ -5,6 +5,7 @@ Shapes: T positions of a sample.
 
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
@@ -52,9 +53,10 @@ def sample_pieces(batch: Batch, row: int, tokenizer: Any, shift: int) -> list[Pi
     width = batch.input_ids.shape[1]
     length = width if batch.attention_mask is None else int(batch.attention_mask[row].sum())
     inputs = batch.input_ids[row, : min(length, LONGEST)].tolist()
-    scored = batch.positions // width == row
-    positions = batch.positions[scored] % width + shift
-    targets = dict(zip(positions.tolist(), batch.targets[scored].tolist(), strict=True))
+    chosen = torch.arange(len(batch.positions)) if batch.hidden is None else batch.hidden
+    chosen = chosen[batch.positions[chosen] // width == row]
+    positions = batch.positions[chosen] % width + shift
+    targets = dict(zip(positions.tolist(), batch.targets[chosen].tolist(), strict=True))
     tokens = [targets.get(position, token) for position, token in enumerate(inputs)]
     pieces, before = list[Piece](), ""
     for position, (token, original) in enumerate(zip(inputs, tokens, strict=True)):
@@ -132,8 +134,8 @@ def show_samples(batch: Batch, tokenizer: Any, shift: int, console: Console, cou
             console.print(Text(f"  {'(unmarked)' if kind == unmarked else f'[{kind}:…]':<11} {meaning}", style))
     for number, sample in enumerate(samples, 1):
         console.print(Text(f"{number}  ").append_text(render(sample, unmarked)))
-        if batch.weights is not None:
+        if batch.weights is not None and batch.hidden is None:
             console.print(Text(f"   {describe_weights(batch, number - 1)}", "dim"))
-    if batch.weights is not None or batch.divisor != len(batch.targets):
+    if batch.hidden is None and (batch.weights is not None or batch.divisor != len(batch.targets)):
         loss = f"the nll of {len(batch.targets)} targets, each times its weight, in sum, divided by {batch.divisor}"
         console.print(f"Loss of all {size} samples: {loss}", highlight=False)

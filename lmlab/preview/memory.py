@@ -33,6 +33,9 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     if model.config.is_encoder_decoder:
         print("The memory of each GPU is not estimated: encoder and decoder read texts of different lengths.")
         return
+    if hasattr(model, "discriminator"):
+        print("The memory of each GPU is not estimated: a generator and a discriminator take turns.")
+        return
     here = torch.cuda.is_available()
     precision = cfg.trainer.precision or (schema.best_precision(cfg.trainer) if here else "bf16-mixed")
     shards = schema.shards(cfg.trainer)

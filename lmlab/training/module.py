@@ -23,6 +23,7 @@ from lmlab.errors import UserError, nearest
 from lmlab.evaluation.metrics import compute_metrics, sum_totals
 from lmlab.evaluation.scoring import DocumentSums, MeanNLL, Scorer
 from lmlab.models.efficiency import share_tied_gradient
+from lmlab.models.loss import Scores
 from lmlab.models.teacher import Teacher
 
 NEVER = torch.iinfo(torch.int64).max
@@ -60,6 +61,8 @@ class LMModule(Scorer):
         val_interval: int | None = None,
         reduces_once: bool = True,
         teacher: Teacher | None = None,
+        losses: Callable[..., Scores] | None = None,
+        held_out_losses: Callable[..., Scores] | None = None,
     ):
         """Takes a model, and how it is trained.
 
@@ -76,15 +79,17 @@ class LMModule(Scorer):
             reduces_once: True to sum the gradients of a sharded model over the ranks once a step, for which each rank
                 keeps one of the whole model between accumulated batches; False to sum them after each batch.
             teacher: a model whose probabilities are learned too. Held-out text is scored without it.
+            losses: how a training batch is scored: see `Objective.losses`.
+            held_out_losses: how held-out rows are scored: see `HeldOut.losses`.
         """
-        super().__init__(model, sums, logits_chunk_size)
+        super().__init__(model, sums, logits_chunk_size, held_out_losses)
         self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
         self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
-        self.reduces_once, self.teacher = reduces_once, teacher
+        self.reduces_once, self.teacher, self.losses = reduces_once, teacher, losses
         self.nominal_targets = batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
-        """The model's own auxiliary loss, per target as the nll."""
+        """The auxiliary loss, per target as the nll."""
         self.train_kl = MeanNLL()
         """The KL divergence of the teacher from the model, per target."""
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
@@ -172,11 +177,11 @@ class LMModule(Scorer):
         # DDP takes the mean over ranks and Lightning over accumulated batches; this makes them sums.
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets
         scale = None if self.scaler is None else self.scaler.scale(torch.full((), factor, device=self.device))
-        nll, auxiliary, distilled = self.score(batch, scale, self.teacher)  # [N], scalar or None
-        loss = (nll if distilled is None else distilled.loss).sum()
+        nll, auxiliary, own_loss, kl = self.score(batch, self.losses, scale, self.teacher)
+        loss = (nll if own_loss is None else own_loss).sum()
         self.train_nll.update(nll, batch.divisor)
-        if distilled is not None:
-            self.train_kl.update(distilled.kl, batch.divisor)
+        if kl is not None:
+            self.train_kl.update(kl, batch.divisor)
         if auxiliary is not None:
             # Weighted by the number of targets, as the nll of the batch is.
             loss = loss + auxiliary * batch.divisor

@@ -92,7 +92,8 @@ def agrees(
         expected.append(loss.item())
 
     logger = LossesOf(folder)
-    module = LMModule(model, optim, steps=STEPS, metric=objective.metric, logits_chunk_size=rows, **SIZES)
+    options = {"logits_chunk_size": rows, "losses": getattr(objective, "losses", None)}
+    module = LMModule(model, optim, steps=STEPS, metric=objective.metric, **options, **SIZES)
     data = BlocksDataModule(blocks, [], objective, 92, BATCH, STEPS, SEED)  # nothing is validated
     fitted(module, data, STEPS, logger=logger, log_every_n_steps=1)
 
