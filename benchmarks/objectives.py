@@ -2,16 +2,18 @@
 
   python -m benchmarks.objectives                          masked diffusion beside next-token prediction
   python -m benchmarks.objectives objective=mlm size=distil
+  python -m benchmarks.objectives objective=electra        beside a generator and a discriminator, each trained alone
 
 Keys, with their defaults:
 
-  objective=diffusion   clm, mlm, diffusion, hybrid, prefix, fim
+  objective=diffusion   clm, mlm, diffusion, hybrid, prefix, fim, electra
   size=small            small, distil (benchmarks/train.py)
   batch_size=8
   rounds=6              of both objectives; the first is not counted
   steps=8               of each in a round
 
-The ratio is that of the time of a step of clm over one of the objective; larger is faster.
+The ratio is that of the time of a step of clm, or of both steps of ELECTRA's models alone, over one of the objective;
+larger is faster.
 """
 
 import statistics
@@ -31,7 +33,7 @@ from benchmarks.train import SEED, SIZES, make_model, make_tokenizer, vocabulary
 
 @dataclass
 class Settings(Arguments):
-    objective: Literal["clm", "mlm", "diffusion", "hybrid", "prefix", "fim"] = "diffusion"
+    objective: Literal["clm", "mlm", "diffusion", "hybrid", "prefix", "fim", "electra"] = "diffusion"
     size: Literal["small", "distil"] = "small"
     batch_size: int = 8
     rounds: int = 6
@@ -39,7 +41,12 @@ class Settings(Arguments):
 
 
 def compare(settings: Settings) -> dict[str, Any]:
-    sides = {name: stepper(name, settings) for name in (settings.objective, "clm")}
+    sides = {settings.objective: stepper(settings.objective, settings)}
+    if settings.objective == "electra":
+        alone = [stepper(half, settings) for half in ("generator", "discriminator")]
+        sides["its models alone"] = lambda: sum(step() for step in alone)
+    else:
+        sides["clm"] = stepper("clm", settings)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(settings.rounds):
@@ -66,39 +73,66 @@ def stepper(name: str, settings: Settings) -> Callable[[], float]:
     from lmlab.data.datamodule import collate
     from lmlab.data.sampler import draws
     from lmlab.models.efficiency import fuse_activations
+    from lmlab.models.loading import from_scratch
     from lmlab.models.loss import logits_chunk_size, score
     from lmlab.objectives.clm import CausalLM
     from lmlab.objectives.diffusion import MaskedDiffusion
+    from lmlab.objectives.electra import ReplacedTokenDetection
     from lmlab.objectives.fim import FillInTheMiddle
     from lmlab.objectives.hybrid import HybridLM
     from lmlab.objectives.mlm import MaskedLM
     from lmlab.objectives.prefix import PrefixLM
 
-    causal, positions = name not in ("mlm", "diffusion"), SIZES[settings.size][3]
+    detects = name in ("electra", "generator", "discriminator")
+    causal, positions = not detects and name not in ("mlm", "diffusion"), SIZES[settings.size][3]
     tokenizer = make_tokenizer(vocabulary_of(settings.size, causal))
-    objective: Any = {
+    made = {
         "clm": CausalLM,
         "mlm": lambda: MaskedLM(tokenizer),
         "diffusion": lambda: MaskedDiffusion(tokenizer),
         "hybrid": lambda: HybridLM(tokenizer, validation_causal_share=1.0),
         "prefix": lambda: PrefixLM(validation_prefix_share=0.0),
         "fim": lambda: FillInTheMiddle(tokenizer, sentinels=("w1", "w2", "w3")),
-    }[name]()
+    }
+    objective: Any = ReplacedTokenDetection(tokenizer) if detects else made[name]()
     # Skewed, so that there is something to learn.
     drawn = np.random.default_rng(SEED).random((256, positions)) ** 3
     blocks = [*(4 + (len(tokenizer) - 4) * drawn).astype(np.int32)]
     torch.manual_seed(SEED)
-    model = make_model(tokenizer, settings.size, causal, positions).train()
+    if detects:
+        layers, width, heads, *_ = SIZES[settings.size]
+        config = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+        config |= {"embedding_size": width, "intermediate_size": 4 * width}
+        smaller = {"hidden_size": width // 2, "num_attention_heads": heads // 2, "intermediate_size": 2 * width}
+        pair: Any = from_scratch(tokenizer, objective.auto_class, "electra", config, smaller)
+        model = pair if name == "electra" else getattr(pair, name)
+    else:
+        model = make_model(tokenizer, settings.size, causal, positions)
+    model.train()
     fuse_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    rows, numbers = logits_chunk_size(model, None, False), count()
+    rows = None if name == "discriminator" else logits_chunk_size(model, None, False)
+    numbers = count()
+
+    def loss_of(batch: Any) -> torch.Tensor:
+        inputs = batch.input_ids, batch.attention_mask
+        if name == "electra":
+            scores = objective.losses(model, batch, rows)
+            return scores.loss.sum() / batch.divisor + scores.auxiliary
+        if name == "discriminator":  # half of the hidden tokens are other ones, whatever they are
+            labels = torch.zeros(len(batch.positions)).index_fill(0, batch.hidden[::2], 1.0)
+            logits = model(*inputs).logits.flatten()[batch.positions]
+            return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        if name == "generator":
+            chosen = batch.positions[batch.hidden], batch.targets[batch.hidden]
+            return score(model, *inputs, *chosen, rows).nll.sum() / len(batch.hidden)
+        scored = batch.positions, batch.targets, rows
+        return score(model, *inputs, *scored, weights=batch.weights, prefix=batch.prefix).nll.sum() / batch.divisor
 
     def step() -> float:
         first = next(numbers) * settings.batch_size
         batch = collate(blocks, draws(SEED, first, settings.batch_size, len(blocks)), objective, SEED, 1)
-        inputs = batch.input_ids, batch.attention_mask, batch.positions, batch.targets
-        nll = score(model, *inputs, rows, weights=batch.weights, prefix=batch.prefix).nll
-        loss = nll.sum() / batch.divisor
+        loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

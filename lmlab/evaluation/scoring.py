@@ -110,7 +110,7 @@ class HeldOut(Dataset[ScoringBatch]):
 
     @property
     def losses(self) -> Callable[..., Scores] | None:
-        """How the rows are scored: `Objective.losses` of the objective whose targets they have."""
+        """`Objective.losses` of the objective whose targets the rows have; None where it has none."""
         return getattr(self.rows.objective, "losses", None) if isinstance(self.rows, WindowRows) else None
 
     def sums(self) -> "DocumentSums":

@@ -1,5 +1,4 @@
-"""Makes a trained model write (guide, "Inference"): continue a text, fill the masks or the spans in it, or find what
-was replaced in it.
+"""Makes a trained model write (guide, "Inference"): continue a text, fill masks or spans, or find replaced tokens.
 
 Shapes: T tokens of a text, M masks in it, V vocabulary.
 """
