@@ -34,6 +34,8 @@ class RunDirectory:
         self.records = self.path / "records.parquet"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
+        self.series = self.path / "series"
+        self.series_index = self.series / "index.json"
         self.model = self.path / "model"
         self.tokenizer = self.path / "tokenizer"
         self.profile = self.path / "profile"
@@ -49,6 +51,14 @@ class RunDirectory:
     def best_at(self, step: int) -> Path:
         """Returns the path of the weights after `step` optimizer steps, kept because they are among the best."""
         return self.checkpoints / f"best-{step}.ckpt"
+
+    def series_at(self, step: int) -> Path:
+        """Returns the path of the exported model after `step` optimizer steps, in a run with a series of them."""
+        return self.series / f"step-{step}"
+
+    def read_series(self) -> list[dict[str, Any]]:
+        """Returns the step, tokens, path (in `series`) and dtype of each model of the series, in order of steps."""
+        return read_json(self.series_index)["models"] if self.series_index.is_file() else []
 
     def rank_log(self, rank: int) -> Path:
         """Returns the path of the output of a rank other than 0."""
