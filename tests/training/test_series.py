@@ -1,5 +1,6 @@
 """A series of exported models: written while a run trains, each step once, and evaluated as a curve."""
 
+import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_evaluated(
     assert perplexities == sorted(perplexities, reverse=True)
     for perplexity in perplexities:
         assert f"{perplexity:.4f}" in shown
+    run_verb("report", place, run, "--out", tmp_path / "report")
+    assert "The 5 models of " in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "report" / "clm_series.csv").open()))
+    assert [int(row["step"]) for row in rows] == steps(run)
+    assert [float(row["perplexity"]) for row in rows] == perplexities
+    assert len(list(csv.DictReader((tmp_path / "report" / "clm_finals.csv").open()))) == 1  # the run alone is ranked
+    drawn = (tmp_path / "report" / "clm_series_bits_per_byte.svg").read_text()
+    assert drawn.count('aria-roledescription="point"') == 4  # all but step 0, as steps double
     place = evaluate(run, "series=[4,1]", "context=document")
     assert sorted(folder.name for folder in place.glob("step-*")) == ["step-1", "step-4"]
     nowhere = f"hydra.run.dir={tmp_path / 'nowhere'}"
