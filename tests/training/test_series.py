@@ -1,6 +1,7 @@
 """A series of exported models: written while a run trains, each step once, and evaluated as a curve."""
 
 import csv
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmlab.evaluation import records
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint_io import load_checkpoint, load_weights
+from lmlab.training.series import write_model
 
 from ..conftest import TINY, Refused, run_verb, stop_after
 
@@ -111,7 +113,8 @@ def test_evaluated(
     assert len(list(csv.DictReader((tmp_path / "report" / "clm_finals.csv").open()))) == 1  # the run alone is ranked
     drawn = (tmp_path / "report" / "clm_series_bits_per_byte.svg").read_text()
     assert drawn.count('aria-roledescription="point"') == 4  # all but step 0, as steps double
-    place = evaluate(run, "series=[4,1]", "context=document")
+    stop_after(run, 4, tmp_path / "stopped")
+    place = evaluate(tmp_path / "stopped", "series=[4,1]", "context=document")  # before a run ends
     assert sorted(folder.name for folder in place.glob("step-*")) == ["step-1", "step-4"]
     nowhere = f"hydra.run.dir={tmp_path / 'nowhere'}"
     assert "no model of step 3.\nIt has those of the steps 0, 1, 2, 4, 6." in refused(
@@ -119,6 +122,28 @@ def test_evaluated(
     )
     assert "leave one of them out" in refused("evaluate", run, "series=true", "check=true", nowhere)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_full_disk(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model without room is warned of, and is not in the index; training goes on."""
+    copy, model = RunDirectory(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(run / "model")
+    copy.path.mkdir()
+    shutil.copytree(run / "tokenizer", copy.tokenizer)
+    entries = [{"step": step, "tokens": step, "path": f"step-{step}", "dtype": "float32"} for step in (1, 2, 4)]
+    write_model(copy, model, model.state_dict(), entries[0])
+    with monkeypatch.context() as patched:
+
+        def full(*unused: object, **options: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patched.setattr(shutil, "copytree", full)
+        write_model(copy, model, model.state_dict(), entries[1])
+    assert "step-2 of the series could not be kept, as the disk is full" in caplog.text
+    write_model(copy, model, model.state_dict(), entries[2])
+    assert copy.read_series() == [entries[0], entries[2]]
+    assert steps(copy.path) == [1, 4]
 
 
 @pytest.mark.long
