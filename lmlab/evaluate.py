@@ -88,7 +88,7 @@ def models_of(
     for entry in trained.read_series():
         if entry["step"] in cfg.series:
             one = evaluated.of_step(cfg, entry["step"])
-            yield one, run.path / entry["path"], {"model": one.model.name, "series": entry}
+            yield one, run.path / f"step-{entry['step']}", {"model": one.model.name, "series": entry}
 
 
 def trained_run(cfg: DictConfig) -> RunDirectory | None:

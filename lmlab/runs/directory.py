@@ -57,8 +57,17 @@ class RunDirectory:
         return self.series / f"step-{step}"
 
     def read_series(self) -> list[dict[str, Any]]:
-        """Returns the step, tokens, path (in `series`) and dtype of each model of the series, in order of steps."""
-        return read_json(self.series_index)["models"] if self.series_index.is_file() else []
+        """Returns the step, tokens, path (in `series`) and dtype of each model of the series, in order of steps.
+
+        Raises:
+            UserError: its index is damaged.
+        """
+        if not self.series_index.is_file():
+            return []
+        models = read_json(self.series_index).get("models")
+        if not isinstance(models, list) or not all(is_model(model) for model in models):
+            raise UserError(f"{self.series_index} is damaged: it does not list models as lmlab writes them.")
+        return models
 
     def rank_log(self, rank: int) -> Path:
         """Returns the path of the output of a rank other than 0."""
@@ -204,3 +213,9 @@ class RunDirectory:
         manifest = self.read_manifest()
         names = ("command", "lmlab", "git", "python", "packages", "machine", "went_on")
         return {name: manifest[name] for name in names if name in manifest}
+
+
+def is_model(entry: Any) -> bool:
+    """Returns whether an entry of the index of a series is one as lmlab writes it."""
+    kinds = {"step": int, "tokens": int, "path": str, "dtype": str}
+    return isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == kinds

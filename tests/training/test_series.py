@@ -121,6 +121,9 @@ def test_evaluated(
         "evaluate", run, "series=[3]", nowhere
     )
     assert "leave one of them out" in refused("evaluate", run, "series=true", "check=true", nowhere)
+    index = tmp_path / "stopped" / "series" / "index.json"
+    index.write_text('{"models": [{"step": "../4"}]}')
+    assert "index.json is damaged" in refused("evaluate", tmp_path / "stopped", "series=true", nowhere)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -138,7 +141,7 @@ def test_a_full_disk(
         def full(*unused: object, **options: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patched.setattr(shutil, "copytree", full)
+        patched.setattr(shutil, "copystat", full)  # of `copytree`, which has an error of its own for it
         write_model(copy, model, model.state_dict(), entries[1])
     assert "step-2 of the series could not be kept, as the disk is full" in caplog.text
     write_model(copy, model, model.state_dict(), entries[2])
