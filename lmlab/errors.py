@@ -169,11 +169,11 @@ def disk_full(error: BaseException | None) -> bool:
 
 
 def os_error(error: BaseException | None) -> int | None:
-    """Returns the number of the system error that an error came from: torch and safetensors raise their own over it."""
+    """Returns the number of the system error that an error came from: torch, safetensors and shutil raise their own."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno:
             return cause.errno
-        if f"(os error {errno.ENOSPC})" in str(cause):
+        if any(sign in str(cause) for sign in (f"(os error {errno.ENOSPC})", f"[Errno {errno.ENOSPC}]")):
             return errno.ENOSPC
     return None
 

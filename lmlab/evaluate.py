@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, changes, compose, evaluated, schema, targets, trust
 from lmlab.config.rank import on_all_ranks, on_rank_zero
-from lmlab.console import command, show_result
+from lmlab.console import command, show_result, show_rows
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, cause_of, stopped_with
 from lmlab.io import from_here, take_back, write_json
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 
 def measure(cfg: DictConfig) -> None:
-    """Scores held-out text with the model of a config, and writes records and certificate. Every rank calls this."""
+    """Scores held-out text with the model of a config, and writes records and certificate. Every rank calls this.
+
+    Each model of a series gets a folder for them, and the text is prepared for the first one.
+    """
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
     from lmlab.evaluation.certify import certify
@@ -41,40 +44,57 @@ def measure(cfg: DictConfig) -> None:
 
     run, trained = RunDirectory(cfg.run_dir), trained_run(cfg)
     tokenizer = targets.build(cfg.tokenizer, "tokenizer")
-    objective, model = build.build_model_of_rank(cfg, tokenizer)
-    check_tokenizer(model, tokenizer)
+    held_out = None
+    for one, path, facts in models_of(cfg, run, trained):
+        objective, model = build.build_model_of_rank(one, tokenizer)
+        check_tokenizer(model, tokenizer)
 
-    def weights_hash() -> str:  # before a precision changes the weights
-        return records.weights_hash(model.state_dict())
+        def weights_hash(model: Any = model) -> str:  # before a precision changes the weights
+            return records.weights_hash(model.state_dict())
 
-    weights = ranks.from_rank_zero("weights", weights_hash) if schema.shards(cfg.trainer) > 1 else weights_hash()
-    data = held_out_data(cfg, tokenizer, trained)
-    hashes = {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash, "weights": weights}
-    ranks.check_ranks_agree(config=fingerprint(OmegaConf.to_yaml(cfg, sort_keys=True)), **hashes)
-    if not ranks.rank():
-        log_doubts(data.ledger)
-    held_out = build.build_held_out(cfg, data, objective)
-    build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
-    facts = {
-        "weights_hash": weights,
-        "model": trained.read_manifest().get("snapshot", cfg.model.name) if trained else cfg.model.name,
-        "run": trained and trained.trained_as(),
-        **run.provenance(),
-    }
-    certify(
-        model,
-        held_out,
-        run.path,
-        trainer=build.build_evaluation_trainer(cfg),
-        batch_size=cfg.batch_size,
-        num_workers=cfg.num_workers,
-        chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer)),
-        facts=facts,
-    )
+        name = f"weights of {path.name}" if cfg.series else "weights"
+        weights = ranks.from_rank_zero(name, weights_hash) if schema.shards(cfg.trainer) > 1 else weights_hash()
+        hashes = {name: weights}
+        if held_out is None:
+            data = held_out_data(one, tokenizer, trained)
+            hashes |= {"config": fingerprint(OmegaConf.to_yaml(cfg, sort_keys=True))}
+            hashes |= {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash}
+            if not ranks.rank():
+                log_doubts(data.ledger)
+            held_out = build.build_held_out(one, data, objective)
+            build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
+        ranks.check_ranks_agree(**hashes)
+        certify(
+            model,
+            held_out,
+            path,
+            trainer=build.build_evaluation_trainer(cfg),
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
+            chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer)),
+            facts={"weights_hash": weights, **facts, "run": trained and trained.trained_as(), **run.provenance()},
+        )
+
+
+def models_of(
+    cfg: DictConfig, run: RunDirectory, trained: RunDirectory | None
+) -> Iterator[tuple[DictConfig, Path, dict[str, Any]]]:
+    """Yields the config, the directory and the facts of the one model of an evaluation, or of each of its series."""
+    if not cfg.series:
+        snapshot = trained and trained.read_manifest().get("snapshot")
+        yield cfg, run.path, {"model": snapshot or cfg.model.name}
+        return
+    assert trained is not None
+    for entry in trained.read_series():
+        if entry["step"] in cfg.series:
+            one = evaluated.of_step(cfg, entry["step"])
+            yield one, run.path / f"step-{entry['step']}", {"model": one.model.name, "series": entry}
 
 
 def trained_run(cfg: DictConfig) -> RunDirectory | None:
-    """Returns the run whose exported model is evaluated; None for any other model, even in the directory of a run."""
+    """Returns the run whose exported model is evaluated, or models of its series; None for any other model."""
+    if cfg.series:
+        return RunDirectory(Path(cfg.model.name).resolve().parents[1])
     run = RunDirectory(Path(cfg.model.name).resolve().parent)
     return run if run.model == Path(cfg.model.name).resolve() and run.has_config() else None
 
@@ -155,7 +175,7 @@ def evaluate_job(cfg: DictConfig) -> float:
 def snapshot_of_unfinished(cfg: DictConfig, trusted: Sequence[str]) -> Iterator[None]:
     """Lets a config that names an unfinished run name a snapshot of its best weights so far, for the time inside."""
     named = not OmegaConf.is_missing(cfg.model, "name") and cfg.model.get("name")
-    if not named or not RunDirectory(cfg.model.name).unfinished():
+    if not named or cfg.series or not RunDirectory(cfg.model.name).unfinished():
         yield
         return
     from lmlab.config.snapshot import snapshot
@@ -174,6 +194,7 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
     from lmlab.evaluation import records
 
     config, given = compose.config_yaml(cfg), compose.overrides_yaml(overrides)
+    directories = [RunDirectory(run.path / f"step-{step}") for step in cfg.series] if cfg.series else [run]
     with lifecycle.new(run, config, given, {"masks": cfg.seed}), stopped_with("Nothing of the evaluation is kept."):
         try:
             began = time.perf_counter()
@@ -182,13 +203,34 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
             if cfg.check:
                 check_invariance(cfg)
         except BaseException:
-            for file in (run.certificate, run.records):
-                file.unlink(missing_ok=True)
+            for directory in directories:
+                for file in (directory.certificate, directory.records):
+                    file.unlink(missing_ok=True)
             raise
-    certificate = records.read(run.path).certificate
-    speed = f"{certificate['totals']['tokens'] / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"
-    show_result(records.describe(certificate) | {"speed": speed, "certificate": str(from_here(run.certificate))})
-    return certificate["figures"][certificate["figure"]]
+    certificates = [records.read(directory.path).certificate for directory in directories]
+    tokens, last = sum(certificate["totals"]["tokens"] for certificate in certificates), certificates[-1]
+    about = {"speed": f"{tokens / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"}
+    if cfg.series:
+        about["certificates"] = str(from_here(run.path / "step-…" / run.certificate.name))
+        show_series(certificates, about)
+    else:
+        show_result(records.describe(last) | about | {"certificate": str(from_here(run.certificate))})
+    return last["figures"][last["figure"]]
+
+
+def show_series(certificates: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> None:
+    """Prints the metrics of each model of a series in a table, and below it what is alike for all of them."""
+    from lmlab.evaluation.records import describe
+
+    texts = [describe(certificate) for certificate in certificates]
+    metrics = [title for title in texts[0] if title.replace(" ", "_") in certificates[0]["figures"]]
+    rows = [
+        [f"{certificate['series'][key]:,}" for key in ("step", "tokens")] + [text[title] for title in metrics]
+        for certificate, text in zip(certificates, texts, strict=True)
+    ]
+    show_rows("Series", ["step", "tokens seen", *metrics], rows, words=0)
+    alike = {title: text for title, text in texts[0].items() if title not in metrics}
+    show_result({**alike, **about}, "Evaluation")
 
 
 def with_model(words: list[str]) -> list[str]:

@@ -60,6 +60,8 @@ def take_model(cfg: DictConfig) -> DictConfig | None:
     if OmegaConf.is_missing(cfg.model, "name") or not cfg.model.get("name"):
         raise UserError("model has to be given: add model=RUN_DIRECTORY, or an exported directory, or a hub id.")
     run = RunDirectory(cfg.model.name)
+    if cfg.series:
+        return take_series(cfg, run)
     if run.has_config():
         trained = read_config(run.path)
         if not run.model.is_dir():
@@ -70,6 +72,36 @@ def take_model(cfg: DictConfig) -> DictConfig | None:
         raise UserError(f"{cfg.model.name} is a checkpoint of a run: name the run's directory, model=RUN_DIRECTORY")
     check_directory("model", cfg.model.name, "model")
     return None
+
+
+def take_series(cfg: DictConfig, run: RunDirectory) -> DictConfig:
+    """Sets the steps whose models are evaluated, and the model's name to the last of them; returns the run's config.
+
+    Raises:
+        UserError: the directory is no run, or has no series, or none of these steps.
+    """
+    steps = [model["step"] for model in run.read_series()]
+    if not run.has_config() or not steps:
+        raise UserError(
+            f"{run.path} holds no series of models, as a run with callbacks.series=log has it.\n"
+            "To evaluate the model that is there, leave series=… out."
+        )
+    cfg.series = steps if cfg.series is True else sorted({*cfg.series})
+    missing = [step for step in cfg.series if step not in steps]
+    if missing:
+        raise UserError(
+            f"series={cfg.series}: the series of {run.path} has no model of step {missing[0]}.\n"
+            f"It has those of the steps {', '.join(map(str, steps))}."
+        )
+    cfg.model.name = str(run.series_at(cfg.series[-1]))
+    return read_config(run.path)
+
+
+def of_step(cfg: DictConfig, step: int) -> DictConfig:
+    """Returns the config of an evaluation of a series with the model of one step in it."""
+    one = cfg.copy()
+    one.model.name = str(RunDirectory(Path(cfg.model.name).parents[1]).series_at(step))
+    return one
 
 
 def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> None:

@@ -16,6 +16,8 @@ FREE = re.compile(r"(model\.config|data\.filter|hydra\.job\.env_set)[.=]|(callba
 FREE_OF_A_SEARCH = re.compile(r"hydra\.sweeper\.(sampler|pruner)[.=]")
 # Groups that a command may leave out. To choose one is to add it, so a + before it says nothing more.
 OPTIONAL = re.compile(r"^\+(?=(distill|experiment)=)")
+# A series of models is asked for by its steps alone.
+SERIES = re.compile(r"^(\+{0,2}callbacks\.series)=(?!\{)")
 KEY = re.compile(r"(\+{1,2}|~)?[A-Za-z_$][\w./@:$-]*")
 # Where a value, or an element of one, begins with a home directory; what is in quotes is left alone.
 HOME = re.compile(
@@ -48,7 +50,7 @@ def readable(words: Sequence[str], searches: bool = False) -> list[str]:
     for number, word in enumerate(words):
         if "=" not in word and not word.startswith("~"):
             raise UserError(explain_word(words, number))
-    words = [OPTIONAL.sub("", expand_home(word)) for word in words]
+    words = [SERIES.sub(r"\1.steps=", OPTIONAL.sub("", expand_home(word))) for word in words]
     return [f"++{word}" if any(kind.match(word) for kind in free) else word for word in words]
 
 

@@ -111,6 +111,8 @@ class Evaluate(Config):
     """The words of the perplexity per word: words and ends of documents, or words and ends of all lines."""
     trust: str | list[str] | None = None
     """Packages whose code may run where the config of the run names it."""
+    series: bool | list[Annotated[int, Ge(0)]] = False
+    """Score each model of the run's series, or those of these steps."""
     check: bool = False
     """Measure again at another batch size and number of devices, and fail if a total moves."""
 
@@ -213,6 +215,8 @@ def check_choices(cfg: DictConfig) -> None:
     check_keys(cfg, "evaluate")
     if cfg.score != "pseudo" and (cfg.within_word or cfg.sample is not None):
         raise UserError("within_word and sample are for score=pseudo.")
+    if cfg.series and cfg.check:
+        raise UserError("check=true is for one model, and series=… for several: leave one of them out.")
     if "texts" in takes(cfg.tokenizer, "tokenizer"):
         raise UserError(
             "a trained model has a tokenizer, and this one would have to learn it from text:\n"

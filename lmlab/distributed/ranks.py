@@ -118,7 +118,7 @@ def check_ranks_agree(**facts: str) -> None:
     a process group would time out.
 
     Args:
-        facts: hashes by the names of what they are of, such as `data`.
+        facts: hashes by the names of what they are of, such as `data`. The ranks meet once for the same names.
 
     Raises:
         UserError: in every rank; names the first rank that holds another fact than rank 0.
@@ -129,7 +129,7 @@ def check_ranks_agree(**facts: str) -> None:
     from torch.distributed.elastic.utils.store import synchronize
 
     mine = json.dumps([socket.gethostname(), facts]).encode()
-    everyone = synchronize(store(), mine, number, world_size(), Key.FACTS, STORE_TIMEOUT)
+    everyone = synchronize(store(), mine, number, world_size(), f"{Key.FACTS}/{'/'.join(facts)}", STORE_TIMEOUT)
     (_, expected), *others = map(json.loads, everyone)
     for other, (host, found) in enumerate(others, 1):
         for name in facts:

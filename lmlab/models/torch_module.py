@@ -4,7 +4,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, N scored positions.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -69,13 +69,19 @@ class TorchModule(PreTrainedModel):  # type: ignore[misc]
         for layer in layers(self):
             layer.forward = partial(checkpoint, layer.forward, **gradient_checkpointing_kwargs or {})
 
-    def save_pretrained(self, save_directory: Any, **unused: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, state_dict: Mapping[str, Tensor] | None = None, **unused: Any
+    ) -> None:
         """Writes the config, and the module's own state dict under its own names: a shared tensor under each of them.
 
         They are copies, as safetensors takes no tensors that share memory, such as those of an LSTM on a GPU.
+
+        Args:
+            state_dict: that of this model at another time.
         """
         self.config.save_pretrained(save_directory)
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.module.state_dict().items()}
+        named = self.state_dict() if state_dict is None else state_dict
+        state = {n.removeprefix("module."): tensor.detach().cpu().contiguous().clone() for n, tensor in named.items()}
         save_file(state, Path(save_directory, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
 
 

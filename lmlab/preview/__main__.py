@@ -80,6 +80,7 @@ def preview(plan: Plan) -> None:
     seconds = None
     if measured.parameters:
         estimate.show_measured(cfg, measured)
+        estimate.show_series(cfg, measured, steps)
     if measured.steps:
         if submitted and cfg.trainer.accelerator == "auto" and not schema.uses_gpu(cfg.trainer):
             print("Measured without a GPU, as this machine has none; a node may have some.")

@@ -6,10 +6,12 @@ from datetime import datetime, timedelta
 from omegaconf import DictConfig
 
 from lmlab.config import schema
+from lmlab.config.targets import build
 from lmlab.console import counted, duration, show_result, show_rows
 from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan
+from lmlab.training.series import DTYPES, Series, is_due
 from lmlab.training.summary import parameters_text
 
 
@@ -36,6 +38,16 @@ def show_measured(cfg: DictConfig, measured: Measurement) -> None:
             if schema.shards(cfg.trainer) > 1:
                 rows["sharding"] = "not measured: sharded, a device holds less than this one did"
     show_result(rows, "Measured")
+
+
+def show_series(cfg: DictConfig, measured: Measurement, steps: int) -> None:
+    """Prints how many exported models a run of so many steps would write, and their size, if it is to write any."""
+    block = (cfg.callbacks or {}).get("series")
+    series = build(block, "callbacks.series") if block else None
+    if isinstance(series, Series) and series.spacings:
+        models = sum(is_due(step, series.spacings) for step in range(steps)) + 1  # and the last one
+        size = models * measured.parameters * DTYPES[series.dtype].itemsize / 2**20
+        print(f"Series: {counted(models, 'exported model')}, {size:,.1f} MiB in all.")
 
 
 def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, held_out: int, whole: int) -> float:

@@ -120,6 +120,35 @@ def draw_curve(
     return render(alt.layer(*layers).add_params(against).properties(title=below))
 
 
+def draw_series(points: pd.DataFrame, title: str, select: str) -> dict[str, Any]:
+    """Draws the bits per byte of the models of series over training, on a logarithmic scale where the steps double.
+
+    Args:
+        points: a row for each model: series, step, tokens and bits_per_byte.
+        title: that of the axis of the metric.
+        select: the CSS selector of the element of the page that says what the curve is drawn against.
+    """
+    points = points[["series", "step", "tokens", "bits_per_byte"]]
+    doubling = {1, 2} <= {*points["step"]}
+    if doubling:
+        points = points[points["step"] > 0]
+    against = alt.param(name="against", value="tokens", bind=alt.BindDirect(element=select, event="change"))
+    x = alt.X("x:Q").title(None).scale(type="log" if doubling else "linear", nice=False, padding=10).axis(**AXIS)
+    lines = (
+        alt.Chart(points)
+        .transform_calculate(x="against == 'step' ? datum.step : datum.tokens")  # of time it knows nothing
+        .mark_line(point=True)
+        .encode(
+            x=x,
+            y=alt.Y("bits_per_byte:Q").title(title).scale(zero=False, nice=False, padding=10).axis(**AXIS),
+            color=alt.Color("series:N").title(None),
+            tooltip=[alt.Tooltip("series:N"), tooltip("step"), tooltip("tokens"), tooltip("bits_per_byte", title)],
+        )
+    )
+    words = "against == 'step' ? 'optimizer steps' : 'tokens seen in training'"
+    return render(lines.add_params(against).properties(title=alt.Title(alt.expr(words), orient="bottom", fontSize=12)))
+
+
 def draw_effect(done: pd.DataFrame, key: str, heads: Mapping[str, str], metric: str) -> dict[str, Any]:
     """Draws the final metric by a key's value: a point for each run, and means where they compare like with like.
 

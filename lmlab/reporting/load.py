@@ -191,11 +191,12 @@ def find_runs(folder: Path, unread: list[str]) -> dict[Path, Point | None]:
             continue
         seen.add(path)
         folders.sort()
-        if path in found or {"manifest.json", "failure.json"} & set(files):
-            folders.clear()  # no run lies in another
+        if path in found or {"manifest.json", "failure.json", "certificate.json"} & set(files):
+            # No run lies in another, but the evaluations of its models do in that of a series.
+            folders[:] = [folder for folder in folders if (path / folder / "certificate.json").is_file()]
             # A run that is named by itself may still be a point of a sweep; what is neither never began.
             point = points_in(path.parent).get(path)
-            if point or "manifest.json" in files:
+            if point or ({"manifest.json", "certificate.json"} & set(files) and not folders):
                 found[path] = point
         found |= points_in(path)
     return found
@@ -274,6 +275,7 @@ def read_evaluation(path: Path) -> Records:
         evaluation_metrics(records),
         objective_of(records),
         records.certificate["policy"]["masks_seed"],
+        *(records.certificate.get("series", {}).get(key, 0) + 0 for key in ("step", "tokens")),
     )
     return records
 

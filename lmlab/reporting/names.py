@@ -76,6 +76,27 @@ def identity(value: Any) -> str:
     return repr(float(value)) if type(value) in (int, float) else repr(value)
 
 
+def name_series(evaluations: Mapping[str, Records], runs: Sequence[Run]) -> dict[str, str]:
+    """Returns the name of the series of each evaluation of a model of one: its run and, of several, their folder.
+
+    Args:
+        evaluations: by their names in the report.
+        runs: of the report.
+    """
+    trained = {run.manifest["run_id"]: run.name for run in runs if run.begun}
+    folders: dict[str, dict[str, None]] = {}
+    of = {}
+    for name, records in evaluations.items():
+        certificate = records.certificate
+        of[name] = trained.get(certificate["run"]["run_id"]) or Path(certificate["model"]).parents[1].name
+        folders.setdefault(of[name], {})[str(Path(name).parent)] = None
+    return {
+        name: shorten(run, LABEL // 2)
+        + (f", evaluated in {shorten(str(Path(name).parent), LABEL // 2)}" if len(folders[run]) > 1 else "")
+        for name, run in of.items()
+    }
+
+
 def name_evaluations(evaluations: Mapping[str, Records], runs: Sequence[Run]) -> dict[Path, str]:
     """Returns the name of each evaluation that is not of a run's end: what was evaluated, and where this lies.
 

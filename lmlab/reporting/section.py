@@ -15,9 +15,9 @@ from lmlab.evaluation.comparison import Difference
 from lmlab.evaluation.metrics import BOUND, EXACT
 from lmlab.evaluation.records import AT_MOST, Records, is_bound
 from lmlab.io import from_here
-from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final
-from lmlab.reporting.load import COUNTS, SPLITS, Run, bits_per_byte, objective_of
-from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, shorten_keys
+from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final, draw_series
+from lmlab.reporting.load import COUNTS, SPLITS, Run, bits_per_byte, evaluation_metrics, objective_of
+from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, name_series, shorten_keys
 from lmlab.reporting.statistics import BEST, final_metrics, split_comparable, verdict
 from lmlab.reporting.text import as_text, brief, letter, p_text, shorten
 from lmlab.runs.choices import as_typed
@@ -45,6 +45,9 @@ class Section:
     ) -> None:
         self.objective, self.slug = objective, slug
         self.title = objective.rpartition(".")[2].replace("_", " ")
+        self.series = {name: records for name, records in evaluations.items() if "series" in records.certificate}
+        """The evaluations of models of a series, which are ranked with no others, by their names."""
+        evaluations = {name: records for name, records in evaluations.items() if name not in self.series}
         of_runs = [run.records for run in runs if run.records and run.status.name == "done"]
         self.kinds, self.apart = split_comparable([*of_runs, *evaluations.values()])
         self.ranks: dict[Path, tuple[int, int]] = {}
@@ -200,12 +203,30 @@ class Section:
             names[f"{name}, 95 %"] = f"{names[name]}, 95 %"
         return data.rename(columns=names)
 
+    @cached_property
+    def series_data(self) -> pd.DataFrame:
+        """The curves of series of models, a row for each model of each: series, step, tokens, dtype and metrics."""
+        names = name_series(self.series, self.runs)
+        rows = [
+            {
+                "series": names[name],
+                **{key: records.certificate["series"][key] for key in ("step", "tokens", "dtype")},
+                "metric": records.certificate["figure"],
+                **evaluation_metrics(records),
+                "upper_bound": is_bound(records.certificate),
+                "evaluation": name,
+            }
+            for name, records in self.series.items()
+        ]
+        return pd.DataFrame(rows).sort_values(["series", "metric", "step"]) if rows else pd.DataFrame()
+
     @property
     def csv(self) -> dict[str, pd.DataFrame]:
         """The data of the charts, whole, by the names of their files."""
         tables = {split: self.curve_data[self.curve_data["split"] == split].drop(columns="split") for split in SPLITS}
         tables["validation"] = tables["validation"].drop(columns="speed")
         tables["finals"] = self.final_data
+        tables["series"] = self.series_data
         if self.effects:
             tables["effects"] = self.done.drop(columns="configuration").rename(columns={"final": self.charted})
         return {f"{self.slug}_{name}": table for name, table in tables.items() if len(table)}
@@ -218,9 +239,10 @@ class Section:
 
     @cached_property
     def curves(self) -> list[Chart]:
-        """The charts of the loss and the speed over training."""
+        """The charts of the loss and the speed over training, and of the bits per byte of series of models."""
         scored = "" if self.metric.replace(" ", "_") in (EXACT, BOUND) else "scored "
         loss = f"loss (nats per {scored}token)"
+        select, table = f"#against-{self.slug}", f"{self.slug}_series"
         numeric = [key for key in self.chart_heads if key in self.numeric]
         by = max(numeric, key=lambda key: self.done[key].nunique(), default=None)
         data = self.curve_data
@@ -237,10 +259,13 @@ class Section:
         ]:
             points = data[(data["split"] == split) & np.isfinite(data[y[0]])]
             if len(points):
-                select = f"#against-{self.slug}"
                 key = (by, self.heads[by]) if by else None
                 spec = draw_curve(points, y, self.time, configurations, key, select, self.points)
                 drawn.append(Chart(f"{self.slug}_{name}", title, spec, f"{self.slug}_{split}"))
+        for metric, points in self.series_data.groupby("metric") if self.series else ():
+            bits = bits_name(metric)
+            file = f"{self.slug}_series_{bits.replace(' ', '_')}"
+            drawn.append(Chart(file, f"Series of models: {bits}", draw_series(points, bits, select), table))
         return drawn
 
     @cached_property
@@ -308,6 +333,13 @@ class Section:
             which = ", ".join([run.name, *choices, f"seed {run.chosen.get('seed')}"])
             value = f"{AT_MOST if run.metric == BOUND else ''}{as_text(run.final['perplexity'], 'perplexity')}"
             sentences.append(f"The best single run{of} is {which}, with {self.kind_metrics[kind]} {value}.")
+        for (name, metric), points in self.series_data.groupby(["series", "metric"]) if self.series else ():
+            bits, best = bits_name(metric), points.loc[points["bits_per_byte"].idxmin()]
+            sign = AT_MOST if points["upper_bound"].any() else ""
+            ends = [
+                f"{sign}{as_text(row['bits_per_byte'], bits)} at step {row['step']:,}" for row in (points.iloc[0], best)
+            ]
+            sentences.append(f"The {len(points)} models of {name} have {bits} from {ends[0]} to, at best, {ends[1]}.")
         return sentences
 
 

@@ -18,6 +18,7 @@ MACHINERY = (
     "logger",
     "callbacks.progress",
     "callbacks.samples",
+    "callbacks.series",
     "callbacks.pruning",
     "callbacks.checkpoints.every_steps",
     "callbacks.checkpoints.every_minutes",

@@ -34,6 +34,8 @@ class RunDirectory:
         self.records = self.path / "records.parquet"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
+        self.series = self.path / "series"
+        self.series_index = self.series / "index.json"
         self.model = self.path / "model"
         self.tokenizer = self.path / "tokenizer"
         self.profile = self.path / "profile"
@@ -49,6 +51,23 @@ class RunDirectory:
     def best_at(self, step: int) -> Path:
         """Returns the path of the weights after `step` optimizer steps, kept because they are among the best."""
         return self.checkpoints / f"best-{step}.ckpt"
+
+    def series_at(self, step: int) -> Path:
+        """Returns the path of the exported model after `step` optimizer steps, in a run with a series of them."""
+        return self.series / f"step-{step}"
+
+    def read_series(self) -> list[dict[str, Any]]:
+        """Returns the step, tokens, path (in `series`) and dtype of each model of the series, in order of steps.
+
+        Raises:
+            UserError: its index is damaged.
+        """
+        if not self.series_index.is_file():
+            return []
+        models = read_json(self.series_index).get("models")
+        if not isinstance(models, list) or not all(is_model(model) for model in models):
+            raise UserError(f"{self.series_index} is damaged: it does not list models as lmlab writes them.")
+        return models
 
     def rank_log(self, rank: int) -> Path:
         """Returns the path of the output of a rank other than 0."""
@@ -194,3 +213,9 @@ class RunDirectory:
         manifest = self.read_manifest()
         names = ("command", "lmlab", "git", "python", "packages", "machine", "went_on")
         return {name: manifest[name] for name in names if name in manifest}
+
+
+def is_model(entry: Any) -> bool:
+    """Returns whether an entry of the index of a series is one as lmlab writes it."""
+    kinds = {"step": int, "tokens": int, "path": str, "dtype": str}
+    return isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == kinds

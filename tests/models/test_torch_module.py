@@ -321,7 +321,8 @@ def whole(theirs: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(theirs))
         words = ["--config-dir", theirs / "mine", "model=lstm", *FEW, "trainer.val_check_interval=2"]
-        run_verb("train", *words, "trainer.log_every_n_steps=1", f"hydra.run.dir={theirs / 'run'}")
+        words += ["trainer.log_every_n_steps=1", "callbacks.series=3"]
+        run_verb("train", *words, f"hydra.run.dir={theirs / 'run'}")
     return theirs / "run"
 
 
@@ -357,6 +358,10 @@ def test_a_run_resumes_to_the_same_bits(whole: Path, their_lab: ModuleType, refu
     one, other = (load_file(run / "model" / "model.safetensors") for run in (whole, stopped))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    (first, *_), (*_, last) = (sorted((run / "series").glob("step-*/model.safetensors")) for run in (stopped, whole))
+    assert load_file(first).keys() == one.keys()
+    assert not torch.equal(load_file(first)["head.weight"], one["head.weight"])
+    assert all(torch.equal(load_file(last)[name], one[name]) for name in one)
 
 
 @pytest.mark.long
@@ -375,6 +380,8 @@ def test_its_export_is_evaluated_where_its_code_is_trusted(
         certificate = records.read(evaluation := evaluate(*words)).certificate
         assert certificate["weights_hash"] == trained["weights_hash"]
         assert certificate["totals"]["nll"] == pytest.approx(trained["totals"]["nll"], rel=1e-6)
+    series = evaluate(whole, "trust=their_lab", "series=true")
+    assert records.read(series / "step-4").certificate["weights_hash"] == trained["weights_hash"]
     capsys.readouterr()
     run_verb("compare", whole, evaluation)
     assert "+0.0000" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.mark.long
 @pytest.mark.parametrize("tiny", [TINY, TINY_MLM], ids=["clm", "mlm"])
 def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
-    text = shown(*tiny, f"trainer.max_steps={STEPS}")
+    text = shown(*tiny, f"trainer.max_steps={STEPS}", "callbacks.series=log", "callbacks.series.dtype=bfloat16")
     assert "  preprocess.block_size: 32 (128)\n" in text
     assert "run_dir" not in text
     assert re.search(r"bytes +│ +143,686 │ +14,301 ", text)  # the ledger that the run prints
@@ -85,6 +85,9 @@ def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
     assert re.search(rf"│ steps +│ +{STEPS - 1} │", text)  # behind the first
     assert re.search(r"it would end at \d{4}-\d\d-\d\d \d\d:\d\d", text)
     assert "SBATCH" not in text
+    (parameters,) = re.findall(r"│ parameters +│ ([\d,]+)", text)
+    size = 10 * 2 * int(parameters.replace(",", "")) / 2**20  # steps 0, 1, 2, … 128, and the last one
+    assert f"Series: 10 exported models, {size:,.1f} MiB in all." in text
 
 
 def test_masks_are_marked(shown: Callable[..., str]) -> None:
