@@ -47,10 +47,16 @@ class GeneratorAndDiscriminator(ElectraPreTrainedModel):  # type: ignore[misc]
         for half in (self.generator, self.discriminator):
             half.set_attn_implementation(attn_implementation)
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """Writes the discriminator, and the generator into a folder beside its weights."""
-        self.discriminator.save_pretrained(save_directory, **options)
-        self.generator.save_pretrained(Path(save_directory, GENERATOR), **options)
+    def save_pretrained(self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **unused: Any) -> None:
+        """Writes the discriminator, and the generator into a folder beside its weights.
+
+        Args:
+            state_dict: the weights of both; by default their own.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        for name, folder in (("discriminator", ""), ("generator", GENERATOR)):
+            own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+            getattr(self, name).save_pretrained(Path(save_directory, folder), state_dict=own)
 
 
 def embeddings_fit(generator: PreTrainedModel, discriminator: PreTrainedModel, values: bool) -> bool:
