@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
-from lmlab.hub import from_hub
+from lmlab.hub import from_hub, split_revision
 from lmlab.models.loss import check_scoring, score
 from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import TOKENS, differ, evaluation_mode, probe, run_probe, vocabulary
@@ -38,13 +38,14 @@ def pretrained(
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
-        name: hub id or directory.
+        name: hub id, or ID@REVISION, or directory.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
         tokenizer: of an exported torch module the tokenizer that it reads.
         empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
+    name, revision = split_revision(name, revision)
     with from_hub("model", name, "model.name"):
         changes = config_values(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
         try:
