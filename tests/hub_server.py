@@ -55,6 +55,8 @@ class Failure:
     """Of the answer; 0 reads half of what is sent, and drops the line; -1 answers as ever, and drops the answer."""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
+    passed: int = 0
+    """Requests that are answered as ever before it."""
 
 
 @dataclass
@@ -147,6 +149,9 @@ class Hub(ThreadingHTTPServer):
         with self.lock:
             for failure in self.failures:
                 if failure.times and re.fullmatch(failure.pattern, asked):
+                    if failure.passed:
+                        failure.passed -= 1
+                        return None
                     failure.times -= 1
                     return failure
         return None
