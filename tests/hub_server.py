@@ -85,6 +85,7 @@ class Repository:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer goes out as a whole: its body does not wait for the other side to confirm its head
     server: "Hub"
 
     def handle_request(self) -> None:

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lmlab.console import command, counted, duration
+from lmlab.errors import UserError
 from lmlab.evaluation.metrics import BOUND, EXACT
 from lmlab.evaluation.records import describe
 from lmlab.hub import split_revision
@@ -54,9 +55,14 @@ def write_card(run: RunDirectory, repository: str, license: str, steps: Sequence
         repository: the id of the repository on the hub.
         license: the licence of the model, as the hub names it.
         steps: those of the series of checkpoints that are pushed too.
+
+    Raises:
+        UserError: the evaluation of the run does not add up.
     """
     loaded = load_run(run.path, run.path.name, None)
     assert isinstance(loaded, Run)
+    if run.certificate.is_file() and loaded.records is None:  # damaged, or changed since
+        raise UserError(loaded.faults[0])
     config = yaml.safe_load(run.config.read_text("utf-8"))
     picture = draw_losses(loaded)
     metadata = describe_metadata(run, config, license)

@@ -52,6 +52,8 @@ STALE = ("*.safetensors", "*.safetensors.index.json", "run/*")
 """What a push removes from `main` if the run has it no more. Anything else may be somebody's own."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt")
 SERIES = "series"
+LINE = (HTTPError, ConnectionError, TimeoutError)
+"""The errors of a line that can't be had or breaks: those of the HTTP library, and hf_xet's, which sends large files."""
 T = TypeVar("T")
 TRIES, PATIENCE = 4, 300
 """The attempts at a push whose line is lost or that the hub sends away, and the seconds that it may be told to wait."""
@@ -359,7 +361,7 @@ def seconds_to_wait(error: BaseException, tried: int) -> float | None:
             if status == 429:
                 return asked_to_wait(cause.response) or 2.0**tried
             return 2.0**tried if status >= 500 else None
-        if isinstance(cause, HTTPError):  # of the line
+        if isinstance(cause, LINE):
             return 2.0**tried
     return None
 
@@ -442,6 +444,6 @@ def explain(error: BaseException, destination: Destination) -> str | None:
             if status >= 500:
                 return f"the hub failed ({status}).\n{again}"
             return f"the hub refused the push ({status}): {cause.server_message or first_line(cause)}"
-        if isinstance(cause, HTTPError):
+        if isinstance(cause, LINE):
             return f"{constants.ENDPOINT} does not answer, or the line to it broke: {first_line(cause)}\n{again}"
     return None

@@ -235,7 +235,11 @@ def test_refused(
     assert not hub.uploads
 
 
-def test_a_hub_that_is_away(run: Path, hub: Hub, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_away(
+    run: Path, hub: Hub, refused: Refused, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # another library sends, to a service that is not there
+    assert "Push again" in refused("push", run, *PUSH)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 does not answer" in refused("push", run, *PUSH)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
