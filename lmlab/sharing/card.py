@@ -34,6 +34,7 @@ PROMPTS = {
     "AutoModelForMaskedLM": "The sky is <mask>.",
     "AutoModelForSeq2SeqLM": "The sky is <extra_id_0>.",
 }
+PRETRAINED = "lmlab.models.loading.pretrained"
 POINTS = 2000
 """Points of a curve in the chart: more than an image of its width shows."""
 MEANINGS = {
@@ -126,7 +127,7 @@ def auto_class_of_export(run: RunDirectory) -> str:
 
 def base_model(config: Mapping[str, Any]) -> str | None:
     """Returns the hub id of the model whose weights a run began with; None if it began with others."""
-    name = config["model"].get("name") if config["model"]["_target_"] == "lmlab.models.loading.pretrained" else None
+    name = config["model"].get("name") if config["model"]["_target_"] == PRETRAINED else None
     return split_revision(name)[0] if name and is_hub_id(name) else None
 
 
@@ -136,8 +137,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def objective_name(config: Mapping[str, Any]) -> str:
-    """Returns the name of the file in which the class of the objective is, such as clm."""
-    return config["objective"]["_target_"].split(".")[-2]
+    """Returns the name of an objective: of lmlab's own that of its option, such as clm, of others the class."""
+    module, _, name = config["objective"]["_target_"].rpartition(".")
+    return module.rpartition(".")[2] if module.startswith("lmlab.objectives.") else name
 
 
 def eval_results(run: Run, config: Mapping[str, Any], pipeline: str | None) -> list[EvalResult] | None:
@@ -168,10 +170,12 @@ def describe_model(run: RunDirectory, loaded: Run, config: Mapping[str, Any]) ->
     base, teacher = base_model(config), (config.get("distill") or {}).get("model")
     if base:
         began = f"It is [{base}](https://huggingface.co/{base}), trained further"
-    elif config["model"].get("name"):
-        began = f"It began with the weights of `{Path(config['model']['name']).name}`, which are not on the hub"
-    else:
+    elif config["model"]["_target_"] == PRETRAINED:
+        began = "It began with weights that are not on the hub"
+    elif config["model"]["_target_"] == "lmlab.models.loading.from_scratch":
         began = "It began with random weights"
+    else:
+        began = f"It was made by `{config['model']['_target_']}`"
     lines = [
         f"A {task(auto_class_of_export(run))} language model, `{exported['architectures'][0]}`, with "
         f"{loaded.summary['parameters']:,} parameters. {began}, and was trained on {loaded.summary['tokens']:,} tokens "
@@ -278,7 +282,12 @@ def describe_training(run: RunDirectory, loaded: Run, config: Mapping[str, Any],
     rows = {
         "steps": f"{summary['steps']:,}",
         "global batch": f"{config['batch_size']:,} blocks of {config['preprocess']['block_size']:,} tokens",
-        "optimizer": f"{optim['_target_'].rpartition('.')[2]}, lr {optim.get('lr')}, schedule {optim.get('schedule')}",
+        "optimizer": ", ".join(
+            [
+                optim["_target_"].rpartition(".")[2],
+                *(f"{key} {optim[key]}" for key in ("lr", "schedule") if key in optim),
+            ]
+        ),
         "precision": config["trainer"]["precision"],
         "seed": str(config["seed"]),
         "training time": duration(summary["seconds"]),

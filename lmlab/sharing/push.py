@@ -53,7 +53,7 @@ STALE = ("*.safetensors", "*.safetensors.index.json", "run/*")
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt")
 SERIES = "series"
 LINE = (HTTPError, ConnectionError, TimeoutError)
-"""The errors of a line that can't be had or breaks: those of the HTTP library, and hf_xet's, which sends large files."""
+"""The errors of a line that breaks: those of the HTTP library, and of hf_xet, which sends large files."""
 T = TypeVar("T")
 TRIES, PATIENCE = 4, 300
 """The attempts at a push whose line is lost or that the hub sends away, and the seconds that it may be told to wait."""
@@ -147,14 +147,15 @@ def check_finished(run: RunDirectory, destination: Destination) -> None:
     if status.name not in ENDED:
         if not run.ledger.is_file():
             raise UserError(f"{path} is an evaluation, or a run that has not begun to train. Name a finished run.")
-        best = ", ".join(str(run.step_of(file)) for file in run.best_files()) or "none"
-        last = ", ".join(str(run.step_of(file)) for file in run.checkpoint_files()) or "none"
+        files = {"its best weights, of": run.best_files(), "a checkpoint of": run.checkpoint_files()[-1:]}
+        steps = {what: " and ".join(str(run.step_of(one)) for one in found) for what, found in files.items() if found}
+        kept = " and ".join(f"{what} step {step}" for what, step in steps.items()) or "no weights yet"
         of_all = f"step {status.step}" + (f" of {status.steps}" if status.steps else "")
-        became = f"is going on, at {of_all}" if status.name == "running" else f"{status.name} at {of_all}"
+        became = {"running": "is going on, at", "stopped": "was stopped at"}.get(status.name, f"{status.name} at")
         advice = "Wait for its end" if status.name == "running" else command("python", "-m", "lmlab.resume", path)
         raise UserError(
-            f"{path} {became}{f' ({status.cause})' if status.cause else ''}.\n"
-            f"It has the best weights of step {best} and checkpoints of step {last}, and no exported model to push.\n"
+            f"{path} {became} {of_all}{f' ({status.cause})' if status.cause else ''}.\n"
+            f"It has {kept}; a model to push is exported at its end.\n"
             f"To finish it first: {advice}"
         )
     if not (run.model / "config.json").is_file():

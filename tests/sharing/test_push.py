@@ -253,8 +253,8 @@ def test_a_run_that_has_not_finished(run: Path, hub: Hub, refused: Refused, tmp_
     failure = {"state": "stopped", "cause": "SIGTERM", "message": "Stopped by SIGTERM.", "time": "2026-01-01T00:00:00"}
     (stopped / "failure.json").write_text(json.dumps(failure))
     shown = refused("push", stopped, *PUSH)
-    assert "stopped at step" in shown
-    assert "checkpoints of step 2, and no exported model" in shown
+    assert "was stopped at step" in shown
+    assert "a checkpoint of step 2; a model to push is exported at its end" in shown
     assert f"python -m lmlab.resume {stopped}" in shown
     code = (
         "import sys; from lmlab.runs.directory import RunDirectory\n"
