@@ -109,7 +109,7 @@ def describe_metadata(run: RunDirectory, config: Mapping[str, Any], license: str
     of_hub = data["_target_"] == "lmlab.data.sources.load_hub" and is_hub_id(data["path"])
     return ModelCardData(
         license=license,
-        library_name="transformers",
+        library_name="lmlab" if is_torch_module(run) else "transformers",
         pipeline_tag=PIPELINES[auto_class],
         tags=["lmlab", objective_name(config)],
         datasets=[data["path"]] if of_hub else None,
@@ -123,6 +123,11 @@ def auto_class_of_export(run: RunDirectory) -> str:
     from transformers import AutoConfig
 
     return auto_class_of(AutoConfig.from_pretrained(run.model, trust_remote_code=False), str(run.model))
+
+
+def is_torch_module(run: RunDirectory) -> bool:
+    """Returns whether the exported model of a run is of a class that transformers does not have."""
+    return read_json(run.model / "config.json").get("model_type") == "torch_module"
 
 
 def base_model(config: Mapping[str, Any]) -> str | None:
@@ -176,8 +181,9 @@ def describe_model(run: RunDirectory, loaded: Run, config: Mapping[str, Any]) ->
         began = "It began with random weights"
     else:
         began = f"It was made by `{config['model']['_target_']}`"
+    kind = task(auto_class_of_export(run))
     lines = [
-        f"A {task(auto_class_of_export(run))} language model, `{exported['architectures'][0]}`, with "
+        f"{'An' if kind.startswith('e') else 'A'} {kind} language model, `{exported['architectures'][0]}`, with "
         f"{loaded.summary['parameters']:,} parameters. {began}, and was trained on {loaded.summary['tokens']:,} tokens "
         f"with the objective `{objective_name(config)}` of lmlab."
     ]
@@ -219,7 +225,7 @@ def describe_use(run: RunDirectory, name: str) -> str:
     """
     auto_class = auto_class_of_export(run)
     predict = command("python", "-m", "lmlab.predict", name, PROMPTS[auto_class])
-    if read_json(run.model / "config.json").get("model_type") == "torch_module":
+    if is_torch_module(run):
         return (
             "The model is a torch module of a class that transformers does not have. Download the repository, and run "
             "`python -m lmlab.predict` with its folder and `--trust PACKAGE`, where PACKAGE has the class."
