@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmlab.config import build, compose
 from lmlab.evaluation import records
+from lmlab.hub import split_revision
 from lmlab.runs.directory import RunDirectory
 from lmlab.sharing.card import write_card
 
@@ -305,6 +306,23 @@ def test_a_run_that_pushes_at_its_end(
     assert repeat is not None
     run_verb("push", *repeat[1].split())
     assert hub.pushed["me/late"].messages[1:] == [f"Run {RunDirectory(tmp_path / 'late').read_manifest()['run_id']}"]
+
+
+def test_a_revision_behind_an_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    """A path is taken as it is, and two revisions have to be one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run@home").mkdir()
+    for name, revision, meant in (
+        ("me/tiny@step-2", None, ("me/tiny", "step-2")),
+        ("me/tiny@refs/pr/1", None, ("me/tiny", "refs/pr/1")),
+        ("me/tiny@step-2", "step-2", ("me/tiny", "step-2")),
+        ("me/tiny", "main", ("me/tiny", "main")),
+        ("run@home", None, ("run@home", None)),
+        ("./gone@home", None, ("./gone@home", None)),
+    ):
+        assert split_revision(name, revision) == meant
+    assert "contradict" in refused("predict", "me/tiny@step-2", "It", "--revision=main")
+    assert "ID@REVISION" in refused("predict", "me/tiny@", "It")
 
 
 def metadata(card: str) -> dict:
