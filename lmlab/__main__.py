@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": "whether the difference between evaluations is real",
     "predict": "let a model go on with a text, or fill its masks",
     "report": "a page about runs, with charts and tables",
+    "push": "put a finished run on the Hugging Face hub",
     "dashboard": "a workspace and a report page in W&B",
     "doctor": "whether this machine can do what lmlab promises",
 }

@@ -18,8 +18,29 @@ def check_directory(kind: str, name: str, key: str) -> None:
     Args:
         kind, name, key: as for `from_hub`.
     """
-    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+    repository, _ = split_revision(name)
+    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or repository.count("/") > 1):
         raise UserError(f'could not load {kind} "{name}": no such directory. Give one that is there as {key}.')
+
+
+def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Splits the name of a model, such as `me/my-model@step-1000`, into its hub id and its revision.
+
+    Args:
+        name: hub id, with a branch, tag or commit behind an @ or without; or directory, which stays as it is.
+        revision: the revision that a key of its own gives, if any.
+
+    Raises:
+        UserError: there is nothing on one side of the @, or the two revisions differ.
+    """
+    repository, at, own = name.partition("@")
+    if not at or Path(name).exists() or name.startswith(("/", ".", "~")):
+        return name, revision
+    if not repository or not own:
+        raise UserError(f'"{name}" is no model: write ID, or ID@REVISION such as me/my-model@step-1000.')
+    if revision not in (None, own):
+        raise UserError(f'"{name}" and the revision "{revision}" contradict each other: give one of them.')
+    return repository, own
 
 
 @contextmanager

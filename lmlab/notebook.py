@@ -114,9 +114,8 @@ def train(*overrides: str) -> TrainedRun:
     """
     named = [override for override in overrides if override.startswith(FOLDER)]
     folder = named[-1].removeprefix(FOLDER) if named else f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    sweeps = [override for override in overrides if override in ("-m", "--multirun")]
-    if sweeps:
-        raise UserError(f"{sweeps[0]}: a sweep is several runs. Start it from a shell, and read its runs by TrainedRun.")
+    if {"-m", "--multirun"} & {*overrides}:
+        raise UserError("-m: a sweep is several runs. Start it from a shell, and read each of them by TrainedRun.")
     command = [sys.executable, "-m", "lmlab.train", *overrides, *([] if named else [f"{FOLDER}{folder}"])]
     printed = list[str]()
     with subprocess.Popen(

@@ -4,7 +4,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, changes, compose, schema, trust
 from lmlab.config.attempt import attempt
@@ -76,7 +76,14 @@ def main() -> None:
 
 
 def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: list[str]) -> None:
-    """Runs an experiment again in the directory of `cfg`; prints what differs from `run` before, and in the end."""
+    """Runs an experiment again in the directory of `cfg`; prints what differs from `run` before, and in the end.
+
+    It is not pushed to the repository of `run`, which holds that run, but to one that `overrides` name.
+    """
+    if OmegaConf.select(cfg, "logger.push") and not any(
+        word.lstrip("+").startswith("logger.push=") for word in overrides
+    ):
+        cfg.logger.push = None
     schema.check_run(cfg)
     manifest, path = run.read_manifest(), from_here(run.path)
     again = command("python", "-m", "lmlab.resume", path, "--fresh")

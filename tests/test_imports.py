@@ -144,6 +144,8 @@ REFUSED = [
     ("compare", "nowhere", "nowhere"),
     ("report", "nowhere", "no directory"),
     ("report", "conf", "holds no run"),
+    ("push", "nowhere me/tiny", "needs a licence"),
+    ("push", "nowhere tiny --license mit", "OWNER/NAME"),
     ("resume", "nowhere", "is no run"),
     ("sweep", "status nowhere", "holds no sweep"),
 ]

@@ -1,18 +1,23 @@
 """An attempt at a run: it begins in its directory, or goes on there, on all of its ranks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, changes, compose
 from lmlab.config.rank import on_all_ranks
 from lmlab.config.schema import world
 from lmlab.console import command
 from lmlab.distributed import ranks
+from lmlab.errors import UserError, first_line
+from lmlab.io import from_here
 from lmlab.runs import lifecycle
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.log import log_to
+
+if TYPE_CHECKING:
+    from lmlab.sharing.push import Destination
 
 
 def attempt(
@@ -39,10 +44,15 @@ def attempt(
     with lifecycle.failure_recorded(run, in_sweep):
         previous = compose.config_of(run) if run.begun() else None
         changes.check(cfg, previous, run)
+        destination = destination_of(cfg)
         if previous is not None and run.finished() and not changes.lengthens(cfg, previous, run):
             print(lifecycle.describe_finished(run))
             ranks.send_arguments([])  # the other ranks have nothing to do
             return run.read_summary()["val/loss"]
+        if destination is not None:
+            from lmlab.sharing.push import check_before_training
+
+            check_before_training(run, destination)
         with log_to(run.log), lifecycle.stop_reported(run):
             config, checkpoint = compose.config_yaml(cfg), None
             if previous is None:
@@ -64,4 +74,38 @@ def attempt(
                 advice = f"\nThe run can go on from its last checkpoint: {again}"
                 arguments = [str(checkpoint)] if checkpoint else []
                 on_all_ranks("train", train, cfg, *arguments, apart=apart, advice=advice)
+    if destination is not None:
+        push_finished(run, destination)
     return run.read_summary()["val/loss"]
+
+
+def destination_of(cfg: DictConfig) -> "Destination | None":
+    """Returns where a run is pushed to at its end; None if its config names no repository."""
+    logger: dict[str, Any] = OmegaConf.to_container(cfg.get("logger") or OmegaConf.create())  # type: ignore[assignment]
+    if not logger.get("push"):
+        return None
+    if logger.get("push_series") and not (cfg.get("callbacks") or {}).get("series"):
+        raise UserError("logger.push_series=true, and the run keeps no series of checkpoints: add callbacks.series=log")
+    from lmlab.sharing.push import Destination
+
+    given = {key: logger[f"push_{key}"] for key in ("license", "private", "series") if f"push_{key}" in logger}
+    return Destination(logger["push"], **{"license": None} | given)
+
+
+def push_finished(run: RunDirectory, destination: "Destination") -> None:
+    """Pushes a run that has just finished. If the hub does not take it, the run is finished all the same.
+
+    Raises:
+        UserError: the push failed; says why, and how it is made again.
+    """
+    from lmlab.sharing.push import push
+
+    options = ["--private"] * destination.private + ["--series"] * destination.series
+    again = [from_here(run.path), destination.repository, "--license", destination.license, *options]
+    try:
+        print(push(run, destination))
+    except UserError as error:
+        raise UserError(
+            f"the run is finished, but its push failed: {first_line(error)}\n"
+            f"To push it again: {command('python', '-m', 'lmlab.push', *again)}"
+        ) from error

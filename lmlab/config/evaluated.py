@@ -13,7 +13,7 @@ from lmlab.config.files import CONF
 from lmlab.config.schema import uses_gpu, world
 from lmlab.config.targets import target
 from lmlab.errors import UserError
-from lmlab.hub import check_directory, from_hub
+from lmlab.hub import check_directory, from_hub, split_revision
 from lmlab.runs.directory import RunDirectory
 
 
@@ -138,8 +138,9 @@ def objective_of(cfg: DictConfig) -> DictConfig:
     from lmlab.models.loading import auto_class_of
     from lmlab.objectives import OBJECTIVE_OF
 
-    with from_hub("model", cfg.model.name, "model"):
-        config = AutoConfig.from_pretrained(cfg.model.name, revision=cfg.model.revision, trust_remote_code=False)
+    repository, revision = split_revision(cfg.model.name, cfg.model.revision)
+    with from_hub("model", repository, "model"):
+        config = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=False)
         name = OBJECTIVE_OF[auto_class_of(config, cfg.model.name)]
     block = OmegaConf.load(CONF / "objective" / f"{name}.yaml")
     assert isinstance(block, DictConfig)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config import signatures
 from lmlab.config.explain import LIMITS
 from lmlab.config.files import SWEEPS
-from lmlab.config.targets import arguments, blocks, takes, target
+from lmlab.config.targets import PUSH, arguments, blocks, takes, target
 from lmlab.console import command, counted
 from lmlab.distributed import ranks
 from lmlab.errors import UserError
@@ -74,7 +74,7 @@ class Train(Config):
     callbacks: dict[str, Any] | None = None
     """Targets that return Lightning callbacks, by a name for each."""
     logger: dict[str, Any] | None = None
-    """Targets that return Lightning loggers, by a name for each."""
+    """Targets that return Lightning loggers, by a name for each; and the keys of `Push`."""
     validation: dict[str, Any] | None = None
     """The held-out text that validations during training score, see `Validation`."""
     compile: bool = False
@@ -155,11 +155,26 @@ class Validation:
     """Held-out documents that validations look at, always the same; null takes all. The last one looks at all."""
 
 
+@dataclass
+class Push:
+    """The keys of the block logger that name no logger: the push of a finished run to the Hugging Face hub."""
+
+    push: str | None = None
+    """Repository on the hub, OWNER/NAME; null pushes nothing."""
+    push_license: str | None = None
+    """The licence of the model, as the hub names it: apache-2.0, mit, cc-by-4.0, other."""
+    push_private: bool = False
+    """Make it a repository that only its owner sees."""
+    push_series: bool = False
+    """Push the series of checkpoints too."""
+
+
 DECLARED = {
     "train": f"{__name__}.Train",
     "evaluate": f"{__name__}.Evaluate",
     "trainer": f"{__name__}.Trainer",
     "validation": f"{__name__}.Validation",
+    "push": f"{__name__}.Push",
     "preprocess": "lmlab.data.options.Preprocessing",
 }
 """The classes that declare the keys of the root configs, by their names, and of blocks without a target."""
@@ -257,6 +272,8 @@ def check_keys(cfg: DictConfig, name: str) -> None:
         raise UserError(f"trainer.{limits[0]}: {LIMITS}")
     check_trainer(cfg.trainer)
     arguments(cfg.get("validation") or OmegaConf.create(), "validation", DECLARED["validation"])
+    pushes = OmegaConf.masked_copy(cfg.get("logger") or OmegaConf.create(), [*PUSH])
+    arguments(pushes, "logger", DECLARED["push"])
     for key, block in blocks(cfg):
         if key == "optim":
             check_optimizer(block)

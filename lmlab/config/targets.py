@@ -38,6 +38,10 @@ BOUNDS = {
 }
 
 
+PUSH = ("push", "push_license", "push_private", "push_series")
+"""The keys of the group logger that are no loggers, see `schema.Push`."""
+
+
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """Yields the blocks of a config that name a target, with their dotted keys."""
     for name in ("data", "tokenizer", "model", "objective", "distill", "optim", "trainer"):
@@ -45,7 +49,7 @@ def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             yield name, cfg[name]
     for group in ("callbacks", "logger"):
         for name, block in (cfg.get(group) or {}).items():
-            if block:
+            if block and name not in PUSH:
                 yield f"{group}.{name}", block
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lmlab.errors import UserError, first_line, out_of_memory
-from lmlab.hub import from_hub
+from lmlab.hub import from_hub, split_revision
 from lmlab.models import torch_module
 from lmlab.models.loading import auto_class_of, max_positions
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig
@@ -30,10 +30,11 @@ def load(
     """Loads a model and its tokenizer, for the task that the model was trained for.
 
     Args:
-        name: hub id or directory.
+        name: hub id, or ID@REVISION, or directory.
         revision: branch, tag or commit of a hub id.
         make_module: called with `tokenizer` and `auto_class`, makes an exported torch module as it was.
     """
+    name, revision = split_revision(name, revision)
     with from_hub("model", name, "the first argument"):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         auto_class = auto_class_of(config, name)

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
-from lmlab.hub import from_hub
+from lmlab.hub import from_hub, split_revision
 from lmlab.models.electra import GENERATOR, GeneratorAndDiscriminator, embeddings_fit
 from lmlab.models.loss import check_scoring, score
 from lmlab.models.memory import check_weights, meta_model
@@ -40,7 +40,7 @@ def pretrained(
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
-        name: hub id or directory.
+        name: hub id, or ID@REVISION, or directory.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
@@ -48,6 +48,7 @@ def pretrained(
         tokenizer: of an exported torch module the tokenizer that it reads.
         empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
+    name, revision = split_revision(name, revision)
     with from_hub("model", name, "model.name"):
         changes = config_values(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
         try:
@@ -94,10 +95,11 @@ def with_generator(
 
     They share their embeddings if these have the same values.
     """
-    source = {"subfolder": GENERATOR, "revision": revision} if generator is None else {}
+    beside = {"subfolder": GENERATOR} if generator is None else {}
+    source, revision = (name, revision) if generator is None else split_revision(generator)
     try:
-        with from_hub("generator", generator or name, "model.generator"):
-            made = AutoModelForMaskedLM.from_pretrained(generator or name, dtype=torch.float32, **source)
+        with from_hub("generator", source, "model.generator"):
+            made = AutoModelForMaskedLM.from_pretrained(source, revision=revision, dtype=torch.float32, **beside)
     except UserError as error:
         if generator is not None:
             raise

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
-from lmlab.hub import from_hub
+from lmlab.hub import from_hub, split_revision
 from lmlab.models.efficiency import fuse_activations
 from lmlab.models.loading import auto_class_of, auto_model, check_model, task
 from lmlab.models.loss import (
@@ -181,15 +181,16 @@ def load_teacher(
     Raises:
         UserError: it can't be loaded, or can't teach this student; says why.
     """
-    with from_hub("teacher", model, "distill.model"):
-        settings = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    repository, revision = split_revision(model)
+    with from_hub("teacher", repository, "distill.model"):
+        settings = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=False)
         kind = auto_class_of(settings, model)
         if kind != objective.auto_class:
             raise UserError(
                 f"distill.model={model} is a {task(kind)} model, and the objective trains a "
                 f"{task(objective.auto_class)} one.\nChoose a teacher that was trained by the same objective."
             )
-        theirs = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        theirs = AutoTokenizer.from_pretrained(repository, revision=revision, trust_remote_code=False)
         if theirs.get_vocab() != tokenizer.get_vocab():
             own = tokenizer.name_or_path or "learned from the run's text"
             raise UserError(
@@ -203,8 +204,8 @@ def load_teacher(
             )
         auto = auto_model(settings, kind)
         check_weights(auto, settings)
-        options = {"trust_remote_code": False, "config": settings, "dtype": torch.float32}
-        loaded, info = auto.from_pretrained(model, output_loading_info=True, **options)
+        options = {"revision": revision, "trust_remote_code": False, "config": settings, "dtype": torch.float32}
+        loaded, info = auto.from_pretrained(repository, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise UserError(f"distill.model={model} holds no weights for {', '.join(sorted(info['missing_keys']))}.")
     try:

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import altair as alt
 import numpy as np
 import pandas as pd
+import vl_convert
 
+from lmlab.evaluation.metrics import BOUND, EXACT
+from lmlab.reporting.load import SPLITS, Run
+
+POINTS = 2000
+"""Points of a curve in an image of one run: more than its width shows."""
 WIDTH, HEIGHT = 640, 320
 """Pixels of the image files; the page makes charts as wide as there is room."""
 COLOURS = 10
@@ -220,6 +226,18 @@ def draw_final(finals: pd.DataFrame, field: str, title: str) -> dict[str, Any]:
         zero = alt.Chart(alt.Data(values=[{}])).mark_rule(color="#888", strokeDash=[4, 3]).encode(x=alt.XDatum(0))
         chart = zero + chart
     return render(chart, 22 * max(2, len(finals)))
+
+
+def losses_png(run: Run) -> bytes | None:
+    """Returns the chart of the losses of a run over training, as a PNG image; None if none were logged."""
+    curves = run.curves()
+    points = curves[np.isfinite(curves["loss"].astype(float))]
+    if points.empty:
+        return None
+    loss = "loss (nats per token)" if run.metric in (EXACT, BOUND) else "loss (nats per scored token)"
+    points = points.assign(configuration=points["split"])
+    spec = draw_curve(points, ("loss", loss), (1, "s"), [*SPLITS], None, "#against", POINTS)
+    return vl_convert.vegalite_to_png(spec, scale=2)
 
 
 def scale(values: Sequence[float] | pd.Series, linear: bool = False) -> alt.Scale:
