@@ -194,7 +194,7 @@ def test_python_page(train: Callable[..., Path], tmp_path: Path, monkeypatch: py
     """The code of docs/python.md runs as it is printed, and certifies what `lmlab.evaluate` does."""
     monkeypatch.chdir(tmp_path)
     train(*TINY, run_dir=Path("outputs/first"))
-    (code,) = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.DOTALL)  # the first is the notebook's
     variables: dict = {}
     exec(compile(code, "docs/python.md", "exec"), variables)
     texts = [json.dumps({"text": text}) for text in variables["texts"]]

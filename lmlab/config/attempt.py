@@ -84,7 +84,7 @@ def destination_of(cfg: DictConfig) -> "Destination | None":
     logger: dict[str, Any] = OmegaConf.to_container(cfg.get("logger") or OmegaConf.create())  # type: ignore[assignment]
     if not logger.get("push"):
         return None
-    if logger.get("push_series") and not (cfg.get("callbacks") or {}).get("series"):
+    if logger.get("push_series") and OmegaConf.select(cfg, "callbacks.series.steps") is None:
         raise UserError("logger.push_series=true, and the run keeps no series of checkpoints: add callbacks.series=log")
     from lmlab.sharing.push import Destination
 

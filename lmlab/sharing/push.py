@@ -165,13 +165,8 @@ def check_finished(run: RunDirectory, destination: Destination) -> None:
 
 
 def series_steps(run: RunDirectory) -> dict[int, Path]:
-    """Returns the exported models of the series of a run by their steps, first to last."""
-    folders = {
-        folder.name.removeprefix("step-"): folder
-        for folder in (run.path / "series").glob("step-*")
-        if (folder / "config.json").is_file()
-    }
-    return {int(step): folders[step] for step in sorted((step for step in folders if step.isdecimal()), key=int)}
+    """Returns the exported models of the series of a run by their steps, first to last; none if it keeps no series."""
+    return {model["step"]: run.series / model["path"] for model in run.read_series()}
 
 
 def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
@@ -241,18 +236,14 @@ def contents(run: RunDirectory, destination: Destination) -> tuple[Contents, dic
     steps = series_steps(run) if destination.series else {}
     kept = (
         *(run.config, run.overrides, run.manifest, run.ledger, run.certificate, run.records, run.summary, run.metrics),
-        run.path / "series" / "index.json",
+        run.series_index,
     )
     files: dict[str, Path | bytes] = {
         f"run/{file.relative_to(run.path).as_posix()}": file for file in kept if file.is_file()
     }
     files |= files_in(run.model) | write_card(run, repository, license, list(steps))
     series: dict[int, Contents] = {
-        step: {
-            **files_in(run.tokenizer),
-            **files_in(folder),
-            "README.md": write_step_card(run, repository, license, step),
-        }
+        step: {**files_in(folder), "README.md": write_step_card(run, repository, license, step)}
         for step, folder in steps.items()
     }
     return files, series

@@ -38,7 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(run / "model", run / f"series/step-{step}")
         weights = run / f"series/step-{step}/model.safetensors"
         save_file({name: step * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    (run / "series/index.json").write_text(json.dumps({"steps": [2, 4]}))
+    models = [{"step": step, "tokens": 64 * step, "path": f"step-{step}", "dtype": "float32"} for step in (2, 4)]
+    (run / "series/index.json").write_text(json.dumps({"models": models}))
     return run
 
 
