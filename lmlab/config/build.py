@@ -18,6 +18,7 @@ from lmlab.runs.directory import RunDirectory
 if TYPE_CHECKING:
     import lightning as L
     import numpy as np
+    from lightning.pytorch.loggers import Logger
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lmlab.data.datamodule import BlocksDataModule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 DRAWS = 16  # of the bound of each window, where neither the command nor the objective says how many
 PRETRAINED = "lmlab.models.loading.pretrained"
+METRICS_FILE = "lmlab.training.loggers.MetricsFile"
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
 
 
@@ -378,14 +380,10 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> "L.Trainer":
     callbacks: list[Callback] = [Profile(cfg.run_dir)] if cfg.profile else []
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     callbacks.append(Measure())  # behind those that may end the run; what keeps its state Lightning puts last
-    # Last, since W&B begins a run.
-    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(without_secrets(cfg))}
-    loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     return lightning_trainer(
         cfg,
         callbacks=callbacks,
-        # Null would make Lightning add a logger of its own.
-        logger=loggers or False,
+        logger=build_loggers(cfg, run_id),  # last, since W&B begins a run
         plugins=[AtomicCheckpointIO()],
         max_epochs=1,  # one long row of batches; see data/sampler.py
         max_steps=-1,  # the module says when it ends, after a last validation
@@ -394,6 +392,21 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> "L.Trainer":
         # Without one Lightning would add its own, elsewhere.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
+
+
+def build_loggers(cfg: DictConfig, run_id: str) -> "list[Logger]":
+    """Returns the loggers of a run, first that of metrics.jsonl, which every run has.
+
+    Args:
+        run_id: the identity of the run.
+    """
+    from lmlab.training.loggers import MetricsFile
+
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(without_secrets(cfg))}
+    others = [
+        (key, block) for key, block in blocks(cfg) if key.startswith("logger.") and block._target_ != METRICS_FILE
+    ]
+    return [MetricsFile(cfg.run_dir), *(build(block, key, **given) for key, block in others)]
 
 
 def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":

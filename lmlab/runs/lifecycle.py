@@ -194,9 +194,9 @@ def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads:
     Raises:
         UserError: the checkpoint is not one of this model.
     """
-    from lmlab.training import loggers
     from lmlab.training.checkpoint import check_fits
     from lmlab.training.checkpoint_io import load_checkpoint
+    from lmlab.training.loggers.metrics_file import truncate
 
     size = 0
     if checkpoint is not None:
@@ -204,4 +204,4 @@ def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads:
         check_fits(content, module, Path(checkpoint))
         size = content["metrics"]
     if leads:
-        loggers.truncate(run.metrics, size)
+        truncate(run.metrics, size)
