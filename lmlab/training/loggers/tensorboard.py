@@ -1,5 +1,6 @@
 """The logger of TensorBoard: an event file in the run directory."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,10 @@ class EventFile:
         if self.writer is not None:
             self.writer.close()
         for earlier in self.folder.glob("events.out.tfevents.*"):
-            earlier.unlink()
+            if earlier.stat().st_size:  # a TensorBoard that is reading it would not go on to the next if it were gone
+                os.truncate(earlier, 0)
+            else:
+                earlier.unlink()
         self.writer = SummaryWriter(str(self.folder), purge_step=0)
         text = yaml.safe_dump(self.config, sort_keys=False)
         self.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))  # code, in Markdown
