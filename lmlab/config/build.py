@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DRAWS = 16  # of the bound of each window, where neither the command nor the objective says how many
 PRETRAINED = "lmlab.models.loading.pretrained"
 METRICS_FILE = "lmlab.training.loggers.MetricsFile"
+ROW_LOGGERS = [f"lmlab.training.loggers.{name}.{name}" for name in ("csv", "tensorboard", "mlflow", "trackio")]
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
 
 
@@ -407,6 +408,19 @@ def build_loggers(cfg: DictConfig, run_id: str) -> "list[Logger]":
         (key, block) for key, block in blocks(cfg) if key.startswith("logger.") and block._target_ != METRICS_FILE
     ]
     return [MetricsFile(cfg.run_dir), *(build(block, key, **given) for key, block in others)]
+
+
+def send_rest(cfg: DictConfig) -> None:
+    """Gives the loggers of a finished run the metrics that they do not have, as a service was away at its end.
+
+    W&B has a command of its own for that.
+    """
+    from lmlab.training.loggers.closing import close
+
+    run, cfg = RunDirectory(cfg.run_dir), cfg.copy()
+    cfg.logger = {name: block for name, block in cfg.logger.items() if block and block._target_ in ROW_LOGGERS}
+    run.unsent.unlink()
+    close(build_loggers(cfg, run.read_manifest()["run_id"]), result=run.read_summary())
 
 
 def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":

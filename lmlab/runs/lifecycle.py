@@ -106,6 +106,7 @@ def resumed(run: RunDirectory, config: str, checkpoint: Path | None, **attempt: 
         # The summary goes first: without it the run is not finished, whatever becomes of this process.
         run.summary.unlink(missing_ok=True)
         run.failure.unlink(missing_ok=True)
+        run.unsent.unlink(missing_ok=True)  # loggers begin by sending it
         run.update_manifest(went_on=[*manifest.get("went_on", ()), about])
         write_text(run.config, config)
         yield

@@ -37,7 +37,8 @@ def close(
             endings[-1][1].start()
     began = time.monotonic()
     for logger, ending in endings:
-        seconds = min(timeout, logger.patience + 5 * ANSWER)
+        more = 5 * ANSWER if isinstance(logger, WandB) else 0  # for what W&B asks its service about
+        seconds = min(timeout, logger.patience + more)
         ending.join(max(0.0, began + seconds - time.monotonic()))
         if ending.is_alive():
             logger.warn_unsent(f"not done in {min(seconds, logger.patience):g} seconds")

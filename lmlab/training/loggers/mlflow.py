@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Gt
 from lightning.pytorch.loggers import Logger
 
-from lmlab.errors import UserError, first_line
+from lmlab.errors import UserError
 from lmlab.runs.choices import flatten
 from lmlab.training.loggers.rows import Outcome, Row, RowLogger, run_name
 
@@ -121,7 +121,7 @@ def mlflow(
         client = MlflowClient(tracking_uri)
     except MlflowException as error:
         raise UserError(
-            f"logger.mlflow.tracking_uri={tracking_uri}: {first_line(error)}\n"
-            "It is the address of a server, https://…, or a database, sqlite:///FILE."
+            f"logger.mlflow.tracking_uri={tracking_uri}: MLflow knows no such kind of address.\n"
+            "It is that of a server, https://…, or of a database, sqlite:///FILE."
         ) from error
     return RowLogger(MLflowRun(client, experiment, run_id, name or run_name(run_dir), config), run_dir, patience)

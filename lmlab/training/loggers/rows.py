@@ -4,6 +4,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
@@ -80,7 +81,7 @@ class RowLogger(Logger):
         """The last step of each metric that the store has; None where it has to be asked."""
         self.offset = 0
         """The bytes of metrics.jsonl that the store has been given."""
-        self.warned = self.closed = False
+        self.warned = self.incomplete = self.closed = False
         self.outcome: Outcome = "failed"
         self.news, self.ended = Event(), Event()
         self.news.set()
@@ -120,10 +121,10 @@ class RowLogger(Logger):
                 self.latest = None
                 if ended:
                     self.warn_unsent(root_cause(error))
-                else:
+                elif not self.ended.is_set():
                     self.warn(root_cause(error))
                     self.ended.wait(RETRY)
-                    self.news.set()
+                self.news.set()
 
     def write_new(self) -> None:
         """Writes all rows of the file that the store does not have."""
@@ -161,9 +162,13 @@ class RowLogger(Logger):
             )
 
     def warn_unsent(self, why: str) -> None:
-        """Warns that the run has ended and the store has not all of it, with the command that sends the rest."""
-        again = command("python", "-m", "lmlab.resume", from_here(self.run.path))
-        LOG.warning("%s does not have all metrics of the run: %s\nTo send the rest: %s", self.store.label, why, again)
+        """Warns, once, that the run has ended and the store has not all of it, with the command that sends the rest."""
+        if not self.incomplete:
+            self.incomplete = True
+            with suppress(OSError):  # by which a run that is finished is known to have something to send
+                self.run.unsent.touch()
+            again = command("python", "-m", "lmlab.resume", from_here(self.run.path))
+            LOG.warning("%s does not have all metrics: %s\nTo send the rest: %s", self.store.label, why, again)
 
     def end(self, exit_code: int, will_go_on: bool, result: Mapping[str, Any] | None) -> None:
         """Gives the store the last rows, and waits until it has them."""
