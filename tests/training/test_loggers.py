@@ -3,8 +3,11 @@
 import csv
 import importlib.util
 import json
+import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,9 @@ from lmlab.training.loggers.mlflow import mlflow
 from lmlab.training.loggers.rows import Row, RowLogger
 from tests.conftest import TINY, Refused, metrics, run_verb, stop_after
 from tests.mlflow_server import serving
-from tests.processes import finish
+
+ROOT = Path(__file__).parents[2]
+TRACKIO = Path(os.environ["HF_HOME"], "trackio")  # where trackio keeps its databases
 
 SHORT = [*(override for override in TINY if override != "logger=file"), "trainer.max_steps=8"]
 SHORT += ["trainer.log_every_n_steps=1", "trainer.val_check_interval=4", "callbacks.checkpoints.every_steps=3"]
@@ -68,10 +73,8 @@ def in_mlflow(database: Path, identity: str) -> Points:
     return points
 
 
-def in_trackio(identity: str) -> list[dict[str, Any]]:
-    from trackio.utils import TRACKIO_DIR
-
-    with sqlite3.connect(TRACKIO_DIR / "lmlab.db") as connection:
+def in_trackio(folder: Path, identity: str) -> list[dict[str, Any]]:
+    with sqlite3.connect(folder / "lmlab.db") as connection:
         query = "select step, metrics from metrics where run_id = ? order by id"
         return [{"step": step, **json.loads(row)} for step, row in connection.execute(query, [identity])]
 
@@ -81,19 +84,19 @@ def in_csv(run: Path) -> list[dict[str, Any]]:
         return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def check_stored(run: Path, database: Path) -> None:
+def check_stored(run: Path, database: Path, trackio: Path = TRACKIO) -> None:
     """Each library has the points of metrics.jsonl, and those that are files of rows each row once.
 
     A speed is the first that was measured, where a store had its step before the kill.
     """
     lines = metrics(run)
     expected = points_of(lines)
-    assert [row["step"] for row in in_trackio(run_id(run))] == [line["step"] for line in lines]
+    assert [row["step"] for row in in_trackio(trackio, run_id(run))] == [line["step"] for line in lines]
     assert [int(row["step"]) for row in in_csv(run)] == [line["step"] for line in lines]
     stored = {
         "tensorboard": (in_event_files(run), 1e-6),  # float32
         "mlflow": (in_mlflow(database, run_id(run)), 1e-12),
-        "trackio": (points_of(in_trackio(run_id(run))), 1e-12),
+        "trackio": (points_of(in_trackio(trackio, run_id(run))), 1e-12),
         "csv": (points_of(in_csv(run)), 1e-12),
     }
     for name, (points, rel) in stored.items():
@@ -128,31 +131,34 @@ def test_a_run_that_was_killed_and_resumed_is_one_curve(whole: Path, tmp_path: P
     assert parameters["model.config.n_embd"] == "32"
 
 
-def test_what_was_not_sent_is_sent_when_a_finished_run_is_resumed(whole: Path, tmp_path: Path) -> None:
+def test_what_was_not_sent_is_sent_when_a_finished_run_is_resumed(whole: Path) -> None:
     RunDirectory(whole).unsent.touch()
-    run_verb("resume", whole, f"logger.mlflow.tracking_uri=sqlite:///{tmp_path}/other.db")
+    with serving() as server:
+        run_verb("resume", whole, f"logger.mlflow.tracking_uri={server.url}")
+        points = {(point["key"], point["step"]): point["value"] for point in server.run["metrics"]}
     assert not RunDirectory(whole).unsent.exists()
-    assert in_mlflow(tmp_path / "other.db", run_id(whole)) == points_of(metrics(whole))
+    assert points == points_of(metrics(whole))
     check_stored(whole, whole.parent / "mlflow.db")
 
 
 @pytest.mark.long
-def test_killed_while_something_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By `kill -9`, in a process of its own, once before each store keeps rows."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_killed_while_something_is_stored(tmp_path: Path) -> None:
+    """By `kill -9`, in a process of its own, once before each database keeps rows."""
+    database = tmp_path / "mlflow.db"
     run, out = tmp_path / "run", tmp_path / "out"
-    command = ["train", *SHORT, "trainer.max_steps=40", ALL, f"hydra.run.dir={run}"]
-    writes = {
-        "lmlab.training.loggers.mlflow.MLflowRun.write": 5,
-        "lmlab.training.loggers.trackio.TrackioRun.write": 4,
-        "lmlab.training.loggers.tensorboard.EventFile.write": 6,
-    }
-    for name, call in writes.items():
-        assert finish(*command, out=out, faults={name: ["die", call]}) == -signal.SIGKILL, out.read_text()
-    assert finish(*command, out=out) == 0, out.read_text()
+    words = [*SHORT, "trainer.max_steps=40", ALL, f"logger.mlflow.tracking_uri=sqlite:///{database}"]
+    command = ["train", [*words, f"hydra.run.dir={run}"]]
+    loggers = "lmlab.training.loggers"
+    for fault in ({f"{loggers}.mlflow.MLflowRun.write": 5}, {f"{loggers}.trackio.TrackioRun.write": 4}, {}):
+        faults = {name: ["die", call] for name, call in fault.items()}
+        code = (
+            f"from pathlib import Path, PosixPath; from tests.processes import work; work(*{(*command, out, faults)})"
+        )
+        env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path).returncode
+        assert ended == (-signal.SIGKILL if fault else 0), out.read_text()
     assert "does not have all" not in out.read_text()
-    check_stored(run, tmp_path / "mlflow.db")
+    check_stored(run, database, tmp_path / "trackio")
 
 
 class Fake:
