@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from importlib import import_module
+from typing import Annotated, Any
 
 from annotated_types import Gt
 from lightning.pytorch.loggers import Logger
@@ -12,12 +13,10 @@ from lmlab.errors import UserError
 from lmlab.runs.choices import flatten
 from lmlab.training.loggers.rows import Outcome, Row, RowLogger, run_name
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 LONGEST = 6000  # characters of a parameter
 MOST_METRICS, MOST_PARAMETERS = 1000, 100  # that a request may have
+SCHEMES = ("http", "https", "databricks", "uc", "file", "sqlite", "postgresql", "mysql", "mssql")  # of an address
 ANSWER = 10  # seconds that a server has to answer a request
 
 
@@ -26,23 +25,25 @@ class MLflowRun:
 
     whole_rows = False
 
-    def __init__(self, client: "MlflowClient", experiment: str, run_id: str, name: str, config: dict[str, Any]):
+    def __init__(self, tracking_uri: str, experiment: str, run_id: str, name: str, config: dict[str, Any]):
         """Keeps what the run is begun with.
 
         Args:
-            client: of the server or the database.
+            tracking_uri: the address of the server or the database.
             experiment: the name of the experiment that has the run.
             run_id: the identity of the run.
             name: the name under which it is shown.
             config: becomes the parameters of the run.
         """
-        self.client, self.experiment, self.run_id, self.name = client, experiment, run_id, name
+        self.tracking_uri, self.experiment, self.run_id, self.name = tracking_uri, experiment, run_id, name
         self.parameters = {key: str(value)[:LONGEST] for key, value in flatten(config).items()}
-        self.label = f"MLflow ({client.tracking_uri})"
+        self.label = f"MLflow ({tracking_uri})"
 
     def connect(self) -> dict[str, int]:
+        from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        self.client = MlflowClient(self.tracking_uri)  # makes the tables of a database, which takes seconds
         experiment = self.experiment_id()
         runs = self.client.search_runs([experiment], f"tags.`lmlab.run_id` = '{self.run_id}'")
         run = runs[0] if runs else self.client.create_run(experiment, None, {"lmlab.run_id": self.run_id}, self.name)
@@ -103,6 +104,12 @@ def mlflow(
         name: the name under which the run is shown; null for the end of its path.
         patience: seconds that the server has at the end to take what it has not yet.
     """
+    scheme = tracking_uri.partition(":")[0].partition("+")[0]
+    if ":" in tracking_uri and scheme not in SCHEMES:
+        raise UserError(
+            f"logger.mlflow.tracking_uri={tracking_uri}: MLflow knows no such kind of address.\n"
+            "It is that of a server, https://…, or of a database, sqlite:///FILE."
+        )
     # Whatever fails is tried again here, and MLflow tells its makers of its use unless it is told not to.
     defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -112,16 +119,7 @@ def mlflow(
     }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
+    import_module("mlflow.tracking")  # a second, which is not to fall upon the first steps
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    try:
-        client = MlflowClient(tracking_uri)
-    except MlflowException as error:
-        raise UserError(
-            f"logger.mlflow.tracking_uri={tracking_uri}: MLflow knows no such kind of address.\n"
-            "It is that of a server, https://…, or of a database, sqlite:///FILE."
-        ) from error
-    return RowLogger(MLflowRun(client, experiment, run_id, name or run_name(run_dir), config), run_dir, patience)
+    return RowLogger(MLflowRun(tracking_uri, experiment, run_id, name or run_name(run_dir), config), run_dir, patience)

@@ -31,8 +31,9 @@ class EventFile:
     def connect(self) -> dict[str, int]:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self.writer is not None:
-            self.writer.close()
+        writer, self.writer = self.writer, None
+        if writer is not None:  # it failed, and may do so once more
+            writer.close()
         for earlier in self.folder.glob("events.out.tfevents.*"):
             if earlier.stat().st_size:  # a TensorBoard that is reading it would not go on to the next if it were gone
                 os.truncate(earlier, 0)
