@@ -3,7 +3,9 @@
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Gt
@@ -43,7 +45,8 @@ class MLflowRun:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        self.client = MlflowClient(self.tracking_uri)  # makes the tables of a database, which takes seconds
+        self.make_database()
+        self.client = MlflowClient(self.tracking_uri)
         experiment = self.experiment_id()
         runs = self.client.search_runs([experiment], f"tags.`lmlab.run_id` = '{self.run_id}'")
         run = runs[0] if runs else self.client.create_run(experiment, None, {"lmlab.run_id": self.run_id}, self.name)
@@ -58,6 +61,19 @@ class MLflowRun:
             name: max(point.step for point in self.client.get_metric_history(self.id, name))
             for name in run.data.metrics
         }
+
+    def make_database(self) -> None:
+        """Makes the database if it is a file that is not there: beside it, as MLflow can't go on with half of one."""
+        from mlflow import MlflowClient
+
+        path = Path(self.tracking_uri.removeprefix("sqlite:///"))
+        if self.tracking_uri.startswith("sqlite:///") and not path.exists():
+            beside = path.with_name(f".{path.name}.{self.run_id}")
+            beside.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{beside}")
+            with suppress(FileExistsError):  # another run has been faster
+                os.link(beside, path)
+            beside.unlink()
 
     def experiment_id(self) -> str:
         """Returns the id of the experiment, which is made if there is none."""
