@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU := .venv-gpu
 
-.PHONY: train test test-long test-longest test-slurm test-gpu bench-gpu check docs bench build clean
+.PHONY: train test test-long test-longest test-slurm test-gpu bench-gpu check docs dashboard bench build clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m lmlab.train
@@ -45,6 +45,10 @@ check: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The runs that were logged by logger=trackio, in a browser: Ctrl+C ends it.
+dashboard: $(VENV)/installed-trackio
+	$(BIN)/trackio show --project lmlab
+
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks
 
@@ -65,6 +69,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-trackio: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[trackio]'
+	touch $@
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

@@ -86,6 +86,13 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
+def root_cause(error: BaseException) -> str:
+    """Returns the first line of the error that all those before this one came from, such as a refused connection."""
+    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = inner
+    return first_line(error)
+
+
 def plainly(error: BaseException) -> str | None:
     """Returns the message of an error that a person can mend; None for a defect of lmlab."""
     if isinstance(error, UserError):

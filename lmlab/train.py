@@ -30,7 +30,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     from lmlab.evaluation.records import weights_hash
     from lmlab.models.efficiency import unsharded
     from lmlab.training import checkpoint as checkpoints
-    from lmlab.training.loggers import closed_at_the_end
+    from lmlab.training.loggers.closing import closed_at_the_end
     from lmlab.training.summary import show_summary, summarize
 
     run = RunDirectory(cfg.run_dir)

@@ -175,7 +175,7 @@ def test_every_command_is_known() -> None:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert {*re.findall(r"\w+", words[-1])} <= extras.keys(), words
         else:
-            assert words[0] in ("wandb", "hf", "eval"), words
+            assert words[0] in ("wandb", "tensorboard", "mlflow", "trackio", "hf", "eval"), words
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -81,7 +81,7 @@ def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("objective._target_", "lmlab.objectives.mlm.uniform"),
         ("trainer.strategy", {"_target_": "lightning.pytorch.strategies.model_parallel.ModelParallelStrategy"}),
         ("trainer._target_", "subprocess.Popen"),
-        ("logger.more", {"_target_": "lmlab.training.loggers.partial"}),
+        ("logger.more", {"_target_": "lmlab.training.loggers.wandb.partial"}),
         ("preprocess._target_", "lmlab.data.sources.load_sample"),
         ("optim.schedule", "os.system"),
         ("optim.schedule", "lmlab.processes.run"),

@@ -46,6 +46,9 @@ def attempt(
         changes.check(cfg, previous, run)
         destination = destination_of(cfg)
         if previous is not None and run.finished() and not changes.lengthens(cfg, previous, run):
+            if run.unsent.exists():
+                with log_to(run.log):
+                    build.send_rest(cfg)
             print(lifecycle.describe_finished(run))
             ranks.send_arguments([])  # the other ranks have nothing to do
             return run.read_summary()["val/loss"]

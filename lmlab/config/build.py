@@ -18,6 +18,7 @@ from lmlab.runs.directory import RunDirectory
 if TYPE_CHECKING:
     import lightning as L
     import numpy as np
+    from lightning.pytorch.loggers import Logger
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lmlab.data.datamodule import BlocksDataModule
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 DRAWS = 16  # of the bound of each window, where neither the command nor the objective says how many
 PRETRAINED = "lmlab.models.loading.pretrained"
+METRICS_FILE = "lmlab.training.loggers.MetricsFile"
+ROW_LOGGERS = [f"lmlab.training.loggers.{name}.{name}" for name in ("csv", "tensorboard", "mlflow", "trackio")]
 LONGEST = 1024  # positions of a window, where neither the command nor a run says how many
 
 
@@ -384,14 +387,10 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> "L.Trainer":
     callbacks: list[Callback] = [Profile(cfg.run_dir)] if cfg.profile else []
     callbacks += [build(block, key) for key, block in blocks(cfg) if key.startswith("callbacks.")]
     callbacks.append(Measure())  # behind those that may end the run; what keeps its state Lightning puts last
-    # Last, since W&B begins a run.
-    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(without_secrets(cfg))}
-    loggers = [build(block, key, **given) for key, block in blocks(cfg) if key.startswith("logger.")]
     return lightning_trainer(
         cfg,
         callbacks=callbacks,
-        # Null would make Lightning add a logger of its own.
-        logger=loggers or False,
+        logger=build_loggers(cfg, run_id),  # last, since W&B begins a run
         plugins=[AtomicCheckpointIO()],
         max_epochs=1,  # one long row of batches; see data/sampler.py
         max_steps=-1,  # the module says when it ends, after a last validation
@@ -400,6 +399,34 @@ def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> "L.Trainer":
         # Without one Lightning would add its own, elsewhere.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
+
+
+def build_loggers(cfg: DictConfig, run_id: str) -> "list[Logger]":
+    """Returns the loggers of a run, first that of metrics.jsonl, which every run has.
+
+    Args:
+        run_id: the identity of the run.
+    """
+    from lmlab.training.loggers import MetricsFile
+
+    given = {"run_dir": cfg.run_dir, "run_id": run_id, "config": OmegaConf.to_container(without_secrets(cfg))}
+    others = [
+        (key, block) for key, block in blocks(cfg) if key.startswith("logger.") and block._target_ != METRICS_FILE
+    ]
+    return [MetricsFile(cfg.run_dir), *(build(block, key, **given) for key, block in others)]
+
+
+def send_rest(cfg: DictConfig) -> None:
+    """Gives the loggers of a finished run the metrics that they do not have, as a service was away at its end.
+
+    W&B has a command of its own for that.
+    """
+    from lmlab.training.loggers.closing import close
+
+    run, cfg = RunDirectory(cfg.run_dir), cfg.copy()
+    cfg.logger = {key.removeprefix("logger."): block for key, block in blocks(cfg) if block._target_ in ROW_LOGGERS}
+    run.unsent.unlink()
+    close(build_loggers(cfg, run.read_manifest()["run_id"]), result=run.read_summary())
 
 
 def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":

@@ -52,6 +52,8 @@ SECRETS_VARIABLE = "LMLAB_SECRETS"
 
 # What a launcher asks a cluster for, per node.
 OmegaConf.register_new_resolver("gpus", lambda accelerator, devices: None if accelerator == "cpu" else devices)
+# A path that is to stay the same where a run is resumed from another directory.
+OmegaConf.register_new_resolver("absolute", lambda path: str(Path(path).absolute()))
 
 
 class RunFolder(Callback):

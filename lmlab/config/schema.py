@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -202,6 +203,10 @@ SUPPLIED = {
         "use_distributed_sampler",
     ),
 }
+EXTRAS = ("tensorboard", "mlflow", "trackio")
+"""Libraries of loggers that are not installed with lmlab, by the names of its extras."""
+PLACE = ("save_dir", "version", "tracking_uri", "experiment", "entity", "project")
+"""The keys of a logger that say where it writes."""
 OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.optim.AdamW does"
 
 
@@ -215,6 +220,7 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     compiler = os.environ.get("CXX") or "g++"
     if cfg.compile and not (shutil.which(compiler) or shutil.which("clang++")):
         raise UserError(f"compile=true needs a C++ compiler, and there is no {compiler}: install one, or set CXX.")
+    check_loggers(cfg)
     if here:
         check_devices(cfg.trainer)
 
@@ -279,6 +285,23 @@ def check_keys(cfg: DictConfig, name: str) -> None:
             check_optimizer(block)
         arguments(block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
     preprocessing(cfg)
+
+
+def check_loggers(cfg: DictConfig) -> None:
+    """Refuses a logger whose library is not installed, and a second one for a place that has one already."""
+    seen: dict[str, str] = {}
+    for key, block in blocks(cfg):
+        if not key.startswith("logger."):
+            continue
+        package, _, library = str(block._target_).rpartition(".")
+        if package.startswith("lmlab.") and library in EXTRAS and find_spec(library) is None:
+            raise UserError(f"{key} takes {library}, which is not installed:\npip install 'lmlab[{library}]'")
+        # The name is a part of the path for loggers of Lightning, and for others only what is shown.
+        names = ("name", *PLACE) if "save_dir" in block else PLACE
+        place = str([block._target_, *((name, block.get(name)) for name in names)])
+        if place in seen:
+            raise UserError(f"{seen[place]} and {key} would both write to the same place: leave one of them out.")
+        seen[place] = key
 
 
 def check_trainer(trainer: DictConfig) -> None:

@@ -42,6 +42,7 @@ class RunDirectory:
         self.log = self.path / "train.log"
         self.logs = self.path / "logs"
         self.failure = self.path / "failure.json"
+        self.unsent = self.path / "unsent"
         self.lock_file = self.path / ".lock"
 
     def checkpoint_at(self, step: int) -> Path:

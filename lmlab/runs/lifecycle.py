@@ -106,6 +106,7 @@ def resumed(run: RunDirectory, config: str, checkpoint: Path | None, **attempt: 
         # The summary goes first: without it the run is not finished, whatever becomes of this process.
         run.summary.unlink(missing_ok=True)
         run.failure.unlink(missing_ok=True)
+        run.unsent.unlink(missing_ok=True)  # loggers begin by sending it
         run.update_manifest(went_on=[*manifest.get("went_on", ()), about])
         write_text(run.config, config)
         yield
@@ -194,9 +195,9 @@ def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads:
     Raises:
         UserError: the checkpoint is not one of this model.
     """
-    from lmlab.training import loggers
     from lmlab.training.checkpoint import check_fits
     from lmlab.training.checkpoint_io import load_checkpoint
+    from lmlab.training.loggers.metrics_file import truncate
 
     size = 0
     if checkpoint is not None:
@@ -204,4 +205,4 @@ def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads:
         check_fits(content, module, Path(checkpoint))
         size = content["metrics"]
     if leads:
-        loggers.truncate(run.metrics, size)
+        truncate(run.metrics, size)

@@ -90,12 +90,14 @@ def updated_sweep(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def name_run(cfg: DictConfig) -> None:
-    """Makes W&B group the runs of a sweep, and name each after its point, unless the config says otherwise."""
-    run, block = RunDirectory(cfg.run_dir), (cfg.get("logger") or {}).get("wandb")
-    if not block:
+    """Makes loggers group the runs of a sweep, and name each after its point, unless the config says otherwise."""
+    run, loggers = RunDirectory(cfg.run_dir), cfg.get("logger") or {}
+    blocks = [loggers[name] for name in ("wandb", "mlflow", "trackio") if loggers.get(name)]
+    if not blocks:
         return
-    if block.get("group") is None:
-        block.group = str(from_here(run.path.parent))
     point = next((point for point in read_points(run.path.parent) if point.run.path == run.path), None)
-    if point and block.get("name") is None:
-        block.name = " ".join(point.overrides)
+    for block in blocks:
+        if block.get("group", "") is None:
+            block.group = str(from_here(run.path.parent))
+        if point and block.get("name", "") is None:
+            block.name = " ".join(point.overrides)

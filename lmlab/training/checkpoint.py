@@ -33,7 +33,8 @@ from lmlab.errors import UserError
 from lmlab.io import replaced
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_weights, remove
-from lmlab.training.loggers import close, flushed_size
+from lmlab.training.loggers.closing import close
+from lmlab.training.loggers.metrics_file import flushed_size
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.errors import UserError, first_line
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.loggers import JSONLines, WandB, flushed_size, truncate
+from lmlab.training.loggers.metrics_file import JSONLines, flushed_size, truncate
+from lmlab.training.loggers.wandb import WandB
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)

@@ -1,16 +1,14 @@
-"""Loggers: `metrics.jsonl` in the run directory, and Weights & Biases (W&B)."""
+"""The logger of Weights & Biases (W&B)."""
 
 import json
 import logging
 import os
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt
@@ -19,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lmlab
 from lmlab.console import command
-from lmlab.errors import Stopped, UserError, disk_full, first_line, nearest
-from lmlab.io import flush, read_json, rows
+from lmlab.errors import UserError, first_line, nearest
+from lmlab.io import read_json, rows
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.manifest import git_state
 from lmlab.secrets import redacted_command
@@ -33,78 +31,6 @@ SUMMARIES = {"val": "min", "train": "min", "perf": "mean", "perf/peak_memory_gib
 value."""
 ANSWER = 5  # seconds that W&B waits for its service when it is handed a table or an artifact, which it asks about first
 COLUMNS = ("step", "text", "said")  # of samples.jsonl
-
-
-class JSONLines:
-    """A file that JSON objects are appended to, one per line, whole or not at all.
-
-    Lines that a full disk has no room for stay in memory, and are written with later ones.
-    """
-
-    def __init__(self, path: Path, content: str):
-        """Names the file, and what its lines are, for a warning."""
-        self.path, self.content = path, content
-        self.unwritten = b""
-
-    def append(self, *objects: Mapping[str, Any]) -> None:
-        """Writes a line for each object."""
-        lines = self.unwritten + "".join(json.dumps(line) + "\n" for line in objects).encode()
-        done = False
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                try:
-                    done = file.write(lines) == len(lines)
-                finally:
-                    if not done:
-                        file.truncate(size)  # no half of a line
-        except OSError as error:
-            if not disk_full(error):
-                raise
-        if not done and not self.unwritten:
-            LOG.warning("no room for %s in %s: they are written once there is some.", self.content, self.path)
-        self.unwritten = b"" if done else lines
-
-
-def flushed_size(path: Path) -> int:
-    """Brings a file to the disk and returns its size in bytes; 0 if there is none.
-
-    Called before a checkpoint is written, so that no checkpoint outlives the lines of its steps.
-    """
-    if not path.is_file():
-        return 0
-    flush(path)
-    return path.stat().st_size
-
-
-def truncate(path: Path, size: int) -> None:
-    """Removes the lines of a file behind its first `size` bytes: a run that goes on from there writes them again."""
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n", 0, size) + 1)
-
-
-class MetricsFile(Logger):
-    """Writes `metrics.jsonl`: an object per line with `step`, `time` (Unix seconds) and the metrics."""
-
-    def __init__(self, run_dir: str):
-        super().__init__()
-        self.lines = JSONLines(RunDirectory(run_dir).metrics, "metrics")
-
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.lines.append({"step": step, "time": round(time.time(), 3), **metrics})
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the run directory holds the config already."""
 
 
 class WandB(WandbLogger):
@@ -338,41 +264,3 @@ def redacted_arguments() -> Iterator[None]:
         yield
     finally:
         sys.argv = arguments
-
-
-def close(
-    loggers: Iterable[Logger],
-    exit_code: int = 0,
-    will_go_on: bool = False,
-    result: Mapping[str, Any] | None = None,
-    timeout: float = float("inf"),
-) -> None:
-    """Ends W&B runs, so that the next run of this process begins one of its own.
-
-    Args:
-        will_go_on: whether W&B shows the run as pre-empted.
-        result: the summary of a run that has come to its end.
-        timeout: seconds to wait for W&B, if that is less than its patience.
-    """
-    for logger in loggers:
-        if not isinstance(logger, WandB) or logger.closed:
-            continue
-        logger.closed = True
-        # In a thread, since W&B would ask a service that is not there again and again.
-        ending = Thread(target=logger.end, args=(exit_code, will_go_on, result), daemon=True)
-        ending.start()
-        seconds = min(timeout, logger.patience + 5 * ANSWER)
-        ending.join(seconds)
-        if ending.is_alive():
-            logger.warn_unsent(f"not done in {min(seconds, logger.patience):g} seconds")
-
-
-@contextmanager
-def closed_at_the_end(loggers: Iterable[Logger], run: RunDirectory) -> Iterator[None]:
-    """Ends W&B runs with the summary of the run, or as failed or pre-empted where an error ends what is done inside."""
-    try:
-        yield
-    except BaseException as error:
-        close(loggers, exit_code=1, will_go_on=isinstance(error, Stopped))
-        raise
-    close(loggers, result=run.read_summary() if run.finished() else None)
