@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
-from lmlab.hub import from_hub
+from lmlab.hub import from_hub, is_gguf
+from lmlab.models.gguf import load_config, located_weights
 from lmlab.models.loss import check_scoring, score
 from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import TOKENS, differ, evaluation_mode, probe, run_probe, vocabulary
@@ -38,7 +39,7 @@ def pretrained(
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
-        name: hub id or directory.
+        name: hub id, directory, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
@@ -46,9 +47,10 @@ def pretrained(
         empty: leave its weights out: they are on the meta device, to be sent by a rank that has them.
     """
     with from_hub("model", name, "model.name"):
-        changes = config_values(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+        settings = load_config(name, revision)
+        changes = config_values(config, settings)
         try:
-            settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **changes)
+            settings = load_config(name, revision, **changes) if changes else settings
             if isinstance(settings, TorchModuleConfig):
                 assert tokenizer is not None
                 if changes:
@@ -62,7 +64,7 @@ def pretrained(
             check_weights(auto, settings)
             # Exported models carry a dtype of their own; which one to compute in is the trainer's choice.
             model, loaded = auto.from_pretrained(
-                name,
+                **located_weights(name),
                 revision=revision,
                 trust_remote_code=False,
                 config=settings,
@@ -76,6 +78,8 @@ def pretrained(
             raise UserError(f"model.config={changes} does not fit the trained weights of {name}: {cause}") from error
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
+        if is_gguf(name):  # which holds all of a model
+            raise UserError(f"{name} is damaged: it holds no weights for {missing}. Name another as model.name.")
         logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
     return model
 

@@ -1,0 +1,1 @@
+"""What leaves lmlab: trained models in the forms that other tools read."""
