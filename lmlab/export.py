@@ -51,8 +51,11 @@ def export(arguments: argparse.Namespace) -> None:
     check_installed(f"an export to {arguments.format.upper()}", arguments.format, *PACKAGES[arguments.format])
     model, tokenizer = load(arguments)
 
+    from transformers.utils.logging import set_verbosity_error
+
     from lmlab.sharing import gguf, onnx
 
+    set_verbosity_error()
     to = {"onnx": onnx, "gguf": gguf}[arguments.format]
     differences: list[float] = []
     try:

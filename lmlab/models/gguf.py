@@ -50,10 +50,17 @@ def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTr
     """
     config = AutoConfig.from_pretrained(**located(name), revision=revision, trust_remote_code=False, **changes)
     if is_gguf(name):
+        from transformers.integrations.gguf import read_gguf_metadata
+
         # A file says which architecture it holds, and not for which task: its tensors are those of a language model.
         decodes = config.is_encoder_decoder
         tasks = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if decodes else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         config.architectures = [tasks[config.model_type]] if config.model_type in tasks else None
-        if config.model_type == "gpt2":  # transformers reads the number of its positions under another name
+        # What transformers reads under another name, or not at all.
+        if config.model_type == "gpt2":
             config.n_positions = changes.get("n_positions", config.n_ctx)
+        metadata, _ = read_gguf_metadata(name)
+        width = metadata.get(f"{metadata['general.architecture']}.attention.key_length")
+        if width and hasattr(config, "head_dim"):
+            config.head_dim = changes.get("head_dim", width)
     return config

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import set_verbosity_error
 
 from lmlab.errors import UserError, first_line, out_of_memory
 from lmlab.sharing.check import Inputs, largest_difference, model_inputs, sample_texts
@@ -40,7 +39,6 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     inputs = model_inputs(model, tokenizer, sample_texts()[:2])
     axes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    set_verbosity_error()
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):  # torch prints each of its steps
             warnings.simplefilter("ignore")
