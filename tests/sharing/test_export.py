@@ -21,9 +21,11 @@ from lmlab.sharing import gguf as to_gguf
 from lmlab.sharing import onnx as to_onnx
 from tests.conftest import TINY, Refused, run_verb
 
+BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 64},
-    "t5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+    "bart": {"d_model": 32, "max_position_embeddings": 80}
+    | {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in BART.items()},
 }
 SIZE = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 64}
 GROUPED = {**SIZE, "num_key_value_heads": 2, "max_position_embeddings": 80}
@@ -58,6 +60,7 @@ def ids_and_mask(batch: int, length: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@pytest.mark.long
 def test_onnx_of_a_decoder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """By the command; onnxruntime gives the logits of batches of other shapes than those it was traced with."""
     model = make(tokenizer, "gpt2")
@@ -81,12 +84,13 @@ def test_onnx_of_a_decoder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, c
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "task"),
-    [("llama", "CausalLM"), ("roberta", "MaskedLM"), ("modernbert", "MaskedLM"), ("t5", "Seq2SeqLM")],
+    [("llama", "CausalLM"), ("roberta", "MaskedLM"), ("modernbert", "MaskedLM"), ("bart", "Seq2SeqLM")],
 )
 def test_onnx(architecture: str, task: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert to_onnx.write(make(tokenizer, architecture, task), tokenizer, tmp_path / "onnx") < 1e-5
 
 
+@pytest.mark.long
 def test_what_can_not_be_traced_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = make(tokenizer, "gpt2")
 
