@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "measure a model, and certify its metrics",
     "compare": "whether the difference between evaluations is real",
     "predict": "let a model go on with a text, or fill its masks",
+    "export": "write a model as ONNX or GGUF, for other tools",
     "report": "a page about runs, with charts and tables",
     "push": "put a finished run on the Hugging Face hub",
     "dashboard": "a workspace and a report page in W&B",

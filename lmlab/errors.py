@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,6 +79,21 @@ def nearest(name: str, names: Iterable[str]) -> str:
     elif not close:
         close = get_close_matches(name, names, n=1)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def check_installed(what: str, extra: str, *packages: str) -> None:
+    """Refuses what takes packages that are not installed.
+
+    Args:
+        what: what takes them, for the message.
+        extra: the extra of lmlab that brings them.
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"{what} takes {' and '.join(missing)}, which lmlab itself does not need: install it by\n"
+            f"pip install 'lmlab[{extra}]'"
+        )
 
 
 def first_line(error: BaseException) -> str:

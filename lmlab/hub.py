@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-from lmlab.errors import UNWRITABLE, UserError, first_line
+from lmlab.errors import UNWRITABLE, UserError, first_line, out_of_memory
 
 
 def check_directory(kind: str, name: str, key: str) -> None:
-    """Refuses the path of a directory that does not exist.
+    """Refuses the path of a directory, or of a `.gguf` file, that does not exist.
 
     A name that can be that of a hub repository, such as `gpt2` or `org/model`, is accepted.
 
@@ -19,8 +19,15 @@ def check_directory(kind: str, name: str, key: str) -> None:
         kind, name, key: as for `from_hub`.
     """
     repository, _ = split_revision(name)
-    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or repository.count("/") > 1):
-        raise UserError(f'could not load {kind} "{name}": no such directory. Give one that is there as {key}.')
+    local = name.startswith(("/", ".", "~")) or repository.count("/") > 1 or is_gguf(name)
+    if local and not Path(name).exists():
+        missing = "file" if is_gguf(name) else "directory"
+        raise UserError(f'could not load {kind} "{name}": no such {missing}. Give one that is there as {key}.')
+
+
+def is_gguf(name: str) -> bool:
+    """Returns whether a name is that of a file in GGUF, the format of llama.cpp."""
+    return name.endswith(".gguf") and not Path(name).is_dir()
 
 
 def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -64,9 +71,13 @@ def from_hub(kind: str, name: str, key: str) -> Iterator[None]:
         go_offline_if_cut_off()
     # Narrow on purpose: a defect raises something else and keeps its traceback.
     # huggingface_hub errors are OSError or ValueError, as are those of transformers and datasets.
+    # What reads a damaged .gguf may raise anything.
+    known = (Exception,) if is_gguf(name) else (OSError, ValueError, HTTPError, SafetensorError)
     try:
         yield
-    except (OSError, ValueError, HTTPError, SafetensorError) as error:
+    except known as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise
         if "trust_remote_code" in str(error):
@@ -78,6 +89,8 @@ def from_hub(kind: str, name: str, key: str) -> Iterator[None]:
             exported = Path(name) / "model"
             hint = f'Did you mean "{exported}"?' if (exported / "config.json").is_file() else f"Give another as {key}."
             why = shorten(str(error), 300, placeholder=" …")
+            if is_gguf(name):
+                why = f"it is damaged, or holds what transformers does not read ({why})."
             raise UserError(f"could not load {what} from there: {why}\n{hint}") from error
         if was_offline:
             source = "the cache of the hub"

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         description="Continue a text (causal model), fill its masks (masked model), do either (diffusion model), "
         "write its missing spans (encoder-decoder), or find its replaced tokens (discriminator).",
     )
-    p.add_argument("model", help="run directory, exported directory, or hub id, also ID@REVISION")
+    p.add_argument("model", help="run directory, exported directory, .gguf file, or hub id, also ID@REVISION")
     p.add_argument("--revision", help="of a hub id: branch, tag or commit")
     p.add_argument("texts", nargs="*", help="texts; - or none reads them from standard input, one per line")
     p.add_argument("--file", help="a file of texts, one per line")

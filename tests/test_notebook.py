@@ -41,7 +41,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A notebook gets its words as an error, and no run."""
-    with pytest.raises(UserError, match='Did you mean "optim.lr"'):
+    with pytest.raises(UserError, match=r'Did you mean "optim\.lr"'):
         train(*TINY, "optim.lrr=1", f"hydra.run.dir={tmp_path / 'run'}")
     with pytest.raises(UserError, match="a sweep"):
         train("-m", "seed=1,2")

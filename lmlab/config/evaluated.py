@@ -133,14 +133,13 @@ def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> 
 
 def objective_of(cfg: DictConfig) -> DictConfig:
     """Returns the block of the objective that a model, by its own config, was trained with."""
-    from transformers import AutoConfig
-
+    from lmlab.models.gguf import load_config
     from lmlab.models.loading import auto_class_of
     from lmlab.objectives import OBJECTIVE_OF
 
     repository, revision = split_revision(cfg.model.name, cfg.model.revision)
     with from_hub("model", repository, "model"):
-        config = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=False)
+        config = load_config(repository, revision)
         name = OBJECTIVE_OF[auto_class_of(config, cfg.model.name)]
     block = OmegaConf.load(CONF / "objective" / f"{name}.yaml")
     assert isinstance(block, DictConfig)

@@ -16,18 +16,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
+from lmlab.models.gguf import located
 from lmlab.objectives import sentinel
 
 END, PAD, MASK, UNKNOWN = "<|endoftext|>", "<pad>", "<mask>", "<unk>"
 
 
 def pretrained(name: str | None, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer by hub id, ID@REVISION, or directory."""
+    """Loads a tokenizer by hub id, ID@REVISION, directory, or `.gguf` file."""
     if name is None:
         raise UserError("tokenizer=pretrained needs a name here: add tokenizer.name=ID_OR_DIRECTORY to the command.")
     name, revision = split_revision(name, revision)
     with from_hub("tokenizer", name, "model.name or tokenizer.name"):
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
 
 
 def bpe(

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lmlab.errors import UserError, first_line, out_of_memory
 from lmlab.hub import from_hub, split_revision
 from lmlab.models import torch_module
+from lmlab.models.gguf import load_config, located, located_weights
 from lmlab.models.loading import auto_class_of, max_positions
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig
 from lmlab.objectives import sentinel, sentinel_ids
@@ -30,20 +31,21 @@ def load(
     """Loads a model and its tokenizer, for the task that the model was trained for.
 
     Args:
-        name: hub id, or ID@REVISION, or directory.
+        name: hub id, ID@REVISION, directory, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         make_module: called with `tokenizer` and `auto_class`, makes an exported torch module as it was.
     """
     name, revision = split_revision(name, revision)
     with from_hub("model", name, "the first argument"):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = load_config(name, revision)
         auto_class = auto_class_of(config, name)
         auto = getattr(transformers, auto_class)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
         if isinstance(config, TorchModuleConfig):
             module = make_module and make_module(tokenizer=tokenizer, auto_class=auto_class)
             return torch_module.load(name, revision, config, module, tokenizer, auto_class), tokenizer
-        return auto.from_pretrained(name, revision=revision, trust_remote_code=False).eval(), tokenizer
+        options = {"revision": revision, "config": config, "trust_remote_code": False}
+        return auto.from_pretrained(**located_weights(name), **options).eval(), tokenizer
 
 
 def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask", "infill", "detect"]:

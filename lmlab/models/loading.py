@@ -16,8 +16,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
-from lmlab.hub import from_hub, split_revision
+from lmlab.hub import from_hub, is_gguf, split_revision
 from lmlab.models.electra import GENERATOR, GeneratorAndDiscriminator, embeddings_fit
+from lmlab.models.gguf import load_config, located_weights
 from lmlab.models.loss import check_scoring, score
 from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import TOKENS, differ, evaluation_mode, probe, run_probe, vocabulary
@@ -40,7 +41,7 @@ def pretrained(
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
-        name: hub id, or ID@REVISION, or directory.
+        name: hub id, ID@REVISION, directory, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
@@ -50,9 +51,10 @@ def pretrained(
     """
     name, revision = split_revision(name, revision)
     with from_hub("model", name, "model.name"):
-        changes = config_values(config, AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+        settings = load_config(name, revision)
+        changes = config_values(config, settings)
         try:
-            settings = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **changes)
+            settings = load_config(name, revision, **changes) if changes else settings
             if isinstance(settings, TorchModuleConfig):
                 assert tokenizer is not None
                 if changes:
@@ -66,7 +68,7 @@ def pretrained(
             check_weights(auto, settings)
             # Exported models carry a dtype of their own; which one to compute in is the trainer's choice.
             model, loaded = auto.from_pretrained(
-                name,
+                **located_weights(name),
                 revision=revision,
                 trust_remote_code=False,
                 config=settings,
@@ -80,6 +82,8 @@ def pretrained(
             raise UserError(f"model.config={changes} does not fit the trained weights of {name}: {cause}") from error
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
+        if is_gguf(name):  # which holds all of a model
+            raise UserError(f"{name} is damaged: it holds no weights for {missing}. Name another as model.name.")
         logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
     if auto_class == "AutoModelForPreTraining":
         return with_generator(model, name, revision, generator)

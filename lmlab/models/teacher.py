@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
 from lmlab.models.efficiency import fuse_activations
+from lmlab.models.gguf import load_config, located, located_weights
 from lmlab.models.loading import auto_class_of, auto_model, check_model, task
 from lmlab.models.loss import (
     compiled_nll_and_slope,
@@ -171,7 +172,7 @@ def load_teacher(
     """Loads a teacher, in float32.
 
     Args:
-        model: run directory, exported directory, or hub id of the teacher.
+        model: run directory, exported directory, `.gguf` file, or hub id of the teacher.
         weight: the share of the teacher in the loss; the targets have the rest.
         temperature: divides the logits of both models; above 1 the teacher's less likely tokens count for more.
         tokenizer: that of the student.
@@ -183,14 +184,14 @@ def load_teacher(
     """
     repository, revision = split_revision(model)
     with from_hub("teacher", repository, "distill.model"):
-        settings = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=False)
+        settings = load_config(repository, revision)
         kind = auto_class_of(settings, model)
         if kind != objective.auto_class:
             raise UserError(
                 f"distill.model={model} is a {task(kind)} model, and the objective trains a "
                 f"{task(objective.auto_class)} one.\nChoose a teacher that was trained by the same objective."
             )
-        theirs = AutoTokenizer.from_pretrained(repository, revision=revision, trust_remote_code=False)
+        theirs = AutoTokenizer.from_pretrained(**located(repository), revision=revision, trust_remote_code=False)
         if theirs.get_vocab() != tokenizer.get_vocab():
             own = tokenizer.name_or_path or "learned from the run's text"
             raise UserError(
@@ -205,7 +206,7 @@ def load_teacher(
         auto = auto_model(settings, kind)
         check_weights(auto, settings)
         options = {"revision": revision, "trust_remote_code": False, "config": settings, "dtype": torch.float32}
-        loaded, info = auto.from_pretrained(repository, output_loading_info=True, **options)
+        loaded, info = auto.from_pretrained(**located_weights(repository), output_loading_info=True, **options)
     if info["missing_keys"]:
         raise UserError(f"distill.model={model} holds no weights for {', '.join(sorted(info['missing_keys']))}.")
     try:

@@ -1,1 +1,1 @@
-"""Shares finished runs: the card that describes a model, and the push to the Hugging Face hub."""
+"""What leaves lmlab: models on the Hugging Face hub, with a card, and in the forms that other tools read."""

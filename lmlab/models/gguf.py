@@ -1,0 +1,66 @@
+"""Reads models in GGUF files, dequantized, as transformers does; other models are loaded by the same functions."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from lmlab.errors import UserError, check_installed
+from lmlab.hub import is_gguf
+
+
+def located(name: str) -> dict[str, str]:
+    """Returns the arguments by which `from_pretrained` finds the config or the tokenizer of a model.
+
+    Args:
+        name: hub id, directory, or `.gguf` file.
+
+    Raises:
+        UserError: the file is none in GGUF, or a package that reads it is missing.
+    """
+    if not is_gguf(name):
+        return {"pretrained_model_name_or_path": name}
+    with open(name, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{name} is no GGUF file: it does not begin as one does. Name another.")
+    check_installed(f"reading {name}", "gguf", "gguf", "accelerate")
+    return {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+
+
+def located_weights(name: str) -> dict[str, Any]:
+    """Returns the arguments by which `from_pretrained` finds a model and makes its weights dense, so that it saves."""
+    if not is_gguf(name):
+        return located(name)
+    from transformers import GgufConfig
+
+    return {**located(name), "quantization_config": GgufConfig(dequantize=True)}
+
+
+def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTrainedConfig:
+    """Loads the config of a model.
+
+    Args:
+        name: hub id, directory, or `.gguf` file.
+        revision: branch, tag or commit of a hub id.
+        changes: values of it that are to be others.
+    """
+    config = AutoConfig.from_pretrained(**located(name), revision=revision, trust_remote_code=False, **changes)
+    if is_gguf(name):
+        from transformers.integrations.gguf import read_gguf_metadata
+
+        # A file says which architecture it holds, and not for which task: its tensors are those of a language model.
+        decodes = config.is_encoder_decoder
+        tasks = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if decodes else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        config.architectures = [tasks[config.model_type]] if config.model_type in tasks else None
+        # What transformers reads under another name, or not at all.
+        if config.model_type == "gpt2":
+            config.n_positions = changes.get("n_positions", config.n_ctx)
+        metadata, _ = read_gguf_metadata(name)
+        width = metadata.get(f"{metadata['general.architecture']}.attention.key_length")
+        if width and hasattr(config, "head_dim"):
+            config.head_dim = changes.get("head_dim", width)
+    return config
