@@ -581,7 +581,7 @@ COMMANDS = {
     "data=someone/texts": ["data=hub data.path=someone/texts"],
     "model=someone/gpt": ["model=pretrained model.name=someone/gpt"],
     "data.train=my.txt": ["data=files and of data=hub", "data=files data.train=my.txt"],
-    "objective.mask_probability=0.3": ["It is one of objective=hybrid and of objective=mlm"],
+    "objective.mask_probability=0.3": ["It is one of objective=electra and of objective=hybrid and of objective=mlm"],
     "callbacks.early_stopping.patience=3": ["It is one of callbacks=early_stopping"],
     "optim.schedule=linaer": ['Did you mean "linear"?', "warmup_stable_decay"],
     "trainer.precision=bf16-mixd": ['Did you mean "bf16-mixed"?', "32-true"],
