@@ -173,6 +173,7 @@ def test_bad_arguments(tmp_path: Path, said: Callable[..., str], capsys: pytest.
         assert len(lines) <= 3
 
 
+@pytest.mark.long
 def test_output_that_nobody_reads_on(train: Callable[..., Path], tmp_path: Path) -> None:
     """`… | head` ends it without a traceback."""
     places = [str(train(*TINY, f"seed={seed}", run_dir=tmp_path / str(seed))) for seed in (1, 2)]

@@ -192,6 +192,7 @@ def test_predict_from_the_hub(hub: Hub, command: Command) -> None:
     assert "me/tiny-gpt2/model.safetensors" in fetched(hub)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words",
     [["data=hub", "data.path=me/absent"], ["model=pretrained", "model.name=me/absent"]],
@@ -204,6 +205,7 @@ def test_hub_out_of_reach(words: list[str], command: Command, closed_port: int) 
     assert_plain(done, '"me/absent"', endpoint, "local directory", "HF_HUB_OFFLINE=1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words",
     [[*SHORT, "data=hub", "data.path=me/absent"], ["lmlab.predict", "me/absent", "hello"]],

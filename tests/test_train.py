@@ -40,6 +40,7 @@ def test_a_warm_up_as_long_as_the_run_is_warned_of(
     assert "the warm-up is as long as the run, 4 steps" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_report_without_a_target(train: Callable[..., Path]) -> None:
     """Of a few blocks of which none has a masked token."""
     words = [
@@ -229,6 +230,7 @@ def test_masked_run(train: Callable[..., Path], capsys: pytest.CaptureFixture[st
     AutoModelForMaskedLM.from_pretrained(run / "model")
 
 
+@pytest.mark.long
 def test_same_command_same_numbers_with_workers_too(train: Callable[..., Path], tmp_path: Path) -> None:
     figures = []
     for name, workers in (("a", 0), ("b", 0), ("c", 2)):
@@ -345,6 +347,7 @@ def test_a_bad_batch_of_another_rank_is_named(train: Callable[..., Path], capfd:
     assert "not finite at step 3." in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_cheaper_validations_look_at_the_same_documents_and_the_last_one_at_all(
     train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

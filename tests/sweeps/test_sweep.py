@@ -171,6 +171,7 @@ def test_what_a_resume_is_of(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.splitlines()[-1] == "6 done"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("here")
 def test_a_secret_is_given_again(tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
     """By no more of its key than the name, or by the whole command."""
@@ -290,6 +291,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.long
 def test_a_sweep_that_can_not_be_is_refused_before_it_begins(refused: Refused, tmp_path: Path) -> None:
     place, there = tmp_path / "sweeps" / "sweep", tmp_path / "there"
     there.mkdir()
@@ -429,6 +431,7 @@ class TestSearch:
             if number not in pruned:
                 assert trial.value == RunDirectory(tmp_path / str(number)).read_summary()["val/loss"]
 
+    @pytest.mark.long
     @pytest.mark.usefixtures("here")
     def test_a_failed_trial_stays_open(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Others go on; the search that is resumed tries it once more."""
@@ -452,6 +455,7 @@ class TestSearch:
         figures = [RunDirectory(tmp_path / name).read_summary()["val/bits_per_byte"] for name in "01"]
         assert [trial.value for trial in study_of(tmp_path).trials] == figures
 
+    @pytest.mark.long
     @pytest.mark.usefixtures("here")
     def test_another_search_does_not_go_on_in_its_folder(self, tmp_path: Path, refused: Refused) -> None:
         words = ["hydra/sweeper=optuna", "optim.schedule=shuffle(linear,cosine,constant)", "hydra.sweeper.n_trials=1"]

@@ -43,6 +43,7 @@ def test_a_masked_model_fills_a_mask(train: Train) -> None:
         assert guesses == sorted(guesses, reverse=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tiny", [TINY, TINY_MLM], ids=["causal", "masked"])
 def test_samples_change_nothing(train: Train, tmp_path: Path, tiny: list[str]) -> None:
     """With dropout, which a wrong mode or a generator moved on would change."""
@@ -60,6 +61,7 @@ def test_samples_change_nothing(train: Train, tmp_path: Path, tiny: list[str]) -
             assert (runs[0] / "model" / name).read_bytes() == (runs[1] / "model" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_has_each_sample_once(train: Train, tmp_path: Path) -> None:
     """From a state, and from the start where none was kept."""
     whole = train(*SIX, run_dir=tmp_path / "whole")

@@ -90,6 +90,7 @@ def test_resumed(run: Path, tmp_path: Path) -> None:
     run_verb("predict", copy / "series" / "step-9", "It would", "--max-new-tokens", "2")
 
 
+@pytest.mark.long
 def test_evaluated(
     run: Path, evaluate: Callable[..., Path], refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,7 @@ def same_samples(backend: Backend, run: Path) -> None:
     assert [row for rows in each for row in rows] == whole == [list(sample.values()) for sample in samples(run)]
 
 
+@pytest.mark.long
 def test_a_run_is_known_as_the_config_says(online: Path, backend: Backend) -> None:
     run = backend.runs[run_id(online)]
     names = ("displayName", "groupName", "jobType", "tags", "notes", "project")
@@ -105,12 +106,14 @@ def test_a_run_is_known_as_the_config_says(online: Path, backend: Backend) -> No
     assert run.config["optim"]["lr"] == 1.0  # a number, which W&B can compare
 
 
+@pytest.mark.long
 def test_rows_and_tables(online: Path, backend: Backend) -> None:
     same_rows(backend.runs[run_id(online)].history, online)
     same_samples(backend, online)
     assert {sample["step"] for sample in samples(online)} == {0, 2, 4, 6}
 
 
+@pytest.mark.long
 def test_the_summary_holds_the_best_and_the_result(online: Path, backend: Backend) -> None:
     summary = backend.runs[run_id(online)].summary
     result = json.loads((online / "summary.json").read_text())
@@ -126,6 +129,7 @@ def test_the_summary_holds_the_best_and_the_result(online: Path, backend: Backen
     assert summary["optim/lr"] == 1.0
 
 
+@pytest.mark.long
 def test_curves_are_drawn_against_tokens(online: Path, backend: Backend) -> None:
     defined = json.loads(backend.runs[run_id(online)].facts["config"])["_wandb"]["value"]["m"]
     assert all("2" not in metric for metric in defined)  # globs
@@ -134,6 +138,7 @@ def test_curves_are_drawn_against_tokens(online: Path, backend: Backend) -> None
     assert {"val/loss", "train/perplexity", "perf/step_ms"} <= {metric["1"] for metric in defined}
 
 
+@pytest.mark.long
 def test_artifacts_say_what_came_of_what(online: Path, backend: Backend) -> None:
     identity = run_id(online)
     kinds = {
@@ -159,6 +164,7 @@ def test_artifacts_say_what_came_of_what(online: Path, backend: Backend) -> None
     }
 
 
+@pytest.mark.long
 def test_code_and_machine_are_kept(online: Path, backend: Backend) -> None:
     run = backend.runs[run_id(online)]
     git = json.loads((online / "manifest.json").read_text())["git"]
