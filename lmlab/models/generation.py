@@ -14,8 +14,9 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from lmlab.errors import UserError, first_line, out_of_memory
 from lmlab.hub import from_hub, split_revision
 from lmlab.models import torch_module
+from lmlab.models.checks import max_positions
 from lmlab.models.gguf import load_config, located, located_weights
-from lmlab.models.loading import auto_class_of, max_positions
+from lmlab.models.loading import auto_class_of
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig
 from lmlab.objectives import sentinel, sentinel_ids
 

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
+from lmlab.models.checks import check_model
 from lmlab.models.efficiency import fuse_activations
 from lmlab.models.gguf import load_config, located, located_weights
-from lmlab.models.loading import auto_class_of, auto_model, check_model, task
+from lmlab.models.loading import auto_class_of, auto_model, task
 from lmlab.models.loss import (
     compiled_nll_and_slope,
     nll_and_slope,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.data.sources import SAMPLE
 from lmlab.errors import UserError
-from lmlab.models.loading import max_positions
+from lmlab.models.checks import max_positions
 
 LONGEST = 256
 """The tokens of a text that are compared, at most."""

@@ -9,20 +9,15 @@ What the repository holds is told by `run/manifest.json` in it, which names the 
 """
 
 import hashlib
-import logging
 import re
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -33,30 +28,25 @@ from huggingface_hub import (
     get_session,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from lmlab.console import command
-from lmlab.errors import UserError, causes, first_line
+from lmlab.errors import UserError, first_line
 from lmlab.io import from_here, read_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import ENDED, read_status
+from lmlab.sharing.requests import answered, patiently
 from lmlab.sweeps.points import SWEEP_FILE
 
-LOG = logging.getLogger(__name__)
 MANIFEST = "run/manifest.json"
 """The file of a repository that names its run."""
 STALE = ("*.safetensors", "*.safetensors.index.json", "run/*")
 """What a push removes from `main` if the run has it no more. Anything else may be somebody's own."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt")
 SERIES = "series"
-LINE = (HTTPError, ConnectionError, TimeoutError)
-"""The errors of a line that breaks: those of the HTTP library, and of hf_xet, which sends large files."""
-T = TypeVar("T")
-TRIES, PATIENCE = 4, 300
-"""The attempts at a push whose line is lost or that the hub sends away, and the seconds that it may be told to wait."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ def push(run: RunDirectory, destination: Destination) -> str:
     check_choices(destination)
     check_finished(run, destination)
     run_id = run.read_manifest()["run_id"]
-    with answered(destination):
+    with answered(destination.repository):
         found = look(destination, run_id)
         files, series = contents(run, destination)
         tags = send(destination, run_id, files, series)
@@ -101,7 +91,7 @@ def check_before_training(run: RunDirectory, destination: Destination) -> None:
     """
     check_choices(destination)
     if not run.begun():
-        with answered(destination):
+        with answered(destination.repository):
             look(destination, None)
 
 
@@ -324,118 +314,3 @@ def content_id(content: Path | bytes, entry: RepoFile) -> bool:
         return hashlib.sha256(content).hexdigest() == entry.lfs.sha256
     with content.open("rb") as file:
         return sha_fileobj(file).hex() == entry.lfs.sha256
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """Calls what asks the hub, again after a lost line or an answer that is no lasting one.
-
-    What is called looks at what the hub has, so that a call that was done before its answer was lost is not done twice.
-    """
-    for left in range(TRIES, 0, -1):
-        try:
-            return call()
-        except Exception as error:
-            wait = seconds_to_wait(error, TRIES - left)
-            if wait is None or left == 1:
-                raise
-            LOG.debug("asking the hub again in %s seconds", wait, exc_info=True)
-            time.sleep(wait)
-    raise AssertionError
-
-
-def seconds_to_wait(error: BaseException, tried: int) -> float | None:
-    """Returns how long to wait before another attempt; None if it would end as this one did."""
-    for cause in causes(error):
-        if isinstance(cause, UserError):
-            return None
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status == 429:
-                return asked_to_wait(cause.response) or 2.0**tried
-            return 2.0**tried if status >= 500 else None
-        if isinstance(cause, LINE):
-            return 2.0**tried
-    return None
-
-
-def asked_to_wait(response: Any) -> float | None:
-    """Returns the seconds that the hub asks to wait before the next request; None if it does not say."""
-    asked = response.headers.get("Retry-After", "").strip()
-    return float(asked) if asked.isdecimal() else None
-
-
-@contextmanager
-def answered(destination: Destination) -> Iterator[None]:
-    """Turns what goes wrong with the hub inside into a `UserError`, and hides what its client says besides.
-
-    Raises:
-        UserError: says what the hub answered, and what to do.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-
-    as_set = sys.stderr.isatty() or are_progress_bars_disabled()
-    if not as_set:
-        disable_progress_bars()
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it tells of each attempt; `told_to_wait` says what is of use
-    for library in ("httpx", "httpx2"):  # They report each request, at the level of a run's own news.
-        logging.getLogger(library).setLevel(logging.WARNING)
-    hooks = get_session().event_hooks
-    get_session().event_hooks = hooks | {"response": [*hooks.get("response", ()), told_to_wait]}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # the records
-            yield
-    except Exception as error:
-        message = explain(error, destination)
-        if message is None:
-            raise
-        raise UserError(message) from error
-    finally:
-        hub_logging.set_verbosity(verbosity)
-        if not as_set:
-            enable_progress_bars()
-        get_session().event_hooks = hooks
-
-
-def told_to_wait(response: Any) -> None:
-    """Says that the hub asks to wait, which its client then does.
-
-    Raises:
-        UserError: the hub asks for more than `PATIENCE`.
-    """
-    wait = asked_to_wait(response) if response.status_code == 429 else None
-    if wait is not None and wait > PATIENCE:
-        raise UserError(
-            f"the hub takes no more requests for {wait:.0f} seconds (429).\n"
-            "Push again after that: what was sent is not sent again."
-        )
-    if wait is not None:
-        print(f"The hub asks to wait {wait:.0f} seconds (429).", file=sys.stderr)
-
-
-def explain(error: BaseException, destination: Destination) -> str | None:
-    """Returns the message for an error of a push; None for a defect of lmlab."""
-    again = "Push again: what was sent is not sent again."
-    tokens = f"{constants.ENDPOINT}/settings/tokens"
-    for cause in causes(error):
-        if isinstance(cause, UserError):
-            return str(cause)
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status == 401:
-                return f"the hub does not know the token (401).\nMake one at {tokens}, and log in by hf auth login."
-            if status == 403:
-                return (
-                    f"the token may not write to {destination.repository} (403).\n"
-                    f"Push to a repository of your own, or make a token that may at {tokens}."
-                )
-            if status == 429:
-                return f"the hub takes no more requests for now (429).\n{again}"
-            if status >= 500:
-                return f"the hub failed ({status}).\n{again}"
-            return f"the hub refused the push ({status}): {cause.server_message or first_line(cause)}"
-        if isinstance(cause, LINE):
-            return f"{constants.ENDPOINT} does not answer, or the line to it broke: {first_line(cause)}\n{again}"
-    return None
