@@ -267,9 +267,9 @@ def build_loggers(cfg: DictConfig, run_id: str) -> "list[Logger]":
 
 
 def send_rest(cfg: DictConfig) -> None:
-    """Gives the loggers of a finished run the metrics that they do not have, as a service was away at its end.
+    """Gives the loggers of a finished run the metrics that they lack because a service was away at its end.
 
-    W&B has a command of its own for that.
+    W&B is left out, as it has a command of its own for that.
     """
     from lmlab.training.loggers.closing import close
 

@@ -13,7 +13,7 @@ from lmlab.errors import UserError
 from lmlab.io import from_here
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import checkpoint
-from lmlab.training.checkpoint_io import load_checkpoint, load_weights
+from lmlab.training.checkpoint_io import load_checkpoint, load_weights, model_state
 
 
 def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
@@ -39,7 +39,7 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     _, model = models.build_model(cfg, tokenizer)
     state = load_weights(weights, load_checkpoint(weights))
-    model.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
+    model.load_state_dict(model_state(state))
     copy = RunDirectory(path)
     path.mkdir(parents=True)
     for file in (run.manifest, run.config):

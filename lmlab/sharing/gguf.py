@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmlab.errors import UserError, out_of_memory
-from lmlab.models.gguf import load_config, located, located_weights
+from lmlab.models.gguf import load_config, load_tokenizer, located_weights
 from lmlab.sharing.check import largest_difference, sample_texts
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     writer.close()
 
     name = str(path)
-    theirs = AutoTokenizer.from_pretrained(**located(name))
+    theirs = load_tokenizer(name)
     for text in sample_texts():
         if theirs(text).input_ids != tokenizer(text, verbose=False).input_ids:
             raise UserError(

@@ -1,7 +1,7 @@
 """Pushes a finished run to the Hugging Face hub: its weights, its card, and files of its run directory.
 
-A push is repeated at will: the client sends no content that the hub has, and a commit is made only if a file differs.
-What the repository holds is told by `run/manifest.json` in it, which names the run.
+A push can be repeated: the client sends nothing that the hub has already, and makes a commit only if a file differs.
+The file `run/manifest.json` in the repository names the run that it holds.
 
     main      the exported model, README.md, curve.png, and files of the run directory under run/
     step-N    a tag for each step of the series: the exported model after that step
@@ -38,13 +38,13 @@ from lmlab.errors import UserError, first_line
 from lmlab.io import from_here, read_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import ENDED, read_status
-from lmlab.sharing.requests import answered, patiently
+from lmlab.sharing.requests import errors_explained, retry
 from lmlab.sweeps.points import SWEEP_FILE
 
 MANIFEST = "run/manifest.json"
 """The file of a repository that names its run."""
 STALE = ("*.safetensors", "*.safetensors.index.json", "run/*")
-"""What a push removes from `main` if the run has it no more. Anything else may be somebody's own."""
+"""Patterns of the files that a push removes from `main` if the run no longer has them. Others may be somebody's own."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt")
 SERIES = "series"
 
@@ -72,11 +72,11 @@ def push(run: RunDirectory, destination: Destination) -> str:
     check_choices(destination)
     check_finished(run, destination)
     run_id = run.read_manifest()["run_id"]
-    with answered(destination.repository):
-        found = look(destination, run_id)
+    with errors_explained(destination.repository):
+        found = find_repository(destination, run_id)
         files, series = contents(run, destination)
         tags = send(destination, run_id, files, series)
-        now = patiently(lambda: HfApi().model_info(destination.repository).sha)
+        now = retry(lambda: HfApi().model_info(destination.repository).sha)
     url = f"{constants.ENDPOINT}/{destination.repository}"
     if not tags and found is not None and found.sha == now:
         return f"{url} has all of run {run_id} already: nothing was sent."
@@ -87,12 +87,12 @@ def push(run: RunDirectory, destination: Destination) -> str:
 def check_before_training(run: RunDirectory, destination: Destination) -> None:
     """Refuses a push that could not be made at the end of a run.
 
-    The hub is asked where the run is new: one that goes on does not end for a hub that is away.
+    The hub is asked only for a new run: one that is resumed goes on while the hub can't be reached.
     """
     check_choices(destination)
     if not run.begun():
-        with answered(destination.repository):
-            look(destination, None)
+        with errors_explained(destination.repository):
+            find_repository(destination, None)
 
 
 def check_choices(destination: Destination) -> None:
@@ -159,7 +159,7 @@ def series_steps(run: RunDirectory) -> dict[int, Path]:
     return {model["step"]: run.series / model["path"] for model in run.read_series()}
 
 
-def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
+def find_repository(destination: Destination, run_id: str | None) -> ModelInfo | None:
     """Returns what the hub knows of the repository; None if there is none yet.
 
     Args:
@@ -170,7 +170,7 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
     """
     api, repository = HfApi(), destination.repository
     get_session().head(constants.ENDPOINT, timeout=10)  # the client itself would wait for ever
-    user = patiently(api.whoami)
+    user = retry(api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(
             "the token of the hub may only read.\n"
@@ -181,7 +181,7 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
         raise UserError(f"the token is of {user['name']}, who may not write to {repository}.\nYours: {owners[0]}/NAME")
     check_license(destination)
     try:
-        info = patiently(lambda: api.model_info(repository))
+        info = retry(lambda: api.model_info(repository))
     except RepositoryNotFoundError:
         return None
     if destination.private and not info.private:
@@ -189,7 +189,7 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
     files = [sibling.rfilename for sibling in info.siblings or ()]
     if MANIFEST in files:
         with TemporaryDirectory() as folder:
-            manifest = patiently(lambda: api.hf_hub_download(repository, MANIFEST, cache_dir=folder))
+            manifest = retry(lambda: api.hf_hub_download(repository, MANIFEST, cache_dir=folder))
             held = read_json(Path(manifest)).get("run_id")
         if held != run_id:
             raise UserError(f"{repository} holds another run, {held}.\nPush to a repository of its own: {repository}-2")
@@ -199,13 +199,13 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
 
 
 def check_license(destination: Destination) -> None:
-    """Refuses a licence that the hub does not know, which otherwise would show after all the weights were sent.
+    """Refuses a licence that the hub does not know, before any weights are sent.
 
     Raises:
         UserError: with the answer of the hub.
     """
     try:
-        patiently(ModelCard(f"---\nlicense: {destination.license}\n---\n").validate)
+        retry(ModelCard(f"---\nlicense: {destination.license}\n---\n").validate)
     except ValueError as error:
         why = shorten(" ".join(re.findall(r'"message":\s*"((?:\\.|[^"\\])*)"', str(error))), 300, placeholder=" …")
         raise UserError(
@@ -215,12 +215,12 @@ def check_license(destination: Destination) -> None:
 
 
 Contents = Mapping[str, Path | bytes]
-"""Files by their paths in a repository: where they lie, or what is in them."""
+"""Files by their paths in a repository: the path of each on the disk, or its content."""
 
 
 def contents(run: RunDirectory, destination: Destination) -> tuple[Contents, dict[int, Contents]]:
     """Returns the files of `main`, and those of each step of the series."""
-    from lmlab.sharing.card import write_card, write_step_card
+    from lmlab.sharing.card import build_card, build_step_card
 
     repository, license = destination.repository, destination.license or ""
     steps = series_steps(run) if destination.series else {}
@@ -231,9 +231,9 @@ def contents(run: RunDirectory, destination: Destination) -> tuple[Contents, dic
     files: dict[str, Path | bytes] = {
         f"run/{file.relative_to(run.path).as_posix()}": file for file in kept if file.is_file()
     }
-    files |= files_in(run.model) | write_card(run, repository, license, list(steps))
+    files |= files_in(run.model) | build_card(run, repository, license, list(steps))
     series: dict[int, Contents] = {
-        step: {**files_in(folder), "README.md": write_step_card(run, repository, license, step)}
+        step: {**files_in(folder), "README.md": build_step_card(run, repository, license, step)}
         for step, folder in steps.items()
     }
     return files, series
@@ -245,17 +245,17 @@ def files_in(folder: Path) -> dict[str, Path | bytes]:
 
 
 def send(destination: Destination, run_id: str, files: Contents, series: Mapping[int, Contents]) -> list[str]:
-    """Makes the repository, and brings it to what these files are; returns the tags that were made.
+    """Makes the repository where there is none, and commits these files; returns the tags that were made.
 
-    `main` goes first: it names the run that the repository is of.
+    `main` goes first, as its manifest names the run that the repository holds.
     """
     api, repository = HfApi(), destination.repository
     private = True if destination.private else None
-    patiently(lambda: api.create_repo(repository, private=private, exist_ok=True))
-    patiently(lambda: commit(api, repository, "main", files, f"Run {run_id}", STALE))
+    retry(lambda: api.create_repo(repository, private=private, exist_ok=True))
+    retry(lambda: commit(api, repository, "main", files, f"Run {run_id}", STALE))
     made = []
     for step, model in series.items():
-        if patiently(partial(push_step, api, repository, f"step-{step}", model)):
+        if retry(partial(push_step, api, repository, f"step-{step}", model)):
             made.append(f"step-{step}")
     return made
 
@@ -263,7 +263,7 @@ def send(destination: Destination, run_id: str, files: Contents, series: Mapping
 def push_step(api: HfApi, repository: str, tag: str, files: Contents) -> bool:
     """Commits the model of a step to the branch of the series, and tags it; returns False if it was there already.
 
-    The tag comes last: what a push that breaks leaves behind has no name yet.
+    The tag is made last: an interrupted push leaves commits without a tag, and never half of a tagged model.
     """
     refs = api.list_repo_refs(repository)
     tagged = tag in [ref.name for ref in refs.tags]
@@ -279,7 +279,7 @@ def push_step(api: HfApi, repository: str, tag: str, files: Contents) -> bool:
 
 
 def commit(api: HfApi, repository: str, branch: str, files: Contents, message: str, stale: tuple[str, ...]) -> str:
-    """Brings a branch to what these files are, by one commit, or by none where nothing differs.
+    """Makes a branch hold these files, by one commit, or by none where nothing differs.
 
     Args:
         stale: patterns of other files, which are removed.
@@ -287,14 +287,14 @@ def commit(api: HfApi, repository: str, branch: str, files: Contents, message: s
     Returns:
         the commit that the branch is at.
     """
-    there = {entry.path for entry in listed(api, repository, branch)} - {".gitattributes"}
+    there = {entry.path for entry in list_files(api, repository, branch)} - {".gitattributes"}
     gone = sorted(path for path in there - files.keys() if any(fnmatch(path, pattern) for pattern in stale))
     operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
     operations += [CommitOperationDelete(path) for path in gone]
     return api.create_commit(repository, operations, commit_message=message, revision=branch).oid
 
 
-def listed(api: HfApi, repository: str, revision: str) -> list[RepoFile]:
+def list_files(api: HfApi, repository: str, revision: str) -> list[RepoFile]:
     """Returns the files of a revision."""
     tree = api.list_repo_tree(repository, revision=revision, recursive=True)
     return [entry for entry in tree if isinstance(entry, RepoFile)]
@@ -302,11 +302,11 @@ def listed(api: HfApi, repository: str, revision: str) -> list[RepoFile]:
 
 def is_same(api: HfApi, repository: str, revision: str, files: Contents) -> bool:
     """Returns whether a revision holds just these files."""
-    there = {entry.path: entry for entry in listed(api, repository, revision) if entry.path != ".gitattributes"}
-    return there.keys() == files.keys() and all(content_id(files[path], there[path]) for path in there)
+    there = {entry.path: entry for entry in list_files(api, repository, revision) if entry.path != ".gitattributes"}
+    return there.keys() == files.keys() and all(has_content(files[path], there[path]) for path in there)
 
 
-def content_id(content: Path | bytes, entry: RepoFile) -> bool:
+def has_content(content: Path | bytes, entry: RepoFile) -> bool:
     """Returns whether a file of the hub has this content, by its hash."""
     if entry.lfs is None:
         return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == entry.blob_id

@@ -22,7 +22,7 @@ TRIES, PATIENCE = 4, 300
 """The attempts at a request that fails for now, and the seconds that the hub may ask to wait before the next one."""
 
 
-def patiently(call: Callable[[], T]) -> T:
+def retry(call: Callable[[], T]) -> T:
     """Calls a function that asks the hub, again where the connection or the hub fails for now.
 
     The function looks at what the hub has, so that a change whose answer was lost is not made twice.
@@ -47,21 +47,21 @@ def seconds_to_wait(error: BaseException, tried: int) -> float | None:
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
             if status == 429:
-                return asked_to_wait(cause.response) or 2.0**tried
+                return retry_after(cause.response) or 2.0**tried
             return 2.0**tried if status >= 500 else None
         if isinstance(cause, CONNECTION_ERRORS):
             return 2.0**tried
     return None
 
 
-def asked_to_wait(response: Any) -> float | None:
+def retry_after(response: Any) -> float | None:
     """Returns the seconds that the hub asks to wait before the next request; None if it does not say."""
     asked = response.headers.get("Retry-After", "").strip()
     return float(asked) if asked.isdecimal() else None
 
 
 @contextmanager
-def answered(repository: str) -> Iterator[None]:
+def errors_explained(repository: str) -> Iterator[None]:
     """Turns what goes wrong with the hub inside into a `UserError`, and hides what its client says besides.
 
     Raises:
@@ -100,7 +100,7 @@ def tell_to_wait(response: Any) -> None:
     Raises:
         UserError: the hub asks for more than `PATIENCE`.
     """
-    wait = asked_to_wait(response) if response.status_code == 429 else None
+    wait = retry_after(response) if response.status_code == 429 else None
     if wait is not None and wait > PATIENCE:
         raise UserError(
             f"the hub takes no more requests for {wait:.0f} seconds (429).\n"

@@ -25,7 +25,7 @@ from lmlab.errors import disk_full
 from lmlab.io import read_json, replaced, write_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint import gathered
-from lmlab.training.checkpoint_io import AtomicCheckpointIO
+from lmlab.training.checkpoint_io import AtomicCheckpointIO, model_state
 from lmlab.training.measure import Measure
 from lmlab.training.module import LMModule
 
@@ -121,11 +121,7 @@ def copy_weights(trainer: L.Trainer, module: LMModule, dtype: torch.dtype) -> di
     """
     if module.device_mesh is None and not trainer.is_global_zero:
         return {}
-    state = {
-        name.removeprefix("model."): tensor
-        for name, tensor in trainer.strategy.lightning_module_state_dict().items()
-        if name.startswith("model.")
-    }
+    state = model_state(trainer.strategy.lightning_module_state_dict())
     copies: dict[Any, Tensor] = {}
     for tensor in state.values():
         if identity(tensor) not in copies:

@@ -1,4 +1,4 @@
-"""Gives the rows of `metrics.jsonl` to a store of another library, which training never waits for."""
+"""Gives the rows of `metrics.jsonl` to a store of another library; training never waits for it."""
 
 import json
 import logging
@@ -35,9 +35,9 @@ class Row(NamedTuple):
 
 
 class Store(Protocol):
-    """The place where a library keeps the metrics of a run. Its methods may raise anything, and are then tried again.
+    """The storage of another library for the metrics of a run.
 
-    They are called from one thread, which is not that of training.
+    Its methods may raise anything, and are then called again. One thread calls them, which is not that of training.
     """
 
     label: str
@@ -67,7 +67,7 @@ class RowLogger(Logger):
     metric, and is given what comes after that in the file. The file is the queue: a store that is away costs no memory.
     """
 
-    def __init__(self, store: Store, run_dir: str, patience: float):
+    def __init__(self, store: Store, run_dir: str, patience: float = 60.0):
         """Begins to give the store what the file has already.
 
         Args:
