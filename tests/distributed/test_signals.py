@@ -36,7 +36,7 @@ STOPS = [
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.schema.check_choices"),
     ("evaluate", ["model=RUNS/1", "hydra.run.dir=OUT"], "lmlab.config.evaluated.completed"),
     ("predict", ["RUNS/1", "a"], "lmlab.models.generation.load"),
-    ("compare", ["RUNS", "--out", "OUT"], "lmlab.evaluation.comparison.read_evaluations"),
+    ("compare", ["RUNS", "--out", "OUT"], "lmlab.compare.read_evaluations"),
     ("report", ["RUNS", "--out", "OUT"], "lmlab.reporting.load.load_runs"),
     ("dashboard", ["me/lmlab"], "lmlab.dashboard.check_reachable"),
     ("sweep", ["status", "RUNS"], "lmlab.sweeps.points.read_points"),
