@@ -166,7 +166,7 @@ class Push:
     push_private: bool = False
     """Make it a repository that only its owner sees."""
     push_series: bool = False
-    """Push the series of checkpoints too."""
+    """Push the series of models too."""
 
 
 DECLARED = {

@@ -53,7 +53,7 @@ def build_card(run: RunDirectory, repository: str, license: str, steps: Sequence
     Args:
         repository: the id of the repository on the hub.
         license: the licence of the model, as the hub names it.
-        steps: those of the series of checkpoints that are pushed too.
+        steps: those of the series of models that are pushed too.
 
     Raises:
         UserError: the evaluation of the run does not add up.

@@ -92,7 +92,7 @@ def check(model: PreTrainedModel) -> None:
 def add_config(writer: "gguf.GGUFWriter", model: PreTrainedModel) -> None:
     """Adds the values of a model's config under GGUF's names."""
     config = model.config
-    writer.add_name(config.model_type)  # not its path, which may tell what the reader need not know
+    writer.add_name(config.model_type)  # not its path, which may name a person or a machine
     writer.add_file_type(0)  # all in float32
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -117,7 +117,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     """Adds a byte-level BPE tokenizer.
 
     Args:
-        rows: those of the model's embedding; rows without a token are given one that no text has.
+        rows: the rows of the model's embedding; one without a token gets a placeholder that occurs in no text.
 
     Raises:
         UserError: the tokenizer is of another kind.

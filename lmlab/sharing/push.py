@@ -60,7 +60,7 @@ class Destination:
     private: bool = False
     """Make it a repository that only its owner sees."""
     series: bool = False
-    """Push the series of checkpoints too."""
+    """Push the series of models too."""
 
 
 def push(run: RunDirectory, destination: Destination) -> str:
@@ -151,7 +151,7 @@ def check_finished(run: RunDirectory, destination: Destination) -> None:
     if not (run.model / "config.json").is_file():
         raise UserError(f"{path} has no exported model any more: {run.model.name} is gone. Bring it back.")
     if destination.series and not series_steps(run):
-        raise UserError(f"{path} has no series of checkpoints. Leave out --series.")
+        raise UserError(f"{path} has no series of models. Leave out --series.")
 
 
 def series_steps(run: RunDirectory) -> dict[int, Path]:

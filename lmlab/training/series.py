@@ -39,8 +39,8 @@ Spacing = Literal["log"] | int
 class Series(Callback):
     """Writes an exported model after each of chosen steps, and after the last step.
 
-    None of them is removed later, but those of steps that a run makes again. The models are written by the thread that
-    writes checkpoints, where there is one, and in their order: a checkpoint on the disk has all models before it.
+    None of them is removed later, except those of steps that a resumed run repeats. The thread that writes checkpoints,
+    where there is one, writes the models too, in order: all models before a checkpoint are on the disk when that is.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ def copy_weights(trainer: L.Trainer, module: LMModule, dtype: torch.dtype) -> di
 
 
 def identity(tensor: Tensor) -> Any:
-    """Returns what tensors of a state dict have in common if they are one weight under two names."""
+    """Returns a key that tensors of a state dict share if they are one weight under two names."""
     return id(tensor) if isinstance(tensor, DTensor) else (tensor.data_ptr(), tensor.shape)
 
 

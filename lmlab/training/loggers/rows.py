@@ -43,8 +43,8 @@ class Store(Protocol):
     label: str
     """The name of the store in messages."""
     whole_rows: bool
-    """Whether rows stay whole. Otherwise they come without metrics that the store has at their step already: the tokens
-    seen are in the row of a validation and in that of the training step before it."""
+    """Whether the store takes whole rows. Otherwise metrics that it has for their step already are left out of a row:
+    the tokens seen, for example, are in the row of a validation and in that of the training step before it."""
 
     def connect(self) -> dict[str, int]:
         """Finds the run or begins it, and returns the last step that is kept of each of its metrics."""
@@ -68,7 +68,7 @@ class RowLogger(Logger):
     """
 
     def __init__(self, store: Store, run_dir: str, patience: float = 60.0):
-        """Begins to give the store what the file has already.
+        """Begins to give the store the rows that are in the file already.
 
         Args:
             store: takes the rows.
