@@ -13,6 +13,15 @@ from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly
 from lmlab.evaluation import comparison
 from lmlab.evaluation.records import AT_MOST, Records
+from lmlab.evaluation.sides import (
+    align,
+    check_comparable,
+    differing_choices,
+    find_side,
+    make_sides,
+    read_evaluations,
+    row_unit,
+)
 from lmlab.io import from_here, write_out
 from lmlab.reporting.text import interval_text, latex, p_text
 from lmlab.runs.choices import as_typed
@@ -52,12 +61,12 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Prints the comparison, and writes it as CSV and LaTeX."""
-    runs = comparison.read_evaluations(arguments.directories)
-    comparison.check_comparable(runs)
-    runs = comparison.align(runs)
-    unit = comparison.row_unit(runs)
-    sides = comparison.make_sides(runs)
-    against = comparison.find_side(sides, arguments.against)
+    runs = read_evaluations(arguments.directories)
+    check_comparable(runs)
+    runs = align(runs)
+    unit = row_unit(runs)
+    sides = make_sides(runs)
+    against = find_side(sides, arguments.against)
     reference = "the first row" if against == 0 else f"row {against + 1}"
     rows = comparison.compare_sides(sides, against)
     pairs = comparison.compare_pairs(sides) if arguments.pairs else []
@@ -90,7 +99,7 @@ def compare(arguments: argparse.Namespace) -> None:
         print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
     elif len(rows) > 2:
         print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
-    if keys := comparison.differing_choices(sides):
+    if keys := differing_choices(sides):
         by_row = ({f"row {i}": as_typed(value) for i, value in enumerate(values, 1)} for values in keys.values())
         show("Configs differ in", [{"key": key} | values for key, values in zip(keys, by_row, strict=True)])
     show(f"{unit.capitalize()} that differ most from {reference}", texts["documents"])

@@ -90,10 +90,8 @@ def check_installed(what: str, extra: str, *packages: str) -> None:
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise UserError(
-            f"{what} takes {' and '.join(missing)}, which lmlab itself does not need: install it by\n"
-            f"pip install 'lmlab[{extra}]'"
-        )
+        names, verb = " and ".join(missing), "is" if len(missing) == 1 else "are"
+        raise UserError(f"{what} takes {names}, which {verb} not installed:\npip install 'lmlab[{extra}]'")
 
 
 def first_line(error: BaseException) -> str:

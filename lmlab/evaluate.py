@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, changes, compose, evaluated, schema, targets, trust
+from lmlab.config import build, changes, compose, evaluated, models, schema, targets, trust
 from lmlab.config.rank import on_all_ranks, on_rank_zero
 from lmlab.console import command, show_result, show_rows
 from lmlab.distributed import ranks
@@ -38,7 +38,7 @@ def measure(cfg: DictConfig) -> None:
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
     from lmlab.evaluation.certify import certify
-    from lmlab.models.loading import check_tokenizer
+    from lmlab.models.checks import check_tokenizer
     from lmlab.models.loss import logits_chunk_size
     from lmlab.runs.ledger import log_doubts
 
@@ -46,7 +46,7 @@ def measure(cfg: DictConfig) -> None:
     tokenizer = targets.build(cfg.tokenizer, "tokenizer")
     held_out = None
     for one, path, facts in models_of(cfg, run, trained):
-        objective, model = build.build_model_of_rank(one, tokenizer)
+        objective, model = models.build_model_of_rank(one, tokenizer)
         check_tokenizer(model, tokenizer)
 
         def weights_hash(model: Any = model) -> str:  # before a precision changes the weights

@@ -15,7 +15,7 @@ from lmlab.runs.directory import RunDirectory
 
 FORMATS = {"onnx": "ONNX, for onnxruntime and browsers", "gguf": "GGUF, for llama.cpp and what builds on it"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf", "accelerate")}
-"""What a format takes, by its name, which is that of the extra too."""
+"""The packages that each format needs; the extra of lmlab that installs them has the name of the format."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Writes the model to its new folder: all of it or, where it is not the same model there, nothing."""
+    """Writes the model to a new folder; nothing where the export does not give the logits of the model."""
     check_directory("model", arguments.model, "the first argument")
     folder = output_folder(arguments)
     check_installed(f"an export to {arguments.format.upper()}", arguments.format, *PACKAGES[arguments.format])

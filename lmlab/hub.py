@@ -113,10 +113,15 @@ def go_offline_if_cut_off() -> None:
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import HTTPError
 
-    for library in ("httpx", "httpx2"):  # They report each request, at the level of a run's own news.
-        logging.getLogger(library).setLevel(logging.WARNING)
+    silence_http()
     if not constants.is_offline_mode():
         try:
             get_session().head(constants.ENDPOINT, timeout=10)
         except HTTPError:
             constants.HF_HUB_OFFLINE = True
+
+
+def silence_http() -> None:
+    """Hides what the HTTP library logs of each request, at the level of a run's own news."""
+    for library in ("httpx", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
-"""Runs for scripts and notebooks: `train` makes one, and `TrainedRun` reads what it left.
+"""Runs for scripts and notebooks: `train` makes one, and `TrainedRun` reads its directory.
 
-Training takes place in a process of its own, by the command that a shell would start, so that a notebook is as it was
-before, and a run made there is like any other.
+Training runs in a process of its own, by the command that a shell would start: it leaves nothing in the memory of a
+notebook, and the run is like any other.
 """
 
 import os
@@ -36,7 +36,7 @@ class Image:
 
 
 class TrainedRun:
-    """A run in its directory, as far as it got. What it has is read when it is asked for."""
+    """A run, finished or not. What its directory holds is read when an attribute is first used."""
 
     def __init__(self, path: str | Path):
         """Takes the run directory.

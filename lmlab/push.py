@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
     p.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub, which is made if there is none")
     p.add_argument("--license", help="of the model, as the hub names it: apache-2.0, mit, cc-by-4.0, other, …")
-    p.add_argument("--series", action="store_true", help="also the series of checkpoints, each step N as tag step-N")
+    p.add_argument("--series", action="store_true", help="also the series of models, each step N as tag step-N")
     p.add_argument("--private", action="store_true", help="make it a repository that only its owner sees")
     return p
 

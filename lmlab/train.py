@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, compose
+from lmlab.config import build, compose, models
 from lmlab.config.attempt import attempt
 from lmlab.config.rank import on_rank_zero
 from lmlab.distributed import ranks, slurm
@@ -40,7 +40,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         data=data.data_fingerprint,
         tokenizer=data.tokenizer_hash,
     )
-    objective, model = build.build_model_of_rank(cfg, data.tokenizer)
+    objective, model = models.build_model_of_rank(cfg, data.tokenizer)
     module, datamodule = build.build_training(cfg, data, objective, model)
     if module.teacher is not None:
         lifecycle.keep_teacher(run, weights_hash(module.teacher.model.state_dict()), leads=not ranks.rank())
@@ -57,7 +57,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
             if module.device_mesh is None:
                 module.model.load_state_dict(weights)
             else:  # a shard can't take whole weights
-                module.model = unsharded(module.model, build.build_model(cfg, data.tokenizer, empty=True)[1], weights)
+                module.model = unsharded(module.model, models.build_model(cfg, data.tokenizer, empty=True)[1], weights)
             checkpoints.export(module.model, data.tokenizer, run.model)
             summary = summarize(run, trainer, module, None if best is None else best["global_step"])
             show_summary(run, summary, module, datamodule, best is not None)

@@ -377,7 +377,7 @@ def entries(files: Files, folder: str = "") -> list[dict[str, Any]]:
 def serving(repositories: Repositories, store: Path | None = None) -> Iterator[Hub]:
     """A hub that answers at its `endpoint` within the block, and at no time after it."""
     with Hub(repositories, store) as hub:
-        Thread(target=hub.serve_forever, daemon=True).start()
+        Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield hub
         finally:

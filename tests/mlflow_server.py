@@ -81,7 +81,7 @@ def serving() -> Iterator[Server]:
 
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{web.server_port}"
-    threading.Thread(target=web.serve_forever, daemon=True).start()
+    threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
     finally:

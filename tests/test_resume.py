@@ -354,7 +354,7 @@ def test_what_is_refused_changes_nothing(refused: Refused, stopped: Path, whole:
 def test_an_extension_that_is_killed_before_it_trains(whole: Path, tmp_path: Path) -> None:
     place, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(whole, place)
-    early = {"lmlab.config.build.build_model": ["die", 1]}
+    early = {"lmlab.config.models.build_model": ["die", 1]}
     assert finish("resume", place, "trainer.max_steps=8", out=out, faults=early) < 0
     resumed(place, "trainer.max_steps=8")
     assert json.loads((place / "summary.json").read_text())["steps"] == 8

@@ -308,7 +308,7 @@ def parsed(query: str) -> Selection:
 def serving(key: str = KEY) -> Iterator[Backend]:
     """Runs a backend, which answers at its `url` inside the block and at no time after it."""
     with Backend(key) as backend:
-        Thread(target=backend.serve_forever, daemon=True).start()
+        Thread(target=backend.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield backend
         finally:

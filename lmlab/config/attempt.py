@@ -88,7 +88,7 @@ def destination_of(cfg: DictConfig) -> "Destination | None":
     if not logger.get("push"):
         return None
     if logger.get("push_series") and OmegaConf.select(cfg, "callbacks.series.steps") is None:
-        raise UserError("logger.push_series=true, and the run keeps no series of checkpoints: add callbacks.series=log")
+        raise UserError("logger.push_series=true, and the run keeps no series of models: add callbacks.series=log")
     from lmlab.sharing.push import Destination
 
     given = {key: logger[f"push_{key}"] for key in ("license", "private", "series") if f"push_{key}" in logger}

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -20,7 +19,7 @@ from lmlab.config.files import SWEEPS
 from lmlab.config.targets import PUSH, arguments, blocks, takes, target
 from lmlab.console import command, counted
 from lmlab.distributed import ranks
-from lmlab.errors import UserError
+from lmlab.errors import UserError, check_installed
 from lmlab.io import from_here
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ class Push:
     push_private: bool = False
     """Make it a repository that only its owner sees."""
     push_series: bool = False
-    """Push the series of checkpoints too."""
+    """Push the series of models too."""
 
 
 DECLARED = {
@@ -205,7 +204,7 @@ SUPPLIED = {
 }
 EXTRAS = ("tensorboard", "mlflow", "trackio")
 """Libraries of loggers that are not installed with lmlab, by the names of its extras."""
-PLACE = ("save_dir", "version", "tracking_uri", "experiment", "entity", "project")
+DESTINATION = ("save_dir", "version", "tracking_uri", "experiment", "entity", "project")
 """The keys of a logger that say where it writes."""
 OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.optim.AdamW does"
 
@@ -288,20 +287,22 @@ def check_keys(cfg: DictConfig, name: str) -> None:
 
 
 def check_loggers(cfg: DictConfig) -> None:
-    """Refuses a logger whose library is not installed, and a second one for a place that has one already."""
+    """Refuses a logger whose library is not installed, and two loggers that would write to the same destination."""
     seen: dict[str, str] = {}
     for key, block in blocks(cfg):
         if not key.startswith("logger."):
             continue
         package, _, library = str(block._target_).rpartition(".")
-        if package.startswith("lmlab.") and library in EXTRAS and find_spec(library) is None:
-            raise UserError(f"{key} takes {library}, which is not installed:\npip install 'lmlab[{library}]'")
+        if package.startswith("lmlab.") and library in EXTRAS:
+            check_installed(key, library, library)
         # The name is a part of the path for loggers of Lightning, and for others only what is shown.
-        names = ("name", *PLACE) if "save_dir" in block else PLACE
-        place = str([block._target_, *((name, block.get(name)) for name in names)])
-        if place in seen:
-            raise UserError(f"{seen[place]} and {key} would both write to the same place: leave one of them out.")
-        seen[place] = key
+        names = ("name", *DESTINATION) if "save_dir" in block else DESTINATION
+        destination = str([block._target_, *((name, block.get(name)) for name in names)])
+        if destination in seen:
+            raise UserError(
+                f"{seen[destination]} and {key} would write to the same destination: leave one of them out."
+            )
+        seen[destination] = key
 
 
 def check_trainer(trainer: DictConfig) -> None:

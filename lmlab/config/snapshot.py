@@ -7,13 +7,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from lmlab.config import build, trust
+from lmlab.config import models, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import UserError
 from lmlab.io import from_here
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import checkpoint
-from lmlab.training.checkpoint_io import load_checkpoint, load_weights
+from lmlab.training.checkpoint_io import load_checkpoint, load_weights, model_state
 
 
 def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
@@ -37,9 +37,9 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     if weights is None or not run.tokenizer.is_dir():
         raise UserError(f"{run.path} has kept no weights yet: it has not come to its first checkpoint.")
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
-    _, model = build.build_model(cfg, tokenizer)
+    _, model = models.build_model(cfg, tokenizer)
     state = load_weights(weights, load_checkpoint(weights))
-    model.load_state_dict({name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")})
+    model.load_state_dict(model_state(state))
     copy = RunDirectory(path)
     path.mkdir(parents=True)
     for file in (run.manifest, run.config):

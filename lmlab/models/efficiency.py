@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from lmlab.errors import UserError, first_line
+from lmlab.models.electra import GeneratorAndDiscriminator
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -26,7 +27,7 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
 
     Of an encoder-decoder these are the layers of both, and of a discriminator with a generator too.
     """
-    if hasattr(model, "discriminator"):
+    if isinstance(model, GeneratorAndDiscriminator):
         return [layer for half in (model.generator, model.discriminator) for layer in layers(half)]
     if getattr(model.config, "is_encoder_decoder", False):
         # A layer of T5's is a list itself, which may be longer than that of the layers.
@@ -135,7 +136,7 @@ def check_sharding(model: PreTrainedModel) -> None:
     Raises:
         UserError: says so, or names the key of the model's config.
     """
-    if hasattr(model, "discriminator"):
+    if isinstance(model, GeneratorAndDiscriminator):
         raise UserError(
             "a generator and a discriminator, which share their embeddings, are not sharded.\n"
             "Train them without trainer=fsdp, such as with trainer=ddp."

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lmlab.models.electra import GeneratorAndDiscriminator
 from lmlab.models.probe import backbone
 
 SPAN_KEYS = {
@@ -43,7 +44,7 @@ class Flops(NamedTuple):
         Nor are those of an encoder-decoder counted, whose two parts read texts of different lengths, or of a
         discriminator with a generator.
         """
-        if getattr(model.config, "is_encoder_decoder", False) or hasattr(model, "discriminator"):
+        if getattr(model.config, "is_encoder_decoder", False) or isinstance(model, GeneratorAndDiscriminator):
             return None
         config = model.config.get_text_config()
         attention = attention_flops(config)

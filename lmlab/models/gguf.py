@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -38,6 +38,11 @@ def located_weights(name: str) -> dict[str, Any]:
     from transformers import GgufConfig
 
     return {**located(name), "quantization_config": GgufConfig(dequantize=True)}
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model; arguments are those of `load_config`."""
+    return AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
 
 
 def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTrainedConfig:

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
+from lmlab.models.checks import check_model
 from lmlab.models.efficiency import fuse_activations
-from lmlab.models.gguf import load_config, located, located_weights
-from lmlab.models.loading import auto_class_of, auto_model, check_model, task
+from lmlab.models.gguf import load_config, load_tokenizer, located_weights
+from lmlab.models.loading import auto_class_of, auto_model, task
 from lmlab.models.loss import (
     compiled_nll_and_slope,
     nll_and_slope,
@@ -191,7 +192,7 @@ def load_teacher(
                 f"distill.model={model} is a {task(kind)} model, and the objective trains a "
                 f"{task(objective.auto_class)} one.\nChoose a teacher that was trained by the same objective."
             )
-        theirs = AutoTokenizer.from_pretrained(**located(repository), revision=revision, trust_remote_code=False)
+        theirs = load_tokenizer(repository, revision)
         if theirs.get_vocab() != tokenizer.get_vocab():
             own = tokenizer.name_or_path or "learned from the run's text"
             raise UserError(

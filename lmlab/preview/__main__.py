@@ -54,7 +54,7 @@ def preview(plan: Plan) -> None:
             raise
         missing = first_line(error)
 
-    from lmlab.config import build, changes
+    from lmlab.config import build, changes, models
     from lmlab.console import console
     from lmlab.preview import batch, estimate, job, memory
     from lmlab.preview.measure import Measurement, measure
@@ -62,8 +62,8 @@ def preview(plan: Plan) -> None:
 
     show_config(plan)
     data = build.prepare_data(cfg)
-    objective = build.build_objective(cfg, data.tokenizer)
-    build.check_example(cfg, data, objective)
+    objective = models.build_objective(cfg, data.tokenizer)
+    models.check_example(cfg, data, objective)
     assert data.train is not None
     steps, interval = build.training_length(cfg, data)
     show_ledger(data.ledger)

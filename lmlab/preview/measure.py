@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 from torch import nn
 
-from lmlab.config import build, changes, compose, schema
+from lmlab.config import build, changes, compose, models, schema
 from lmlab.distributed import launch
 from lmlab.errors import UserError, plainly, shown_plainly
 from lmlab.io import read_json, rows, write_json
@@ -123,7 +123,7 @@ def train_briefly(folder: str, began: str) -> None:
         run = RunDirectory(folder)
         cfg = compose.read_config(run.path)
         data = build.prepare_data(cfg)
-        objective, model = build.build_model(cfg, data.tokenizer)
+        objective, model = models.build_model(cfg, data.tokenizer)
         measured = Measurement(*count_parameters(model))
         write_json(run.path / "measurement.json", asdict(measured))
         module, datamodule = build.build_training(cfg, data, objective, model)

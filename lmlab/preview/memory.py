@@ -10,6 +10,7 @@ from lmlab.console import counted, show_result
 from lmlab.data.datamodule import Batch
 from lmlab.models import memory
 from lmlab.models.efficiency import layers
+from lmlab.models.electra import GeneratorAndDiscriminator
 from lmlab.optim import AdamW
 
 GPUS = (24, 40, 80, 141)
@@ -33,7 +34,7 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     if model.config.is_encoder_decoder:
         print("The memory of each GPU is not estimated: encoder and decoder read texts of different lengths.")
         return
-    if hasattr(model, "discriminator"):
+    if isinstance(model, GeneratorAndDiscriminator):
         print("The memory of each GPU is not estimated: a generator and a discriminator take turns.")
         return
     here = torch.cuda.is_available()

@@ -15,9 +15,9 @@ import yaml
 
 from lmlab.console import command, counted
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.comparison import run_choices
 from lmlab.evaluation.metrics import metric_prefix
 from lmlab.evaluation.records import Records, read
+from lmlab.evaluation.sides import run_choices
 from lmlab.io import rows
 from lmlab.runs.choices import MACHINERY, config_choices, is_in
 from lmlab.runs.directory import RunDirectory

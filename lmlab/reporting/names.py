@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmlab.evaluation.comparison import run_choices
 from lmlab.evaluation.records import Records
+from lmlab.evaluation.sides import run_choices
 from lmlab.reporting.load import Run
 from lmlab.reporting.text import brief, shorten
 

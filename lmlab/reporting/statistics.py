@@ -12,23 +12,10 @@ import numpy as np
 
 from lmlab.console import counted
 from lmlab.errors import UserError, first_line
-from lmlab.evaluation.comparison import (
-    CELLS,
-    FEWEST,
-    REPLICATES,
-    Difference,
-    Side,
-    align,
-    check_comparable,
-    chunks,
-    difference,
-    interval,
-    resample,
-    row_unit,
-    shared_draw,
-)
+from lmlab.evaluation.comparison import CELLS, FEWEST, REPLICATES, Difference, chunks, difference, interval, resample
 from lmlab.evaluation.metrics import BOUND, metric_prefix, perplexity
 from lmlab.evaluation.records import AT_MOST, Records
+from lmlab.evaluation.sides import Side, align, check_comparable, row_unit, shared_draw
 from lmlab.reporting.text import interval_text, letter
 from lmlab.runs.status import ENDED
 

@@ -1,6 +1,6 @@
 """The card of a model on the hub: `README.md`, whose metadata the hub reads, and the chart that it shows.
 
-A card depends on the run alone: written again it is the same, and is not pushed again.
+A card depends on the run alone: built again it is the same, so that it is not pushed again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lmlab.config.models import PRETRAINED
 from lmlab.console import command, counted, duration
 from lmlab.errors import UserError
 from lmlab.evaluation.metrics import BOUND, EXACT
@@ -34,7 +35,6 @@ PROMPTS = {
     "AutoModelForSeq2SeqLM": "The sky is <extra_id_0>.",
     "AutoModelForPreTraining": "The sky is cat.",
 }
-PRETRAINED = "lmlab.models.loading.pretrained"
 MEANINGS = {
     EXACT: "The perplexity is exact: exp(Σ nll / Σ targets), over every target of the held-out text once.",
     BOUND: "The bound perplexity is an upper bound, estimated by random masks: the perplexity of the text is at most "
@@ -42,18 +42,18 @@ MEANINGS = {
 }
 """What a perplexity is, by its name in the certificate."""
 NO_PERPLEXITY_OF_TEXT = (
-    "The {figure} is exp(Σ nll / Σ targets) over the tokens that the objective makes targets, given all that it shows "
+    "The {metric} is exp(Σ nll / Σ targets) over the tokens that the objective makes targets, given all that it shows "
     "the model. It is not the perplexity of the text, and can't be compared with that of a causal model."
 )
 
 
-def write_card(run: RunDirectory, repository: str, license: str, steps: Sequence[int] = ()) -> dict[str, bytes]:
-    """Returns the card of a finished run, and the picture that it shows, by the names of their files.
+def build_card(run: RunDirectory, repository: str, license: str, steps: Sequence[int] = ()) -> dict[str, bytes]:
+    """Returns the card of a finished run, and the chart that it shows, by the names of their files.
 
     Args:
         repository: the id of the repository on the hub.
         license: the licence of the model, as the hub names it.
-        steps: those of the series of checkpoints that are pushed too.
+        steps: those of the series of models that are pushed too.
 
     Raises:
         UserError: the evaluation of the run does not add up.
@@ -63,7 +63,7 @@ def write_card(run: RunDirectory, repository: str, license: str, steps: Sequence
     if run.certificate.is_file() and loaded.records is None:  # damaged, or changed since
         raise UserError(loaded.faults[0])
     config = yaml.safe_load(run.config.read_text("utf-8"))
-    picture = losses_png(loaded)
+    chart = losses_png(loaded)
     metadata = describe_metadata(run, config, license)
     metadata.model_name = repository.rpartition("/")[2]  # the hub wants one with the metrics
     metadata.eval_results = eval_results(loaded, config, metadata.pipeline_tag)
@@ -71,17 +71,17 @@ def write_card(run: RunDirectory, repository: str, license: str, steps: Sequence
         f"# {repository.rpartition('/')[2]}",
         describe_model(run, loaded, config),
         f"## On held-out text\n\n{describe_evaluation(loaded)}",
-        "" if picture is None else "![Training and validation loss over the tokens seen in training](curve.png)",
+        "" if chart is None else "![Training and validation loss over the tokens seen in training](curve.png)",
         f"## Use\n\n{describe_use(run, repository)}",
         describe_series(repository, steps),
         f"## Data\n\n{describe_data(run, config)}",
         f"## Training\n\n{describe_training(run, loaded, config, repository)}",
     ]
     files = {"README.md": as_card(metadata, sections)}
-    return files if picture is None else files | {"curve.png": picture}
+    return files if chart is None else files | {"curve.png": chart}
 
 
-def write_step_card(run: RunDirectory, repository: str, license: str, step: int) -> bytes:
+def build_step_card(run: RunDirectory, repository: str, license: str, step: int) -> bytes:
     """Returns the card of the model after `step` optimizer steps of a run, which makes no claim on its metrics."""
     config = yaml.safe_load(run.config.read_text("utf-8"))
     metadata = describe_metadata(run, config, license)
@@ -199,12 +199,12 @@ def describe_evaluation(run: Run) -> str:
         rows = {key.removeprefix("val/").replace("_", " "): f"{value:,.4f}" for key, value in metrics.items()}
         return f"{table(['metric', 'value'], rows.items())}\n\nThe run wrote no certificate."
     certificate = run.records.certificate
-    figure = certificate["figure"].replace("_", " ")
+    metric = certificate["figure"].replace("_", " ")
     rows = describe(certificate)
     before = run.summary.get(f"val/{certificate['figure']}_before")
     if before is not None:
-        rows[f"{figure} before training"] = f"{before:,.4f}"
-    meaning = MEANINGS.get(certificate["figure"], NO_PERPLEXITY_OF_TEXT.format(figure=figure))
+        rows[f"{metric} before training"] = f"{before:,.4f}"
+    meaning = MEANINGS.get(certificate["figure"], NO_PERPLEXITY_OF_TEXT.format(metric=metric))
     return (
         f"{table(['metric', 'value'], rows.items())}\n\n{meaning} nll is in nats, and bits per byte are "
         "Σ nll / ln 2 / bytes of the text.\n\n"

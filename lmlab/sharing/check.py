@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.data.sources import SAMPLE
 from lmlab.errors import UserError
-from lmlab.models.loading import max_positions
+from lmlab.models.checks import max_positions
 
 LONGEST = 256
-"""The tokens of a text that are compared, at most."""
+"""The greatest number of tokens of a text that are compared."""
 TOLERANCE, SHARE = 1e-4, 1e-5
-"""The largest difference between logits that rounding in float32 may make: so much, or so much of the largest logit."""
+"""The largest difference between logits that is taken for rounding in float32: absolute, and as a share of the largest
+logit. The larger of the two counts."""
 
 Inputs = dict[str, Tensor]
 """Arguments of a model by their names, each [B, T]."""
@@ -52,7 +53,7 @@ def largest_difference(
 ) -> float:
     """Returns the largest difference between the logits of a model and of its export.
 
-    It is that of all tokens of ten texts, which are read one by one, and once all together.
+    It is taken over all tokens of ten texts, each by itself and all in one batch.
 
     Args:
         exported: returns the logits [B, T, V] of the exported model.

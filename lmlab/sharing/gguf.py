@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmlab.errors import UserError, out_of_memory
-from lmlab.models.gguf import load_config, located, located_weights
+from lmlab.models.gguf import load_config, load_tokenizer, located_weights
 from lmlab.sharing.check import largest_difference, sample_texts
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     writer.close()
 
     name = str(path)
-    theirs = AutoTokenizer.from_pretrained(**located(name))
+    theirs = load_tokenizer(name)
     for text in sample_texts():
         if theirs(text).input_ids != tokenizer(text, verbose=False).input_ids:
             raise UserError(
@@ -92,7 +92,7 @@ def check(model: PreTrainedModel) -> None:
 def add_config(writer: "gguf.GGUFWriter", model: PreTrainedModel) -> None:
     """Adds the values of a model's config under GGUF's names."""
     config = model.config
-    writer.add_name(config.model_type)  # not its path, which may tell what the reader need not know
+    writer.add_name(config.model_type)  # not its path, which may name a person or a machine
     writer.add_file_type(0)  # all in float32
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -117,7 +117,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     """Adds a byte-level BPE tokenizer.
 
     Args:
-        rows: those of the model's embedding; rows without a token are given one that no text has.
+        rows: the rows of the model's embedding; one without a token gets a placeholder that occurs in no text.
 
     Raises:
         UserError: the tokenizer is of another kind.

@@ -1,7 +1,7 @@
 """Pushes a finished run to the Hugging Face hub: its weights, its card, and files of its run directory.
 
-A push is repeated at will: the client sends no content that the hub has, and a commit is made only if a file differs.
-What the repository holds is told by `run/manifest.json` in it, which names the run.
+A push can be repeated: the client sends nothing that the hub has already, and makes a commit only if a file differs.
+The file `run/manifest.json` in the repository names the run that it holds.
 
     main      the exported model, README.md, curve.png, and files of the run directory under run/
     step-N    a tag for each step of the series: the exported model after that step
@@ -9,20 +9,15 @@ What the repository holds is told by `run/manifest.json` in it, which names the 
 """
 
 import hashlib
-import logging
 import re
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -33,30 +28,25 @@ from huggingface_hub import (
     get_session,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from lmlab.console import command
-from lmlab.errors import UserError, causes, first_line
+from lmlab.errors import UserError, first_line
 from lmlab.io import from_here, read_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import ENDED, read_status
+from lmlab.sharing.requests import errors_explained, retry
 from lmlab.sweeps.points import SWEEP_FILE
 
-LOG = logging.getLogger(__name__)
 MANIFEST = "run/manifest.json"
 """The file of a repository that names its run."""
 STALE = ("*.safetensors", "*.safetensors.index.json", "run/*")
-"""What a push removes from `main` if the run has it no more. Anything else may be somebody's own."""
+"""Patterns of the files that a push removes from `main` if the run no longer has them. Others may be somebody's own."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt")
 SERIES = "series"
-LINE = (HTTPError, ConnectionError, TimeoutError)
-"""The errors of a line that breaks: those of the HTTP library, and of hf_xet, which sends large files."""
-T = TypeVar("T")
-TRIES, PATIENCE = 4, 300
-"""The attempts at a push whose line is lost or that the hub sends away, and the seconds that it may be told to wait."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Destination:
     private: bool = False
     """Make it a repository that only its owner sees."""
     series: bool = False
-    """Push the series of checkpoints too."""
+    """Push the series of models too."""
 
 
 def push(run: RunDirectory, destination: Destination) -> str:
@@ -82,11 +72,11 @@ def push(run: RunDirectory, destination: Destination) -> str:
     check_choices(destination)
     check_finished(run, destination)
     run_id = run.read_manifest()["run_id"]
-    with answered(destination):
-        found = look(destination, run_id)
+    with errors_explained(destination.repository):
+        found = find_repository(destination, run_id)
         files, series = contents(run, destination)
         tags = send(destination, run_id, files, series)
-        now = patiently(lambda: HfApi().model_info(destination.repository).sha)
+        now = retry(lambda: HfApi().model_info(destination.repository).sha)
     url = f"{constants.ENDPOINT}/{destination.repository}"
     if not tags and found is not None and found.sha == now:
         return f"{url} has all of run {run_id} already: nothing was sent."
@@ -97,12 +87,12 @@ def push(run: RunDirectory, destination: Destination) -> str:
 def check_before_training(run: RunDirectory, destination: Destination) -> None:
     """Refuses a push that could not be made at the end of a run.
 
-    The hub is asked where the run is new: one that goes on does not end for a hub that is away.
+    The hub is asked only for a new run: one that is resumed goes on while the hub can't be reached.
     """
     check_choices(destination)
     if not run.begun():
-        with answered(destination):
-            look(destination, None)
+        with errors_explained(destination.repository):
+            find_repository(destination, None)
 
 
 def check_choices(destination: Destination) -> None:
@@ -161,7 +151,7 @@ def check_finished(run: RunDirectory, destination: Destination) -> None:
     if not (run.model / "config.json").is_file():
         raise UserError(f"{path} has no exported model any more: {run.model.name} is gone. Bring it back.")
     if destination.series and not series_steps(run):
-        raise UserError(f"{path} has no series of checkpoints. Leave out --series.")
+        raise UserError(f"{path} has no series of models. Leave out --series.")
 
 
 def series_steps(run: RunDirectory) -> dict[int, Path]:
@@ -169,7 +159,7 @@ def series_steps(run: RunDirectory) -> dict[int, Path]:
     return {model["step"]: run.series / model["path"] for model in run.read_series()}
 
 
-def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
+def find_repository(destination: Destination, run_id: str | None) -> ModelInfo | None:
     """Returns what the hub knows of the repository; None if there is none yet.
 
     Args:
@@ -180,7 +170,7 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
     """
     api, repository = HfApi(), destination.repository
     get_session().head(constants.ENDPOINT, timeout=10)  # the client itself would wait for ever
-    user = patiently(api.whoami)
+    user = retry(api.whoami)
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(
             "the token of the hub may only read.\n"
@@ -191,7 +181,7 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
         raise UserError(f"the token is of {user['name']}, who may not write to {repository}.\nYours: {owners[0]}/NAME")
     check_license(destination)
     try:
-        info = patiently(lambda: api.model_info(repository))
+        info = retry(lambda: api.model_info(repository))
     except RepositoryNotFoundError:
         return None
     if destination.private and not info.private:
@@ -199,7 +189,7 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
     files = [sibling.rfilename for sibling in info.siblings or ()]
     if MANIFEST in files:
         with TemporaryDirectory() as folder:
-            manifest = patiently(lambda: api.hf_hub_download(repository, MANIFEST, cache_dir=folder))
+            manifest = retry(lambda: api.hf_hub_download(repository, MANIFEST, cache_dir=folder))
             held = read_json(Path(manifest)).get("run_id")
         if held != run_id:
             raise UserError(f"{repository} holds another run, {held}.\nPush to a repository of its own: {repository}-2")
@@ -209,13 +199,13 @@ def look(destination: Destination, run_id: str | None) -> ModelInfo | None:
 
 
 def check_license(destination: Destination) -> None:
-    """Refuses a licence that the hub does not know, which otherwise would show after all the weights were sent.
+    """Refuses a licence that the hub does not know, before any weights are sent.
 
     Raises:
         UserError: with the answer of the hub.
     """
     try:
-        patiently(ModelCard(f"---\nlicense: {destination.license}\n---\n").validate)
+        retry(ModelCard(f"---\nlicense: {destination.license}\n---\n").validate)
     except ValueError as error:
         why = shorten(" ".join(re.findall(r'"message":\s*"((?:\\.|[^"\\])*)"', str(error))), 300, placeholder=" …")
         raise UserError(
@@ -225,12 +215,12 @@ def check_license(destination: Destination) -> None:
 
 
 Contents = Mapping[str, Path | bytes]
-"""Files by their paths in a repository: where they lie, or what is in them."""
+"""Files by their paths in a repository: the path of each on the disk, or its content."""
 
 
 def contents(run: RunDirectory, destination: Destination) -> tuple[Contents, dict[int, Contents]]:
     """Returns the files of `main`, and those of each step of the series."""
-    from lmlab.sharing.card import write_card, write_step_card
+    from lmlab.sharing.card import build_card, build_step_card
 
     repository, license = destination.repository, destination.license or ""
     steps = series_steps(run) if destination.series else {}
@@ -241,9 +231,9 @@ def contents(run: RunDirectory, destination: Destination) -> tuple[Contents, dic
     files: dict[str, Path | bytes] = {
         f"run/{file.relative_to(run.path).as_posix()}": file for file in kept if file.is_file()
     }
-    files |= files_in(run.model) | write_card(run, repository, license, list(steps))
+    files |= files_in(run.model) | build_card(run, repository, license, list(steps))
     series: dict[int, Contents] = {
-        step: {**files_in(folder), "README.md": write_step_card(run, repository, license, step)}
+        step: {**files_in(folder), "README.md": build_step_card(run, repository, license, step)}
         for step, folder in steps.items()
     }
     return files, series
@@ -255,17 +245,17 @@ def files_in(folder: Path) -> dict[str, Path | bytes]:
 
 
 def send(destination: Destination, run_id: str, files: Contents, series: Mapping[int, Contents]) -> list[str]:
-    """Makes the repository, and brings it to what these files are; returns the tags that were made.
+    """Makes the repository where there is none, and commits these files; returns the tags that were made.
 
-    `main` goes first: it names the run that the repository is of.
+    `main` goes first, as its manifest names the run that the repository holds.
     """
     api, repository = HfApi(), destination.repository
     private = True if destination.private else None
-    patiently(lambda: api.create_repo(repository, private=private, exist_ok=True))
-    patiently(lambda: commit(api, repository, "main", files, f"Run {run_id}", STALE))
+    retry(lambda: api.create_repo(repository, private=private, exist_ok=True))
+    retry(lambda: commit(api, repository, "main", files, f"Run {run_id}", STALE))
     made = []
     for step, model in series.items():
-        if patiently(partial(push_step, api, repository, f"step-{step}", model)):
+        if retry(partial(push_step, api, repository, f"step-{step}", model)):
             made.append(f"step-{step}")
     return made
 
@@ -273,7 +263,7 @@ def send(destination: Destination, run_id: str, files: Contents, series: Mapping
 def push_step(api: HfApi, repository: str, tag: str, files: Contents) -> bool:
     """Commits the model of a step to the branch of the series, and tags it; returns False if it was there already.
 
-    The tag comes last: what a push that breaks leaves behind has no name yet.
+    The tag is made last: an interrupted push leaves commits without a tag, and never half of a tagged model.
     """
     refs = api.list_repo_refs(repository)
     tagged = tag in [ref.name for ref in refs.tags]
@@ -289,7 +279,7 @@ def push_step(api: HfApi, repository: str, tag: str, files: Contents) -> bool:
 
 
 def commit(api: HfApi, repository: str, branch: str, files: Contents, message: str, stale: tuple[str, ...]) -> str:
-    """Brings a branch to what these files are, by one commit, or by none where nothing differs.
+    """Makes a branch hold these files, by one commit, or by none where nothing differs.
 
     Args:
         stale: patterns of other files, which are removed.
@@ -297,14 +287,14 @@ def commit(api: HfApi, repository: str, branch: str, files: Contents, message: s
     Returns:
         the commit that the branch is at.
     """
-    there = {entry.path for entry in listed(api, repository, branch)} - {".gitattributes"}
+    there = {entry.path for entry in list_files(api, repository, branch)} - {".gitattributes"}
     gone = sorted(path for path in there - files.keys() if any(fnmatch(path, pattern) for pattern in stale))
     operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
     operations += [CommitOperationDelete(path) for path in gone]
     return api.create_commit(repository, operations, commit_message=message, revision=branch).oid
 
 
-def listed(api: HfApi, repository: str, revision: str) -> list[RepoFile]:
+def list_files(api: HfApi, repository: str, revision: str) -> list[RepoFile]:
     """Returns the files of a revision."""
     tree = api.list_repo_tree(repository, revision=revision, recursive=True)
     return [entry for entry in tree if isinstance(entry, RepoFile)]
@@ -312,11 +302,11 @@ def listed(api: HfApi, repository: str, revision: str) -> list[RepoFile]:
 
 def is_same(api: HfApi, repository: str, revision: str, files: Contents) -> bool:
     """Returns whether a revision holds just these files."""
-    there = {entry.path: entry for entry in listed(api, repository, revision) if entry.path != ".gitattributes"}
-    return there.keys() == files.keys() and all(content_id(files[path], there[path]) for path in there)
+    there = {entry.path: entry for entry in list_files(api, repository, revision) if entry.path != ".gitattributes"}
+    return there.keys() == files.keys() and all(has_content(files[path], there[path]) for path in there)
 
 
-def content_id(content: Path | bytes, entry: RepoFile) -> bool:
+def has_content(content: Path | bytes, entry: RepoFile) -> bool:
     """Returns whether a file of the hub has this content, by its hash."""
     if entry.lfs is None:
         return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == entry.blob_id
@@ -324,118 +314,3 @@ def content_id(content: Path | bytes, entry: RepoFile) -> bool:
         return hashlib.sha256(content).hexdigest() == entry.lfs.sha256
     with content.open("rb") as file:
         return sha_fileobj(file).hex() == entry.lfs.sha256
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """Calls what asks the hub, again after a lost line or an answer that is no lasting one.
-
-    What is called looks at what the hub has, so that a call that was done before its answer was lost is not done twice.
-    """
-    for left in range(TRIES, 0, -1):
-        try:
-            return call()
-        except Exception as error:
-            wait = seconds_to_wait(error, TRIES - left)
-            if wait is None or left == 1:
-                raise
-            LOG.debug("asking the hub again in %s seconds", wait, exc_info=True)
-            time.sleep(wait)
-    raise AssertionError
-
-
-def seconds_to_wait(error: BaseException, tried: int) -> float | None:
-    """Returns how long to wait before another attempt; None if it would end as this one did."""
-    for cause in causes(error):
-        if isinstance(cause, UserError):
-            return None
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status == 429:
-                return asked_to_wait(cause.response) or 2.0**tried
-            return 2.0**tried if status >= 500 else None
-        if isinstance(cause, LINE):
-            return 2.0**tried
-    return None
-
-
-def asked_to_wait(response: Any) -> float | None:
-    """Returns the seconds that the hub asks to wait before the next request; None if it does not say."""
-    asked = response.headers.get("Retry-After", "").strip()
-    return float(asked) if asked.isdecimal() else None
-
-
-@contextmanager
-def answered(destination: Destination) -> Iterator[None]:
-    """Turns what goes wrong with the hub inside into a `UserError`, and hides what its client says besides.
-
-    Raises:
-        UserError: says what the hub answered, and what to do.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-
-    as_set = sys.stderr.isatty() or are_progress_bars_disabled()
-    if not as_set:
-        disable_progress_bars()
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # it tells of each attempt; `told_to_wait` says what is of use
-    for library in ("httpx", "httpx2"):  # They report each request, at the level of a run's own news.
-        logging.getLogger(library).setLevel(logging.WARNING)
-    hooks = get_session().event_hooks
-    get_session().event_hooks = hooks | {"response": [*hooks.get("response", ()), told_to_wait]}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # the records
-            yield
-    except Exception as error:
-        message = explain(error, destination)
-        if message is None:
-            raise
-        raise UserError(message) from error
-    finally:
-        hub_logging.set_verbosity(verbosity)
-        if not as_set:
-            enable_progress_bars()
-        get_session().event_hooks = hooks
-
-
-def told_to_wait(response: Any) -> None:
-    """Says that the hub asks to wait, which its client then does.
-
-    Raises:
-        UserError: the hub asks for more than `PATIENCE`.
-    """
-    wait = asked_to_wait(response) if response.status_code == 429 else None
-    if wait is not None and wait > PATIENCE:
-        raise UserError(
-            f"the hub takes no more requests for {wait:.0f} seconds (429).\n"
-            "Push again after that: what was sent is not sent again."
-        )
-    if wait is not None:
-        print(f"The hub asks to wait {wait:.0f} seconds (429).", file=sys.stderr)
-
-
-def explain(error: BaseException, destination: Destination) -> str | None:
-    """Returns the message for an error of a push; None for a defect of lmlab."""
-    again = "Push again: what was sent is not sent again."
-    tokens = f"{constants.ENDPOINT}/settings/tokens"
-    for cause in causes(error):
-        if isinstance(cause, UserError):
-            return str(cause)
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status == 401:
-                return f"the hub does not know the token (401).\nMake one at {tokens}, and log in by hf auth login."
-            if status == 403:
-                return (
-                    f"the token may not write to {destination.repository} (403).\n"
-                    f"Push to a repository of your own, or make a token that may at {tokens}."
-                )
-            if status == 429:
-                return f"the hub takes no more requests for now (429).\n{again}"
-            if status >= 500:
-                return f"the hub failed ({status}).\n{again}"
-            return f"the hub refused the push ({status}): {cause.server_message or first_line(cause)}"
-        if isinstance(cause, LINE):
-            return f"{constants.ENDPOINT} does not answer, or the line to it broke: {first_line(cause)}\n{again}"
-    return None

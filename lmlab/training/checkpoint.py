@@ -32,7 +32,7 @@ from lmlab.distributed.slurm import requeue
 from lmlab.errors import UserError
 from lmlab.io import replaced
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_weights, remove
+from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_weights, model_state, remove
 from lmlab.training.loggers.closing import close
 from lmlab.training.loggers.metrics_file import flushed_size
 from lmlab.training.module import LMModule
@@ -331,7 +331,7 @@ def best_weights(trainer: L.Trainer) -> tuple[dict[str, Tensor], dict[str, Any] 
     else:
         best = load_checkpoint(path)
         state = load_weights(path, best) if trainer.is_global_zero else {}
-    return {n.removeprefix("model."): tensor for n, tensor in state.items() if n.startswith("model.")}, best
+    return model_state(state), best
 
 
 def gathered(tensor: Tensor) -> Tensor:

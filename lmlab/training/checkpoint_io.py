@@ -299,6 +299,11 @@ def load_weights(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]
     return state
 
 
+def model_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the state dict of the model, under its own names, in that of the module that trains it."""
+    return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+
+
 def load_shards(path: Path, part: dict[str, Any], own: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns the checkpoint of a sharded model, or a part of it, with its sharded tensors.
 

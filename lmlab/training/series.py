@@ -25,7 +25,7 @@ from lmlab.errors import disk_full
 from lmlab.io import read_json, replaced, write_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint import gathered
-from lmlab.training.checkpoint_io import AtomicCheckpointIO
+from lmlab.training.checkpoint_io import AtomicCheckpointIO, model_state
 from lmlab.training.measure import Measure
 from lmlab.training.module import LMModule
 
@@ -39,8 +39,8 @@ Spacing = Literal["log"] | int
 class Series(Callback):
     """Writes an exported model after each of chosen steps, and after the last step.
 
-    None of them is removed later, but those of steps that a run makes again. The models are written by the thread that
-    writes checkpoints, where there is one, and in their order: a checkpoint on the disk has all models before it.
+    None of them is removed later, except those of steps that a resumed run repeats. The thread that writes checkpoints,
+    where there is one, writes the models too, in order: all models before a checkpoint are on the disk when that is.
     """
 
     def __init__(
@@ -121,11 +121,7 @@ def copy_weights(trainer: L.Trainer, module: LMModule, dtype: torch.dtype) -> di
     """
     if module.device_mesh is None and not trainer.is_global_zero:
         return {}
-    state = {
-        name.removeprefix("model."): tensor
-        for name, tensor in trainer.strategy.lightning_module_state_dict().items()
-        if name.startswith("model.")
-    }
+    state = model_state(trainer.strategy.lightning_module_state_dict())
     copies: dict[Any, Tensor] = {}
     for tensor in state.values():
         if identity(tensor) not in copies:
@@ -136,7 +132,7 @@ def copy_weights(trainer: L.Trainer, module: LMModule, dtype: torch.dtype) -> di
 
 
 def identity(tensor: Tensor) -> Any:
-    """Returns what tensors of a state dict have in common if they are one weight under two names."""
+    """Returns a key that tensors of a state dict share if they are one weight under two names."""
     return id(tensor) if isinstance(tensor, DTensor) else (tensor.data_ptr(), tensor.shape)
 
 

@@ -11,7 +11,8 @@ import pytest
 from lmlab.data.documents import Documents
 from lmlab.errors import UserError
 from lmlab.evaluation import comparison, records
-from lmlab.evaluation.comparison import Side, difference
+from lmlab.evaluation.comparison import difference
+from lmlab.evaluation.sides import Side, check_comparable, differing_choices, make_sides, ratio, read_evaluations
 from lmlab.runs.choices import config_choices
 
 POLICY = {"context": "blocks", "block_size": 32, "stride": None, "objective": {}, "pseudo": None, "masks_seed": None}
@@ -74,7 +75,7 @@ def simulated(seed: int, gap: float, documents: int, runs: int, of_seeds: float)
             tables.append(np.stack([own * sizes, sizes], axis=1))
         side = Side(name, [None] * runs)  # type: ignore[list-item]
         side.__dict__["sums"] = np.mean(tables, axis=0)
-        side.__dict__["bits_per_byte"] = np.array([comparison.ratio(table.sum(axis=0)) for table in tables])
+        side.__dict__["bits_per_byte"] = np.array([ratio(table.sum(axis=0)) for table in tables])
         sides.append(side)
     return sides
 
@@ -129,7 +130,7 @@ def test_against_the_textbook() -> None:
 def test_few_documents_have_no_interval(write: Write) -> None:
     few = comparison.FEWEST - 1
     runs = [write(name, np.full(few, level), np.full(few, 100)) for name, level in (("a", 1.0), ("b", 1.25))]
-    row = comparison.compare_sides(comparison.make_sides(runs))[1]
+    row = comparison.compare_sides(make_sides(runs))[1]
     assert row["difference"] == pytest.approx(0.25)
     assert (row["low"], row["high"], row["p"]) == (None, None, None)
 
@@ -150,16 +151,16 @@ def test_runs_that_differ_in_their_seed_are_one_side(write: Write, tmp_path: Pat
                 },
             }
             write(f"{lr}/{seed}", np.full(40, lr + seed / 10), config=config)
-    sides = comparison.make_sides(comparison.read_evaluations([tmp_path]))
+    sides = make_sides(read_evaluations([tmp_path]))
     assert [(side.name, len(side.runs)) for side in sides] == [("optim.lr=1", 3), ("optim.lr=2", 3)]
-    assert comparison.differing_choices(sides) == {"optim.lr": [1, 2]}
+    assert differing_choices(sides) == {"optim.lr": [1, 2]}
     first, second = comparison.compare_sides(sides)
     assert (first["value"], second["value"]) == (pytest.approx(1.2), pytest.approx(2.2))
     assert first["deviation_of_seeds"] == pytest.approx(0.1)
     assert first["difference"] is None
     assert second["difference"] == pytest.approx(1.0)
     # Two seeds of one thing are compared as they are.
-    two = comparison.make_sides(comparison.read_evaluations([tmp_path / "1/1", tmp_path / "1/2"]))
+    two = make_sides(read_evaluations([tmp_path / "1/1", tmp_path / "1/2"]))
     assert [side.name for side in two] == ["seed=1", "seed=2"]
 
 
@@ -183,7 +184,7 @@ def test_the_documents_that_differ_most(write: Write) -> None:
     other[7] += 0.5
     other[20] -= 0.4
     runs = [write("a", level, np.full(40, 100)), write("b", other, np.full(40, 100))]
-    rows = comparison.largest_differences(comparison.make_sides(runs), 2)
+    rows = comparison.largest_differences(make_sides(runs), 2)
     assert [row["document"] for row in rows] == ["document-7", "document-20"]
     assert [row["bits_more"] for row in rows] == [pytest.approx(50), pytest.approx(-40)]
     assert rows[0]["of_the_other"] == pytest.approx(1)
@@ -198,7 +199,7 @@ def test_a_document_of_which_more_bytes_were_scored_does_not_differ_for_that(wri
     more = sizes.copy()
     more[20] += 60  # at as many bits per byte
     runs = [write("a", level, sizes), write("b", other, more)]
-    first, second = comparison.largest_differences(comparison.make_sides(runs), 2)
+    first, second = comparison.largest_differences(make_sides(runs), 2)
     assert (first["document"], first["bits_more"], first["bytes"]) == ("document-7", pytest.approx(45), 90)
     assert second["bits_more"] == pytest.approx(0)
 
@@ -216,29 +217,29 @@ def test_a_document_of_which_more_bytes_were_scored_does_not_differ_for_that(wri
 def test_what_is_not_comparable_is_refused(write: Write, facts: dict, said: str) -> None:
     runs = [write("a", np.ones(40)), write("b", np.ones(40), **facts)]
     with pytest.raises(UserError, match=said):
-        comparison.check_comparable(runs)
+        check_comparable(runs)
 
 
 def test_masks_on_other_tokens_are_not_comparable(write: Write) -> None:
     masked = {"figure": "masked_perplexity", "policy": POLICY | {"masks_seed": 0}}
     runs = [write("a", np.ones(40), **masked), write("b", np.ones(40), **masked, tokenizer_hash="other")]
     with pytest.raises(UserError, match="their tokenizers differ"):
-        comparison.check_comparable(runs)
+        check_comparable(runs)
     # A causal figure per byte is made for that.
     runs = [write("c", np.ones(40)), write("d", np.ones(40), tokenizer_hash="other")]
-    comparison.check_comparable(runs)
+    check_comparable(runs)
 
 
 def test_a_sample_of_other_tokens_is_not_comparable(write: Write) -> None:
     facts = {"figure": "pseudo_perplexity", "policy": POLICY | {"pseudo": {"sample": 0.5}}}
     runs = [write("a", np.ones(40), **facts), write("b", np.ones(40), **facts, tokenizer_hash="other")]
     with pytest.raises(UserError, match="without a sample"):
-        comparison.check_comparable(runs)
+        check_comparable(runs)
 
 
 def test_models_of_one_name_are_not_seeds_of_one_thing(write: Write) -> None:
     runs = [write(place, np.ones(40), model="m") for place in ("a", "b")] + [write("c", np.ones(40))]
-    assert [len(side.runs) for side in comparison.make_sides(runs)] == [1, 1, 1]
+    assert [len(side.runs) for side in make_sides(runs)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("runs", [1, 3])
@@ -265,7 +266,7 @@ def test_other_documents(write: Write) -> None:
     names = [f"else-{i}" for i in range(40)]
     table = other.table.set_column(0, other.table.schema.field(0), [names])
     with pytest.raises(UserError, match="no of 40 documents are in both"):
-        comparison.check_comparable([one, records.Records(other.path, other.certificate, table)])
+        check_comparable([one, records.Records(other.path, other.certificate, table)])
 
 
 @pytest.mark.parametrize("same", ["weights", "seed"])
@@ -277,7 +278,7 @@ def test_one_draw_twice_is_no_two_seeds(write: Write, same: str) -> None:
         write("c", np.ones(40), config={"seed": 1, "lr": 2, "compile": False}),
     ]
     with pytest.raises(UserError, match=f"the same {same}: .* they would count twice"):
-        comparison.make_sides(runs)
+        make_sides(runs)
 
 
 def test_a_key_that_older_runs_lack_is_no_difference() -> None:
@@ -294,20 +295,20 @@ def test_a_key_that_older_runs_lack_is_no_difference() -> None:
 
 def test_precision_is_a_difference(write: Write) -> None:
     runs = [write(kind, np.ones(40), config={"seed": 1, "trainer": {"precision": kind}}) for kind in ("32", "bf16")]
-    assert [side.name for side in comparison.make_sides(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
+    assert [side.name for side in make_sides(runs)] == ["trainer.precision=32", "trainer.precision=bf16"]
 
 
 def test_runs_that_differ_in_machinery_alone_go_by_their_directories(write: Write) -> None:
     runs = [write(name, np.ones(40), config={"seed": 1, "compile": name == "a"}) for name in "ab"]
-    assert [Path(side.name).name for side in comparison.make_sides(runs)] == ["a", "b"]
+    assert [Path(side.name).name for side in make_sides(runs)] == ["a", "b"]
 
 
 def test_directories(write: Write, tmp_path: Path) -> None:
     write("a", np.ones(40))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no evaluation"):
-        comparison.read_evaluations([tmp_path / "a", tmp_path / "empty"])
+        read_evaluations([tmp_path / "a", tmp_path / "empty"])
     with pytest.raises(UserError, match="is named twice"):
-        comparison.read_evaluations([tmp_path / "a", tmp_path / "a"])
+        read_evaluations([tmp_path / "a", tmp_path / "a"])
     with pytest.raises(UserError, match="only evaluation"):
-        comparison.read_evaluations([tmp_path / "a"])
+        read_evaluations([tmp_path / "a"])

@@ -16,7 +16,7 @@ from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import EVALUATION, Draw
 from lmlab.errors import UserError
 from lmlab.evaluation.scoring import Scorer
-from lmlab.models.loading import check_prefixes
+from lmlab.models.checks import check_prefixes
 from lmlab.models.probe import prefix_mask
 from lmlab.objectives import Example, check_shapes
 from lmlab.objectives.clm import CausalLM

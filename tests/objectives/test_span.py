@@ -16,8 +16,9 @@ from lmlab.data.tokenizers import bpe, with_extra_tokens
 from lmlab.errors import UserError
 from lmlab.evaluation.scoring import Scorer
 from lmlab.models import generation
+from lmlab.models.checks import check_model
 from lmlab.models.efficiency import layers
-from lmlab.models.loading import auto_class_of, check_model, from_scratch
+from lmlab.models.loading import auto_class_of, from_scratch
 from lmlab.models.loss import score
 from lmlab.models.probe import probe
 from lmlab.models.torch_module import wrap

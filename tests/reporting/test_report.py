@@ -17,6 +17,7 @@ import pytest
 import vl_convert
 
 from lmlab.evaluation import comparison, records
+from lmlab.evaluation.sides import make_sides
 from lmlab.reporting import page as pages
 from lmlab.reporting.charts import COLOURS
 from lmlab.reporting.load import load_runs
@@ -222,7 +223,7 @@ def test_intervals_are_those_of_compare(study: Path) -> None:
     read = [records.read(study / name) for name in ("0", "1", "2", "3")]
     best, other = final_metrics(read, {run.path: str(int(run.path.name) // 2) for run in read})
     assert [path.name for path in best.paths] == ["0", "1"]
-    sides = comparison.make_sides(read)
+    sides = make_sides(read)
     expected = comparison.difference(sides[1], sides[0])
     assert other.difference == expected
     for side, found in zip(sides, (best, other), strict=True):

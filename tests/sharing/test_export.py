@@ -234,7 +234,7 @@ def test_what_is_missing_is_named(
         assert "pip install 'lmlab[gguf]'" in refused(*words)
     said = refused("export", file, "onnx", "--output", tmp_path / "new")
     assert said == (
-        "error: an export to ONNX takes onnx and onnxscript and onnxruntime, which lmlab itself does not need: "
-        "install it by\npip install 'lmlab[onnx]'\n"
+        "error: an export to ONNX takes onnx and onnxscript and onnxruntime, which are not installed:\n"
+        "pip install 'lmlab[onnx]'\n"
     )
     assert not (tmp_path / "new").exists()

@@ -20,7 +20,7 @@ from lmlab.config import build, compose
 from lmlab.evaluation import records
 from lmlab.hub import split_revision
 from lmlab.runs.directory import RunDirectory
-from lmlab.sharing.card import write_card
+from lmlab.sharing.card import build_card
 
 from ..conftest import TINY, TINY_MLM, Refused, run_verb, stop_after
 from ..hub_server import Failure, Hub, serving
@@ -139,7 +139,7 @@ def test_plain_transformers_give_the_perplexity_of_the_certificate(
     capsys.readouterr()
     run_verb("predict", "me/tiny@step-2", "It", "--greedy", "--max-new-tokens=2")
     assert capsys.readouterr().out.startswith("It")
-    card = write_card(RunDirectory(tmp_path / "tuned"), "me/tuned", "mit")["README.md"].decode()
+    card = build_card(RunDirectory(tmp_path / "tuned"), "me/tuned", "mit")["README.md"].decode()
     assert metadata(card)["base_model"] == "me/tiny"
     assert "[me/tiny](https://huggingface.co/me/tiny), trained further" in card
 
@@ -158,7 +158,7 @@ def test_plain_transformers_give_the_perplexity_of_the_certificate(
 def test_a_push_that_breaks_goes_on(
     broken: str, passed: int, run: Path, hub: Hub, refused: Refused, waits: list[float]
 ) -> None:
-    """The line is dropped in the middle of what is sent, until the push gives up."""
+    """The connection is lost in the middle of an upload, until the push gives up."""
     hub.failures = [Failure(broken, 0, times=1000, passed=passed)]
     assert "Push again" in refused("push", run, *PUSH, "--series")
     for tag, commit in hub.pushed["me/tiny"].tags.items():  # what has a name is whole
@@ -351,7 +351,7 @@ def test_card(
 ) -> None:
     """A metric goes by the name that it has in the certificate, and the card says what it is."""
     path = train(*words)
-    card = write_card(RunDirectory(path), "me/masked", "mit")["README.md"].decode()
+    card = build_card(RunDirectory(path), "me/masked", "mit")["README.md"].decode()
     certificate = records.read(path).certificate
     about = metadata(card)
     (results,) = about["model-index"][0]["results"]

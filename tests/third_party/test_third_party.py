@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lmlab.config import build
+from lmlab.config import build, models
 from lmlab.config.compose import read_config
 from lmlab.data.sampler import draws
 from lmlab.evaluation import records
@@ -87,7 +87,7 @@ def test_the_metric_is_the_mean_over_the_targets_of_held_out_text(whole: Path) -
 def test_the_training_loss_has_its_weights_and_its_divisor(whole: Path) -> None:
     cfg = read_config(whole)
     data = build.prepare_data(cfg)
-    objective, model = build.build_model(cfg, data.tokenizer)  # as before training
+    objective, model = models.build_model(cfg, data.tokenizer)  # as before training
     assert data.train is not None
     weighted, divisor = 0.0, 0
     for draw in draws(cfg.seed, 0, cfg.batch_size, len(data.train)):

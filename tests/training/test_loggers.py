@@ -300,10 +300,8 @@ def test_what_is_refused(words: list[str], says: str, refused: Refused, tmp_path
 def test_a_library_that_is_not_installed(
     library: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmlab.config import schema
-
     found = importlib.util.find_spec
-    monkeypatch.setattr(schema, "find_spec", lambda name: None if name == library else found(name))
+    monkeypatch.setattr("lmlab.errors.find_spec", lambda name: None if name == library else found(name))
     said = refused("train", *SHORT, f"logger=[{library},csv]", f"hydra.run.dir={tmp_path / 'run'}")
     assert f"logger.{library} takes {library}, which is not installed:\npip install 'lmlab[{library}]'" in said
 

@@ -33,4 +33,4 @@ class CSVFile:
 
 def csv(run_dir: str) -> Logger:
     """Returns the logger that writes `csv/metrics.csv` into the run directory."""
-    return RowLogger(CSVFile(Path(run_dir)), run_dir, patience=60.0)
+    return RowLogger(CSVFile(Path(run_dir)), run_dir)

@@ -1,4 +1,4 @@
-"""Gives the rows of `metrics.jsonl` to a store of another library, which training never waits for."""
+"""Gives the rows of `metrics.jsonl` to a store of another library; training never waits for it."""
 
 import json
 import logging
@@ -35,16 +35,16 @@ class Row(NamedTuple):
 
 
 class Store(Protocol):
-    """The place where a library keeps the metrics of a run. Its methods may raise anything, and are then tried again.
+    """The storage of another library for the metrics of a run.
 
-    They are called from one thread, which is not that of training.
+    Its methods may raise anything, and are then called again. One thread calls them, which is not that of training.
     """
 
     label: str
     """The name of the store in messages."""
     whole_rows: bool
-    """Whether rows stay whole. Otherwise they come without metrics that the store has at their step already: the tokens
-    seen are in the row of a validation and in that of the training step before it."""
+    """Whether the store takes whole rows. Otherwise metrics that it has for their step already are left out of a row:
+    the tokens seen, for example, are in the row of a validation and in that of the training step before it."""
 
     def connect(self) -> dict[str, int]:
         """Finds the run or begins it, and returns the last step that is kept of each of its metrics."""
@@ -67,8 +67,8 @@ class RowLogger(Logger):
     metric, and is given what comes after that in the file. The file is the queue: a store that is away costs no memory.
     """
 
-    def __init__(self, store: Store, run_dir: str, patience: float):
-        """Begins to give the store what the file has already.
+    def __init__(self, store: Store, run_dir: str, patience: float = 60.0):
+        """Begins to give the store the rows that are in the file already.
 
         Args:
             store: takes the rows.

@@ -75,4 +75,4 @@ class EventFile:
 
 def tensorboard(run_dir: str, config: dict[str, Any]) -> Logger:
     """Returns the logger that writes an event file into the folder `tensorboard` of the run directory."""
-    return RowLogger(EventFile(Path(run_dir) / "tensorboard", config), run_dir, patience=60.0)
+    return RowLogger(EventFile(Path(run_dir) / "tensorboard", config), run_dir)

@@ -82,4 +82,4 @@ def trackio(
         SQLiteStorage.validate_project_name(project)
     except ValueError as error:
         raise UserError(f"logger.trackio.project={project}: {first_line(error)}") from error
-    return RowLogger(TrackioRun(project, run_id, name or run_name(run_dir), group, config), run_dir, patience=60.0)
+    return RowLogger(TrackioRun(project, run_id, name or run_name(run_dir), group, config), run_dir)
