@@ -65,7 +65,11 @@ ROWS = [
         long=True,
     ),
     Row("small causal step / masked diffusion step of that size", "objectives", "≥ 0.91"),
-    Row("small generator's step and discriminator's / ELECTRA's step", "objectives objective=electra rounds=24", "≥ 0.95"),
+    Row(
+        "small generator's step and discriminator's / ELECTRA's step",
+        "objectives objective=electra rounds=24",
+        "≥ 0.95",
+    ),
     Row("group_texts, 8 M tokens / the guide's", "data task=group_texts", "≥ 100"),
     Row("load → blocks, 5,000 ELI5-like records / the guide's", "data", "≥ 1.8"),
     Row("memory of preparing, corpus 16 × larger / smaller", "data task=memory", "< 1.3"),
