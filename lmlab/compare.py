@@ -12,6 +12,7 @@ from lmlab.console import counted, show_rows
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly
 from lmlab.evaluation import comparison
+from lmlab.evaluation.metrics import DETECTION, OF_GENERATORS
 from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.evaluation.sides import (
     align,
@@ -129,6 +130,8 @@ def notes(rows: list[dict[str, Any]], runs: list[Records], unit: str, reference:
             )
     if not all(row["decides"] for row in rows if row["decides"] is not None):
         lines.append("A bound that is higher than an exact value does not say which of the two models is better.")
+    if runs[0].certificate["figure"] == DETECTION:
+        lines.append(OF_GENERATORS)
     ends = [row["ends"] for row in rows]
     if None not in ends and min(ends) < 0.9 * max(ends):
         lines.append(

@@ -14,6 +14,10 @@ from lmlab.data.documents import COUNTS
 
 EXACT, BOUND = "perplexity", "bound_perplexity"
 """The names of the perplexity of a text, and of an upper bound of it. A metric of any other name is neither."""
+DETECTION = "detection_perplexity"
+"""The name of that of a discriminator: of whether a token is the text's, or one that its own generator has put in."""
+OF_GENERATORS = "Each model was scored on tokens of its own generator: compare only those whose generators are alike."
+"""How a comparison by `DETECTION` misleads: the better a generator, the harder its tokens are to find."""
 NATS_PER_UNKNOWN_BYTE = math.log(256)
 """The charge for each byte that an unknown token stands for: 8 bits, in nats."""
 WORDS = {

@@ -237,12 +237,15 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     """Returns for each token of a text how probably it is not the token that stood there, by a discriminator (ELECTRA).
 
     Returns:
-        for each token, special ones left out: `score` (probability), `token` (id), `token_str`.
+        for each token, special ones left out: `score` (probability), `token` (id), `token_str`; none if there is no
+        token.
 
     Raises:
         UserError: the text is too long.
     """
     ids = encode(tokenizer, text).to(model.device)
+    if ids.shape[1] == 0:
+        return []
     check_length(model, ids.shape[1])
     scores = model(input_ids=ids).logits[0].float().sigmoid().tolist()
     return [

@@ -107,6 +107,9 @@ class Objective(Protocol):
     held_out: type | None = None
     """The class of the objective by which held-out text is scored, made without keys of the config; None is its own,
     with the keys of the config but for `validation_…` and schedules (`lmlab.config.build.held_out_objective`)."""
+    last_weights: bool = False
+    """True if a run ends with its last weights, and not with those that score held-out text best: where the text gets
+    harder to score while the model learns, these are early ones."""
     losses: "Callable[..., Scores] | None" = None
     """The method by which the output of a model becomes losses: (model, batch, chunk_size, scale) → Scores, whose nll
     [N] is that of each target. `batch` is a `lmlab.data.datamodule.Batch` in training and a `ScoringBatch` for held-out

@@ -48,6 +48,7 @@ class ReplacedTokenDetection:
     bidirectional = True
     target_shift = 0
     writes = "detect"
+    last_weights = True  # the generator gets better too
 
     def __init__(
         self,
@@ -120,6 +121,8 @@ class ReplacedTokenDetection:
         from lmlab.models.generation import beginning, detect
 
         tokens = beginning(model, tokenizer, ids)
+        if not tokens:  # those of the text are unknown ones
+            return "", ""
         half = len(tokens) // 2
         shown = torch.tensor([[*tokens[:half], self.mask_id, *tokens[half + 1 :]]], device=model.device)
         logits = model(shown).logits[0, half, : self.tokens]

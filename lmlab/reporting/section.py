@@ -12,7 +12,7 @@ import pandas as pd
 
 from lmlab.console import command
 from lmlab.evaluation.comparison import Difference
-from lmlab.evaluation.metrics import BOUND, EXACT
+from lmlab.evaluation.metrics import BOUND, DETECTION, EXACT, OF_GENERATORS
 from lmlab.evaluation.records import AT_MOST, Records, is_bound
 from lmlab.io import from_here
 from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final, draw_series
@@ -339,7 +339,13 @@ class Section:
             ends = [
                 f"{sign}{as_text(row['bits_per_byte'], bits)} at step {row['step']:,}" for row in (points.iloc[0], best)
             ]
+            if len(points) == 1:
+                sentences.append(f"The model of {name} has {bits} of {ends[0]}.")
+                continue
             sentences.append(f"The {len(points)} models of {name} have {bits} from {ends[0]} to, at best, {ends[1]}.")
+        ranked = [kind for kind in [*self.kinds, [*self.series.values()]] if len(kind) > 1]
+        if DETECTION in [records.certificate["figure"] for kind in ranked for records in kind]:
+            sentences.append(OF_GENERATORS)
         return sentences
 
 

@@ -69,7 +69,8 @@ class Checkpoints(Checkpoint):
         Args:
             monitor: the metric of a validation that the best weights are chosen by.
             mode: `min` if the least of it is best, `max` if the most is.
-            keep_best: how many of the best weights are kept.
+            keep_best: how many of the best weights are kept. With 0, and where the objective says so
+                (`Objective.last_weights`), a run ends with its last weights.
             every_steps: after how many steps a checkpoint is saved also between validations; None for never.
             every_minutes: the same in minutes.
             background: whether training goes on while files are written; None for on GPUs only.
@@ -163,7 +164,9 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING or step == 0:  # the weights that a run began with are no result of it
             return
         values = {**self.best, step: module.validations[step][self.monitor]}
-        best = rank(values, self.mode)[: self.keep_best]
+        objective = trainer.datamodule.batches.objective  # type: ignore[attr-defined]
+        keep = 0 if getattr(objective, "last_weights", False) else self.keep_best
+        best = rank(values, self.mode)[:keep]
         if step in best:
             trainer.save_checkpoint(self.run.best_at(step), weights_only=True)
             # Without room for its file, it is not one of the best.

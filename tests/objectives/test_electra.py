@@ -165,13 +165,17 @@ def test_run(run: Path, evaluate: Callable[..., Path], capsys: pytest.CaptureFix
     assert len(json.loads((run / "samples.jsonl").read_text().splitlines()[0])["said"].splitlines()) == 4
     trained = json.loads((run / "certificate.json").read_text())
     assert trained["figure"] == "detection_perplexity"
+    assert not [*(run / "checkpoints").glob("best-*")]  # the weights are the last ones, however they score
+    assert trained["totals"]["nll"] / trained["totals"]["tokens"] == pytest.approx(metrics(run)[-1]["val/loss"])
     for evaluation in (evaluate(run), evaluate(run / "model", "data=sample", "preprocess.block_size=32")):
         totals = json.loads((evaluation / "certificate.json").read_text())["totals"]
         assert totals["nll"] == pytest.approx(trained["totals"]["nll"], rel=1e-6)
         assert totals["tokens"] == trained["totals"]["tokens"]
-    capsys.readouterr()
-    run_verb("predict", run, "The cat sat.", "--json")
-    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    run_verb("compare", run, evaluation, "--out", run / "comparison")
+    assert "generators are alike" in capsys.readouterr().out
+    run_verb("predict", run, "The cat sat.", "", "--json")
+    tokens, of_no_text = (json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines())
+    assert of_no_text == []
     assert "".join(token["token_str"] for token in tokens) == "The cat sat."
     assert all(0 < token["score"] < 1 for token in tokens)
     assert type(AutoModelForPreTraining.from_pretrained(run / "model")).__name__ == "ElectraForPreTraining"
