@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
-from lmlab.models.gguf import located
+from lmlab.models.gguf import load_tokenizer
 from lmlab.objectives import sentinel
 
 END, PAD, MASK, UNKNOWN = "<|endoftext|>", "<pad>", "<mask>", "<unk>"
@@ -28,7 +28,7 @@ def pretrained(name: str | None, revision: str | None = None) -> PreTrainedToken
         raise UserError("tokenizer=pretrained needs a name here: add tokenizer.name=ID_OR_DIRECTORY to the command.")
     name, revision = split_revision(name, revision)
     with from_hub("tokenizer", name, "model.name or tokenizer.name"):
-        return AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
+        return load_tokenizer(name, revision)
 
 
 def bpe(

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lmlab.errors import UserError, first_line, out_of_memory
 from lmlab.hub import from_hub, split_revision
 from lmlab.models import torch_module
-from lmlab.models.gguf import load_config, located, located_weights
+from lmlab.models.gguf import load_config, load_tokenizer, located_weights
 from lmlab.models.loading import auto_class_of, max_positions
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig
 from lmlab.objectives import sentinel, sentinel_ids
@@ -40,7 +40,7 @@ def load(
         config = load_config(name, revision)
         auto_class = auto_class_of(config, name)
         auto = getattr(transformers, auto_class)
-        tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
+        tokenizer = load_tokenizer(name, revision)
         if isinstance(config, TorchModuleConfig):
             module = make_module and make_module(tokenizer=tokenizer, auto_class=auto_class)
             return torch_module.load(name, revision, config, module, tokenizer, auto_class), tokenizer

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -64,3 +64,18 @@ def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTr
         if width and hasattr(config, "head_dim"):
             config.head_dim = changes.get("head_dim", width)
     return config
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer; the arguments are those of `load_config`.
+
+    Raises:
+        UserError: there is none. Of some kinds, transformers then makes one that has special tokens alone.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(
+            f"{name} has no tokenizer, such as a directory of the whole model has.\n"
+            "For train and evaluate, name another: tokenizer=pretrained tokenizer.name=…"
+        )
+    return tokenizer

@@ -181,6 +181,7 @@ def test_run(run: Path, evaluate: Callable[..., Path], capsys: pytest.CaptureFix
     assert type(AutoModelForPreTraining.from_pretrained(run / "model")).__name__ == "ElectraForPreTraining"
     AutoModelForMaskedLM.from_pretrained(run / "model" / "generator")
     assert "masked models" in refused("evaluate", run, "score=pseudo")
+    assert "has no tokenizer" in refused("predict", run / "model" / "generator", "The <mask> sat.")
 
 
 def test_run_that_goes_on(run: Path, tmp_path: Path) -> None:
