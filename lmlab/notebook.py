@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmlab.errors import UserError
+from lmlab.runs.status import ENDED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,9 +77,15 @@ class TrainedRun:
 
     @cached_property
     def model_and_tokenizer(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        """The exported model, in evaluation mode, and its tokenizer."""
+        """The exported model, in evaluation mode, and its tokenizer.
+
+        Raises:
+            UserError: the run has not ended.
+        """
         from lmlab.models import generation
 
+        if self.run.status.name not in ENDED:
+            raise UserError(f"{self.path} is {self.run.status.name}: the model is exported at the end of a run.")
         return generation.load(str(self.path / "model"))
 
     @property

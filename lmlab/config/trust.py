@@ -49,7 +49,7 @@ def check_trusted(cfg: DictConfig, trusted: Collection[str]) -> None:
             package = name if package in trusted else package
             raise UserError(
                 f"the config of the run names {key}={name}, which lmlab itself does not use there.\n"
-                f"If you trust its code: add trust={package} (lmlab.predict: --trust {package}) to the command."
+                f"If you trust its code: add trust={package} (of predict and export: --trust {package}) to the command."
             )
 
 

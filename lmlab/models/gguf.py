@@ -40,11 +40,6 @@ def located_weights(name: str) -> dict[str, Any]:
     return {**located(name), "quantization_config": GgufConfig(dequantize=True)}
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model; arguments are those of `load_config`."""
-    return AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
-
-
 def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTrainedConfig:
     """Loads the config of a model.
 
@@ -69,3 +64,18 @@ def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTr
         if width and hasattr(config, "head_dim"):
             config.head_dim = changes.get("head_dim", width)
     return config
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer; the arguments are those of `load_config`.
+
+    Raises:
+        UserError: there is none. Of some kinds, transformers then makes one that has special tokens alone.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(
+            f"{name} has no tokenizer, such as a directory of the whole model has.\n"
+            "For train and evaluate, name another: tokenizer=pretrained tokenizer.name=…"
+        )
+    return tokenizer

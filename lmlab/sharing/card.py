@@ -65,8 +65,9 @@ def build_card(run: RunDirectory, repository: str, license: str, steps: Sequence
     config = yaml.safe_load(run.config.read_text("utf-8"))
     chart = losses_png(loaded)
     metadata = describe_metadata(run, config, license)
-    metadata.model_name = repository.rpartition("/")[2]  # the hub wants one with the metrics
-    metadata.eval_results = eval_results(loaded, config, metadata.pipeline_tag)
+    if results := eval_results(loaded, config, metadata.pipeline_tag):
+        metadata.model_name = repository.rpartition("/")[2]  # the hub wants one with the metrics
+        metadata.eval_results = results
     sections = [
         f"# {repository.rpartition('/')[2]}",
         describe_model(run, loaded, config),
@@ -146,15 +147,18 @@ def objective_name(config: Mapping[str, Any]) -> str:
 
 
 def eval_results(run: Run, config: Mapping[str, Any], pipeline: str | None) -> list[EvalResult] | None:
-    """Returns the metrics of the certificate for the hub's metadata, each under its own name."""
-    if run.records is None:
+    """Returns the metrics of the certificate for the hub's metadata, each under its own name.
+
+    None without a certificate, and without a task of the hub's, which lists a metric by that.
+    """
+    if run.records is None or pipeline is None:
         return None
     data, certificate = config["data"], run.records.certificate
     kind = data["_target_"].rpartition(".")[2].removeprefix("load_")
     name = data["path"] if kind == "hub" and is_hub_id(data["path"]) else {"sample": "lmlab-sample"}.get(kind, kind)
     return [
         EvalResult(
-            task_type=pipeline or "",
+            task_type=pipeline,
             dataset_type=name,
             dataset_name=f"{name}, held-out documents",
             dataset_revision=data.get("revision"),
