@@ -23,7 +23,7 @@ from lmlab.models.torch_module import wrap
 from lmlab.objectives import Example, check_shapes
 from lmlab.objectives.electra import ReplacedTokenDetection, sample
 from lmlab.runs.directory import RunDirectory
-from lmlab.sharing.card import write_card
+from lmlab.sharing.card import build_card
 
 from ..conftest import Refused, losses, metrics, run_verb, stop_after
 from .reference import agrees, tokenizer
@@ -182,7 +182,7 @@ def test_run(run: Path, evaluate: Callable[..., Path], capsys: pytest.CaptureFix
     assert all(0 < token["score"] < 1 for token in tokens)
     assert type(AutoModelForPreTraining.from_pretrained(run / "model")).__name__ == "ElectraForPreTraining"
     AutoModelForMaskedLM.from_pretrained(run / "model" / "generator")
-    card = write_card(RunDirectory(run), "me/electra", "mit")["README.md"].decode()
+    card = build_card(RunDirectory(run), "me/electra", "mit")["README.md"].decode()
     assert "model-index" not in card  # the hub lists metrics by tasks, and has none for it
     assert "masked models" in refused("evaluate", run, "score=pseudo")
     assert "has no tokenizer" in refused("predict", run / "model" / "generator", "The <mask> sat.")
