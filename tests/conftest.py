@@ -32,7 +32,7 @@ import pytest  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=10, help="how often tests/training/test_kill.py kills its run")
+    parser.addoption("--kills", type=int, default=6, help="how often tests/training/test_kill.py kills its run")
     parser.addoption("--kill-seed", type=int, default=0, help="decides the instants")
 
 

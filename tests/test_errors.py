@@ -499,6 +499,7 @@ def test_a_name_with_the_signs_of_a_glob_is_a_name(files: DictConfig, tmp_path: 
 WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(WITHOUT_RIGHTS) and not shutil.which("setpriv"), reason="root may read everything")
 def test_data_file_that_may_not_be_read(tmp_path: Path) -> None:
     """A file, one in a folder that is closed, a tokenizer's; each is named as what can't be read, with its rights."""

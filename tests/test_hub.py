@@ -185,6 +185,7 @@ def test_the_guides_masked_experiment(hub: Hub, command: Command, tmp_path: Path
         assert counts["tokens"] == 32 * counts["blocks"] + counts["tokens_dropped"] + counts["tokens_truncated"]
 
 
+@pytest.mark.long
 def test_predict_from_the_hub(hub: Hub, command: Command) -> None:
     done = command(hub.endpoint, "lmlab.predict", "me/tiny-gpt2", "hello", "--max-new-tokens=5")
     assert done.returncode == 0, done.stderr

@@ -36,8 +36,13 @@ def test_all_recipes_are_tested() -> None:
     assert {path.stem for path in (CONF / "experiment").glob("*.yaml")} == {*SMALL, "eli5_clm", "eli5_mlm"}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in ("fineweb_edu", "modern_encoder") else pytest.mark.longest)
+        for name in SMALL
+    ],
+)
 def test_recipe_takes_steps(name: str, stand_in: Path, tmp_path: Path) -> None:
     sizes = SMALL[name] if name == "fineweb_edu" else [f"model.config.{size}" for size in (*WIDTH, *SMALL[name])]
     if "llama" in (CONF / "experiment" / f"{name}.yaml").read_text() or "head_dim=8" in SMALL[name]:

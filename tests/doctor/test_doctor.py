@@ -220,6 +220,7 @@ def test_hub(doctor: Doctor, closed: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert doctor("hub") == (0, f"pass  hub          {endpoint} answers")
 
 
+@pytest.mark.long
 def test_weights_and_biases(doctor: Doctor, closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed, said = doctor("wandb")
     assert not failed

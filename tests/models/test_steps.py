@@ -290,6 +290,7 @@ print(json.dumps(moved))
 """
 
 
+@pytest.mark.long
 def test_sharded_weights_are_gathered_in_bf16_and_gradients_summed_once_a_step() -> None:
     """Counted on one of two ranks, whose other one is a fake: of a step of two batches, in parameters of the model."""
     done = subprocess.run([sys.executable, "-c", COLLECTIVES], capture_output=True, text=True, timeout=120)

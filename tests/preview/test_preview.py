@@ -245,6 +245,7 @@ def test_weights_are_told(weights: list[list[float]] | None) -> None:
     )
 
 
+@pytest.mark.long
 def test_bytes_are_those_of_adamw(shown: Callable[..., str]) -> None:
     text = shown(*TINY, f"trainer.max_steps={STEPS}")
     parameters = int(re.search(r"│ parameters +│ ([\d,]+) ", text)[1].replace(",", ""))  # type: ignore[index]

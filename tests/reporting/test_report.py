@@ -467,6 +467,7 @@ def test_choices_of_any_length(trained: dict[str, Path], tmp_path: Path) -> None
         assert len(chart.name) < 150
 
 
+@pytest.mark.long
 def test_into_a_folder_with_something_in_it(
     trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -483,6 +484,7 @@ def test_into_a_folder_with_something_in_it(
     assert "holds other things than a report" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_report_before(
     trained: dict[str, Path], tmp_path: Path, full_disk: Path, refused: Refused
 ) -> None:

@@ -81,10 +81,14 @@ def test_onnx_of_a_decoder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, c
     assert AutoTokenizer.from_pretrained(out)("one text").input_ids == tokenizer("one text").input_ids
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "task"),
-    [("llama", "CausalLM"), ("roberta", "MaskedLM"), ("modernbert", "MaskedLM"), ("bart", "Seq2SeqLM")],
+    [
+        pytest.param("llama", "CausalLM", marks=pytest.mark.longest),
+        pytest.param("roberta", "MaskedLM", marks=pytest.mark.longest),
+        pytest.param("modernbert", "MaskedLM", marks=pytest.mark.long),
+        pytest.param("bart", "Seq2SeqLM", marks=pytest.mark.longest),
+    ],
 )
 def test_onnx(architecture: str, task: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert to_onnx.write(make(tokenizer, architecture, task), tokenizer, tmp_path / "onnx") < 1e-5

@@ -151,8 +151,8 @@ def test_plain_transformers_give_the_perplexity_of_the_certificate(
         (r"POST .*/tag/.*", 1),
         pytest.param(r"PUT /lfs/.*", 3, marks=pytest.mark.long),
         pytest.param(r"POST .*/commit/main", 0, marks=pytest.mark.long),
-        pytest.param(r"POST .*/commit/series", 1, marks=pytest.mark.long),
-        pytest.param(r"POST .*/batch", 1, marks=pytest.mark.long),
+        pytest.param(r"POST .*/commit/series", 1, marks=pytest.mark.longest),
+        pytest.param(r"POST .*/batch", 1, marks=pytest.mark.longest),
     ],
 )
 def test_a_push_that_breaks_goes_on(

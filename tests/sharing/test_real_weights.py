@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.longest  # they are fetched
 TEXT = (
     "The Atlantic lobster lives on the sea floor, in water that is cold and clear. It hides by day between rocks and "
     "comes out at night to look for food. Fishermen catch it in baskets that they leave on the ground over night.\n"

@@ -444,6 +444,7 @@ class TestSearch:
         assert {"failed"} < {row[1] for row in rows}
         assert "Resuming run" in capsys.readouterr().out
 
+    @pytest.mark.long
     @pytest.mark.usefixtures("here")
     def test_a_wrong_metric_ends_the_search_and_can_be_mended(self, tmp_path: Path) -> None:
         words = ["hydra/sweeper=optuna", "optim.lr=1e-2,1e-3", "hydra.sweeper.n_trials=2"]

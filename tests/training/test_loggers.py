@@ -141,7 +141,7 @@ def test_what_was_not_sent_is_sent_when_a_finished_run_is_resumed(whole: Path) -
     check_stored(whole, whole.parent / "mlflow.db")
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_killed_while_something_is_stored(tmp_path: Path) -> None:
     """By `kill -9`, in a process of its own, once before each database keeps rows."""
     database = tmp_path / "mlflow.db"

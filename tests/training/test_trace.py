@@ -46,6 +46,7 @@ trace.show(watch, 1.0)
 """
 
 
+@pytest.mark.long
 def test_a_wait_is_found() -> None:
     """Three steps are watched, and three validations of two batches."""
     done = subprocess.run([sys.executable, "-c", CHANGED], capture_output=True, text=True, timeout=120)

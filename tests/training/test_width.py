@@ -24,8 +24,13 @@ DROPOUT_OFF = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("objective", ["clm", "mlm", "diffusion", "hybrid", "electra"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(name, marks=pytest.mark.longest if name == "hybrid" else pytest.mark.long)
+        for name in ("clm", "mlm", "diffusion", "hybrid", "electra")
+    ],
+)
 def test_loss_and_perplexity_are_the_same_at_any_width(
     objective: str, train: Callable[..., Path], tmp_path: Path
 ) -> None:
