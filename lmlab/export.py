@@ -10,7 +10,7 @@ from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, check_installed, shown_plainly, stopped_with
 from lmlab.hub import check_directory
 from lmlab.io import empty_folders_removed, from_here, replaced
-from lmlab.predict import load
+from lmlab.predict import add_trust, load
 from lmlab.runs.directory import RunDirectory
 
 FORMATS = {"onnx": "ONNX, for onnxruntime and browsers", "gguf": "GGUF, for llama.cpp and what builds on it"}
@@ -28,13 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("format", choices=FORMATS, help="; ".join(f"{name}: {words}" for name, words in FORMATS.items()))
     p.add_argument("--output", type=Path, metavar="DIR", help="a new folder; by default onnx/ or gguf/ of the run")
     p.add_argument("--revision", help="of a hub id: branch, tag or commit")
-    p.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let code run that is not lmlab's: of a torch module, or of a run before its end what its config names",
-    )
+    add_trust(p)
     return p
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmlab.errors import UserError
+from lmlab.processes import last_line, printed_error
+from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import ENDED
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class TrainedRun:
             UserError: it is none.
         """
         self.path = Path(path)
-        if not (self.path / "manifest.json").is_file():
+        if not RunDirectory(path).begun():
             raise UserError(f"{path} is no run directory: it has no manifest.json.")
 
     @cached_property
@@ -86,7 +88,7 @@ class TrainedRun:
 
         if self.run.status.name not in ENDED:
             raise UserError(f"{self.path} is {self.run.status.name}: the model is exported at the end of a run.")
-        return generation.load(str(self.path / "model"))
+        return generation.load(str(RunDirectory(self.path).model))
 
     @property
     def model(self) -> "PreTrainedModel":
@@ -103,7 +105,8 @@ class TrainedRun:
         return f"{self.path}: {self.run.status.name}, {final}"
 
     def _repr_mimebundle_(self, **unused: Any) -> dict[str, Any]:
-        image = {} if self.chart is None else {"image/png": self.chart.png}
+        chart = self.chart
+        image = {} if chart is None else {"image/png": chart.png}
         return {"text/plain": repr(self), **image}
 
 
@@ -143,12 +146,6 @@ def train(*overrides: str) -> TrainedRun:
             print(process.stdout.read(), end="")
             raise
     if process.returncode:
-        raise UserError(refusal("".join(printed)))
+        output = "".join(printed)
+        raise UserError(printed_error(output) or last_line(output))
     return TrainedRun(folder)
-
-
-def refusal(output: str) -> str:
-    """Returns the words with which a command ended: those behind "error:", or its last line."""
-    from lmlab.processes import last_line, printed_error
-
-    return printed_error(output) or last_line(output)

@@ -69,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="any option of transformers' generate, such as --option repetition_penalty=1.2",
     )
+    add_trust(p)
+    p.add_argument("--json", action="store_true", help="one JSON object per line")
+    return p
+
+
+def add_trust(p: argparse.ArgumentParser) -> None:
+    """Adds the argument that `load` reads for code that is not lmlab's."""
     p.add_argument(
         "--trust",
         action="append",
@@ -76,8 +83,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="PACKAGE",
         help="let code run that is not lmlab's: of a torch module, or of a run before its end what its config names",
     )
-    p.add_argument("--json", action="store_true", help="one JSON object per line")
-    return p
 
 
 def main() -> None:

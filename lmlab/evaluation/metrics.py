@@ -17,7 +17,7 @@ EXACT, BOUND = "perplexity", "bound_perplexity"
 DETECTION = "detection_perplexity"
 """The name of that of a discriminator: of whether a token is the text's, or one that its own generator has put in."""
 OF_GENERATORS = "Each model was scored on tokens of its own generator: compare only those whose generators are alike."
-"""How a comparison by `DETECTION` misleads: the better a generator, the harder its tokens are to find."""
+"""The warning beside a comparison by `DETECTION`: the better a generator, the harder its tokens are to find."""
 NATS_PER_UNKNOWN_BYTE = math.log(256)
 """The charge for each byte that an unknown token stands for: 8 bits, in nats."""
 WORDS = {

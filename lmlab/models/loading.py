@@ -96,11 +96,13 @@ def with_generator(
 
     They share their embeddings if these have the same values.
     """
-    beside = {"subfolder": GENERATOR} if generator is None else {}
+    options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
+    if generator is None:
+        options["subfolder"] = GENERATOR
     source, revision = (name, revision) if generator is None else split_revision(generator)
     try:
         with from_hub("generator", source, "model.generator"):
-            made = AutoModelForMaskedLM.from_pretrained(source, revision=revision, dtype=torch.float32, **beside)
+            made = AutoModelForMaskedLM.from_pretrained(source, revision=revision, **options)
     except UserError as error:
         if generator is not None:
             raise

@@ -63,8 +63,8 @@ class Example(NamedTuple):
     """The number of each target among the given ids, [N]; -1 for one that is no token of the text, such as a sentinel.
     None is the scored position and `Objective.target_shift`."""
     draws: np.ndarray | None = None
-    """For an objective with a generator, which fills in some of the tokens: for each target a uniform random number in
-    [0, 1) by which its token is drawn, and -1 where the text's own token stays, [N]."""
+    """The random numbers of a generator, which fills in some of the tokens, [N]: for each target a uniform one in
+    [0, 1) by which its token is drawn, and -1 where the text's own token stays. None without a generator."""
 
 
 class Objective(Protocol):

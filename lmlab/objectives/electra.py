@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lmlab.objectives import Example
-from lmlab.objectives.mlm import mask_id, random_words, uniform
+from lmlab.objectives.mlm import mask_id, random_words, some, uniform
 
 if TYPE_CHECKING:
     from lmlab.models.electra import GeneratorAndDiscriminator
@@ -72,7 +72,7 @@ class ReplacedTokenDetection:
         words = random_words(key, first, len(ids))
         candidates = np.flatnonzero(~self.special[ids])
         count = min(math.ceil(self.mask_probability * len(ids)), len(candidates))
-        hidden = candidates[np.argsort(words[0, candidates], kind="stable")[:count]]
+        hidden = candidates[some(words[0, candidates], count)]
         inputs, weights, draws = ids.copy(), np.zeros(len(ids)), np.full(len(ids), -1.0)
         inputs[hidden] = self.mask_id
         weights[hidden] = len(ids) / max(1, count)  # so that their sum is that of the tokens
@@ -94,7 +94,7 @@ class ReplacedTokenDetection:
         drawn, draws = torch.empty_like(targets), batch.draws.float()
 
         def draw(part: slice, logits: Tensor) -> None:
-            drawn[part] = sample(logits[:, : self.tokens], draws[part])
+            drawn[part] = draw_tokens(logits[:, : self.tokens], draws[part])
 
         generator = score(
             model.generator,
@@ -132,7 +132,7 @@ class ReplacedTokenDetection:
         return text, "\n".join([text, *(f"  {token['score']:.3f}  {token['token_str'].strip()}" for token in found)])
 
 
-def sample(logits: Tensor, draws: Tensor) -> Tensor:
+def draw_tokens(logits: Tensor, draws: Tensor) -> Tensor:
     """Returns a token [R] for each row of logits [R, V], drawn by a uniform random number in [0, 1) for each [R].
 
     It is the first token up to which the probabilities sum to more than that.

@@ -230,6 +230,12 @@ def random_words(key: tuple[int, int, int], first: int, count: int) -> np.ndarra
     return generator.random_raw(4 * count).reshape(count, 4).T
 
 
+def some(words: np.ndarray, count: int) -> np.ndarray:
+    """Returns `count` of the indices of random words [n], ascending; each choice is equally likely."""
+    chosen: np.ndarray = np.sort(np.argsort(words, kind="stable")[:count])
+    return chosen
+
+
 def uniform(words: np.ndarray) -> np.ndarray:
     """Turns random 64-bit words into float64 in [0, 1)."""
     return (words >> np.uint64(11)) * 2.0**-53

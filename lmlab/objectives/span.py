@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
 from lmlab.objectives import Example, sentinel, sentinel_ids
-from lmlab.objectives.mlm import random_words
+from lmlab.objectives.mlm import random_words, some
 
 
 class SpanCorruption:
@@ -130,12 +130,6 @@ class SpanCorruption:
         before, hidden, after = map(tokenizer.decode, (tokens[:third], tokens[third : 2 * third], tokens[2 * third :]))
         text = " ".join(f"{before}{' ' * hidden.startswith(' ')}{sentinel(0)}{after}".split())
         return text, infill(model, tokenizer, text, 0, max_new_tokens=40)[0]
-
-
-def some(words: np.ndarray, count: int) -> np.ndarray:
-    """Returns `count` of the indices of random words [n], ascending; each choice is equally likely."""
-    chosen: np.ndarray = np.sort(np.argsort(words, kind="stable")[:count])
-    return chosen
 
 
 def alternate(one: "list[np.ndarray] | np.ndarray", other: list[np.ndarray]) -> np.ndarray:

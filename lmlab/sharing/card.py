@@ -28,7 +28,7 @@ PIPELINES = {
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForPreTraining": None,
 }
-"""What the hub calls the task of each `AutoModel` class; None where it has no name for it."""
+"""The name that the hub has for the task of each `AutoModel` class; None where it has none."""
 PROMPTS = {
     "AutoModelForCausalLM": "Once upon a time",
     "AutoModelForMaskedLM": "The sky is <mask>.",
@@ -40,7 +40,7 @@ MEANINGS = {
     BOUND: "The bound perplexity is an upper bound, estimated by random masks: the perplexity of the text is at most "
     "this, up to the standard error. It bounds what a causal model's perplexity is exactly.",
 }
-"""What a perplexity is, by its name in the certificate."""
+"""The meaning of a perplexity, by its name in the certificate."""
 NO_PERPLEXITY_OF_TEXT = (
     "The {metric} is exp(Σ nll / Σ targets) over the tokens that the objective makes targets, given all that it shows "
     "the model. It is not the perplexity of the text, and can't be compared with that of a causal model."

@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Spacing = Literal["log"] | int
-"""What lies between the steps of a series: `log` doubles them, a number is added each time."""
+"""The way from one step of a series to the next: `log` doubles it, a number is added to it."""
 
 
 class Series(Callback):

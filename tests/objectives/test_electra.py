@@ -21,7 +21,7 @@ from lmlab.models.electra import GeneratorAndDiscriminator
 from lmlab.models.loading import from_scratch, pretrained
 from lmlab.models.torch_module import wrap
 from lmlab.objectives import Example, check_shapes
-from lmlab.objectives.electra import ReplacedTokenDetection, sample
+from lmlab.objectives.electra import ReplacedTokenDetection, draw_tokens
 from lmlab.runs.directory import RunDirectory
 from lmlab.sharing.card import build_card
 
@@ -122,9 +122,9 @@ def test_example() -> None:
 def test_tokens_are_drawn_from_the_generators_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
     draws = (torch.arange(4000) + 0.5) / 4000
-    shares = torch.bincount(sample(logits.expand(4000, 4), draws), minlength=4) / 4000
+    shares = torch.bincount(draw_tokens(logits.expand(4000, 4), draws), minlength=4) / 4000
     torch.testing.assert_close(shares, logits.softmax(1)[0], atol=1e-3, rtol=0)
-    assert sample(logits, torch.ones(1)) == 3  # a draw that float32 rounds up to 1
+    assert draw_tokens(logits, torch.ones(1)) == 3  # a draw that float32 rounds up to 1
 
 
 def test_embeddings_of_other_shapes_are_not_shared() -> None:

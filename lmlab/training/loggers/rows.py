@@ -43,7 +43,7 @@ class Store(Protocol):
     label: str
     """The name of the store in messages."""
     whole_rows: bool
-    """Whether the store takes whole rows. Otherwise metrics that it has for their step already are left out of a row:
+    """True if the store takes whole rows. Otherwise metrics that it has for their step already are left out of a row:
     the tokens seen, for example, are in the row of a validation and in that of the training step before it."""
 
     def connect(self) -> dict[str, int]:
