@@ -262,7 +262,7 @@ WHERE_TEXTS_ARE = ['Did you mean "answers.text"?', "answers.text, title"]
         pytest.param("a.json", "[]", [], ["a.json: could not be read", "no data"], id="json of no record"),
         pytest.param("a.jsonl", '{"text": ""}\n' * 30, [], ["gives no token", "data.text"], id="empty texts"),
         pytest.param(
-            "a.jsonl", '{"text": null}\n' * 30, [], ["none of the 27 train records", "data.text"], id="null texts"
+            "a.jsonl", '{"text": null}\n' * 30, [], ["none of the 29 train records", "data.text"], id="null texts"
         ),
         pytest.param(
             "a.jsonl", STRUCT_OF_LISTS, ["data.text=answers.texts"], WHERE_TEXTS_ARE, id="no text, struct of lists"

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -76,6 +76,8 @@ class Documents:
     """[stretches] the beginning of the text of each."""
     hash: str
     """A hash of all texts in their order."""
+    domains: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The documents of each domain, by its name: the first one and the one past its last. Empty without domains."""
 
     def __len__(self) -> int:
         return len(self.edges) - 1
@@ -100,7 +102,13 @@ class Documents:
             [self.parts[row] for row in rows],
             [self.starts[row] for row in rows],
             hashlib.sha256("".join(names).encode()).hexdigest()[:32],
+            {name: tuple(np.searchsorted(documents, ends).tolist()) for name, ends in self.domains.items()},
         )
+
+    def stretches_of(self, domain: str) -> slice:
+        """Returns the numbers of the stretches of a domain."""
+        first, stop = np.searchsorted(self.stretches, self.edges[[*self.domains[domain]]])
+        return slice(int(first), int(stop))
 
     def continues(self, start: int, end: int) -> np.ndarray:
         """Returns whether each of the tokens start … end - 1 continues the word of the token before it: [n] bool."""
@@ -118,6 +126,28 @@ class Documents:
         ends = (spans[:, FLAGS] & END) // END
         columns = (np.ones(len(tokens), np.int64), spans[:, BYTES], spans[:, WORDS], ends, spans[:, LINES])
         return np.stack([*columns, spans[:, UNKNOWN] > 0, spans[:, UNKNOWN]], axis=1)
+
+
+def join_domains(domains: Mapping[str, Documents]) -> Documents:
+    """Lays the documents of several domains end to end; one alone that is called "" is returned as it is."""
+    if {*domains} == {""}:
+        return domains[""]
+    parts = [*domains.values()]
+    counts = running_sums(np.array([len(part) for part in parts])).tolist()
+    tokens = running_sums(np.array([len(part.tokens) for part in parts]))
+    stretches = [first + part.stretches[:-1] for first, part in zip(tokens, parts, strict=False)]
+    named = [f"{name}:{part.hash}" for name, part in domains.items()]
+    return Documents(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.spans for part in parts]),
+        running_sums(np.concatenate([part.lengths for part in parts])),
+        np.append(np.concatenate(stretches), tokens[-1]),
+        [*chain.from_iterable(part.names for part in parts)],
+        [*chain.from_iterable(part.parts for part in parts)],
+        [*chain.from_iterable(part.starts for part in parts)],
+        hashlib.sha256("".join(named).encode()).hexdigest()[:32],
+        dict(zip(domains, pairwise(counts), strict=True)),
+    )
 
 
 def running_sums(counts: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The choices of data preparation. A config is checked by them without importing torch or transformers."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 from pydantic.dataclasses import dataclass
@@ -36,7 +36,14 @@ class Preprocessing:
     """The number of documents in a group, at whose end tokens that fill no block are dropped; null drops none."""
     test_size: Annotated[float, Gt(0), Lt(1)] = 0.1
     """The share of the records that is held out for validation if the source has no such split."""
+    split_by: Literal["hash", "shuffle"] = "shuffle"
+    """The way in which records are chosen to be held out. By hash, each record's own text decides, so that more data
+    moves none of the others, and equal records are held out together; by shuffle they are drawn as by
+    `train_test_split`, and exactly the share is."""
     split_seed: int = 0
     """The seed that decides which records are held out; it is not `seed`, so that runs of all seeds share one split."""
+    max_test_bytes: Annotated[int, Ge(1)] | None = None
+    """The number of UTF-8 bytes of held-out text to score at most: records of the share beyond it are neither trained
+    on nor scored. null scores all of the share."""
     max_records: Annotated[int, Ge(1)] | None = None
     """The number of training records to use; null uses all."""

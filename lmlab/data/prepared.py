@@ -6,31 +6,28 @@ for (documents.py).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lmlab.data.documents import UNKNOWN, Documents, open_index, read_documents, read_lengths, reorder
+from lmlab.data.documents import UNKNOWN, Documents, join_domains, open_index, read_documents, read_lengths, reorder
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
-from lmlab.data.preprocess import group_texts, join_texts, split, tokenize
+from lmlab.data.preprocess import Parts, group_texts, join_texts, split, tokenize
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file, utf8
 from lmlab.data.tokenizers import content_hash
 from lmlab.errors import UserError
 from lmlab.io import locked, replaced
-
-if TYPE_CHECKING:
-    from datasets import Dataset  # see sources.py
 
 FORMAT = 4
 """The version of the prepared data, a part of each cache key; it is raised when the steps change their output."""
@@ -43,6 +40,9 @@ class Ledger:
     """The counts of one split: where every record, document, byte and token of it went."""
 
     records: int
+    records_unused: int = 0
+    """The number of records that were drawn to be held out and are not, as `Preprocessing.max_test_bytes` are reached:
+    they are neither trained on nor scored."""
     records_without_text: int
     """The number of records whose text is null or missing, or whose list of texts is empty; an empty text is a text."""
     documents: int
@@ -64,6 +64,11 @@ class Ledger:
 
     def doubts(self, split: str) -> Iterator[str]:
         """Yields the reasons to doubt a metric on this split, a line each."""
+        if self.records_unused > DOUBTFUL * self.records:
+            yield (
+                f"{self.records_unused:,} records are neither trained on nor scored: {self.records:,} of those held "
+                "out reach preprocess.max_test_bytes. Lower preprocess.test_size to train on more."
+            )
         if self.records_without_text > DOUBTFUL * self.records:
             yield (
                 f"{self.records_without_text:,} of the {self.records:,} {split} records have no text at data.text: "
@@ -156,15 +161,20 @@ def prepare(
     parts = once(lambda: split(corpus, choices))
 
     def write_tokenizer(folder: Path) -> None:
-        make_tokenizer(chain.from_iterable(flatten(parts()["train"], corpus.text))).save_pretrained(folder)
+        make_tokenizer(chain.from_iterable(flatten(parts().train, corpus.text))).save_pretrained(folder)
 
     if tokenizer_key is None:
         tokenizer = make_tokenizer([])
     else:
-        held_out = [choices.test_size, choices.split_seed, choices.max_records]
-        key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
+        key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out_by(choices), tokenizer_key)
         tokenizer = AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write_tokenizer))
     return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache, words)
+
+
+def held_out_by(choices: Preprocessing) -> list[Any]:
+    """Returns the choices that decide which records are trained on."""
+    by_hash = [choices.split_by] if choices.split_by != "shuffle" else []
+    return [choices.test_size, choices.split_seed, choices.max_records, *by_hash]
 
 
 def prepare_validation(
@@ -172,16 +182,17 @@ def prepare_validation(
 ) -> Prepared:
     """Prepares only the held-out part, for a given tokenizer."""
 
-    def parts() -> "Mapping[str, Dataset]":
-        alone = corpus.train is None and corpus.validation is not None
-        return {"validation": corpus.validation} if alone else split(corpus, choices)
+    def parts() -> Parts:
+        if corpus.train is None and corpus.validation is not None:
+            return Parts(None, corpus.validation)
+        return split(corpus, choices)
 
-    return prepare_splits(("validation",), parts, corpus, choices, tokenizer, cache)
+    return prepare_splits(("validation",), once(parts), corpus, choices, tokenizer, cache)
 
 
 def prepare_splits(
     names: Sequence[str],
-    parts: "Callable[[], Mapping[str, Dataset]]",
+    parts: Callable[[], Parts],
     corpus: Corpus,
     choices: Preprocessing,
     tokenizer: PreTrainedTokenizerBase,
@@ -192,42 +203,55 @@ def prepare_splits(
     tokenizer_hash = content_hash(tokenizer)
     # The files do not depend on how documents are cut into blocks.
     decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
-    folders, bounds, ledger = {}, {}, {}
-    for name in names:
-        # Without a fast tokenizer no token's word is known, and the objective refuses to be made.
-        more = ["words"] if words and name == "train" and tokenizer.is_fast else []
-        key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decisive, tokenizer_hash, *more)
+    # Without a fast tokenizer no token's word is known, and the objective refuses to be made.
+    words = words and tokenizer.is_fast
 
-        def write(folder: Path, name: str = name, words: bool = bool(more)) -> None:
-            records, order = sort_by_file(parts()[name]) if name == "validation" else (parts()[name], None)
-            write_split(folder, name, flatten(records, corpus.text), tokenizer, choices, order, words)
+    def tokens_of(name: str, domain: str = "") -> Path:
+        more = [domain] if domain else ["words"] if words and name == "train" else []
+        own = decisive | ({"max_test_bytes": None} if name == "train" else {})
+        key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, own, tokenizer_hash, *more)
 
-        folders[name] = write_once(cache / f"tokens-{key}", write)
-        bounds[name], ledger[name] = cut_blocks(folders[name], name, choices)
+        def write(folder: Path) -> None:
+            if name == "train":
+                write_split(folder, name, flatten(parts().train, corpus.text), tokenizer, choices, words=words)
+                return
+            records, order = sort_by_file(parts().validation[domain])
+            texts, unused = flatten(records, corpus.text), parts().unused
+            write_split(folder, name, texts, tokenizer, choices, order, unused=unused)
+
+        return write_once(cache / f"tokens-{key}", write)
+
+    ledger, train = {}, None
     if "train" in names:
-        contained = count_in_training(parts, corpus, choices, cache)
-        ledger["validation"] = replace(ledger["validation"], documents_in_training=contained)
-    return Prepared(
-        tokenizer,
-        Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in names else None,
-        read_documents(folders["validation"], "validation"),
-        bounds["validation"],
-        ledger,
-        corpus.fingerprint,
-        tokenizer_hash,
-    )
+        folder = tokens_of("train")
+        bounds, ledger["train"] = cut_blocks(folder, "train", choices)
+        train = Blocks(folder / "train.tokens", bounds)
+    domains, blocks, first = {}, [], 0
+    for domain in corpus.domains:
+        folder = tokens_of("validation", domain)
+        domains[domain] = read_documents(folder, "validation")
+        bounds, counts = cut_blocks(folder, "validation", choices)
+        blocks.append(first + bounds)
+        first += len(domains[domain].tokens)
+        if "train" in names:
+            contained = count_in_training(parts, corpus, domain, choices, cache)
+            counts = replace(counts, documents_in_training=contained)
+        ledger[f"validation/{domain}".rstrip("/")] = counts
+    documents = join_domains(domains)
+    return Prepared(tokenizer, train, documents, np.concatenate(blocks), ledger, corpus.fingerprint, tokenizer_hash)
 
 
 def count_in_training(
-    parts: "Callable[[], Mapping[str, Dataset]]", corpus: Corpus, choices: Preprocessing, cache: Path
+    parts: Callable[[], Parts], corpus: Corpus, domain: str, choices: Preprocessing, cache: Path
 ) -> int:
-    """Counts the held-out documents that occur whole in the training text, unless the cache has their number."""
+    """Counts the held-out documents of a domain that occur whole in the training text, unless the cache has it."""
 
     def write(folder: Path) -> None:
-        texts = (flatten(parts()[name], corpus.text) for name in ("train", "validation"))
+        texts = (flatten(records, corpus.text) for records in (parts().train, parts().validation[domain]))
         (folder / "documents").write_text(str(count_contained(*(join_texts(each, choices.join) for each in texts))))
 
-    decisive = [choices.join, choices.test_size, choices.split_seed, choices.max_records]
+    more = [choices.max_test_bytes, *([domain] if domain else [])]
+    decisive = [choices.join, *held_out_by(choices), *(value for value in more if value is not None)]
     key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive)
     return int((write_once(cache / f"overlap-{key}", write) / "documents").read_text())
 
@@ -262,12 +286,14 @@ def write_split(
     choices: Preprocessing,
     order: np.ndarray | None = None,
     words: bool = False,
+    unused: int = 0,
 ) -> None:
     """Writes the tokens, lengths and counts of one split as files; of the held-out one also its documents' spans.
 
     Args:
         order: [records] the number of each record in the split; None if they come in the order of the split.
         words: True to write also which tokens continue a word.
+        unused: the number of records that are left out of all splits.
 
     Raises:
         UserError: there is no text, or no token in any.
@@ -315,7 +341,7 @@ def write_split(
         raise UserError(f"the {name} split gives no token: its {texts} texts are empty (check data.text).")
     if order is not None:
         reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
-    (folder / f"{name}.counts.json").write_text(json.dumps(counts))
+    (folder / f"{name}.counts.json").write_text(json.dumps(counts | {"records_unused": unused}))
 
 
 def cut_blocks(folder: Path, name: str, choices: Preprocessing) -> tuple[np.ndarray, Ledger]:

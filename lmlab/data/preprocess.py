@@ -4,9 +4,10 @@ By default they lose nothing: no truncation, an end-of-text token after each doc
 documents, and a short last block. The ledger proves it (prepared.py).
 """
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, chain, pairwise, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.documents import continued, document_spans, numbered, running_sums
 from lmlab.data.options import Preprocessing
 from lmlab.data.sources import Corpus
-from lmlab.data.texts import batches, flatten
+from lmlab.data.texts import batches, flatten, utf8
 from lmlab.data.tokenizers import encode, end_of_text_id, unknown_tokens
 from lmlab.errors import UserError
 
@@ -30,11 +31,19 @@ It is limited, as `CHARACTERS_PER_CALL` is, so that the memory does not grow wit
 CHARACTERS_PER_CALL = 2**20
 
 
-def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
-    """Holds out validation records, unless the source brought some (guide, `train_test_split`).
+class Parts(NamedTuple):
+    """The records of a corpus, split."""
 
-    Returns:
-        the records of `train` and of `validation`.
+    train: "Dataset | None"
+    """The training records; None if only held-out ones were asked for."""
+    validation: "Mapping[str, Dataset]"
+    """The held-out records of each domain, by its name; the only one of a corpus without domains is called ""."""
+    unused: int = 0
+    """The number of records that are left out of both, see `Preprocessing.max_test_bytes`."""
+
+
+def split(corpus: Corpus, choices: Preprocessing) -> Parts:
+    """Holds out validation records, unless the source brought some (guide, `train_test_split`).
 
     Raises:
         UserError: there is nothing to train on, or nothing to hold out.
@@ -46,13 +55,22 @@ def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
         train = train.select(range(min(choices.max_records, len(train))))
     if len(train) == 0:
         raise UserError("the data set is empty: no record to train on (check data.train and data.filter).")
-    records = len(train)
+    records, unused = len(train), 0
     if validation is None and records >= 2 and round(records * choices.test_size) >= 1:
-        # As `train_test_split` counts, but never all of them.
-        held_out = min(math.ceil(records * choices.test_size), records - 1)
-        halves = train.train_test_split(test_size=held_out, seed=choices.split_seed)
-        train, validation = halves["train"], halves["test"]
-    if not validation:
+        if choices.split_by == "hash":
+            drawn = draw_by_hash(flatten(train, corpus.text), choices)
+            train, test = train.select(np.delete(np.arange(records), drawn)), train.select(drawn)
+        else:
+            # As `train_test_split` counts, but never all of them.
+            held_out = min(math.ceil(records * choices.test_size), records - 1)
+            halves = train.train_test_split(test_size=held_out, seed=choices.split_seed)
+            train, test = halves["train"], halves["test"]
+        scored = first_bytes(test, corpus.text, choices.max_test_bytes)
+        validation, unused = {"": scored}, len(test) - len(scored)
+    if not validation or not all(map(len, validation.values())):
+        if validation and any(validation):
+            empty = next(name for name, part in validation.items() if not len(part))
+            raise UserError(f"the validation split is empty: there is no record in data.validation.{empty}.")
         next(flatten(train, corpus.text))  # a wrong data.text is refused first
         cut = "cut the text into more documents (data.document=paragraph or line), " if corpus.plain else ""
         if records == 1:
@@ -64,7 +82,34 @@ def split(corpus: Corpus, choices: Preprocessing) -> "dict[str, Dataset]":
             f"the validation split is empty: {records} records at preprocess.test_size={choices.test_size}.\n"
             f"To hold some out, {cut}raise preprocess.test_size, or name data.validation."
         )
-    return {"train": train, "validation": validation}
+    return Parts(train, validation, unused)
+
+
+def draw_by_hash(records: Iterable[list[str]], choices: Preprocessing) -> np.ndarray:
+    """Returns the numbers of the records to hold out, by the hash of each record's own texts and of `split_seed`.
+
+    A record is drawn if its hash, as a number in [0, 1), is below `test_size`; at least one is, and never all. Those of
+    the least hashes come first.
+    """
+    hashes = bytearray()
+    for texts in records:
+        digest = hashlib.blake2b(digest_size=8, key=choices.split_seed.to_bytes(8, "little", signed=True))
+        for text in texts:
+            digest.update(utf8(text) + b"\xff")  # no UTF-8 text has this byte
+        hashes += digest.digest()
+    values = np.frombuffer(hashes, ">u8")
+    order = np.argsort(values, kind="stable")
+    count = int(np.searchsorted(values[order] / 2.0**64, choices.test_size))
+    return order[: min(max(count, 1), len(order) - 1)]
+
+
+def first_bytes(records: "Dataset", text: str, most: int | None) -> "Dataset":
+    """Returns as many of the first records as have `most` UTF-8 bytes of text together, but at least one."""
+    if most is None:
+        return records
+    sizes = (sum(len(utf8(text)) for text in texts) for texts in flatten(records, text))
+    count = sum(1 for _ in takewhile(lambda total: total <= most, accumulate(sizes)))
+    return records.select(range(max(1, count)))
 
 
 def join_texts(records: Iterable[list[str]], join: str | None) -> Iterator[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 
@@ -28,6 +28,8 @@ from lmlab.io import write_text
 if TYPE_CHECKING:
     # Imported where it is needed, as it takes a second: a run whose data is in the cache does without.
     import datasets
+
+    Records: TypeAlias = datasets.Dataset | Callable[[], datasets.Dataset]
 
 LOG = logging.getLogger(__name__)
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
@@ -42,7 +44,8 @@ class Corpus:
     Args:
         train: the training records, or a function that returns them: it is called only if the data prepared from them
             is not in the cache. None if there are only records to evaluate on.
-        validation: the held-out records likewise; None if a share of `train` is to be held out.
+        validation: the held-out records likewise, or those of each of several domains by its name; None if a share of
+            `train` is to be held out.
         text: the dotted path of the text in a record, such as `answers.text`.
         fingerprint: a hash of the records, which keys the cache.
         plain: whether the records are cut from plain text files, as `data.document` says.
@@ -50,13 +53,16 @@ class Corpus:
 
     def __init__(
         self,
-        train: "datasets.Dataset | Callable[[], datasets.Dataset] | None",
-        validation: "datasets.Dataset | Callable[[], datasets.Dataset] | None",
+        train: "Records | None",
+        validation: "Records | Mapping[str, Records] | None",
         text: str,
         fingerprint: str,
         plain: bool = False,
     ):
-        self.parts, self.text, self.fingerprint, self.plain = (train, validation), text, fingerprint, plain
+        given = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+        self.parts, self.text, self.fingerprint, self.plain = (train, given), text, fingerprint, plain
+        self.domains = tuple(given) or ("",)
+        """The names of the parts of the held-out text; of text without domains "" alone."""
 
     @cached_property
     def train(self) -> "datasets.Dataset | None":
@@ -64,9 +70,9 @@ class Corpus:
         return self.parts[0]() if callable(self.parts[0]) else self.parts[0]
 
     @cached_property
-    def validation(self) -> "datasets.Dataset | None":
-        """The held-out records, if the source has some."""
-        return self.parts[1]() if callable(self.parts[1]) else self.parts[1]
+    def validation(self) -> "dict[str, datasets.Dataset] | None":
+        """The held-out records of each domain, if the source has some."""
+        return {name: part() if callable(part) else part for name, part in self.parts[1].items()} or None
 
 
 def fingerprint(*parts: Any) -> str:
@@ -103,7 +109,7 @@ def load_hub(
     name: str | None = None,
     revision: str | None = None,
     train: str = "train",
-    validation: str | None = None,
+    validation: str | dict[str, str] | None = None,
     filter: dict[str, Any] | None = None,
 ) -> Corpus:
     """Loads a data set of the Hugging Face hub, or a local directory laid out like one.
@@ -114,13 +120,15 @@ def load_hub(
         name: the data set's configuration (subset), if it has several.
         revision: branch, tag or commit; only with a commit can a metric be repeated.
         train: split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
-        validation: the same; without it a share of `train` is held out.
+        validation: the same, or that of each of several domains by its name; without it a share of `train` is held
+            out.
         filter: the value, or the list of values, of each named column; other records are left out.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    splits = [train] if validation is None else [train, validation]
+    held_out = by_domain(validation)
+    splits = [train, *held_out.values()]
     with from_hub("data set", path, "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
     # Offline, `datasets` takes whichever commit it cached last; its cache names the commit in its folders.
@@ -135,9 +143,24 @@ def load_hub(
                     f"{nearest(column, part.column_names)} Columns: {', '.join(part.column_names)}."
                 )
     # The cache fingerprint of a builder names the repository's commit and files.
-    source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
-    filtered = [partial(filter_records, part, filter or {}) for part in loaded]
-    return Corpus(filtered[0], filtered[1] if validation else None, text, source)
+    source = fingerprint("hub", [part._fingerprint for part in loaded], filter, *(name for name in held_out if name))
+    own, *others = [partial(filter_records, part, filter or {}) for part in loaded]
+    return Corpus(own, dict(zip(held_out, others, strict=True)), text, source)
+
+
+def by_domain(validation: Any) -> dict[str, Any]:
+    """Returns what `data.validation` names for each domain; where it names no domain, under "".
+
+    Raises:
+        UserError: the name of a domain is none.
+    """
+    given = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+    for name in given:
+        if isinstance(validation, Mapping) and not re.fullmatch(r"\w+", str(name), re.ASCII):
+            raise UserError(f'data.validation: "{name}" names no domain. A name is made of letters, digits and _.')
+    if isinstance(validation, Mapping) and not given:
+        raise UserError("data.validation={} names no domain: '{news: news.txt, law: law.txt}' names two.")
+    return {str(name): value for name, value in given.items()}
 
 
 def filter_records(records: "datasets.Dataset", filter: dict[str, Any]) -> "datasets.Dataset":
@@ -154,7 +177,7 @@ def filter_records(records: "datasets.Dataset", filter: dict[str, Any]) -> "data
 def load_files(
     train: str | Sequence[str] | None = None,
     text: str = "text",
-    validation: str | Sequence[str] | None = None,
+    validation: str | Sequence[str] | dict[str, Any] | None = None,
     document: str = "file",
     delimiter: str | None = None,
 ) -> Corpus:
@@ -166,7 +189,8 @@ def load_files(
     Args:
         train: a path or glob, or a list of them; None if only `validation` is needed.
         text: dotted path of the text in a record; plain text files have only `text`.
-        validation: the same as `train`; without it a share of `train` is held out.
+        validation: the same as `train`, or the files of each of several domains, by its name; without it a share of
+            `train` is held out.
         document: the part of a plain text file that is one document: `file`, `line` or `paragraph` (separated by a
             blank line).
         delimiter: the character between the columns of a csv file; None for the one by which its first line has the
@@ -178,7 +202,8 @@ def load_files(
         raise UserError(
             f'data.document is one of {", ".join(SAMPLE_BY)}, not "{document}".{nearest(document, SAMPLE_BY)}'
         )
-    named = {"train": train, "validation": validation}
+    held_out = {f"validation.{name}".rstrip("."): value for name, value in by_domain(validation).items()}
+    named = {"train": train, **held_out}
     files = {part: find_files(patterns, part) for part, patterns in named.items() if patterns is not None}
     if not files:
         raise UserError("no file is named: add data.train=… or data.validation=… to the command.")
@@ -213,7 +238,8 @@ def load_files(
         read()  # so that a fault in a file shows here
         write_memo(memo, before, list(digests.values()))
     records = {part: partial(lambda part: read()[part], part) for part in files}
-    return Corpus(records.get("train"), records.get("validation"), text, source, plain=builder == "text")
+    domains = {part.partition(".")[2]: records[part] for part in files if part != "train"}
+    return Corpus(records.get("train"), domains, text, source, plain=builder == "text")
 
 
 def read_files(
@@ -290,16 +316,22 @@ def digest(file: Path) -> str:
 
 
 def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) -> None:
-    """Refuses a validation file that has the content of a training file."""
+    """Refuses a validation file that has the content of a training file, or of a file of another domain."""
     nothing = hashlib.sha256().hexdigest()
-    trained_on = {digests[file]: file for file in files.get("train", []) if digests[file] != nothing}
-    copies = [file for file in files.get("validation", []) if digests[file] in trained_on]
-    if copies:
-        more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
-        raise UserError(
-            f"data.train={trained_on[digests[copies[0]]]} and data.validation={copies[0]} have the same content{more}: "
-            "it would be trained on.\nName others, or leave data.validation out to hold out a share of data.train."
-        )
+    seen: dict[str, tuple[str, Path]] = {}
+    for part, of_part in files.items():
+        copies = [(file, *seen[digests[file]]) for file in of_part if seen.get(digests[file], (part,))[0] != part]
+        if copies:
+            file, other, original = copies[0]
+            more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
+            both = f"data.{other}={original} and data.{part}={file} have the same content{more}"
+            if other != "train":
+                raise UserError(f"{both}: it would be scored twice.\nLeave one of them out.")
+            raise UserError(
+                f"{both}: it would be trained on.\n"
+                "Name others, or leave data.validation out to hold out a share of data.train."
+            )
+        seen |= {digests[file]: (part, file) for file in of_part if digests[file] != nothing}
 
 
 # The digests of files are kept in a memo, so that the next start need not read them. A file is taken to be unchanged if

@@ -163,5 +163,8 @@ def sort_by_file(records: "Dataset") -> "tuple[Dataset, np.ndarray | None]":
     """
     if records._indices is None:
         return records, None
-    order = np.argsort(records._indices.column(0).to_numpy(), kind="stable")
+    rows = records._indices.column(0).to_numpy()
+    if (rows[1:] >= rows[:-1]).all():
+        return records, None
+    order = np.argsort(rows, kind="stable")
     return records.select(order), order

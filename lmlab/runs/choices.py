@@ -44,6 +44,7 @@ RENAMED = errors.RENAMED | {
 """Keys and targets in configs of lmlab 0.1, and their names since."""
 ADDED: dict[str, dict[str, Any]] = {
     "": {"float32_matmul_precision": "highest"},
+    "preprocess": {"split_by": "shuffle", "max_test_bytes": None},
     "lmlab.data.tokenizers.bpe": {"extra_tokens": None},
     "lmlab.data.tokenizers.char": {"extra_tokens": None},
     "lmlab.objectives.mlm.MaskedLM": {
@@ -53,14 +54,14 @@ ADDED: dict[str, dict[str, Any]] = {
         "span_length": None,
     },
 }
-"""Keys that configs of lmlab 0.1 lack, and the values by which they ran: at the top, and in blocks by their target."""
+"""Keys that older configs lack, and the values by which they ran: at the top, and in blocks by their target or name."""
 
 
 def of_this_version(config: dict[str, Any]) -> dict[str, Any]:
     """Copies a composed config of any version, with the keys and targets of this one."""
     config = ADDED[""] | with_present_names(config)
     blocks = {key: value for key, value in config.items() if isinstance(value, dict)}
-    return config | {key: ADDED.get(block.get("_target_", "-"), {}) | block for key, block in blocks.items()}
+    return config | {key: ADDED.get(block.get("_target_", key), {}) | block for key, block in blocks.items()}
 
 
 def without_added(block: dict[str, Any]) -> dict[str, Any]:

@@ -109,13 +109,13 @@ def test_split(records: Dataset, count: int, seed: int) -> None:
     some = records.select(range(count))
     halves = some.train_test_split(test_size=0.2, seed=seed)
     ours = split(Corpus(some, None, "answers.text", "records"), replace(CHOICES, split_seed=seed))
-    assert ours["train"]["q_id"][:] == halves["train"]["q_id"][:]
-    assert ours["validation"]["q_id"][:] == halves["test"]["q_id"][:]
+    assert ours.train["q_id"][:] == halves["train"]["q_id"][:]
+    assert ours.validation[""]["q_id"][:] == halves["test"]["q_id"][:]
 
 
 def test_max_records(records: Dataset) -> None:
     """`max_records` is the guide's `[:5000]`: the first ones, taken before the split."""
     ours = split(Corpus(records, None, "answers.text", "records"), replace(CHOICES, max_records=500))
     halves = records.select(range(500)).train_test_split(test_size=0.2, seed=0)
-    assert ours["train"]["q_id"][:] == halves["train"]["q_id"][:]
-    assert ours["validation"]["q_id"][:] == halves["test"]["q_id"][:]
+    assert ours.train["q_id"][:] == halves["train"]["q_id"][:]
+    assert ours.validation[""]["q_id"][:] == halves["test"]["q_id"][:]

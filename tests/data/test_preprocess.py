@@ -357,29 +357,61 @@ def test_join(run: Callable[..., Prepared], tokenizer: PreTrainedTokenizerBase) 
 def test_split_shares_no_record() -> None:
     texts = [str(i) for i in range(100)]
     parts = split(corpus_of(texts), Preprocessing(test_size=0.2))
-    assert len(parts["validation"]) == 20
-    assert sorted([*parts["train"]["text"], *parts["validation"]["text"]]) == sorted(texts)
+    assert len(parts.validation[""]) == 20
+    assert sorted([*parts.train["text"], *parts.validation[""]["text"]]) == sorted(texts)
     same = split(corpus_of(texts), Preprocessing(test_size=0.2))
     other = split(corpus_of(texts), Preprocessing(test_size=0.2, split_seed=1))
-    assert parts["validation"]["text"][:] == same["validation"]["text"][:]
-    assert parts["validation"]["text"][:] != other["validation"]["text"][:]
+    assert parts.validation[""]["text"][:] == same.validation[""]["text"][:]
+    assert parts.validation[""]["text"][:] != other.validation[""]["text"][:]
 
 
 def test_max_records() -> None:
     """Counts the training records, before a part of them is held out; a validation split stays whole."""
     texts = [str(i) for i in range(100)]
     parts = split(corpus_of(texts), Preprocessing(max_records=10, test_size=0.2))
-    assert sorted([*parts["train"]["text"], *parts["validation"]["text"]]) == texts[:10]
+    assert sorted([*parts.train["text"], *parts.validation[""]["text"]]) == texts[:10]
     parts = split(corpus_of(texts, texts), Preprocessing(max_records=10))
-    assert parts["train"]["text"][:] == texts[:10]
-    assert parts["validation"]["text"][:] == texts
-    assert len(split(corpus_of(texts, texts), Preprocessing(max_records=1000))["train"]) == 100
+    assert parts.train["text"][:] == texts[:10]
+    assert parts.validation[""]["text"][:] == texts
+    assert len(split(corpus_of(texts, texts), Preprocessing(max_records=1000)).train) == 100
+
+
+def test_split_by_hash() -> None:
+    """Each text alone decides its side: more data, or data in another order, moves none from one to the other."""
+    texts = [f"text {i}" for i in range(2000)]
+    choices = Preprocessing(split_by="hash", test_size=0.1)
+    parts, grown = (
+        split(corpus_of(texts), choices),
+        split(corpus_of(texts[::-1] + [f"new {i}" for i in texts]), choices),
+    )
+    held_out, later = {*parts.validation[""]["text"]}, {*grown.validation[""]["text"]}
+    assert 150 < len(held_out) < 250
+    assert held_out == later & {*texts}
+    assert [*parts.train["text"]] == [text for text in texts if text not in held_out]
+    assert [*parts.validation[""]["text"]] != sorted(held_out)  # those of the least hashes come first
+    other = split(corpus_of(texts), replace(choices, split_seed=1))
+    assert len(held_out & {*other.validation[""]["text"]}) < 50
+
+
+@pytest.mark.parametrize("by", ["hash", "shuffle"])
+def test_held_out_text_is_limited(by: str, run: Callable[..., Prepared]) -> None:
+    """Records over `max_test_bytes` are neither trained on nor scored, and the ledger counts them."""
+    texts = [f"text number {i:05}" for i in range(2000)]
+    whole = split(corpus_of(texts), Preprocessing(split_by=by))
+    few = split(corpus_of(texts), Preprocessing(split_by=by, max_test_bytes=17 * 20 + 16))
+    assert few.train["text"][:] == whole.train["text"][:]
+    assert few.validation[""]["text"][:] == whole.validation[""]["text"][:20]
+    assert few.unused == len(whole.validation[""]) - 20
+    assert len(split(corpus_of(texts), Preprocessing(split_by=by, max_test_bytes=1)).validation[""]) == 1
+    ledger = run(corpus_of(texts), split_by=by, max_test_bytes=340).ledger["validation"]
+    assert (ledger.records, ledger.bytes, ledger.records_unused) == (20, 340, few.unused)
+    assert any("Lower preprocess.test_size" in doubt for doubt in ledger.doubts("validation"))
 
 
 @pytest.mark.parametrize(("count", "test_size", "held_out"), [(2, 0.9, 1), (3, 0.99, 2), (2, 0.5, 1), (7, 0.1, 1)])
 def test_split_of_few(count: int, test_size: float, held_out: int) -> None:
     parts = split(corpus_of(["a"] * count), Preprocessing(test_size=test_size))
-    assert (len(parts["train"]), len(parts["validation"])) == (count - held_out, held_out)
+    assert (len(parts.train), len(parts.validation[""])) == (count - held_out, held_out)
 
 
 def test_nothing_to_train_or_measure_on(run: Callable[..., Prepared]) -> None:
@@ -417,8 +449,8 @@ def test_tokenizer_sees_only_the_training_split(tmp_path: Path) -> None:
     choices = Preprocessing(test_size=0.2)
     prepare(corpus_of(texts), choices, make, {"kind": "char"}, tmp_path)
     parts = split(corpus_of(texts), choices)
-    assert seen == parts["train"]["text"][:]
-    assert not {*seen} & {*parts["validation"]["text"]}
+    assert seen == parts.train["text"][:]
+    assert not {*seen} & {*parts.validation[""]["text"]}
 
     prepared = prepare(corpus_of(["abc"], ["abcd"], "abc"), choices, char, {"kind": "char"}, tmp_path)
     ids = prepared.validation.tokens.tolist()
@@ -436,7 +468,9 @@ OTHER = {
     "truncation": True,
     "drop_remainder_every": 2,
     "test_size": 0.3,
+    "split_by": "hash",
     "split_seed": 1,
+    "max_test_bytes": 50,
     "max_records": 50,
 }
 """Another value for each choice."""
@@ -486,7 +520,7 @@ def test_key_of_tokens(run: Callable[..., Prepared], tmp_path: Path) -> None:
     def entry(key: str) -> None:
         run(corpus_of(texts), **{key: OTHER[key]})
 
-    both = {key: partial(entry, key) for key in ("join", "test_size", "split_seed", "max_records")}
+    both = {key: partial(entry, key) for key in ("join", "test_size", "split_by", "split_seed", "max_records")}
     both["data"] = lambda: run(corpus_of(texts, fingerprint="changed"))
     both["text"] = lambda: run(Corpus(Dataset.from_dict({"other": texts}), None, "other", "texts"))
     tokens = {key: partial(entry, key) for key in OTHER.keys() - CUTS - both.keys()}
@@ -554,7 +588,7 @@ def test_key_of_tokenizers(tmp_path: Path) -> None:
     assert kept(corpus_of(texts), key, block_size=4, end_of_text=False) == 1
     assert kept(corpus_of(texts), {"vocab_size": 261}) == 2
     assert kept(corpus_of(texts, fingerprint="changed"), key) == 3
-    for number, choice in enumerate(("test_size", "split_seed", "max_records"), 4):
+    for number, choice in enumerate(("test_size", "split_by", "split_seed", "max_records"), 4):
         assert kept(corpus_of(texts), key, **{choice: OTHER[choice]}) == number
 
 
@@ -674,9 +708,9 @@ def prepare_slowly(cache: Path, log: Path, start: Any) -> None:
             stream.write(f"{line}\n")
         time.sleep(0.3)  # So that the others come along while this one is at it.
 
-    def write_split(place: Path, name: str, *args: Any) -> None:
+    def write_split(place: Path, name: str, *args: Any, **more: Any) -> None:
         note(name)
-        real(place, name, *args)
+        real(place, name, *args, **more)
 
     def make(texts: Iterable[str]) -> PreTrainedTokenizerBase:
         note("tokenizer")
@@ -721,7 +755,7 @@ def test_held_out_records_are_read_in_the_order_of_their_file(
     order = held_out._indices.column(0).to_pylist()
     assert order == sorted(order)
     choices = Preprocessing(join=join, test_size=0.3)
-    drawn = split(corpus, choices)["validation"]
+    drawn = split(corpus, choices).validation[""]
     assert drawn._indices.column(0).to_pylist() != order
     texts = list(preprocess.join_texts(drawn["text"], join))
     whole = [f"{text}{tokenizer.eos_token}" for text in texts if text]

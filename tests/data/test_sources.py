@@ -178,7 +178,7 @@ def test_validation_files(tmp_path: Path) -> None:
     corpus = load_files(f"{tmp_path}/train*.txt", validation=[f"{tmp_path}/held*.txt"])
     assert corpus.train["text"][:] == ["train0", "train1"]
     assert corpus.validation is not None
-    assert corpus.validation["text"][:] == ["held0", "held1"]
+    assert corpus.validation[""]["text"][:] == ["held0", "held1"]
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_filter_of_both_splits(directory: Path) -> None:
     corpus = load_hub(str(directory), "text", validation="validation", filter={"subreddit": "a"})
     assert numbers(corpus) == [0, 3, 6]
     assert corpus.validation is not None
-    assert corpus.validation["text"][:] == ["validation0", "validation3"]
+    assert corpus.validation[""]["text"][:] == ["validation0", "validation3"]
 
 
 def test_filter_of_no_column(directory: Path) -> None:
@@ -401,7 +401,7 @@ def test_slices(directory: Path) -> None:
     corpus = load_hub(str(directory), "text", train="train[:5]", validation="validation[50%:]")
     assert numbers(corpus) == [0, 1, 2, 3, 4]
     assert corpus.validation is not None
-    assert corpus.validation["text"][:] == ["validation2", "validation3"]
+    assert corpus.validation[""]["text"][:] == ["validation2", "validation3"]
     assert numbers(load_hub(str(directory), "text", train="train[4:]", filter={"subreddit": "a"})) == [6]
     with pytest.raises(UserError, match='Unknown split "test"'):
         load_hub(str(directory), "text", train="test")
