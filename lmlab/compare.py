@@ -70,12 +70,18 @@ def compare(arguments: argparse.Namespace) -> None:
     against = find_side(sides, arguments.against)
     reference = "the first row" if against == 0 else f"row {against + 1}"
     rows = comparison.compare_sides(sides, against)
+    domains = [
+        {"domain": domain} | row
+        for domain in runs[0].domains
+        for row in comparison.compare_sides([side.of_domain(domain) for side in sides], against)
+    ]
     pairs = comparison.compare_pairs(sides) if arguments.pairs else []
     documents = comparison.largest_differences(sides, arguments.documents, against)
     texts = {
         "comparison": [side_texts(row, unit) for row in rows],
         "pairs": [pair_texts(row, unit) for row in pairs],
         "documents": [document_texts(row, reference) for row in documents],
+        "domains": [{"domain": row["domain"]} | side_texts(row, unit) for row in domains],
     }
 
     from pandas import DataFrame  # only here: what is refused need not wait for it
@@ -85,16 +91,21 @@ def compare(arguments: argparse.Namespace) -> None:
         "comparison.tex": latex(DataFrame(texts["comparison"])),
         "documents.csv": DataFrame(documents, dtype=object).to_csv(index=False),
     }
+    if domains:
+        files["domains.csv"] = DataFrame(domains, dtype=object).to_csv(index=False)
+        files["domains.tex"] = latex(DataFrame(texts["domains"]))
     if pairs:
         files["pairs.csv"] = DataFrame(pairs, dtype=object).to_csv(index=False)
         files["pairs.tex"] = latex(DataFrame(texts["pairs"]), "llrrrr")
     out = arguments.out or Path(f"comparisons/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    write_out(out, files.items(), instead_of=("pairs.csv", "pairs.tex"))
+    write_out(out, files.items(), instead_of=("pairs.csv", "pairs.tex", "domains.csv", "domains.tex"))
 
     scored, of = int((runs[0].sums[1][:, 0] > 0).sum()), runs[0].certificate["totals"]["documents_scored"]
     whole = f" of {counted(of, 'document')}" if unit == "stretches" else ""
     show(f"Paired over {scored:,} {unit}{whole}", texts["comparison"])
     print("\n".join(notes(rows, runs, unit, reference)))
+    if domains:
+        show("By domain", texts["domains"], words=2)
     if pairs:
         show("All pairs", texts["pairs"], words=2)
         print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")

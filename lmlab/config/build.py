@@ -122,7 +122,7 @@ def held_out_objective(cfg: DictConfig, objective: "Objective") -> DictConfig:
 
 def build_validation(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "tuple[HeldOut, HeldOut | None]":
     """Returns what validations in training score and, where that is a part of the held-out documents, all of them."""
-    from lmlab.data.preprocess import group_texts
+    from lmlab.data.prepared import group_documents
     from lmlab.data.sampler import draw_subset
 
     whole = build_held_out(cfg, data, objective)
@@ -130,7 +130,7 @@ def build_validation(cfg: DictConfig, data: "Prepared", objective: "Objective") 
     if most is None or most >= len(data.validation):
         return whole, None
     documents = data.validation.select(draw_subset(cfg.preprocess.split_seed, most, len(data.validation)))
-    bounds = group_texts(documents.lengths, cfg.preprocess.block_size, cfg.preprocess.drop_remainder_every)
+    bounds = group_documents(documents, preprocessing(cfg))
     if len(bounds) == 0:
         raise UserError(f"validation.max_documents={most}: those documents give no block. Raise it.")
     return build_held_out(cfg, replace(data, validation=documents, bounds=bounds), objective), whole
@@ -201,6 +201,7 @@ def build_training(
         teacher=teacher,
         losses=getattr(objective, "losses", None),
         held_out_losses=held_out.losses,
+        domains=tuple(held_out.documents.domains),
     )
     lengths = np.concatenate([np.diff(data.train.bounds)[:, 0], (whole or held_out).rows.lengths])
     for one in [model] if teacher is None else [model, teacher.model]:

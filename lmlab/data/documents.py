@@ -107,8 +107,16 @@ class Documents:
 
     def stretches_of(self, domain: str) -> slice:
         """Returns the numbers of the stretches of a domain."""
-        first, stop = np.searchsorted(self.stretches, self.edges[[*self.domains[domain]]])
+        first, stop = np.searchsorted(np.cumsum(np.array(self.parts) == 0) - 1, self.domains[domain])
         return slice(int(first), int(stop))
+
+    @property
+    def domain_names(self) -> list[str]:
+        """[stretches] the name of the domain of each; "" without domains."""
+        names = np.full(len(self.parts), "", object)
+        for domain in self.domains:
+            names[self.stretches_of(domain)] = domain
+        return [*names]
 
     def continues(self, start: int, end: int) -> np.ndarray:
         """Returns whether each of the tokens start … end - 1 continues the word of the token before it: [n] bool."""

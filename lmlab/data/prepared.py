@@ -226,19 +226,18 @@ def prepare_splits(
         folder = tokens_of("train")
         bounds, ledger["train"] = cut_blocks(folder, "train", choices)
         train = Blocks(folder / "train.tokens", bounds)
-    domains, blocks, first = {}, [], 0
+    domains = {}
     for domain in corpus.domains:
         folder = tokens_of("validation", domain)
         domains[domain] = read_documents(folder, "validation")
-        bounds, counts = cut_blocks(folder, "validation", choices)
-        blocks.append(first + bounds)
-        first += len(domains[domain].tokens)
+        _, counts = cut_blocks(folder, "validation", choices)
         if "train" in names:
             contained = count_in_training(parts, corpus, domain, choices, cache)
             counts = replace(counts, documents_in_training=contained)
         ledger[f"validation/{domain}".rstrip("/")] = counts
     documents = join_domains(domains)
-    return Prepared(tokenizer, train, documents, np.concatenate(blocks), ledger, corpus.fingerprint, tokenizer_hash)
+    bounds = group_documents(documents, choices)
+    return Prepared(tokenizer, train, documents, bounds, ledger, corpus.fingerprint, tokenizer_hash)
 
 
 def count_in_training(
@@ -342,6 +341,16 @@ def write_split(
     if order is not None:
         reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
     (folder / f"{name}.counts.json").write_text(json.dumps(counts | {"records_unused": unused}))
+
+
+def group_documents(documents: Documents, choices: Preprocessing) -> np.ndarray:
+    """Returns the bounds [blocks, 2] of the blocks of held-out documents; no block has text of two domains."""
+    bounds = []
+    for first, stop in documents.domains.values() or [(0, len(documents))]:
+        lengths = documents.lengths[first:stop]
+        own = group_texts(lengths, choices.block_size, choices.drop_remainder_every)
+        bounds.append(documents.edges[first] + own)
+    return np.concatenate(bounds)
 
 
 def cut_blocks(folder: Path, name: str, choices: Preprocessing) -> tuple[np.ndarray, Ledger]:

@@ -29,11 +29,12 @@ from lmlab.runs.directory import RunDirectory
 if TYPE_CHECKING:
     from torch import Tensor  # a comparison and a report need not wait for it
 
-FORMAT = 2
+FORMAT = 3
 COLUMNS = {
     "document": (pa.string(), 1),  # a name made from its text
     "stretch": (pa.int64(), 2),  # which part of the document, from 0
     "start": (pa.string(), 1),  # the beginning of its text
+    "domain": (pa.string(), 3),  # the part of the held-out text that it belongs to, if that has named parts
     "nll": (pa.float64(), 1),  # Σ over the scored tokens, in nats
     "nll_squared": (pa.float64(), 1),  # Σ of squares, for standard errors; of a bound, the variance of its nll
     "tokens": (pa.int64(), 1),  # scored ones
@@ -50,7 +51,7 @@ SCHEMAS = {
         [pa.field(name, kind, False) for name, (kind, since) in COLUMNS.items() if since <= version],
         {"lmlab_records": str(version)},
     )
-    for version in (1, FORMAT)
+    for version in range(1, FORMAT + 1)
 }
 AT_MOST = "≤ "
 """The sign before a metric that is an upper bound."""
@@ -91,12 +92,24 @@ class Records:
         nats = nll[:, 0] + NATS_PER_UNKNOWN_BYTE * counts[:, COUNTS.index("unknown_bytes")]
         return np.stack([nats / math.log(2), counts[:, COUNTS.index("bytes")].astype(np.float64)], axis=1)
 
+    @property
+    def domains(self) -> list[str]:
+        """The names of the domains of the text, in their order; none of a text without domains."""
+        return [*self.certificate.get("domains", {})]
+
+    def of_domain(self, domain: str) -> "Records":
+        """Returns the records of one domain."""
+        certificate = self.certificate | self.certificate["domains"][domain]
+        return replace(
+            self, table=self.table.filter(self.table["domain"].to_numpy() == domain), certificate=certificate
+        )
+
     def by_document(self) -> "Records":
         """Returns these records with the stretches of each document summed into one row."""
         firsts = np.flatnonzero(self.table["stretch"].to_numpy() == 0)
         columns = {
             name: self.table[name].take(firsts)
-            if name in ("document", "stretch", "start")
+            if name in ("document", "stretch", "start", "domain")
             else np.add.reduceat(self.table[name].to_numpy(), firsts)
             for name in self.table.column_names
         }
@@ -112,14 +125,15 @@ def write(path: Path, documents: Documents, nll: np.ndarray, counts: np.ndarray,
         facts: the other entries of the certificate: all that the metrics depend on. `figure`, `policy` and `units`
             decide their names and errors (see `metrics_and_totals`).
     """
-    table = pa.table([documents.names, documents.parts, documents.starts, *nll.T, *counts.T], SCHEMAS[FORMAT])
+    of_rows = [documents.names, documents.parts, documents.starts, documents.domain_names]
+    table = pa.table([*of_rows, *nll.T, *counts.T], SCHEMAS[FORMAT])
     run = RunDirectory(path)
     write_beside(run.records, lambda beside: pq.write_table(table, beside))
     write_json(
         run.certificate,
         {
             "format": FORMAT,
-            **metrics_and_totals(nll, counts, np.array(documents.parts), facts),
+            **metrics_and_totals(nll, counts, table, facts),
             **secrets.redacted(facts),
             "words": WORDS[facts["units"]],
             "records_hash": rows_hash(table),
@@ -128,17 +142,26 @@ def write(path: Path, documents: Documents, nll: np.ndarray, counts: np.ndarray,
 
 
 def metrics_and_totals(
-    nll: np.ndarray, counts: np.ndarray, stretches: np.ndarray, facts: Mapping[str, Any]
+    nll: np.ndarray, counts: np.ndarray, rows: pa.Table, facts: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Returns the parts of a certificate that follow from its records: `figures` (the metrics) and `totals`.
+    """Returns the parts of a certificate that follow from its records.
+
+    They are `figures` (the metrics) and `totals`, and where the text has domains also `domains`: both of each domain.
 
     Args:
-        stretches: [S] the number of each row within its document, from 0.
+        rows: the records, of which the columns `stretch` and `domain` are read.
         facts: the other entries of the certificate.
     """
-    totals = sum_totals(nll, counts, stretches)
+    stretches, domains = rows["stretch"].to_numpy(), rows["domain"].to_numpy()
     sample = (facts["policy"].get("pseudo") or {}).get("sample")
-    return {"figures": compute_metrics(totals, facts["figure"], sample, facts.get("units", "text")), "totals": totals}
+
+    def of(some: Any) -> dict[str, dict[str, Any]]:
+        totals = sum_totals(nll[some], counts[some], stretches[some])
+        units = facts.get("units", "text")
+        return {"figures": compute_metrics(totals, facts["figure"], sample, units), "totals": totals}
+
+    named = {str(name): of(domains == name) for name in dict.fromkeys(domains.tolist()) if name}
+    return of(slice(None)) | ({"domains": named} if named else {})
 
 
 def read(path: Path) -> Records:
@@ -174,13 +197,14 @@ def read(path: Path) -> Records:
     hashed = rows_hash(table)
     for name, (_, since) in COLUMNS.items():
         if since > version:
-            table = table.append_column(name, pa.array(np.zeros(len(table), np.int64)))
+            nothing = [""] * len(table) if name == "domain" else np.zeros(len(table), np.int64)
+            table = table.append_column(name, pa.array(nothing))
     records = Records(path, certificate, table)
     changed = [
-        f"{name}={value}, and the certificate says {certificate[part].get(name)}"
-        for part, values in metrics_and_totals(*records.sums, table["stretch"].to_numpy(), certificate).items()
+        f"{name}={value}, and the certificate says {certificate.get(part, {}).get(name)}"
+        for part, values in metrics_and_totals(*records.sums, table, certificate).items()
         for name, value in values.items()
-        if repr(value) != repr(certificate[part].get(name))  # nan is not equal to itself
+        if repr(value) != repr(certificate.get(part, {}).get(name))  # nan is not equal to itself
         and COLUMNS.get(name, (None, 1))[1] <= version
     ]
     if not changed and hashed != certificate["records_hash"]:
@@ -239,6 +263,11 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
     documents, scored = totals["documents"], totals["documents_scored"]
     note = f", of which {scored:,} hold something to score" if scored < documents else ""
     lines["documents"] = f"{documents:,}{note}"
+    for name, own in certificate.get("domains", {}).items():
+        bits = next((key for key in metrics if key.endswith("bits_per_byte")), None)
+        shown = [key for key in (certificate["figure"], bits) if key and own["figures"][key] is not None]
+        values = ", ".join(f"{key.replace('_', ' ')} {own['figures'][key]:,.4f}" for key in shown)
+        lines[f"domain {name}"] = f"{values or 'nothing scored'} ({own['totals']['documents']:,} documents)"
     stride = f", stride {policy['stride']}" if policy["stride"] else ""
     lines["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}"
     if "check" in certificate:

@@ -7,7 +7,7 @@ Shapes: D documents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -44,6 +44,10 @@ class Side:
     def bits_per_byte(self) -> np.ndarray:
         """[runs]: bits per byte of each run, over all documents."""
         return np.array([ratio(run.bits_and_bytes.sum(axis=0)) for run in self.runs])
+
+    def of_domain(self, domain: str) -> "Side":
+        """Returns the side with the text of one domain only."""
+        return replace(self, runs=[run.of_domain(domain) for run in self.runs])
 
     @property
     def bound(self) -> bool:

@@ -79,7 +79,8 @@ class Run:
         if self.records:
             return self.records.certificate["figure"]
         named = [key.removeprefix("val/") for key in (*self.summary, *self.metrics) if key.startswith("val/")]
-        return next((key for key in named if bits_per_byte(key) in named), None)
+        # That of all held-out text, and not of a domain.
+        return next((key for key in named if "/" not in key and bits_per_byte(key) in named), None)
 
     @cached_property
     def final(self) -> dict[str, float | None]:
@@ -88,6 +89,12 @@ class Run:
             return evaluation_metrics(self.records)
         source, bits = self.summary or self.best_so_far, bits_per_byte(self.metric or "")
         return {"perplexity": source.get(f"val/{self.metric}"), "bits_per_byte": source.get(f"val/{bits}")}
+
+    @cached_property
+    def by_domain(self) -> dict[str, float | None]:
+        """Bits per byte at its end of each part of the held-out text that has a name; empty without such parts."""
+        domains = self.records.certificate.get("domains", {}) if self.records else {}
+        return {name: own["figures"][bits_per_byte(self.metric or "")] for name, own in domains.items()}
 
     @cached_property
     def best_so_far(self) -> dict[str, Any]:

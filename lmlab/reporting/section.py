@@ -79,6 +79,8 @@ class Section:
         tokenizers = {records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}
         self.charted = bits_name(self.metric) if len(tokenizers) > 1 else self.metric
         """The metric that charts show."""
+        self.domains = [*dict.fromkeys(domain for run in self.runs for domain in run.by_domain)]
+        """The names of the parts of the held-out text of the runs."""
         longest = max((run.seconds for run in self.runs), default=0)
         self.time = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
         """The unit of times: its seconds, and its name."""
@@ -101,6 +103,7 @@ class Section:
                     **{key: run.chosen.get(key) for key in self.heads},
                     self.metric.replace(" ", "_"): run.final["perplexity"],
                     bits_name(self.metric).replace(" ", "_"): run.final["bits_per_byte"],
+                    **{f"{domain}_bits_per_byte": run.by_domain.get(domain) for domain in self.domains},
                     "so_far_at_step": run.so_far_at,
                     "status": run.status.name,
                     "cause": run.status.cause,

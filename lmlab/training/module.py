@@ -4,7 +4,7 @@ Shapes: B rows of a batch, T positions, N scored positions of the batch.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class LMModule(Scorer):
         teacher: Teacher | None = None,
         losses: Callable[..., Scores] | None = None,
         held_out_losses: Callable[..., Scores] | None = None,
+        domains: Sequence[str] = (),
     ):
         """Takes a model, and how it is trained.
 
@@ -81,11 +82,12 @@ class LMModule(Scorer):
             teacher: a model whose probabilities are learned too. Held-out text is scored without it.
             losses: how a training batch is scored: see `Objective.losses`.
             held_out_losses: how held-out rows are scored: see `HeldOut.losses`.
+            domains: the names of the parts of the held-out text that are validated on their own too.
         """
         super().__init__(model, sums, logits_chunk_size, held_out_losses)
         self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
         self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
-        self.reduces_once, self.teacher, self.losses = reduces_once, teacher, losses
+        self.reduces_once, self.teacher, self.losses, self.domains = reduces_once, teacher, losses, domains
         self.nominal_targets = batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
@@ -104,7 +106,9 @@ class LMModule(Scorer):
 
     def setup(self, stage: str) -> None:
         """Refuses a callback that monitors a metric that is never logged, before any step is made."""
-        logged = ["val/loss", *(f"val/{name}" for name in compute_metrics({}, self.metric) if name != "nll_per_token")]
+        names = ["loss", *(name for name in compute_metrics({}, self.metric) if name != "nll_per_token")]
+        prefixes = ["", *(f"{domain}/" for domain in self.domains)]
+        logged = [f"val/{prefix}{name}" for prefix in prefixes for name in names]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in logged:
@@ -286,27 +290,36 @@ class LMModule(Scorer):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        values = compute_metrics(sum_totals(*self.result), self.metric)
-        loss = values.pop("nll_per_token")
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        final = self.trainer.state.fn == TrainerFn.VALIDATING
+        metrics = self.validation_metrics("val", slice(None))
+        loss = metrics.get("val/loss")
         if loss is None or not math.isfinite(loss):
             raise UserError(
                 f"val/loss is {loss} at step {self.global_step}: the weights have diverged (lower optim.lr),\n"
                 "or the validation text is too short to hold anything to score (raise preprocess.test_size).",
                 "non-finite loss",
             )
-        # Those per word and per byte are None for a text without any.
-        logged = {name: v for name, v in values.items() if v is not None and not name.endswith("_standard_error")}
-        metrics = {"val/loss": loss, **{f"val/{name}": v for name, v in logged.items()}}
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
+        for domain in self.domains:
+            documents = (data.whole if final and data.whole is not None else data.held_out).documents
+            metrics |= self.validation_metrics(f"val/{domain}", documents.stretches_of(domain))
+        if final:
             self.final = metrics
             return
         self.validations[self.global_step] = metrics
         # For callbacks that monitor a metric; the loggers get float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         counts = {"val/documents": len(data.held_out.documents)} if data.whole is not None else {}
         for logger in self.loggers:
             logger.log_metrics({**metrics, **counts, "data/tokens_seen": int(self.tokens)}, self.global_step)
+
+    def validation_metrics(self, prefix: str, stretches: slice) -> dict[str, float]:
+        """Returns the metrics of the last validation over some stretches of the documents, by their names in full."""
+        nll, counts = self.result
+        values = compute_metrics(sum_totals(nll[stretches], counts[stretches]), self.metric)
+        # Those per word and per byte are None for a text without any.
+        logged = {name: v for name, v in values.items() if v is not None and not name.endswith("_standard_error")}
+        return {f"{prefix}/{name.replace('nll_per_token', 'loss')}": value for name, value in logged.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what does not follow from the step: validations, and the sums since the last report."""

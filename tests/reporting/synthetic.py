@@ -68,10 +68,10 @@ def certified(like: RunDirectory, run: RunDirectory, trained: dict[str, Any], fa
     read = records.read(like.path)
     nll, units = read.sums
     nll = nll * [factor, factor**2]
-    stretches = read.table["stretch"].to_numpy()
-    columns = [read.table["document"], stretches, read.table["start"], *nll.T, *units.T]
+    names = [read.table[name] for name in ("document", "stretch", "start", "domain")]
+    columns = [*names, *nll.T, *units.T]
     table = pa.table(columns, records.SCHEMAS[records.FORMAT])
-    certificate = read.certificate | records.metrics_and_totals(nll, units, stretches, read.certificate)
+    certificate = read.certificate | records.metrics_and_totals(nll, units, table, read.certificate)
     policy = read.certificate["policy"] | {"block_size": trained["config"]["preprocess"]["block_size"]}
     certificate |= {"run": trained, "records_hash": records.rows_hash(table), "weights_hash": trained["run_id"]}
     pq.write_table(table, run.records)
