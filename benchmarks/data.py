@@ -157,6 +157,7 @@ def timed(
 def lmlab_group_texts(settings: Settings, place: Path, turns: Turns) -> None:
     from lmlab.data.prepared import Blocks
     from lmlab.data.preprocess import group_texts
+    from lmlab.data.tokens import FlatFile, FlatFiles
 
     tokens, lengths = documents(settings.tokens)
     tokens.tofile(place / "tokens")
@@ -168,7 +169,7 @@ def lmlab_group_texts(settings: Settings, place: Path, turns: Turns) -> None:
         bounds = group_texts(lengths, settings.block_size, DOCUMENTS_PER_CALL)
         facts["bounds_seconds"] = time.perf_counter() - began
         # A block is cut when it is asked for, so all are asked for.
-        blocks = Blocks(place / "tokens", bounds)
+        blocks = Blocks(FlatFiles(FlatFile(place / "tokens")), bounds)
         return [blocks[i] for i in range(len(blocks))]
 
     timed(turns, work, lambda blocks: blocks, facts)

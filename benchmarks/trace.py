@@ -51,6 +51,7 @@ from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.documents import Documents
 from lmlab.data.prepared import Blocks
 from lmlab.data.preprocess import group_texts
+from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.errors import shown_plainly
 from lmlab.evaluation.certify import silence_lightning
 from lmlab.evaluation.rows import WindowRows
@@ -369,7 +370,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
     ids = np.random.default_rng(0).integers(len(SPECIAL), vocabulary, count * settings.positions).astype(np.int32)
     with workplace() as folder, fake_cuda(vocabulary, SIZES[settings.size][1]) as watch:
         ids.tofile(folder / "tokens")
-        blocks = Blocks(folder / "tokens", group_texts(np.array([len(ids)]), settings.positions))
+        blocks = Blocks(FlatFiles(FlatFile(folder / "tokens")), group_texts(np.array([len(ids)]), settings.positions))
         objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
         model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
         efficiency.fuse_activations(model)

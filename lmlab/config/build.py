@@ -140,7 +140,7 @@ def check_padding(model: "PreTrainedModel", lengths: "np.ndarray", rows: int) ->
     """Refuses a model whose metrics padding would move.
 
     Args:
-        lengths: [rows] positions of all rows that are trained on or scored.
+        lengths: [N] positions of the rows that are trained on or scored, those of each length once or more often.
         rows: how many of them are in a batch.
 
     Raises:
@@ -165,6 +165,7 @@ def build_training(
     import torch
 
     from lmlab.data.datamodule import BlocksDataModule
+    from lmlab.data.preprocess import lengths_of
     from lmlab.data.sampler import micro_batch_size
     from lmlab.models.efficiency import check_sharding
     from lmlab.models.loss import logits_chunk_size
@@ -203,7 +204,7 @@ def build_training(
         held_out_losses=held_out.losses,
         domains=tuple(held_out.documents.domains),
     )
-    lengths = np.concatenate([np.diff(data.train.bounds)[:, 0], (whole or held_out).rows.lengths])
+    lengths = np.concatenate([lengths_of(data.train.bounds), (whole or held_out).rows.lengths])
     for one in [model] if teacher is None else [model, teacher.model]:
         check_padding(one, lengths, micro_batch_size(cfg.batch_size, world(trainer), trainer.accumulate_grad_batches))
     datamodule = BlocksDataModule(

@@ -6,7 +6,6 @@ token, so that a token which is not scored takes its bytes along.
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lmlab.data.texts import utf8
+from lmlab.data.tokens import FlatFile
 
 ROWS_AT_ONCE = 1000
-"""The number of rows of the index of documents that are in memory while it is written."""
+"""The number of rows of the index of documents that are in memory while it is written, or read to name stretches."""
 START = 60
 """The number of characters that are kept of the beginning of a document."""
 SPACE = np.array([chr(point).isspace() for point in range(0x3002)])
@@ -50,6 +50,8 @@ INDEX = pa.schema(
     }
 )
 """The columns of the index of documents, which has a row for each document."""
+NAMED = pa.schema({"name": pa.string(), "part": pa.int64(), "start": pa.string(), "token": pa.int64()})
+"""The columns of the file of stretches, which has a row for each: see `Documents`; `token` is the first one of each."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ class Documents:
     """[documents + 1] int64: document i has the tokens edges[i] … edges[i + 1] - 1."""
     stretches: np.ndarray
     """[stretches + 1] int64: the same for stretches."""
-    names: list[str]
-    """[stretches] the name of each one's document, made from the text alone: it does not depend on the tokenizer."""
-    parts: list[int]
+    names: pa.ChunkedArray
+    """[stretches] the name of each one's document, made from the text alone: it does not depend on the tokenizer.
+
+    As the two below it is a column of a file, of which Python's memory holds nothing."""
+    parts: pa.ChunkedArray
     """[stretches] the number of each within its document, from 0."""
-    starts: list[str]
+    starts: pa.ChunkedArray
     """[stretches] the beginning of the text of each."""
     hash: str
     """A hash of all texts in their order."""
@@ -92,16 +96,16 @@ class Documents:
         document_of_stretch = np.cumsum(np.array(self.parts) == 0) - 1
         rows = np.flatnonzero(np.isin(document_of_stretch, documents))
         tokens = np.concatenate([np.arange(*self.edges[i : i + 2]) for i in documents])
-        names = [self.names[row] for row in rows]
+        names = self.names.take(rows)
         return Documents(
             self.tokens[tokens],
             self.spans[tokens],
             running_sums(self.lengths[documents]),
             running_sums(np.diff(self.stretches)[rows]),
             names,
-            [self.parts[row] for row in rows],
-            [self.starts[row] for row in rows],
-            hashlib.sha256("".join(names).encode()).hexdigest()[:32],
+            self.parts.take(rows),
+            self.starts.take(rows),
+            hashlib.sha256("".join(names.to_pylist()).encode()).hexdigest()[:32],
             {name: tuple(np.searchsorted(documents, ends).tolist()) for name, ends in self.domains.items()},
         )
 
@@ -143,6 +147,10 @@ def join_domains(domains: Mapping[str, Documents]) -> Documents:
     parts = [*domains.values()]
     counts = running_sums(np.array([len(part) for part in parts])).tolist()
     tokens = running_sums(np.array([len(part.tokens) for part in parts]))
+
+    def column(name: str) -> pa.ChunkedArray:
+        return pa.chunked_array([chunk for part in parts for chunk in getattr(part, name).chunks])
+
     stretches = [first + part.stretches[:-1] for first, part in zip(tokens, parts, strict=False)]
     named = [f"{name}:{part.hash}" for name, part in domains.items()]
     return Documents(
@@ -150,9 +158,9 @@ def join_domains(domains: Mapping[str, Documents]) -> Documents:
         np.concatenate([part.spans for part in parts]),
         running_sums(np.concatenate([part.lengths for part in parts])),
         np.append(np.concatenate(stretches), tokens[-1]),
-        [*chain.from_iterable(part.names for part in parts)],
-        [*chain.from_iterable(part.parts for part in parts)],
-        [*chain.from_iterable(part.starts for part in parts)],
+        column("names"),
+        column("parts"),
+        column("starts"),
         hashlib.sha256("".join(named).encode()).hexdigest()[:32],
         dict(zip(domains, pairwise(counts), strict=True)),
     )
@@ -352,7 +360,7 @@ def read_index(folder: Path, name: str) -> pa.Table:
 
 def read_lengths(folder: Path, name: str) -> np.ndarray:
     """Returns [documents] int64: the number of tokens of each document of a split."""
-    return np.fromfile(folder / f"{name}.lengths", np.int64)
+    return FlatFile(folder / f"{name}.lengths", "int64").read()
 
 
 def reorder(folder: Path, name: str, order: np.ndarray) -> None:
@@ -370,26 +378,69 @@ def reorder(folder: Path, name: str, order: np.ndarray) -> None:
     lengths[order].tofile(folder / f"{name}.lengths")
 
 
-def read_documents(folder: Path, name: str) -> Documents:
-    """Reads the documents of a split that `write_split` (prepared.py) wrote into a folder."""
-    tokens = np.memmap(folder / f"{name}.tokens", np.int32, "r")
-    spans = np.memmap(folder / f"{name}.spans", np.int32, "r").reshape(-1, 5)
+def write_stretches(folder: Path, name: str) -> None:
+    """Writes the file of stretches of a split, by its index of documents."""
     edges = running_sums(read_lengths(folder, name))
-    rows = read_index(folder, name).to_pylist()
-    seen: Counter[str] = Counter()
-    bounds: list[int] = []
-    stretches: list[tuple[str, int, str]] = []
-    for row, (first, last) in zip(rows, pairwise(edges), strict=True):
-        document = row["digest"].hex()[:16]
-        seen[document] += 1
-        if seen[document] > 1:  # the text occurs again
-            document = f"{document}-{seen[document]}"
-        stretches += [(document, part, start) for part, start in enumerate([row["start"], *row["starts"]])]
-        bounds.append(first)
-        if row["cuts"]:
-            before = np.cumsum(spans[first:last, BYTES]) - spans[first:last, BYTES]
-            # A token that stands for text on both sides of a cut belongs to the first.
-            bounds += [*(first + np.searchsorted(before, row["cuts"]))]
-    names, parts, starts = map(list, zip(*stretches, strict=True))
-    digest = hashlib.sha256(b"".join(row["digest"] for row in rows)).hexdigest()[:32]
-    return Documents(tokens, spans, edges, np.array([*bounds, edges[-1]]), names, parts, starts, digest)
+    spans = read_spans(folder, name)
+    digest = hashlib.sha256()
+    with (
+        pq.ParquetFile(folder / f"{name}.documents.parquet") as index,
+        pa.OSFile(str(folder / f"{name}.stretches.arrow"), "wb") as stream,
+    ):
+        copies = copies_before(index)
+        with pa.ipc.new_file(stream, NAMED) as file:
+            first_document = 0
+            for batch in index.iter_batches(ROWS_AT_ONCE):
+                rows: list[dict[str, Any]] = []
+                for number, row in enumerate(batch.to_pylist(), first_document):
+                    digest.update(row["digest"])
+                    named = row["digest"].hex()[:16]
+                    if copies[number]:  # the text occurs again
+                        named += f"-{copies[number] + 1}"
+                    first, last = edges[number : number + 2]
+                    tokens = [first]
+                    if row["cuts"]:
+                        before = np.cumsum(spans[first:last, BYTES]) - spans[first:last, BYTES]
+                        # A token that stands for text on both sides of a cut belongs to the first.
+                        tokens += [*(first + np.searchsorted(before, row["cuts"]))]
+                    for part, start in enumerate([row["start"], *row["starts"]]):
+                        rows.append({"name": named, "part": part, "start": start, "token": tokens[part]})
+                file.write_batch(pa.RecordBatch.from_pylist(rows, NAMED))
+                first_document += len(batch)
+    (folder / f"{name}.hash").write_text(digest.hexdigest()[:32])
+
+
+def copies_before(index: pq.ParquetFile) -> np.ndarray:
+    """Returns how many of the documents before each one have its text: [documents] int64."""
+    digests = [np.zeros(0, np.uint64)]
+    for batch in index.iter_batches(columns=["digest"]):
+        whole = np.frombuffer(b"".join(batch["digest"].to_pylist()), np.uint64)
+        digests.append(whole[::4].copy())  # their names are made of the first 8 bytes
+    keys = np.concatenate(digests)
+    order = np.argsort(keys, kind="stable")
+    changes = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
+    copies = np.empty(len(keys), np.int64)
+    copies[order] = np.arange(len(keys)) - np.repeat(changes, np.diff(changes, append=len(keys)))
+    return copies
+
+
+def read_spans(folder: Path, name: str) -> np.ndarray:
+    """Returns [tokens, 5] int32: the spans of the tokens of a split."""
+    return FlatFile(folder / f"{name}.spans").read().reshape(-1, 5)
+
+
+def read_documents(folder: Path, name: str) -> Documents:
+    """Maps the documents of a split that `write_split` (prepared.py) wrote into a folder."""
+    with pa.memory_map(str(folder / f"{name}.stretches.arrow")) as file:
+        stretches = pa.ipc.open_file(file).read_all()
+    edges = running_sums(read_lengths(folder, name))
+    return Documents(
+        FlatFile(folder / f"{name}.tokens").read(),
+        read_spans(folder, name),
+        edges,
+        np.append(stretches["token"].to_numpy(), edges[-1]),
+        stretches["name"],
+        stretches["part"],
+        stretches["start"],
+        (folder / f"{name}.hash").read_text(),
+    )

@@ -1,16 +1,16 @@
 """The prepared data of a run: the results of all steps (preprocess.py), which are kept in a cache.
 
-The tokens of a split lie in one flat int32 file; a document is a length, a block a pair of bounds in it. Blocks are cut
-when they are asked for, so every block size shares one file. Held-out documents also keep which text each token stands
-for (documents.py).
+The tokens of a split lie in one flat file, those of training as uint16 where the vocabulary allows it, held-out ones as
+int32; a document is a length, a block a pair of bounds in it. Blocks are cut when they are asked for, so every block
+size shares one file. Held-out documents also keep which text each token stands for (documents.py).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,27 @@ import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lmlab.data.documents import UNKNOWN, Documents, join_domains, open_index, read_documents, read_lengths, reorder
+from lmlab.data.documents import (
+    UNKNOWN,
+    Documents,
+    join_domains,
+    open_index,
+    read_documents,
+    read_lengths,
+    reorder,
+    write_stretches,
+)
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
-from lmlab.data.preprocess import Parts, group_texts, join_texts, split, tokenize
+from lmlab.data.preprocess import Bounds, Parts, Slices, group_texts, join_texts, split, tokenize
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file, utf8
-from lmlab.data.tokenizers import content_hash
+from lmlab.data.tokenizers import content_hash, smallest_dtype
+from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.errors import UserError
 from lmlab.io import locked, replaced
 
-FORMAT = 4
+FORMAT = 5
 """The version of the prepared data, a part of each cache key; it is raised when the steps change their output."""
 DOUBTFUL = 0.01
 """The share of records without a text, or of held-out documents in the training text, that is worth a warning."""
@@ -81,41 +91,26 @@ class Ledger:
             )
 
 
+@dataclass(frozen=True, eq=False)
 class Blocks(TorchDataset[np.ndarray]):
-    """The blocks of one split: item i is an int32 array [T], T being at most the block size.
+    """The blocks of one split: item i is an int32 array [T], T being at most the block size."""
 
-    They are slices of one file of token ids, which each process maps into its memory.
-
-    Args:
-        path: the file of raw int32 ids.
-        bounds: [blocks, 2] int64: the first token of each block and the one past its last.
-    """
-
-    def __init__(self, path: Path, bounds: np.ndarray):
-        self.path, self.bounds = path, bounds
-        self.tokens = np.asarray(np.memmap(path, np.int32, "r"))  # a plain array: slices of a memmap take twice as long
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A worker maps the file again; pickling the map would copy the corpus.
-        return Blocks, (self.path, self.bounds)
+    tokens: FlatFiles
+    """The ids of all tokens."""
+    bounds: Bounds
+    """The first token of each block and the one past its last."""
+    continued: FlatFiles | None = None
+    """Whether each token continues the word of the token before it; None if they were prepared without."""
 
     def __len__(self) -> int:
         return len(self.bounds)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start, end = self.bounds[index]
-        return self.tokens[start:end]
-
-    @cached_property
-    def continued(self) -> np.ndarray | None:
-        """[tokens] bool: whether each continues the word of the token before it; None if they were prepared without."""
-        file = self.path.with_suffix(".continued")
-        return np.asarray(np.memmap(file, bool, "r")) if file.is_file() else None
+        return self.tokens.part(*self.bounds[index]).astype(np.int32)
 
     def continues(self, index: int) -> np.ndarray | None:
         """Returns `continued` of the tokens of a block."""
-        start, end = self.bounds[index]
-        return None if self.continued is None else self.continued[start:end]
+        return None if self.continued is None else self.continued.part(*self.bounds[index])
 
 
 @dataclass(frozen=True)
@@ -126,8 +121,8 @@ class Prepared:
     train: Blocks | None
     """The training blocks; None if only the held-out part was asked for."""
     validation: Documents
-    bounds: np.ndarray
-    """[blocks, 2] int64: the blocks of the validation documents, as `group_texts` gives them."""
+    bounds: Bounds
+    """The blocks of the validation documents, as `group_texts` gives them."""
     ledger: dict[str, Ledger]
     """The counts of each split, by its name."""
     data_fingerprint: str
@@ -224,13 +219,13 @@ def prepare_splits(
     ledger, train = {}, None
     if "train" in names:
         folder = tokens_of("train")
-        bounds, ledger["train"] = cut_blocks(folder, "train", choices)
-        train = Blocks(folder / "train.tokens", bounds)
+        bounds, ledger["train"] = cut_blocks([folder], "train", choices)
+        train = read_blocks([folder], "train", bounds)
     domains = {}
     for domain in corpus.domains:
         folder = tokens_of("validation", domain)
         domains[domain] = read_documents(folder, "validation")
-        _, counts = cut_blocks(folder, "validation", choices)
+        _, counts = cut_blocks([folder], "validation", choices)
         if "train" in names:
             contained = count_in_training(parts, corpus, domain, choices, cache)
             counts = replace(counts, documents_in_training=contained)
@@ -310,13 +305,14 @@ def write_split(
                 documents_of_record.append(len(texts) if choices.join is None else 1)
             yield texts
 
+    dtype = "int32" if held_out else smallest_dtype(tokenizer)
     with ExitStack() as files:
         kinds = ["tokens", "lengths"] + ["spans"] * held_out + ["continued"] * words
         streams = {kind: files.enter_context((folder / f"{name}.{kind}").open("wb")) for kind in kinds}
         if held_out:
             add_to_index = files.enter_context(open_index(folder / f"{name}.documents.parquet"))
         for document in tokenize(count_records(), tokenizer, choices, held_out, words):
-            streams["tokens"].write(document.ids.tobytes())
+            streams["tokens"].write(document.ids.astype(dtype).tobytes())
             streams["lengths"].write(np.int64(len(document.ids)).tobytes())
             if document.continues is not None:
                 streams["continued"].write(document.continues.tobytes())
@@ -340,29 +336,61 @@ def write_split(
         raise UserError(f"the {name} split gives no token: its {texts} texts are empty (check data.text).")
     if order is not None:
         reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
-    (folder / f"{name}.counts.json").write_text(json.dumps(counts | {"records_unused": unused}))
+    if held_out:
+        write_stretches(folder, name)
+    (folder / f"{name}.counts.json").write_text(json.dumps({**counts, "records_unused": unused, "dtype": dtype}))
 
 
-def group_documents(documents: Documents, choices: Preprocessing) -> np.ndarray:
-    """Returns the bounds [blocks, 2] of the blocks of held-out documents; no block has text of two domains."""
+def group_documents(documents: Documents, choices: Preprocessing) -> Bounds:
+    """Returns the bounds of the blocks of held-out documents; no block has text of two domains."""
+    if not documents.domains:
+        return group_texts(documents.lengths, choices.block_size, choices.drop_remainder_every)
     bounds = []
-    for first, stop in documents.domains.values() or [(0, len(documents))]:
+    for first, stop in documents.domains.values():
         lengths = documents.lengths[first:stop]
         own = group_texts(lengths, choices.block_size, choices.drop_remainder_every)
-        bounds.append(documents.edges[first] + own)
+        bounds.append(documents.edges[first] + np.asarray(own))
     return np.concatenate(bounds)
 
 
-def cut_blocks(folder: Path, name: str, choices: Preprocessing) -> tuple[np.ndarray, Ledger]:
-    """Returns the bounds [blocks, 2] of a split's blocks, and its ledger."""
-    lengths = read_lengths(folder, name)
-    bounds = group_texts(lengths, choices.block_size, choices.drop_remainder_every)
+def cut_blocks(folders: Sequence[Path], name: str, choices: Preprocessing) -> tuple[Bounds, Ledger]:
+    """Returns the bounds of a split's blocks, and its ledger.
+
+    Args:
+        folders: those of `write_split`, whose tokens follow on one another.
+    """
+    counts = added_up(read_counts(folder, name) for folder in folders)
+    tokens = counts["tokens"] - counts["tokens_truncated"]
+    # Where no token is dropped, blocks don't depend on where documents end: the lengths of a large corpus stay unread.
+    one = choices.drop_remainder_every is None
+    lengths = [np.array([tokens])] if one else [read_lengths(folder, name) for folder in folders]
+    bounds = group_texts(np.concatenate(lengths), choices.block_size, choices.drop_remainder_every)
     if len(bounds) == 0:
         raise UserError(
-            f"the {name} split gives no block: {lengths.sum()} tokens, none fills "
+            f"the {name} split gives no block: {tokens} tokens, none fills "
             f"preprocess.block_size={choices.block_size}.\n"
             "Lower the block size, or set preprocess.drop_remainder_every=null to keep short blocks."
         )
-    dropped = int(lengths.sum() - np.diff(bounds).sum())
-    counts = json.loads((folder / f"{name}.counts.json").read_text())
-    return bounds, Ledger(blocks=len(bounds), tokens_dropped=dropped, **counts)
+    kept = bounds.tokens if isinstance(bounds, Slices) else int(np.diff(bounds).sum())
+    return bounds, Ledger(blocks=len(bounds), tokens_dropped=tokens - kept, **counts)
+
+
+def read_counts(folder: Path, name: str) -> dict[str, Any]:
+    """Returns the counts of a split that `write_split` wrote: those of its ledger, and the `dtype` of its tokens."""
+    counts: dict[str, Any] = json.loads((folder / f"{name}.counts.json").read_text())
+    return counts
+
+
+def added_up(counts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Returns the sums of the counts of one split or of its parts, for its ledger."""
+    total: Counter[str] = Counter()
+    for part in counts:
+        total.update({key: value for key, value in part.items() if key != "dtype"})
+    return dict(total)
+
+
+def read_blocks(folders: Sequence[Path], name: str, bounds: Bounds) -> Blocks:
+    """Returns the blocks of a split whose tokens `write_split` wrote into folders, in which they follow on."""
+    tokens = (FlatFile(folder / f"{name}.tokens", read_counts(folder, name)["dtype"]) for folder in folders)
+    words = [FlatFile(folder / f"{name}.continued", "bool") for folder in folders]
+    return Blocks(FlatFiles(*tokens), bounds, FlatFiles(*words) if words[0].path.is_file() else None)

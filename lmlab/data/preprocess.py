@@ -7,8 +7,9 @@ documents, and a short last block. The ledger proves it (prepared.py).
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, takewhile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -169,7 +170,40 @@ def tokenize(
             yield Tokens(text, np.array([*ids, *ending], np.int32), spans, lost, continues)
 
 
-def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int | None = None) -> np.ndarray:
+@dataclass(frozen=True)
+class Slices:
+    """The bounds of blocks that follow on one another: item i is (i·block_size, (i + 1)·block_size), the last is cut.
+
+    `np.asarray` makes them the array that other blocks have.
+    """
+
+    tokens: int
+    """The number of tokens of all blocks."""
+    block_size: int
+
+    def __len__(self) -> int:
+        return -(-self.tokens // self.block_size)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        start = range(0, self.tokens, self.block_size)[index]
+        return start, min(start + self.block_size, self.tokens)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        starts = np.arange(0, self.tokens, self.block_size, dtype=np.int64)
+        return np.stack([starts, np.minimum(starts + self.block_size, self.tokens)], axis=1).astype(dtype or np.int64)
+
+
+Bounds = Slices | np.ndarray
+"""The first token of each block and the one past its last: an array [blocks, 2] int64, or arithmetic."""
+
+
+def lengths_of(bounds: Bounds) -> np.ndarray:
+    """Returns the lengths that blocks have, each once, in ascending order."""
+    ends = [bounds[0], bounds[len(bounds) - 1]] if isinstance(bounds, Slices) else bounds
+    return np.unique(np.diff(ends))
+
+
+def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int | None = None) -> Bounds:
     """Cuts the documents, laid end to end, into blocks (guide, `group_texts`).
 
     Documents of 3, 4 and 2 tokens at `block_size=4`:
@@ -190,14 +224,12 @@ def group_texts(lengths: np.ndarray, block_size: int, drop_remainder_every: int 
             dropped. None makes one group of all and keeps a short last block.
 
     Returns:
-        [blocks, 2] int64: the first token of each block and the one past its last.
+        the first token of each block and the one past its last; without an array where no token is dropped.
     """
-    edges = running_sums(lengths)
-    total = edges[-1]
     if drop_remainder_every is None:
-        starts = np.arange(0, total, block_size, dtype=np.int64)
-        return np.stack([starts, np.minimum(starts + block_size, total)], axis=1)
-    groups = pairwise([*edges[:-1:drop_remainder_every], total])
+        return Slices(int(lengths.sum()), block_size)
+    edges = running_sums(lengths)
+    groups = pairwise([*edges[:-1:drop_remainder_every], edges[-1]])
     full = [np.arange(first, last - block_size + 1, block_size, dtype=np.int64) for first, last in groups]
     starts = np.concatenate([edges[:0], *full])
     return np.stack([starts, starts + block_size], axis=1)

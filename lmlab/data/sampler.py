@@ -20,6 +20,10 @@ from lmlab.errors import UserError
 
 EVALUATION = 2**63
 """The epoch that keys the masks of an evaluation: no training run reaches it."""
+LISTED = 2**20
+"""The greatest number of blocks whose order is made as a list, see `blocks_at`."""
+ROUNDS = 12
+"""The rounds of the Feistel network that gives the order of more."""
 
 
 class Draw(NamedTuple):
@@ -33,25 +37,84 @@ class Draw(NamedTuple):
     """The number of samples before this one in the whole run."""
 
 
+def blocks_at(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.ndarray:
+    """Returns the blocks at some positions of the order of an epoch, out of `size` blocks: [N] int64.
+
+    Of up to `LISTED` blocks the order is a list, numpy's permutation, which earlier versions took for any number: runs
+    and held-out documents stay what they were. Of more blocks it is a function that is evaluated at the positions
+    alone, see `permute`: a list of 10⁹ blocks would take 8 GB and two minutes.
+
+    Args:
+        positions: [N] numbers below `size`.
+    """
+    if size <= LISTED:
+        listed: np.ndarray = epoch_order(seed, epoch, size)[positions]
+        return listed
+    return permute(positions, size, stream(seed, epoch).random_raw(ROUNDS))
+
+
+def stream(seed: int, epoch: int) -> np.random.Philox:
+    """Returns the random numbers that the order of an epoch is drawn from."""
+    # The counter keeps this stream apart from the masks', which count samples in its last word.
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, 0])
+
+
 @lru_cache(maxsize=2)  # A batch may lie across the edge of two epochs.
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Returns the permutation [size] of one epoch."""
-    # The counter keeps this stream apart from the masks', which count samples in its last word.
-    stream = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, 0])
-    return np.random.Generator(stream).permutation(size)
+    """Returns the permutation [size] of one epoch, of `LISTED` blocks at most."""
+    return np.random.Generator(stream(seed, epoch)).permutation(size)
+
+
+def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Returns where a random permutation of the numbers below `size` takes each of some of them: [N] int64.
+
+    A Feistel network permutes the numbers of as many bits as `size` has: it xors one half of the bits with a hash of
+    the other half and a key, in turns. What it takes to `size` or beyond goes through it again until it is below, so
+    that the numbers below `size` are permuted among themselves (cycle walking: Black and Rogaway 2002).
+
+    Args:
+        values: [N] numbers below `size`.
+        keys: [rounds] uint64; each gives another permutation.
+    """
+    bits = max(2, (size - 1).bit_length())
+    low = np.uint64(bits // 2)
+    masks = np.uint64(2 ** (bits // 2) - 1), np.uint64(2 ** (bits - bits // 2) - 1)
+    found = np.array(values, np.uint64)
+    outside = np.arange(len(found))
+    while len(outside):
+        right, left = found[outside] & masks[0], found[outside] >> low
+        for number, key in enumerate(keys):
+            if number % 2:
+                right ^= mixed(left ^ key) & masks[0]
+            else:
+                left ^= mixed(right ^ key) & masks[1]
+        found[outside] = left << low | right
+        outside = outside[found[outside] >= size]
+    return found.astype(np.int64)
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """Returns a hash of each of some uint64, by the finalizer of SplitMix64 (Steele et al. 2014)."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 def draw_subset(seed: int, count: int, size: int) -> np.ndarray:
     """Returns `count` of the numbers below `size` in ascending order, always the same ones for a seed."""
-    return np.sort(epoch_order(seed, EVALUATION, size)[:count])
+    return np.sort(blocks_at(seed, EVALUATION, np.arange(min(count, size)), size))
 
 
 def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
     """Returns the samples `first` … `first + count - 1` of a run, from a corpus of `size` blocks."""
-    drawn = []
-    for number in range(first, first + count):
+    drawn: list[Draw] = []
+    while len(drawn) < count:
+        number = first + len(drawn)
         epoch, position = divmod(number, size)
-        drawn.append(Draw(int(epoch_order(seed, epoch, size)[position]), epoch, number))
+        positions = np.arange(position, min(position + count - len(drawn), size))
+        blocks = blocks_at(seed, epoch, positions, size).tolist()
+        drawn += [Draw(block, epoch, number + i) for i, block in enumerate(blocks)]
     return drawn
 
 

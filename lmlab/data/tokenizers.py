@@ -187,3 +187,8 @@ def content_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     longest = [tokenizer.model_max_length, tokenizer.truncation_side]
     content = json.dumps([model, special, longest], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def smallest_dtype(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the type in which the ids of a tokenizer are kept in files: 2 bytes where all of them fit, else 4."""
+    return "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"

@@ -18,6 +18,8 @@ from lmlab.objectives import Objective
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # a config is checked without waiting for it
 
+    from lmlab.data.preprocess import Bounds
+
 CONTEXTS = ("blocks", "document", "sliding")
 
 
@@ -89,20 +91,22 @@ class Windows:
 def windows(
     context: Context,
     documents: Documents,
-    bounds: np.ndarray,
+    bounds: "Bounds",
     objective: Objective,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Windows:
     """Returns the windows of a context.
 
     Args:
-        bounds: [blocks, 2] the first token of each block that `group_texts` cuts, and the one after its last.
+        bounds: the first token of each block that `group_texts` cuts, and the one after its last.
         objective: the objective; windows overlap only if it does not let the model see the tokens after a position.
         tokenizer: the tokenizer, which has the special tokens that begin and end a text.
     """
     if context.name == "blocks":
         shift = objective.target_shift
-        starts, ends = bounds[bounds[:, 1] - bounds[:, 0] > shift].T  # the last block may be too short for a target
+        starts, ends = np.asarray(bounds).T
+        fits = ends - starts > shift  # the last block may be too short for a target
+        starts, ends = starts[fits], ends[fits]
         return Windows(starts, ends, starts + shift, np.zeros(len(starts), bool), [], [])
     if objective.bidirectional:
         if context.name == "sliding":

@@ -26,7 +26,7 @@ from lmlab.data import preprocess
 from lmlab.data import texts as from_records
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared, prepare, prepare_validation
-from lmlab.data.preprocess import group_texts, split
+from lmlab.data.preprocess import group_texts, lengths_of, split
 from lmlab.data.sources import Corpus, load_files
 from lmlab.data.texts import flatten
 from lmlab.data.tokenizers import bpe, char
@@ -277,7 +277,10 @@ def test_group_texts() -> None:
         lengths = [draw.choice([0, 1, draw.randint(0, 30)]) for _ in range(draw.randint(0, 12))]
         cases.append((lengths, draw.randint(2, 12), draw.choice([None, 1, 2, 3, len(lengths) or 1, 100])))
     for lengths, block_size, every in cases:
-        bounds = group_texts(np.array(lengths, np.int64), block_size, every)
+        made = group_texts(np.array(lengths, np.int64), block_size, every)
+        bounds = np.asarray(made)
+        assert (len(made), [*map(tuple, made)]) == (len(bounds), [*map(tuple, bounds.tolist())])
+        assert lengths_of(made).tolist() == sorted({*(bounds[:, 1] - bounds[:, 0]).tolist()}) if len(made) else True
         assert (bounds.dtype, bounds.shape[1:]) == (np.int64, (2,))
         blocks, dropped = naive(lengths, block_size, every)
         assert [list(range(*bound)) for bound in bounds.tolist()] == blocks, (lengths, block_size, every)
@@ -285,11 +288,11 @@ def test_group_texts() -> None:
 
 
 def test_blocks_pickle_by_path(run: Callable[..., Prepared]) -> None:
-    """int32 slices of a file; what travels to a worker is its path and the bounds."""
+    """int32 slices of a file; what travels to a worker is its path and the number of its tokens."""
     blocks = run(corpus_of(["some words to fill the blocks"] * 2000, ["x"]), block_size=128).train
     assert blocks[0].dtype == np.int32
     sent = pickle.dumps(blocks)
-    assert blocks.tokens.nbytes > 20 * len(sent)
+    assert 2 * len(blocks.tokens) > 20 * len(sent)
     received = pickle.loads(sent)
     assert len(received) == len(blocks) == len(blocks.bounds)
     for one, other in zip(received, blocks, strict=True):
@@ -542,7 +545,8 @@ def test_another_cut_of_what_is_kept(
     for block_size, every in ((2, None), (7, None), (7, 3), (10_000, None)):
         prepared = run(corpus_of(texts), block_size=block_size, drop_remainder_every=every)
         for name in ("train", "validation"):
-            tokens = prepared.train.tokens if name == "train" else prepared.validation.tokens
+            train, validation = prepared.train.tokens, prepared.validation.tokens
+            tokens = train.part(0, len(train)) if name == "train" else validation
             lengths = np.fromfile(next(tmp_path.glob(f"*/{name}.lengths")), np.int64)
             wanted, dropped = naive(lengths.tolist(), block_size, every)
             assert [block.tolist() for block in blocks_of(prepared, name)] == [tokens[b].tolist() for b in wanted]
@@ -615,19 +619,21 @@ def test_writer_that_fails(run: Callable[..., Prepared], tmp_path: Path, monkeyp
 
 
 def test_what_is_on_disk(run: Callable[..., Prepared], tmp_path: Path) -> None:
-    """Every byte: an id is 4, a length 8, a held-out token's span 20; no mask and no label, which are implied."""
+    """Every byte: an id is 2, a held-out one 4, a length 8, its span 20; no mask and no label, which are implied."""
     draw = random.Random(0)
     prepared = run(corpus_of(random_texts(draw, 100), random_texts(draw, 50)))
-    assert prepared.train.tokens.dtype == prepared.validation.tokens.dtype == np.int32
-    for name, tokens in (("train", prepared.train.tokens), ("validation", prepared.validation.tokens)):
+    assert prepared.train[0].dtype == prepared.validation.tokens.dtype == np.int32
+    for name, size, tokens in (("train", 2, prepared.train.tokens), ("validation", 4, prepared.validation.tokens)):
         (folder,) = tmp_path.glob(f"*/{name}.tokens")
         files = {path.name.removeprefix(f"{name}."): path for path in folder.parent.iterdir()}
         sizes = {kind: path.stat().st_size for kind, path in files.items()}
-        wanted = {"tokens": 4 * len(tokens), "lengths": 8 * prepared.ledger[name].documents}
+        wanted = {"tokens": size * len(tokens), "lengths": 8 * prepared.ledger[name].documents}
         if name == "validation":
             wanted["spans"] = 20 * len(tokens)
             assert pq.read_schema(files.pop("documents.parquet")).names == ["digest", "start", "cuts", "starts"]
-        assert json.loads(files["counts.json"].read_text()).keys() <= asdict(prepared.ledger[name]).keys()
+            assert files.pop("hash").read_text() == prepared.validation.hash
+            assert files.pop("stretches.arrow").is_file()
+        assert json.loads(files["counts.json"].read_text()).keys() <= {"dtype", *asdict(prepared.ledger[name])}
         assert files.keys() == {*wanted, "counts.json"}
         assert {kind: sizes[kind] for kind in wanted} == wanted
 
@@ -760,4 +766,4 @@ def test_held_out_records_are_read_in_the_order_of_their_file(
     texts = list(preprocess.join_texts(drawn["text"], join))
     whole = [f"{text}{tokenizer.eos_token}" for text in texts if text]
     assert documents(blocks_of(prepared, "validation"), tokenizer) == whole
-    assert prepared.validation.starts == [" ".join(text.split()) for text in texts]
+    assert prepared.validation.starts.to_pylist() == [" ".join(text.split()) for text in texts]

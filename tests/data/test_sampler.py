@@ -2,9 +2,13 @@
 
 import itertools
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, draws
+from lmlab.data import sampler
+from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, blocks_at, draw_subset, draws, permute
 from lmlab.errors import UserError
 
 SIZE, BATCH, STEPS, SEED = 37, 8, 20, 5
@@ -48,6 +52,49 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_a_corpus_smaller_than_a_batch() -> None:
     run = [draw for _, batch in TrainSampler(3, 8, 6, SEED) for draw in batch]
     assert all(sorted(d.block for d in run[i : i + 3]) == [0, 1, 2] for i in range(0, 48, 3))
+
+
+# --- Orders that are not listed ---
+
+
+@given(st.integers(1, 3000), st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12))
+def test_a_keyed_order_is_a_permutation_of_any_size(size: int, keys: list[int]) -> None:
+    assert sorted(permute(np.arange(size), size, np.array(keys, np.uint64)).tolist()) == list(range(size))
+
+
+def test_keyed_orders_are_uniform() -> None:
+    """Where blocks come, and where two come together, is like chance would have it (chi-square, fixed seeds)."""
+    size, orders, bins = 37, 20_000, 37
+    keys = [sampler.stream(seed, 3).random_raw(sampler.ROUNDS) for seed in range(orders)]
+    found = np.array([permute(np.arange(size), size, key) for key in keys])
+    for one, expected in ((found[:, 0], orders / size), (found[:, -1], orders / size)):
+        counts = np.bincount(one, minlength=bins)
+        assert ((counts - expected) ** 2 / expected).sum() < 68  # 36 degrees of freedom: once in 1000
+    pairs = np.bincount(found[:, 5] * size + found[:, 6], minlength=size**2).reshape(size, size)
+    assert not pairs.diagonal().any()
+    expected = orders / (size * (size - 1))
+    chi = ((pairs - expected) ** 2 / expected).sum() - size * expected
+    assert abs(chi - 1331) < 3.3 * (2 * 1331) ** 0.5
+    # In one order of many blocks the steps from block to block are as even as the blocks.
+    size = 2**21 + 1
+    order = blocks_at(0, 0, np.arange(2**17), size)
+    for values in (order, np.diff(order) % size, (order - np.arange(2**17)) % size):
+        counts = np.bincount(values * 100 // size, minlength=100)
+        assert ((counts - len(values) / 100) ** 2 / (len(values) / 100)).sum() < 149  # 99 degrees: once in 1000
+
+
+def test_a_large_corpus_has_an_order_that_nothing_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block comes once an epoch, of any size; and up to a size the order is the one that it always was."""
+    monkeypatch.setattr(sampler, "LISTED", 36)
+    run = [draw for _, batch in rows() for draw in batch]
+    for epoch in range(4):
+        assert sorted(d.block for d in run[epoch * SIZE : (epoch + 1) * SIZE]) == list(range(SIZE))
+    assert len({tuple(d.block for d in run[epoch * SIZE : (epoch + 1) * SIZE]) for epoch in range(4)}) == 4
+    assert draws(SEED, 30, 20, SIZE) == run[30:50]
+    assert len({*draw_subset(SEED, 10, SIZE).tolist()}) == 10
+    monkeypatch.undo()
+    assert [d.block for d in draws(5, 0, 8, 37)] == [2, 12, 31, 26, 18, 35, 3, 1]
+    assert len(draws(0, 10**12, 8, 10**9)) == 8
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 37])

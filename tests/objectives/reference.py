@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import draws
+from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.models.loading import from_scratch
 from lmlab.objectives import Example
 from lmlab.optim import AdamW
@@ -43,7 +44,7 @@ def text(folder: Path) -> Blocks:
     drawn[1::2] = drawn[:-1:2] // 2
     drawn.tofile(folder / "tokens")
     starts = np.arange(0, len(drawn), BLOCK)
-    return Blocks(folder / "tokens", np.stack([starts, np.minimum(starts + BLOCK, len(drawn))], 1))
+    return Blocks(FlatFiles(FlatFile(folder / "tokens")), np.stack([starts, np.minimum(starts + BLOCK, len(drawn))], 1))
 
 
 def decoder(architecture: str, attention: str = "sdpa") -> PreTrainedModel:

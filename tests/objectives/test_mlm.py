@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.datamodule import Batches
 from lmlab.data.documents import continued, numbered
 from lmlab.data.prepared import Blocks
+from lmlab.data.preprocess import Slices
 from lmlab.data.sampler import EVALUATION, draws
 from lmlab.data.tokenizers import bpe, char
+from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.errors import UserError
 from lmlab.objectives import make_example
 from lmlab.objectives.mlm import MaskedLM, random_words, span_distribution, uniform
@@ -265,7 +267,7 @@ def test_progress_is_that_of_the_optimizer_step(tokenizer: PreTrainedTokenizerBa
     """Not of the micro batch: each step has the same masks however it is divided."""
     ids = np.random.default_rng(0).integers(4, len(tokenizer), 16 * 64, dtype=np.int32)
     ids.tofile(tmp_path / "train.tokens")
-    blocks = Blocks(tmp_path / "train.tokens", np.stack([np.arange(0, 1024, 64), np.arange(64, 1025, 64)], 1))
+    blocks = Blocks(FlatFiles(FlatFile(tmp_path / "train.tokens")), Slices(1024, 64))
     objective = MaskedLM(tokenizer, 0.9, mask_schedule="linear", final_mask_probability=0.1)
     whole, parts = (Batches(blocks, objective, 0, 1, steps=5, accumulate=n) for n in (1, 4))
     shares = []

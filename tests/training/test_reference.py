@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 from lmlab.data.datamodule import BlocksDataModule, collate
 from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import draws
+from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.evaluation.scoring import DocumentSums
 from lmlab.models.loading import from_scratch
 from lmlab.objectives.clm import CausalLM
@@ -46,7 +47,9 @@ def blocks(tmp_path: Path) -> Blocks:
     tokens = (90 * np.random.default_rng(0).random(40 * BLOCK + 7) ** 3).astype(np.int32)
     tokens.tofile(tmp_path / "tokens")
     starts = np.arange(0, len(tokens), BLOCK)
-    return Blocks(tmp_path / "tokens", np.stack([starts, np.minimum(starts + BLOCK, len(tokens))], 1))
+    return Blocks(
+        FlatFiles(FlatFile(tmp_path / "tokens")), np.stack([starts, np.minimum(starts + BLOCK, len(tokens))], 1)
+    )
 
 
 class LossesOf(L.pytorch.loggers.CSVLogger):
