@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from lmlab.data import formats
-from lmlab.data.texts import text_paths
+from lmlab.data.texts import columns_in, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
 from lmlab.io import write_text
@@ -43,7 +43,7 @@ class Corpus:
         train: the training records, or a function that returns them: it is called only if the data prepared from them
             is not in the cache. None if there are only records to evaluate on.
         validation: the held-out records likewise; None if a share of `train` is to be held out.
-        text: the dotted path of the text in a record, such as `answers.text`.
+        text: the dotted path of the text in a record, such as `answers.text`, or a template, see `flatten`.
         fingerprint: a hash of the records, which keys the cache.
         plain: whether the records are cut from plain text files, as `data.document` says.
     """
@@ -106,11 +106,11 @@ def load_hub(
     validation: str | None = None,
     filter: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Loads a data set of the Hugging Face hub, or a local directory laid out like one.
+    r"""Loads a data set of the Hugging Face hub, or a local directory laid out like one.
 
     Args:
         path: hub id, such as `dany0407/eli5_category`, or a directory.
-        text: dotted path of the text in a record.
+        text: dotted path of the text in a record, or a template such as `{title}\n\n{body}`, see `flatten`.
         name: the data set's configuration (subset), if it has several.
         revision: branch, tag or commit; only with a commit can a metric be repeated.
         train: split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
@@ -128,16 +128,21 @@ def load_hub(
     if not Path(path).is_dir() and pinned not in str(loaded[0].cache_files):
         raise UserError(f'data set "{path}" is not cached at data.revision={revision}, and the hub did not answer.')
     for part in loaded:
-        for column in filter or {}:
-            if column not in part.column_names:
-                raise UserError(
-                    f'data.filter names the column "{column}", which is not there.'
-                    f"{nearest(column, part.column_names)} Columns: {', '.join(part.column_names)}."
-                )
+        check_filter(filter or {}, part.column_names)
     # The cache fingerprint of a builder names the repository's commit and files.
     source = fingerprint("hub", [part._fingerprint for part in loaded], filter)
     filtered = [partial(filter_records, part, filter or {}) for part in loaded]
     return Corpus(filtered[0], filtered[1] if validation else None, text, source)
+
+
+def check_filter(filter: dict[str, Any], columns: Sequence[str]) -> None:
+    """Refuses a filter that names a column which the records do not have."""
+    for column in filter:
+        if column not in columns:
+            raise UserError(
+                f'data.filter names the column "{column}", which is not there.'
+                f"{nearest(column, columns)} Columns: {', '.join(columns)}."
+            )
 
 
 def filter_records(records: "datasets.Dataset", filter: dict[str, Any]) -> "datasets.Dataset":
@@ -157,6 +162,7 @@ def load_files(
     validation: str | Sequence[str] | None = None,
     document: str = "file",
     delimiter: str | None = None,
+    filter: dict[str, Any] | None = None,
 ) -> Corpus:
     """Loads local files: txt, jsonl, json, csv, tsv, each also gzipped (`.gz`), and parquet.
 
@@ -165,12 +171,13 @@ def load_files(
 
     Args:
         train: a path or glob, or a list of them; None if only `validation` is needed.
-        text: dotted path of the text in a record; plain text files have only `text`.
+        text: dotted path of the text in a record, or a template, see `flatten`; plain text files have only `text`.
         validation: the same as `train`; without it a share of `train` is held out.
         document: the part of a plain text file that is one document: `file`, `line` or `paragraph` (separated by a
             blank line).
         delimiter: the character between the columns of a csv file; None for the one by which its first line has the
             column of the text.
+        filter: as for `load_hub`; plain text files have no column.
     """
     import datasets
 
@@ -186,6 +193,8 @@ def load_files(
     builder = formats.builder_for(everything)
     kind = [builder, document]
     options: dict[str, Any] = {}
+    if filter and builder == "text":
+        raise UserError("data.filter names columns, and plain text files have none. Leave it out.")
     if builder == "text":
         options = {"sample_by": SAMPLE_BY[document], "encoding": "utf-8-sig"}
     elif builder == "csv":
@@ -212,8 +221,14 @@ def load_files(
     if known is None:
         read()  # so that a fault in a file shows here
         write_memo(memo, before, list(digests.values()))
-    records = {part: partial(lambda part: read()[part], part) for part in files}
-    return Corpus(records.get("train"), records.get("validation"), text, source, plain=builder == "text")
+
+    def records_of(part: str) -> "datasets.Dataset":
+        check_filter(filter or {}, read()[part].column_names)
+        return filter_records(read()[part], filter or {})
+
+    records = {part: partial(records_of, part) for part in files}
+    kept = fingerprint(source, filter) if filter else source
+    return Corpus(records.get("train"), records.get("validation"), text, kept, plain=builder == "text")
 
 
 def read_files(
@@ -257,7 +272,7 @@ def read_files(
         raise UserError(f"the data files could not be read together: {first_line(deepest)}") from error
     features = next(iter(loaded.values())).features
     # Newer versions of `datasets` read a column of strings and numbers as one of any values.
-    if builder == "json" and text.split(".")[0] in features and text not in text_paths("", features):
+    if builder == "json" and columns_in(text) & {*features} and not {*paths_in(text)} <= {*text_paths("", features)}:
         formats.check_kinds(read, text)
     return loaded
 
