@@ -17,7 +17,7 @@ from textwrap import shorten
 from typing import Any
 
 from lmlab.data.options import BUILDERS
-from lmlab.data.texts import kinds_at, split_path
+from lmlab.data.texts import columns_in, kinds_at, paths_in, split_path
 from lmlab.errors import UserError, causes, first_line, reading
 from lmlab.io import locked, write_beside
 
@@ -78,7 +78,7 @@ def guess_delimiter(file: Path, text: str) -> str:
         delimiter: next(filter(None, csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)), [])
         for delimiter in DELIMITERS
     }
-    fit = [delimiter for delimiter, names in columns.items() if {text, text.split(".")[0]} & {*names}]
+    fit = [delimiter for delimiter, names in columns.items() if columns_in(text) & {*names}]
     return max(fit or columns, key=lambda delimiter: len(columns[delimiter]))
 
 
@@ -127,7 +127,7 @@ def unwrap_json(file: Path, text: str, folder: Path) -> Path:
         if read_head(file).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"{") and not has_json_lines(file):
             with open_file(file) as stream:
                 whole = json.load(stream)
-    if {text, text.split(".")[0]} & whole.keys():
+    if columns_in(text) & whole.keys():
         return file
     lists = [
         name
@@ -245,7 +245,7 @@ def check_columns(schemas: Mapping[Path, Any], text: str) -> None:
     (first, schema), *others = schemas.items()
     for file, other in others:
         names = dict.fromkeys([*schema.names, *other.names])
-        for name in sorted(names, key=lambda name: name not in (text, text.split(".")[0])):
+        for name in sorted(names, key=lambda name: name not in columns_in(text)):
             there, here = (str(each.field(name).type) if name in each.names else "missing" for each in (schema, other))
             if there != here:
                 raise UserError(
@@ -256,17 +256,19 @@ def check_columns(schemas: Mapping[Path, Any], text: str) -> None:
 
 def check_kinds(files: Mapping[Path, Path], text: str) -> None:
     """Refuses json files in which two records have texts of different kinds, such as a number and a string."""
-    kind_before, before = "", ""
+    kinds: dict[str, tuple[str, str]] = {}
     for file, path in files.items():
         for where, record in json_records(file, path):
             if not isinstance(record, dict):
                 continue
-            column, within = split_path(text, [*record])
-            for kind in kinds_at(record.get(column), within):
-                if kind_before not in ("", kind):
-                    value = shorten(json.dumps(record[column], ensure_ascii=False), 40, placeholder=" …")
-                    raise UserError(
-                        f"{where}: data.text={text} is {kind} ({value}), and {kind_before} in {before}.\n"
-                        "Write all of them alike, or leave that record out."
-                    )
-                kind_before, before = kind, where
+            for field in paths_in(text):
+                column, within = split_path(field, [*record])
+                for kind in kinds_at(record.get(column), within):
+                    kind_before, before = kinds.get(field, (kind, where))
+                    if kind != kind_before:
+                        value = shorten(json.dumps(record[column], ensure_ascii=False), 40, placeholder=" …")
+                        raise UserError(
+                            f"{where}: data.text={field} is {kind} ({value}), and {kind_before} in {before}.\n"
+                            "Write all of them alike, or leave that record out."
+                        )
+                    kinds[field] = kind, where

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pyarrow as pa
 
 from lmlab.data import formats
-from lmlab.data.texts import text_paths
+from lmlab.data.texts import columns_in, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
 from lmlab.io import write_text
@@ -46,7 +46,7 @@ class Corpus:
             is not in the cache. None if there are only records to evaluate on.
         validation: the held-out records likewise, or those of each of several domains by its name; None if a share of
             `train` is to be held out.
-        text: the dotted path of the text in a record, such as `answers.text`.
+        text: the dotted path of the text in a record, such as `answers.text`, or a template, see `flatten`.
         fingerprint: a hash of the records, which keys the cache.
         plain: whether the records are cut from plain text files, as `data.document` says.
     """
@@ -112,11 +112,11 @@ def load_hub(
     validation: str | dict[str, str] | None = None,
     filter: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Loads a data set of the Hugging Face hub, or a local directory laid out like one.
+    r"""Loads a data set of the Hugging Face hub, or a local directory laid out like one.
 
     Args:
         path: hub id, such as `dany0407/eli5_category`, or a directory.
-        text: dotted path of the text in a record.
+        text: dotted path of the text in a record, or a template such as `{title}\n\n{body}`, see `flatten`.
         name: the data set's configuration (subset), if it has several.
         revision: branch, tag or commit; only with a commit can a metric be repeated.
         train: split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
@@ -136,12 +136,7 @@ def load_hub(
     if not Path(path).is_dir() and pinned not in str(loaded[0].cache_files):
         raise UserError(f'data set "{path}" is not cached at data.revision={revision}, and the hub did not answer.')
     for part in loaded:
-        for column in filter or {}:
-            if column not in part.column_names:
-                raise UserError(
-                    f'data.filter names the column "{column}", which is not there.'
-                    f"{nearest(column, part.column_names)} Columns: {', '.join(part.column_names)}."
-                )
+        check_filter(filter or {}, part.column_names)
     # The cache fingerprint of a builder names the repository's commit and files.
     source = fingerprint("hub", [part._fingerprint for part in loaded], filter, *(name for name in held_out if name))
     own, *others = [partial(filter_records, part, filter or {}) for part in loaded]
@@ -163,6 +158,16 @@ def by_domain(validation: Any) -> dict[str, Any]:
     return {str(name): value for name, value in given.items()}
 
 
+def check_filter(filter: dict[str, Any], columns: Sequence[str]) -> None:
+    """Refuses a filter that names a column which the records do not have."""
+    for column in filter:
+        if column not in columns:
+            raise UserError(
+                f'data.filter names the column "{column}", which is not there.'
+                f"{nearest(column, columns)} Columns: {', '.join(columns)}."
+            )
+
+
 def filter_records(records: "datasets.Dataset", filter: dict[str, Any]) -> "datasets.Dataset":
     """Returns the records whose columns hold the value of the filter, or one of its values."""
     for column, value in filter.items():
@@ -180,6 +185,7 @@ def load_files(
     validation: str | Sequence[str] | dict[str, Any] | None = None,
     document: str = "file",
     delimiter: str | None = None,
+    filter: dict[str, Any] | None = None,
 ) -> Corpus:
     """Loads local files: txt, jsonl, json, csv, tsv, each also gzipped (`.gz`), and parquet.
 
@@ -188,13 +194,14 @@ def load_files(
 
     Args:
         train: a path or glob, or a list of them; None if only `validation` is needed.
-        text: dotted path of the text in a record; plain text files have only `text`.
+        text: dotted path of the text in a record, or a template, see `flatten`; plain text files have only `text`.
         validation: the same as `train`, or the files of each of several domains, by its name; without it a share of
             `train` is held out.
         document: the part of a plain text file that is one document: `file`, `line` or `paragraph` (separated by a
             blank line).
         delimiter: the character between the columns of a csv file; None for the one by which its first line has the
             column of the text.
+        filter: as for `load_hub`; plain text files have no column.
     """
     import datasets
 
@@ -211,6 +218,8 @@ def load_files(
     builder = formats.builder_for(everything)
     kind = [builder, document]
     options: dict[str, Any] = {}
+    if filter and builder == "text":
+        raise UserError("data.filter names columns, and plain text files have none. Leave it out.")
     if builder == "text":
         options = {"sample_by": SAMPLE_BY[document], "encoding": "utf-8-sig"}
     elif builder == "csv":
@@ -237,9 +246,15 @@ def load_files(
     if known is None:
         read()  # so that a fault in a file shows here
         write_memo(memo, before, list(digests.values()))
-    records = {part: partial(lambda part: read()[part], part) for part in files}
+
+    def records_of(part: str) -> "datasets.Dataset":
+        check_filter(filter or {}, read()[part].column_names)
+        return filter_records(read()[part], filter or {})
+
+    records = {part: partial(records_of, part) for part in files}
     domains = {part.partition(".")[2]: records[part] for part in files if part != "train"}
-    return Corpus(records.get("train"), domains, text, source, plain=builder == "text")
+    kept = fingerprint(source, filter) if filter else source
+    return Corpus(records.get("train"), domains, text, kept, plain=builder == "text")
 
 
 def read_files(
@@ -283,7 +298,7 @@ def read_files(
         raise UserError(f"the data files could not be read together: {first_line(deepest)}") from error
     features = next(iter(loaded.values())).features
     # Newer versions of `datasets` read a column of strings and numbers as one of any values.
-    if builder == "json" and text.split(".")[0] in features and text not in text_paths("", features):
+    if builder == "json" and columns_in(text) & {*features} and not {*paths_in(text)} <= {*text_paths("", features)}:
         formats.check_kinds(read, text)
     return loaded
 

@@ -2,6 +2,8 @@
 
 import mmap
 from collections.abc import Iterable, Iterator
+from functools import cache
+from string import Formatter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -35,36 +37,111 @@ def split_path(path: str, columns: list[str]) -> tuple[str, list[str]]:
     return column, within
 
 
-def flatten(records: "Dataset", path: str) -> Iterator[list[str]]:
-    """Yields the list of texts of each record.
+@cache
+def template(text: str) -> list[tuple[str, str | None]] | None:
+    r"""Returns the pieces of a template, each a string and the dotted path of the field after it; None for a mere path.
 
-    A missing text gives none; an empty one is a text. A struct of lists and a list of structs give the same:
-
-        path            record                                        texts
-        text            {"text": "x"}                                 ["x"]
-        answers.text    {"answers": {"text": ["x", "", None]}}        ["x", ""]
-        answers.text    {"answers": [{"text": "x"}, {"text": ""}]}    ["x", ""]
-
-    Args:
-        path: the dotted path of the text in a record.
+    A template has its fields in braces, as `{title}\n\n{answers.text}`. `{{` and `}}` are braces, and a backslash
+    before n or t is a line feed or a tab, as it can be typed in a shell.
 
     Raises:
-        UserError: there is no text at the path; names the paths of texts.
+        UserError: the braces do not match, or hold no path.
     """
-    column, within = split_path(path, records.column_names)
-    if column not in records.column_names:
-        raise missing_text(records, path)
+    if not {"{", "}"} & {*text}:
+        return None
+    try:
+        pieces = [*Formatter().parse(text.replace("\\n", "\n").replace("\\t", "\t"))]
+    except ValueError as error:
+        raise UserError(f"data.text={text}: {error}. Write a field as {{title}}, a brace as {{{{ or }}}}.") from None
+    if any(path == "" or spec or conversion for _, path, spec, conversion in pieces):
+        raise UserError(f"data.text={text}: between braces stands the path of a text, such as {{title}}.")
+    if all(path is None for _, path, _, _ in pieces):
+        raise UserError(f"data.text={text}: a template without a field. Name one in braces, such as {{title}}.")
+    return [(string, path) for string, path, _, _ in pieces]
+
+
+def paths_in(text: str) -> list[str]:
+    """Returns the dotted paths that `data.text` names: those of a template, or the one that it is."""
+    pieces = template(text)
+    return [text] if pieces is None else [*dict.fromkeys(path for _, path in pieces if path is not None)]
+
+
+def columns_in(text: str) -> set[str]:
+    """Returns the names by which a record has the texts that `data.text` names: whole paths, and their first parts."""
+    return {name for path in paths_in(text) for name in (path, path.split(".")[0])}
+
+
+def flatten(records: "Dataset", text: str) -> Iterator[list[str]]:
+    """Yields the list of texts of each record.
+
+    A missing text gives none; an empty one is a text. A struct of lists and a list of structs give the same. A template
+    gives one text, or none if one of its fields is missing:
+
+        text              record                                        texts
+        text              {"text": "x"}                                 ["x"]
+        answers.text      {"answers": {"text": ["x", "", None]}}        ["x", ""]
+        answers.text      {"answers": [{"text": "x"}, {"text": ""}]}    ["x", ""]
+        {title}: {body}   {"title": "x", "body": "y"}                   ["x: y"]
+        {title}: {body}   {"title": "x", "body": None}                  []
+
+    Args:
+        text: the dotted path of the text in a record, or a template.
+
+    Raises:
+        UserError: there is no text at a path, and names the paths of texts; or a field of a template is a list.
+    """
+    places = {}
+    for path in paths_in(text):
+        places[path] = split_path(path, records.column_names)
+        if places[path][0] not in records.column_names:
+            raise missing_text(records, text, path)
     records, mappings = map_files(records)
-    values = records.select_columns([column])
+    values = records.select_columns([*dict.fromkeys(column for column, _ in places.values())])
     step = max(1, min(RECORDS_AT_ONCE, len(values.data) * BYTES_AT_ONCE // max(values.data.nbytes, 1)))
     for start in range(0, len(values), step):
-        for value in values[start : start + step][column]:
+        columns = values[start : start + step]
+        found = {}
+        for path, (column, within) in places.items():
             try:
-                yield list(texts_at(value, within))
+                found[path] = [list(texts_at(value, within)) for value in columns[column]]
             except (KeyError, TypeError):
-                raise missing_text(records, path) from None
+                raise missing_text(records, text, path) from None
+            if template(text) is not None:
+                for value in columns[column]:
+                    refuse_list(value, within, text, path)
+        yield from found[text] if template(text) is None else joined(text, found)
         for mapping in mappings:
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def joined(text: str, found: dict[str, list[list[str]]]) -> Iterator[list[str]]:
+    """Yields the text of each record by a template: none where a field is missing.
+
+    Args:
+        found: the text of each field in each record, as a list of one or none.
+    """
+    pieces = template(text) or []
+    for texts in zip(*found.values(), strict=True):
+        if all(texts):
+            values = {path: one for path, (one,) in zip(found, texts, strict=True)}
+            yield ["".join(string + ("" if path is None else values[path]) for string, path in pieces)]
+        else:
+            yield []
+
+
+def refuse_list(value: Any, within: list[str], text: str, path: str) -> None:
+    """Refuses a field of a template that is a list in a record: which of its texts is meant?
+
+    Raises:
+        UserError: names the field, and what can be done.
+    """
+    for name in [*within, None]:
+        if isinstance(value, list):
+            raise UserError(
+                f"data.text={text}: {path} is a list in a record, and a template takes one text for each field.\n"
+                f"Name it alone: data.text={path} makes each of its texts a document, preprocess.join joins them."
+            )
+        value = value.get(name) if isinstance(value, dict) and name is not None else None
 
 
 def texts_at(value: Any, path: list[str]) -> Iterator[str]:
@@ -91,11 +168,12 @@ def kinds_at(value: Any, path: list[str]) -> Iterator[str]:
         yield KINDS[type(value)] + (" in place of an object" if path else "")
 
 
-def missing_text(records: "Dataset", path: str) -> UserError:
-    """Returns the error for a path that leads to no text."""
+def missing_text(records: "Dataset", text: str, path: str) -> UserError:
+    """Returns the error for a path of `data.text` that leads to no text."""
     found = sorted(set(text_paths("", records.features)))
+    where = "there" if path == text else f"at {path}"
     return UserError(
-        f"data.text={path}: no text there.{nearest(path, found)} Texts are at: {', '.join(found) or 'nowhere'}."
+        f"data.text={text}: no text {where}.{nearest(path, found)} Texts are at: {', '.join(found) or 'nowhere'}."
     )
 
 

@@ -156,6 +156,73 @@ def test_nested_text(nested: dict | list, tmp_path: Path) -> None:
     assert texts(load_files(str(tmp_path / "a.jsonl"), text="answers.text")) == ["a", "b"]
 
 
+POSTS = [
+    {"title": "A", "body": "one", "lang": "en", "year": 2020, "meta": {"by": "x"}, "tags": ["p", "q"]},
+    {"title": "B", "body": None, "lang": "de", "year": 2021, "meta": {"by": "y"}, "tags": []},
+    {"title": "C", "body": "", "lang": "en", "year": 2021, "meta": {"by": "z"}, "tags": ["r"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("{title}\\n\\n{body}", ["A\n\none", "C\n\n"]),  # as it is typed in a shell
+        ("{title}\n\n{body}", ["A\n\none", "C\n\n"]),
+        ("{{{meta.by}}}: {title}{title}", ["{x}: AA", "{y}: BB", "{z}: CC"]),
+    ],
+)
+def test_joined_fields(text: str, wanted: list[str], tmp_path: Path) -> None:
+    """A template gives a text of each record that has all of its fields; an empty one is there, a null is not."""
+    for name, write in (("a.jsonl", as_jsonl), ("a.json", as_json), ("a.parquet", as_parquet)):
+        (tmp_path / name).write_bytes(write(POSTS))
+        corpus = load_files(str(tmp_path / name), text=text)
+        assert texts(corpus) == wanted
+        assert len(corpus.train) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{titel}: {body}", 'no text at titel. Did you mean "title".  *Texts are at: body, lang, meta.by, tags, title'),
+        ("{title}: {year}", "no text at year. Texts are at: body"),
+        ("{title}: {meta}", "no text at meta."),
+        ("{title}: {tags}", "tags is a list in a record, .*\nName it alone: data.text=tags"),
+        ("{title}: {body", "expected '}' before end of string. Write a field as {title}"),
+        ("{}: {body}", "between braces stands the path of a text"),
+        ("{{title}}", "a template without a field"),
+    ],
+)
+def test_wrong_templates(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(POSTS))
+    with pytest.raises(UserError, match=message):
+        texts(load_files(str(tmp_path / "a.jsonl"), text=text))
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.jsonl", as_jsonl), ("a.csv", as_csv), ("a.parquet", as_parquet)])
+def test_filter_of_files(name: str, write: Callable[[list[dict]], bytes], tmp_path: Path) -> None:
+    """As of the hub; both splits are filtered, and the prepared data is kept apart."""
+    (tmp_path / name).write_bytes(write(POSTS))
+    (tmp_path / f"held_{name}").write_bytes(write(POSTS[::-1]))
+    kept = [
+        (None, "ABC"),
+        ({"lang": "en"}, "AC"),
+        ({"lang": ["de", "fr"]}, "B"),
+        ({"lang": "en", "year": [2021, 2022]}, "C"),
+    ]
+    made = set()
+    for filter, titles in kept:
+        corpus = load_files(f"{tmp_path}/{name}", "title", f"{tmp_path}/held_{name}", filter=filter)
+        assert corpus.train["title"][:] == [*titles]
+        assert corpus.validation[""]["title"][:] == [*titles[::-1]]
+        made.add(corpus.fingerprint)
+    assert len(made) == len(kept)
+    with pytest.raises(UserError, match='"language", which is not there'):
+        _ = load_files(f"{tmp_path}/{name}", "title", filter={"language": "en"}).train
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(UserError, match="plain text files have none"):
+        load_files(f"{tmp_path}/a.txt", filter={"lang": "en"})
+
+
 # --- Which files ---
 
 
