@@ -48,7 +48,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
     with closed_at_the_end(trainer.loggers, run):
         if trainer.is_global_zero:
-            lifecycle.write_data(run, data, module.steps, cfg.tokenizer.get("vocab_size"), show=checkpoint is None)
+            vocab_size, show = cfg.tokenizer.get("vocab_size"), checkpoint is None
+            lifecycle.write_data(run, data, module.steps, cfg.batch_size, vocab_size, show)
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         if checkpoints.rescoring_due(trainer):
             checkpoints.score_best_weights(trainer, module)

@@ -23,6 +23,7 @@ TARGETS = {
 # What a person has to say along with an option.
 REQUIRED = {
     "data=files": ["data.train=x.txt"],
+    "data=mixture": ["data.sources={a: {train: x.txt, weight: 1}, b: {path: y, weight: 2}}"],
     "distill=teacher": ["distill.model=me/model"],
     "data=hub": ["data.path=me/data"],
     "model=pretrained": ["model.name=me/model"],

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config.compose import without_secrets
 from lmlab.config.models import build_teacher, check_example
 from lmlab.config.schema import preprocessing, shards, training_steps, uses_gpu, world
-from lmlab.config.targets import arguments, blocks, build, takes
+from lmlab.config.targets import arguments, blocks, build, sources, takes
 from lmlab.errors import UserError, first_line
 from lmlab.runs.choices import without_added
 from lmlab.runs.directory import RunDirectory
@@ -33,11 +33,13 @@ ROW_LOGGERS = [f"lmlab.training.loggers.{name}.{name}" for name in ("csv", "tens
 
 def prepare_data(cfg: DictConfig) -> "Prepared":
     """Returns the data of a run, tokenized and cut into blocks: from the cache where it is there."""
+    from lmlab.data.mixture import Mixture, prepare_mixture
     from lmlab.data.prepared import prepare
 
     learned = "texts" in takes(cfg.tokenizer, "tokenizer")
-    return prepare(
-        build(cfg.data, "data"),
+    corpus = build_corpus(cfg)
+    return (prepare_mixture if isinstance(corpus, Mixture) else prepare)(
+        corpus,
         preprocessing(cfg),
         lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
         without_added(OmegaConf.to_container(cfg.tokenizer)) if learned else None,  # type: ignore[arg-type]
@@ -48,15 +50,27 @@ def prepare_data(cfg: DictConfig) -> "Prepared":
 
 def prepare_held_out(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "Prepared":
     """Returns the held-out data of an evaluation, tokenized and cut into blocks: from the cache where it is there."""
+    from lmlab.data.mixture import Mixture, prepare_mixture_validation
     from lmlab.data.prepared import prepare_validation
 
-    return prepare_validation(build(cfg.data, "data"), preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
+    corpus = build_corpus(cfg)
+    of_kind = prepare_mixture_validation if isinstance(corpus, Mixture) else prepare_validation
+    return of_kind(corpus, preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
+
+
+def build_corpus(cfg: DictConfig) -> "Any":
+    """Returns the corpus of a config, or the mixture of several."""
+    corpora = {name: build(block, f"data.sources.{name}") for name, (block, _) in sources(cfg.data).items()}
+    return build(cfg.data, "data", corpora=corpora)
 
 
 def training_length(cfg: DictConfig, data: "Prepared") -> tuple[int, int]:
     """Returns the optimizer steps of a run, and those from one of its validations to the next."""
+    from lmlab.data.mixture import MixedBlocks
+
     assert data.train is not None
-    return training_steps(cfg.trainer, len(data.train), cfg.batch_size)
+    epoch = data.train.epoch if isinstance(data.train, MixedBlocks) else len(data.train)
+    return training_steps(cfg.trainer, epoch, cfg.batch_size)
 
 
 def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "HeldOut":
@@ -165,7 +179,6 @@ def build_training(
     import torch
 
     from lmlab.data.datamodule import BlocksDataModule
-    from lmlab.data.preprocess import lengths_of
     from lmlab.data.sampler import micro_batch_size
     from lmlab.models.efficiency import check_sharding
     from lmlab.models.loss import logits_chunk_size
@@ -204,7 +217,7 @@ def build_training(
         held_out_losses=held_out.losses,
         domains=tuple(held_out.documents.domains),
     )
-    lengths = np.concatenate([lengths_of(data.train.bounds), (whole or held_out).rows.lengths])
+    lengths = np.concatenate([data.train.lengths, (whole or held_out).rows.lengths])
     for one in [model] if teacher is None else [model, teacher.model]:
         check_padding(one, lengths, micro_batch_size(cfg.batch_size, world(trainer), trainer.accumulate_grad_batches))
     datamodule = BlocksDataModule(

@@ -17,6 +17,7 @@ from lmlab.config.compose import create_hydra, normalize_trainer, without_secret
 from lmlab.config.explain import dotted, explain
 from lmlab.config.overrides import literal, readable
 from lmlab.config.schema import world
+from lmlab.config.targets import sources
 from lmlab.console import command
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line, nearest
@@ -218,6 +219,13 @@ def check_data(cfg: DictConfig, previous: DictConfig, run: RunDirectory, checkpo
     if checkpoint is None:
         return
     steps, _ = build.training_length(cfg, data)
+    if any(share.get("final_weight") is not None for _, share in sources(cfg.data).values()) and steps != manifest.get(
+        "steps", steps
+    ):
+        raise UserError(
+            f"{run.path} was begun with {manifest['steps']} steps, over which its sources change their weights, and "
+            f"can't go on with {steps}.\nWithout final_weight a mixture can be trained longer."
+        )
     if steps < run.step_of(checkpoint):
         raise UserError(f"{run.path} is at step {run.step_of(checkpoint)} already, and {steps} steps are fewer.")
     if schema.shards(cfg.trainer) > 1 and numbers_parameters(checkpoint):

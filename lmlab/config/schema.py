@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config import signatures
 from lmlab.config.explain import LIMITS
 from lmlab.config.files import SWEEPS
-from lmlab.config.targets import PUSH, arguments, blocks, takes, target
+from lmlab.config.targets import PUSH, SHARE, arguments, blocks, sources, takes, target
 from lmlab.console import command, counted
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, check_installed
@@ -180,6 +180,7 @@ DECLARED = {
 """The classes that declare the keys of the root configs, by their names, and of blocks without a target."""
 # What lmlab itself hands to the targets of a group, beside the keys of the block.
 SUPPLIED = {
+    "data": ("corpora",),
     "tokenizer": ("texts",),
     "model": ("tokenizer", "auto_class", "empty"),
     "objective": ("tokenizer",),
@@ -283,6 +284,8 @@ def check_keys(cfg: DictConfig, name: str) -> None:
         if key == "optim":
             check_optimizer(block)
         arguments(block, key, **dict.fromkeys(SUPPLIED.get(key.split(".")[0], ())))
+    for name, (_, share) in sources(cfg.get("data")).items():
+        arguments(share, f"data.sources.{name}", SHARE)
     preprocessing(cfg)
 
 

@@ -1,6 +1,7 @@
 """Blocks of a config that name what is to be called: their values are held against what it takes, and it is called."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from inspect import Parameter
@@ -42,11 +43,38 @@ PUSH = ("push", "push_license", "push_private", "push_series")
 """The keys of the group logger that are no loggers, see `schema.Push`."""
 
 
+FILES, HUB = "lmlab.data.sources.load_files", "lmlab.data.sources.load_hub"
+SHARE = "lmlab.data.options.Share"
+"""The class that declares the keys of a source of a mixture which say its share."""
+
+
+def sources(data: DictConfig | None) -> dict[str, tuple[DictConfig, DictConfig]]:
+    """Returns the block of each source of a mixture as that of a data set, and the keys that say its share.
+
+    A source without a target is a data set of the hub where it has a path, and else one of files.
+    """
+    found = {}
+    for name, source in ((data and data.get("sources")) or {}).items():
+        if not isinstance(source, DictConfig):
+            raise UserError(
+                f"data.sources.{name}: it has to be the block of a data set. In a shell:\n"
+                "'data.sources={web: {train: web.txt, weight: 3}, books: {train: books.txt, weight: 1}}'"
+            )
+        if not re.fullmatch(r"\w+", str(name), re.ASCII):
+            raise UserError(f'data.sources: "{name}" names no source. A name is made of letters, digits and _.')
+        share = [key for key in map(str, source) if key in signatures.parameters(SHARE)]
+        block = OmegaConf.create({"_target_": HUB if "path" in source else FILES})
+        block.merge_with(OmegaConf.masked_copy(source, [key for key in map(str, source) if key not in share]))
+        found[str(name)] = (block, OmegaConf.masked_copy(source, share))
+    return found
+
+
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """Yields the blocks of a config that name a target, with their dotted keys."""
     for name in ("data", "tokenizer", "model", "objective", "distill", "optim", "trainer"):
         if name in cfg:
             yield name, cfg[name]
+    yield from ((f"data.sources.{name}", block) for name, (block, _) in sources(cfg.get("data")).items())
     for group in ("callbacks", "logger"):
         for name, block in (cfg.get(group) or {}).items():
             if block and name not in PUSH:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lmlab.data.mixture import MixedBlocks, order_of
 from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, micro_batch_size
 from lmlab.distributed.signals import signals_blocked
@@ -52,7 +53,9 @@ class Batch(NamedTuple):
 class Batches(Dataset[Batch]):
     """The data set whose items are whole batches, each made in the worker process that draws it."""
 
-    def __init__(self, blocks: Blocks, objective: Objective, seed: int, pad_id: int, steps: int, accumulate: int):
+    def __init__(
+        self, blocks: Blocks | MixedBlocks, objective: Objective, seed: int, pad_id: int, steps: int, accumulate: int
+    ):
         """Takes the blocks, the objective, and what its draws depend on.
 
         Args:
@@ -69,7 +72,7 @@ class Batches(Dataset[Batch]):
 
 
 def collate(
-    blocks: Blocks | Sequence[np.ndarray],
+    blocks: Blocks | MixedBlocks | Sequence[np.ndarray],
     draws: Sequence[Draw],
     objective: Objective,
     seed: int,
@@ -100,7 +103,7 @@ def collate(
     """
     rows = []
     for draw in draws:
-        continues = blocks.continues(draw.block) if isinstance(blocks, Blocks) else None
+        continues = blocks.continues(draw.block) if isinstance(blocks, Blocks | MixedBlocks) else None
         key = (seed, draw.epoch, draw.block)
         ids = blocks[draw.block]
         rows.append(make_example(objective, ids, key, progress=progress, continues=continues, number=draw.number))
@@ -247,7 +250,7 @@ class BlocksDataModule(HeldOutData):
 
     def __init__(
         self,
-        train: Blocks,
+        train: Blocks | MixedBlocks,
         held_out: Rows,
         objective: Objective,
         pad_id: int,
@@ -264,6 +267,7 @@ class BlocksDataModule(HeldOutData):
         self.train, self.tokenizer, self.whole = train, tokenizer, whole
         self.batches = Batches(train, objective, seed, pad_id, steps, accumulate)
         self.batch_size, self.steps, self.seed, self.accumulate = batch_size, steps, seed, accumulate
+        self.order = order_of(train, steps * batch_size)
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
@@ -275,7 +279,7 @@ class BlocksDataModule(HeldOutData):
         self.training_loader = self.make_loader(
             self.batches,
             TrainSampler(
-                len(self.train),
+                self.order,
                 self.batch_size,
                 self.steps,
                 self.seed,

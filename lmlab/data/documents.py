@@ -109,6 +109,11 @@ class Documents:
             {name: tuple(np.searchsorted(documents, ends).tolist()) for name, ends in self.domains.items()},
         )
 
+    @property
+    def by_domain(self) -> dict[str, "Documents"]:
+        """The documents of each domain; without domains all of them under ""."""
+        return {name: self.select(np.arange(*ends)) for name, ends in self.domains.items()} or {"": self}
+
     def stretches_of(self, domain: str) -> slice:
         """Returns the numbers of the stretches of a domain."""
         first, stop = np.searchsorted(np.cumsum(np.array(self.parts) == 0) - 1, self.domains[domain])

@@ -47,3 +47,15 @@ class Preprocessing:
     on nor scored. null scores all of the share."""
     max_records: Annotated[int, Ge(1)] | None = None
     """The number of training records to use; null uses all."""
+
+
+@dataclass(frozen=True, config={"strict": True})
+class Share:
+    """What a source says of its share of a mixture."""
+
+    weight: Annotated[float, Ge(0)] | None = None
+    """The source's share of the training tokens, relative to the weights of the others."""
+    final_weight: Annotated[float, Ge(0)] | None = None
+    """The same at the end of training; null keeps `weight`."""
+    epochs: Annotated[float, Gt(0)] | None = None
+    """How often the source is read in an epoch of the mixture, in place of a weight."""

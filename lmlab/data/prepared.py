@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
@@ -31,13 +31,16 @@ from lmlab.data.documents import (
 )
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
-from lmlab.data.preprocess import Bounds, Parts, Slices, group_texts, join_texts, split, tokenize
+from lmlab.data.preprocess import Bounds, Parts, Slices, group_texts, join_texts, lengths_of, split, tokenize
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file, utf8
 from lmlab.data.tokenizers import content_hash, smallest_dtype
 from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.errors import UserError
 from lmlab.io import locked, replaced
+
+if TYPE_CHECKING:
+    from lmlab.data.mixture import MixedBlocks
 
 FORMAT = 5
 """The version of the prepared data, a part of each cache key; it is raised when the steps change their output."""
@@ -71,6 +74,12 @@ class Ledger:
     """The number of tokens that do not spell all of the text that they stand for."""
     unknown_bytes: int
     """The number of UTF-8 bytes that they do not spell."""
+    samples_drawn: int | None = None
+    """The number of blocks that the run draws from a source of a mixture; None for data that is no mixture."""
+    share_of_tokens: float | None = None
+    """The source's share of the tokens of all blocks that the run draws."""
+    epochs_read: float | None = None
+    """How often the run reads the source."""
 
     def doubts(self, split: str) -> Iterator[str]:
         """Yields the reasons to doubt a metric on this split, a line each."""
@@ -108,6 +117,16 @@ class Blocks(TorchDataset[np.ndarray]):
     def __getitem__(self, index: int) -> np.ndarray:
         return self.tokens.part(*self.bounds[index]).astype(np.int32)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """The lengths that blocks have, each once."""
+        return lengths_of(self.bounds)
+
+    @property
+    def kept(self) -> int:
+        """The number of tokens of all blocks."""
+        return self.bounds.tokens if isinstance(self.bounds, Slices) else int(np.diff(self.bounds).sum())
+
     def continues(self, index: int) -> np.ndarray | None:
         """Returns `continued` of the tokens of a block."""
         return None if self.continued is None else self.continued.part(*self.bounds[index])
@@ -118,7 +137,7 @@ class Prepared:
     """The data that training and evaluation need, tokenized."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: Blocks | None
+    train: "Blocks | MixedBlocks | None"
     """The training blocks; None if only the held-out part was asked for."""
     validation: Documents
     bounds: Bounds
@@ -154,16 +173,28 @@ def prepare(
         words: True to keep which tokens of the training text continue a word, see `Blocks.continues`.
     """
     parts = once(lambda: split(corpus, choices))
-
-    def write_tokenizer(folder: Path) -> None:
-        make_tokenizer(chain.from_iterable(flatten(parts().train, corpus.text))).save_pretrained(folder)
-
-    if tokenizer_key is None:
-        tokenizer = make_tokenizer([])
-    else:
-        key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out_by(choices), tokenizer_key)
-        tokenizer = AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write_tokenizer))
+    tokenizer = learn_tokenizer([(corpus, parts)], choices, make_tokenizer, tokenizer_key, cache)
     return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache, words)
+
+
+def learn_tokenizer(
+    training: Sequence[tuple[Corpus, Callable[[], Parts]]],
+    choices: Preprocessing,
+    make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
+    tokenizer_key: Any,
+    cache: Path,
+) -> PreTrainedTokenizerBase:
+    """Makes a tokenizer from the training texts of some sources, unless the cache has it."""
+    if tokenizer_key is None:
+        return make_tokenizer([])
+
+    def write(folder: Path) -> None:
+        texts = (chain.from_iterable(flatten(parts().train, corpus.text)) for corpus, parts in training)
+        make_tokenizer(chain.from_iterable(texts)).save_pretrained(folder)
+
+    sources = [value for corpus, _ in training for value in (corpus.fingerprint, corpus.text)]
+    key = fingerprint(FORMAT, *sources, held_out_by(choices), tokenizer_key)
+    return AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write))
 
 
 def held_out_by(choices: Preprocessing) -> list[Any]:
@@ -193,8 +224,13 @@ def prepare_splits(
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
     words: bool = False,
+    training: Sequence[tuple[Corpus, Callable[[], Parts]]] = (),
 ) -> Prepared:
-    """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks."""
+    """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks.
+
+    Args:
+        training: all sources of training text, if this is one of several.
+    """
     tokenizer_hash = content_hash(tokenizer)
     # The files do not depend on how documents are cut into blocks.
     decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
@@ -227,7 +263,7 @@ def prepare_splits(
         domains[domain] = read_documents(folder, "validation")
         _, counts = cut_blocks([folder], "validation", choices)
         if "train" in names:
-            contained = count_in_training(parts, corpus, domain, choices, cache)
+            contained = count_in_training(training or [(corpus, parts)], parts, corpus, domain, choices, cache)
             counts = replace(counts, documents_in_training=contained)
         ledger[f"validation/{domain}".rstrip("/")] = counts
     documents = join_domains(domains)
@@ -236,17 +272,24 @@ def prepare_splits(
 
 
 def count_in_training(
-    parts: Callable[[], Parts], corpus: Corpus, domain: str, choices: Preprocessing, cache: Path
+    training: Sequence[tuple[Corpus, Callable[[], Parts]]],
+    parts: Callable[[], Parts],
+    corpus: Corpus,
+    domain: str,
+    choices: Preprocessing,
+    cache: Path,
 ) -> int:
     """Counts the held-out documents of a domain that occur whole in the training text, unless the cache has it."""
 
     def write(folder: Path) -> None:
-        texts = (flatten(records, corpus.text) for records in (parts().train, parts().validation[domain]))
+        trained_on = chain.from_iterable(flatten(of_source().train, source.text) for source, of_source in training)
+        texts = trained_on, flatten(parts().validation[domain], corpus.text)
         (folder / "documents").write_text(str(count_contained(*(join_texts(each, choices.join) for each in texts))))
 
     more = [choices.max_test_bytes, *([domain] if domain else [])]
     decisive = [choices.join, *held_out_by(choices), *(value for value in more if value is not None)]
-    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive)
+    others = [value for source, _ in training if source is not corpus for value in (source.fingerprint, source.text)]
+    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive, *others)
     return int((write_once(cache / f"overlap-{key}", write) / "documents").read_text())
 
 

@@ -12,7 +12,7 @@ micro batches are slices of it. Starting at step t therefore costs no more than 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def blocks_at(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.nda
     if size <= LISTED:
         listed: np.ndarray = epoch_order(seed, epoch, size)[positions]
         return listed
-    return permute(positions, size, stream(seed, epoch).random_raw(ROUNDS))
+    return permute(positions, size, order_keys(seed, epoch))
 
 
 def stream(seed: int, epoch: int) -> np.random.Philox:
@@ -59,13 +59,20 @@ def stream(seed: int, epoch: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=[0, 0, 1, 0])
 
 
-@lru_cache(maxsize=2)  # A batch may lie across the edge of two epochs.
+@lru_cache(maxsize=32)
+def order_keys(seed: int, epoch: int) -> np.ndarray:
+    """Returns the keys [`ROUNDS`] of the permutation of one epoch, of more than `LISTED` blocks."""
+    keys: np.ndarray = stream(seed, epoch).random_raw(ROUNDS)
+    return keys
+
+
+@lru_cache(maxsize=32)  # A batch may lie across the edge of two epochs, of each of several sources.
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the permutation [size] of one epoch, of `LISTED` blocks at most."""
     return np.random.Generator(stream(seed, epoch)).permutation(size)
 
 
-def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+def permute(values: np.ndarray, size: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
     """Returns where a random permutation of the numbers below `size` takes each of some of them: [N] int64.
 
     A Feistel network permutes the numbers of as many bits as `size` has: it xors one half of the bits with a hash of
@@ -74,22 +81,26 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
     Args:
         values: [N] numbers below `size`.
-        keys: [rounds] uint64; each gives another permutation.
+        size: that of all values, or of each: [N].
+        keys: [rounds] uint64, or [rounds, N] for each value; each gives another permutation.
     """
-    bits = max(2, (size - 1).bit_length())
-    low = np.uint64(bits // 2)
-    masks = np.uint64(2 ** (bits // 2) - 1), np.uint64(2 ** (bits - bits // 2) - 1)
     found = np.array(values, np.uint64)
+    sizes = np.broadcast_to(np.asarray(size, np.uint64), found.shape)
+    bits = np.maximum(2, np.frexp((sizes - np.uint64(1)).astype(float))[1])  # the exponent is the number of bits
+    low = (bits // 2).astype(np.uint64)
+    masks = [(np.uint64(1) << half.astype(np.uint64)) - np.uint64(1) for half in (bits // 2, bits - bits // 2)]
+    keys = np.broadcast_to(keys.reshape(len(keys), -1), (len(keys), len(found)))
     outside = np.arange(len(found))
     while len(outside):
-        right, left = found[outside] & masks[0], found[outside] >> low
-        for number, key in enumerate(keys):
+        shift, (right_mask, left_mask) = low[outside], (mask[outside] for mask in masks)
+        right, left = found[outside] & right_mask, found[outside] >> shift
+        for number, key in enumerate(keys[:, outside]):
             if number % 2:
-                right ^= mixed(left ^ key) & masks[0]
+                right ^= mixed(left ^ key) & right_mask
             else:
-                left ^= mixed(right ^ key) & masks[1]
-        found[outside] = left << low | right
-        outside = outside[found[outside] >= size]
+                left ^= mixed(right ^ key) & left_mask
+        found[outside] = left << shift | right
+        outside = outside[found[outside] >= sizes[outside]]
     return found.astype(np.int64)
 
 
@@ -106,8 +117,16 @@ def draw_subset(seed: int, count: int, size: int) -> np.ndarray:
     return np.sort(blocks_at(seed, EVALUATION, np.arange(min(count, size)), size))
 
 
-def draws(seed: int, first: int, count: int, size: int) -> list[Draw]:
-    """Returns the samples `first` … `first + count - 1` of a run, from a corpus of `size` blocks."""
+class Order(Protocol):
+    """The order of the samples of a run that draws from several sources, see `lmlab.data.mixture.MixedOrder`."""
+
+    def draws(self, seed: int, first: int, count: int) -> list[Draw]: ...
+
+
+def draws(seed: int, first: int, count: int, size: int | Order) -> list[Draw]:
+    """Returns the samples `first` … `first + count - 1` of a run, from a corpus of `size` blocks, or in an order."""
+    if not isinstance(size, int):
+        return size.draws(seed, first, count)
     drawn: list[Draw] = []
     while len(drawn) < count:
         number = first + len(drawn)
@@ -140,8 +159,8 @@ class TrainSampler:
     Each item is (number, draws): the number of micro batches of the rank before it in the whole run, and its samples.
     """
 
-    size: int
-    """The number of blocks of the corpus."""
+    size: int | Order
+    """The number of blocks of the corpus; or the order of several sources."""
     batch_size: int
     """The number of samples of an optimizer step, over all ranks and accumulated micro batches."""
     steps: int

@@ -56,6 +56,7 @@ def preview(plan: Plan) -> None:
 
     from lmlab.config import build, changes, models
     from lmlab.console import console
+    from lmlab.data.mixture import with_draws
     from lmlab.preview import batch, estimate, job, memory
     from lmlab.preview.measure import Measurement, measure
     from lmlab.runs.ledger import show_ledger
@@ -66,7 +67,7 @@ def preview(plan: Plan) -> None:
     models.check_example(cfg, data, objective)
     assert data.train is not None
     steps, interval = build.training_length(cfg, data)
-    show_ledger(data.ledger)
+    show_ledger(with_draws(data.ledger, data.train, steps * cfg.batch_size))
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
     batch.show_samples(first, data.tokenizer, objective.target_shift, console())

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lmlab.config import schema
 from lmlab.data.datamodule import Batch, collate
+from lmlab.data.mixture import order_of
 from lmlab.data.sampler import TrainSampler
 
 LONGEST = 192  # tokens of a sample that are shown
@@ -37,7 +38,8 @@ Piece = tuple[str, str]
 def first_batch(cfg: DictConfig, data: Any, objective: Any, steps: int, pad_id: int) -> Batch:
     """Returns the batch that rank 0 trains on first."""
     world, accumulate = schema.world(cfg.trainer), cfg.trainer.accumulate_grad_batches
-    sampler = TrainSampler(len(data.train), cfg.batch_size, steps, cfg.seed, 0, world, accumulate)
+    order = order_of(data.train, steps * cfg.batch_size)
+    sampler = TrainSampler(order, cfg.batch_size, steps, cfg.seed, 0, world, accumulate)
     number, draws = next(iter(sampler))
     return collate(data.train, draws, objective, cfg.seed, pad_id, number)
 

@@ -17,11 +17,17 @@ def show_ledger(ledger: Mapping[str, "Ledger"]) -> None:
     """Prints a row for each count and a column for each split, and logs the warnings of all splits."""
     splits = [asdict(counts) for counts in ledger.values()]
     rows = (
-        [name.replace("_", " "), *("" if counts[name] is None else f"{counts[name]:,}" for counts in splits)]
+        [name.replace("_", " "), *(count_text(counts[name]) for counts in splits)]
         for name in splits[0]
+        if any(counts[name] is not None for counts in splits)
     )
     show_rows("Ledger", ["", *ledger], rows)
     log_doubts(ledger)
+
+
+def count_text(count: float | None) -> str:
+    """Returns a count of the ledger for a person; empty for None."""
+    return "" if count is None else f"{count:,}" if isinstance(count, int) else f"{count:,.4f}"
 
 
 def log_doubts(ledger: Mapping[str, "Ledger"]) -> None:

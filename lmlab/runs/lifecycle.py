@@ -148,20 +148,26 @@ def describe_finished(run: RunDirectory) -> str:
     )
 
 
-def write_data(run: RunDirectory, data: "Prepared", steps: int, vocab_size: int | None, show: bool) -> None:
+def write_data(
+    run: RunDirectory, data: "Prepared", steps: int, batch_size: int, vocab_size: int | None, show: bool
+) -> None:
     """Writes what a run trains on: the hashes into its manifest, its tokenizer, and its ledger.
 
     Args:
         steps: optimizer steps of the run.
+        batch_size: samples of a step.
         vocab_size: tokens that the config asks of a tokenizer which learns them from the text.
         show: print the ledger, and warn of a smaller vocabulary.
     """
     run.update_manifest(**data.identity, steps=steps)
     if not run.tokenizer.is_dir():  # written once, so that the model can be used before the run has ended
         replaced(run.tokenizer, data.tokenizer.save_pretrained)
-    write_json(run.ledger, {split: asdict(counts) for split, counts in data.ledger.items()})
+    from lmlab.data.mixture import with_draws
+
+    ledger = with_draws(data.ledger, data.train, steps * batch_size)
+    write_json(run.ledger, {split: asdict(counts) for split, counts in ledger.items()})
     if show:
-        show_ledger(data.ledger)
+        show_ledger(ledger)
         if vocab_size and len(data.tokenizer) < vocab_size:
             LOG.warning(
                 "the text gives %s tokens, fewer than tokenizer.vocab_size=%d.", f"{len(data.tokenizer):,}", vocab_size

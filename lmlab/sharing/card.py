@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lmlab.config.models import PRETRAINED
+from lmlab.config.targets import FILES, HUB
 from lmlab.console import command, counted, duration
 from lmlab.errors import UserError
 from lmlab.evaluation.metrics import BOUND, EXACT
@@ -276,8 +277,17 @@ def describe_source(data: Mapping[str, Any]) -> str:
         named = f"[{path}](https://huggingface.co/datasets/{path})" if is_hub_id(path) else f"`{Path(path).name}`"
         chosen = {key: data.get(key) for key in ("name", "revision", "train", "validation") if data.get(key)}
         return f"{named}{field}{''.join(f', {key} `{value}`' for key, value in chosen.items())}."
+    if data.get("sources"):
+        weights = {name: source.get("weight") for name, source in data["sources"].items()}
+        heads = (f"- {name}{f' (weight {weights[name]})' if weights[name] else ''}" for name in weights)
+        blocks = ({"_target_": HUB if "path" in source else FILES, **source} for source in data["sources"].values())
+        lines = (f"{head}: {describe_source(block)}" for head, block in zip(heads, blocks, strict=True))
+        return "\n".join(["A mixture of", "", *lines])
     if kind == "load_files":
         files = {key: data[key] for key in ("train", "validation") if data.get(key)}
+        if isinstance(files.get("validation"), Mapping):
+            held_out = files.pop("validation")
+            files |= {f"validation {name}": value for name, value in held_out.items()}
         lists = {key: [value] if isinstance(value, str) else value for key, value in files.items()}
         named = "; ".join(f"{key}: {', '.join(f'`{Path(one).name}`' for one in value)}" for key, value in lists.items())
         return f"Local files ({named}){field}."

@@ -268,8 +268,8 @@ class LMModule(Scorer):
         if first >= NEVER:
             return
         step = first // self.trainer.accumulate_grad_batches
-        size = len(self.trainer.datamodule.train)  # type: ignore[attr-defined]
-        blocks = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, size)]
+        order = self.trainer.datamodule.order  # type: ignore[attr-defined]
+        blocks = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, order)]
         raise UserError(
             f"the loss or its gradient is not finite at step {step + 1}. "
             f"Blocks of that step's global batch: {blocks}.\n"
