@@ -51,7 +51,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, config={"strict": True})
 class Share:
-    """What a source says of its share of a mixture."""
+    """The share of a source in a mixture, by the keys of its block."""
 
     weight: Annotated[float, Ge(0)] | None = None
     """The source's share of the training tokens, relative to the weights of the others."""

@@ -105,7 +105,7 @@ def load_texts(texts: Sequence[str]) -> Corpus:
 
 def load_hub(
     path: str,
-    text: str,
+    text: str = "text",
     name: str | None = None,
     revision: str | None = None,
     train: str = "train",
