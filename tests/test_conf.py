@@ -25,6 +25,8 @@ REQUIRED = {
     "data=files": ["data.train=x.txt"],
     "distill=teacher": ["distill.model=me/model"],
     "data=hub": ["data.path=me/data"],
+    "data=prepared": ["data.path=x"],
+    "tokenizer=prepared": ["data=prepared", "data.path=x"],
     "model=pretrained": ["model.name=me/model"],
     "model=scratch": ["model.architecture=gpt2"],
     "tokenizer=pretrained": ["tokenizer.name=me/tokenizer"],

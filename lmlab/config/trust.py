@@ -17,9 +17,13 @@ from lmlab.config.changes import parse_override
 from lmlab.errors import UserError
 from lmlab.io import read_json
 
-# What a block may name, out of these modules: a subclass of a class, or a function that is annotated to return one.
+# What a block may name, out of these modules: a subclass of one of these classes, or a function that is annotated to
+# return one.
 OWN = {
-    "data": ("lmlab.data.sources.Corpus", ["lmlab.data.sources"]),
+    "data": (
+        "lmlab.data.sources.Corpus | lmlab.data.prepared.Tokenized",
+        ["lmlab.data.sources", "lmlab.data.shards"],
+    ),
     "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
     "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),
     "objective": ("builtins.object", ["lmlab.objectives"]),
@@ -85,16 +89,16 @@ def is_own(key: str, name: str) -> bool:
     block = key.partition(".")[0]
     if block not in OWN or not name.startswith(("lmlab.", "lightning.")):  # else looking for it could run it
         return False
-    kind, modules = OWN[block]
+    kinds, modules = OWN[block]
     try:
-        named, base = _locate(name), _locate(kind)
+        named, bases = _locate(name), tuple(map(_locate, kinds.split(" | ")))
     except (ImportError, AttributeError, ValueError):
         return True  # there is nothing to run, as the error of whatever needs it will say
     if not any(f"{getattr(named, '__module__', '')}.".startswith(f"{module}.") for module in modules):
         return False
-    if inspect.isfunction(named) and base is not object:
+    if inspect.isfunction(named) and object not in bases:
         named = inspect.signature(named).return_annotation
-    return inspect.isclass(named) and issubclass(named, base)
+    return inspect.isclass(named) and issubclass(named, bases)
 
 
 def is_trusted(name: str, trusted: Collection[str]) -> bool:

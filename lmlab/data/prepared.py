@@ -6,6 +6,7 @@ size shares one file. Held-out documents also keep which text each token stands 
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from lmlab.data.documents import (
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
 from lmlab.data.preprocess import Bounds, Slices, group_texts, join_texts, split, tokenize
+from lmlab.data.sampler import draw_subset
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file, utf8
 from lmlab.data.tokenizers import content_hash, smallest_dtype
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 FORMAT = 5
 """The version of the prepared data, a part of each cache key; it is raised when the steps change their output."""
+LEARNED_BYTES = 2**30
+"""The number of bytes of records up to which a tokenizer is learned from all of them; else from about so many."""
 DOUBTFUL = 0.01
 """The share of records without a text, or of held-out documents in the training text, that is worth a warning."""
 
@@ -128,8 +132,25 @@ class Prepared:
         return {"data_fingerprint": self.data_fingerprint, "tokenizer_hash": self.tokenizer_hash}
 
 
+class Tokenized(ABC):
+    """A source whose text is tokenized already."""
+
+    @abstractmethod
+    def prepared(
+        self, names: Sequence[str], choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, words: bool
+    ) -> Prepared:
+        """Returns the data of the splits of these names, cut into blocks.
+
+        Args:
+            words: True if which tokens of the training text continue a word has to be known.
+
+        Raises:
+            UserError: the text was tokenized by other choices, or by another tokenizer.
+        """
+
+
 def prepare(
-    corpus: Corpus,
+    corpus: Corpus | Tokenized,
     choices: Preprocessing,
     make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
     tokenizer_key: Any,
@@ -147,10 +168,18 @@ def prepare(
         cache: the directory for the prepared data of all runs.
         words: True to keep which tokens of the training text continue a word, see `Blocks.continues`.
     """
+    names = ("train", "validation")
+    if isinstance(corpus, Tokenized):
+        if tokenizer_key is not None:
+            raise UserError(
+                "this data is tokenized already, and the tokenizer would have to be learned from text.\n"
+                "Name the one that it was tokenized by: tokenizer=pretrained tokenizer.name=ID_OR_DIRECTORY"
+            )
+        return corpus.prepared(names, choices, make_tokenizer([]), words)
     parts = once(lambda: split(corpus, choices))
 
     def write_tokenizer(folder: Path) -> None:
-        make_tokenizer(chain.from_iterable(flatten(parts()["train"], corpus.text))).save_pretrained(folder)
+        make_tokenizer(tokenizer_texts(parts()["train"], corpus.text)).save_pretrained(folder)
 
     if tokenizer_key is None:
         tokenizer = make_tokenizer([])
@@ -158,13 +187,27 @@ def prepare(
         held_out = [choices.test_size, choices.split_seed, choices.max_records]
         key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
         tokenizer = AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write_tokenizer))
-    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache, words)
+    return prepare_splits(names, parts, corpus, choices, tokenizer, cache, words)
+
+
+def tokenizer_texts(records: "Dataset", text: str) -> Iterator[str]:
+    """Yields the training texts that a tokenizer is learned from: all of them, or of a large corpus a random part.
+
+    Args:
+        text: the dotted path of the text in a record.
+    """
+    if records.data.nbytes > LEARNED_BYTES:  # of the whole file, the held-out records included
+        count = max(1, len(records) * LEARNED_BYTES // records.data.nbytes)
+        records = records.select(draw_subset(0, count, len(records)))
+    yield from chain.from_iterable(flatten(records, text))
 
 
 def prepare_validation(
-    corpus: Corpus, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
+    corpus: Corpus | Tokenized, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> Prepared:
     """Prepares only the held-out part, for a given tokenizer."""
+    if isinstance(corpus, Tokenized):
+        return corpus.prepared(("validation",), choices, tokenizer, words=False)
 
     def parts() -> "Mapping[str, Dataset]":
         alone = corpus.train is None and corpus.validation is not None
@@ -183,11 +226,8 @@ def prepare_splits(
     words: bool = False,
 ) -> Prepared:
     """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks."""
-    tokenizer_hash = content_hash(tokenizer)
-    # The files do not depend on how documents are cut into blocks.
-    decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
-    folders: dict[str, Path] = {}
-    bounds, ledger = {}, {}
+    tokenizer_hash, decisive = content_hash(tokenizer), decisive_choices(choices)
+    folders: dict[str, list[Path]] = {}
     for name in names:
         # Without a fast tokenizer no token's word is known, and the objective refuses to be made.
         more = ["words"] if words and name == "train" and tokenizer.is_fast else []
@@ -196,21 +236,44 @@ def prepare_splits(
         def write(folder: Path, name: str = name, words: bool = bool(more)) -> None:
             records, order = sort_by_file(parts()[name]) if name == "validation" else (parts()[name], None)
             write_split(folder, name, flatten(records, corpus.text), tokenizer, choices, order, words)
+            check_counts(name, read_counts(folder, name))
 
-        folders[name] = write_once(cache / f"tokens-{key}", write)
-        bounds[name], ledger[name] = cut_blocks([folders[name]], name, choices)
-    if "train" in names:
-        contained = count_in_training(parts, corpus, choices, cache)
-        ledger["validation"] = replace(ledger["validation"], documents_in_training=contained)
+        folders[name] = [write_once(cache / f"tokens-{key}", write)]
+    contained = count_in_training(parts, corpus, choices, cache) if "train" in names else None
+    return read_prepared(folders, choices, tokenizer, corpus.fingerprint, contained)
+
+
+def read_prepared(
+    folders: Mapping[str, Sequence[Path]],
+    choices: Preprocessing,
+    tokenizer: PreTrainedTokenizerBase,
+    data_fingerprint: str,
+    contained: int | None,
+) -> Prepared:
+    """Cuts what `write_split` wrote into blocks.
+
+    Args:
+        folders: those of each split by its name; the tokens of training follow on one another, and held-out text has
+            one folder.
+        contained: the number of held-out documents that occur in the training text.
+    """
+    cut = {name: cut_blocks(of_split, name, choices) for name, of_split in folders.items()}
+    ledger = {name: counts for name, (_, counts) in cut.items()}
+    ledger["validation"] = replace(ledger["validation"], documents_in_training=contained)
     return Prepared(
         tokenizer,
-        read_blocks([folders["train"]], "train", bounds["train"]) if "train" in names else None,
-        read_documents(folders["validation"], "validation"),
-        bounds["validation"],
+        read_blocks(folders["train"], "train", cut["train"][0]) if "train" in folders else None,
+        read_documents(folders["validation"][0], "validation"),
+        cut["validation"][0],
         ledger,
-        corpus.fingerprint,
-        tokenizer_hash,
+        data_fingerprint,
+        content_hash(tokenizer),
     )
+
+
+def decisive_choices(choices: Preprocessing) -> dict[str, Any]:
+    """Returns the choices that tokenized text depends on: not how documents are cut into blocks."""
+    return {key: value for key, value in asdict(choices).items() if key not in ("block_size", "drop_remainder_every")}
 
 
 def count_in_training(
@@ -263,9 +326,6 @@ def write_split(
     Args:
         order: [records] the number of each record in the split; None if they come in the order of the split.
         words: True to write also which tokens continue a word.
-
-    Raises:
-        UserError: there is no text, or no token in any.
     """
     held_out = name == "validation"
     names = ("records", "records_without_text", "documents", "bytes", "tokens", "tokens_truncated")
@@ -301,6 +361,15 @@ def write_split(
                 if held_out:
                     streams["spans"].write(document.spans.tobytes())
                     add_to_index(document.text, document.lost == 0)
+    if order is not None:
+        reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
+    if held_out:
+        write_stretches(folder, name)
+    (folder / f"{name}.counts.json").write_text(json.dumps({**counts, "dtype": dtype}))
+
+
+def check_counts(name: str, counts: Mapping[str, Any]) -> None:
+    """Refuses the counts of a split in which there is no text, or no token in any."""
     if counts["records_without_text"] == counts["records"]:
         raise UserError(
             f"none of the {counts['records']:,} {name} records has a text: it is null or missing, or an empty list.\n"
@@ -309,11 +378,6 @@ def write_split(
     if counts["tokens"] == counts["tokens_truncated"]:
         texts = counts["documents"]
         raise UserError(f"the {name} split gives no token: its {texts} texts are empty (check data.text).")
-    if order is not None:
-        reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
-    if held_out:
-        write_stretches(folder, name)
-    (folder / f"{name}.counts.json").write_text(json.dumps({**counts, "dtype": dtype}))
 
 
 def cut_blocks(folders: Sequence[Path], name: str, choices: Preprocessing) -> tuple[Bounds, Ledger]:
