@@ -5,6 +5,7 @@ Takes the overrides of lmlab.train; `--help` lists them.
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -58,7 +59,11 @@ def prepare_directory(values: dict[str, Any], go_on: str) -> None:
         print("The index is made by the task that ends last. If none did: give the command again without the array.")
         return
     data = load_prepared(str(preparation.folder)).prepared(
-        ("train", "validation"), preparation.choices, preparation.tokenizer, preparation.words
+        ("train", "validation"),
+        preparation.choices,
+        preparation.tokenizer,
+        Path(values["cache_dir"]),
+        preparation.words,
     )
     show_ledger(data.ledger)
     print(f"To train: {command('python', '-m', 'lmlab.train', 'data=prepared', f'data.path={preparation.folder}')}")

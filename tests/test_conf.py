@@ -26,6 +26,7 @@ REQUIRED = {
     "distill=teacher": ["distill.model=me/model"],
     "data=hub": ["data.path=me/data"],
     "data=prepared": ["data.path=x"],
+    "data=tokens": ["data.train=x.bin", "tokenizer.name=me/tokenizer"],
     "tokenizer=prepared": ["data=prepared", "data.path=x"],
     "model=pretrained": ["model.name=me/model"],
     "model=scratch": ["model.architecture=gpt2"],

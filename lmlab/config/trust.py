@@ -22,7 +22,7 @@ from lmlab.io import read_json
 OWN = {
     "data": (
         "lmlab.data.sources.Corpus | lmlab.data.prepared.Tokenized",
-        ["lmlab.data.sources", "lmlab.data.shards"],
+        ["lmlab.data.sources", "lmlab.data.shards", "lmlab.data.token_files"],
     ),
     "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
     "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),

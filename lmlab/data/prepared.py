@@ -62,17 +62,17 @@ class Ledger:
     documents_in_training: int | None = None
     """The number of held-out documents of 32 bytes or more that are equal to a training document or a part of one
     (overlap.py). None for the training split itself, and if the training text is not read."""
-    bytes: int
-    """The number of UTF-8 bytes of the documents."""
+    bytes: int | None = None
+    """The number of UTF-8 bytes of the documents; as the unknown ones None where it can't be told from their tokens."""
     tokens: int
     """The number of tokens of the documents before any is dropped, with special and end-of-text tokens."""
     blocks: int
     tokens_dropped: int
     """The number of tokens that fill no block, see `group_texts`."""
     tokens_truncated: int
-    unknown_tokens: int
+    unknown_tokens: int | None = None
     """The number of tokens that do not spell all of the text that they stand for."""
-    unknown_bytes: int
+    unknown_bytes: int | None = None
     """The number of UTF-8 bytes that they do not spell."""
 
     def doubts(self, split: str) -> Iterator[str]:
@@ -81,6 +81,11 @@ class Ledger:
             yield (
                 f"{self.records_without_text:,} of the {self.records:,} {split} records have no text at data.text: "
                 "it is null or missing, or an empty list."
+            )
+        if self.bytes is None and split == "validation":
+            yield (
+                f"the tokens of the {split} documents do not come back when they are decoded and encoded again: how "
+                "many bytes they stand for is not known, and there is no metric per byte or per word."
             )
         if (self.documents_in_training or 0) > DOUBTFUL * self.documents:
             yield (
@@ -137,11 +142,12 @@ class Tokenized(ABC):
 
     @abstractmethod
     def prepared(
-        self, names: Sequence[str], choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, words: bool
+        self, names: Sequence[str], choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path, words: bool
     ) -> Prepared:
         """Returns the data of the splits of these names, cut into blocks.
 
         Args:
+            cache: the directory for the prepared data of all runs.
             words: True if which tokens of the training text continue a word has to be known.
 
         Raises:
@@ -175,7 +181,7 @@ def prepare(
                 "this data is tokenized already, and the tokenizer would have to be learned from text.\n"
                 "Name the one that it was tokenized by: tokenizer=pretrained tokenizer.name=ID_OR_DIRECTORY"
             )
-        return corpus.prepared(names, choices, make_tokenizer([]), words)
+        return corpus.prepared(names, choices, make_tokenizer([]), cache, words)
     parts = once(lambda: split(corpus, choices))
 
     def write_tokenizer(folder: Path) -> None:
@@ -207,7 +213,7 @@ def prepare_validation(
 ) -> Prepared:
     """Prepares only the held-out part, for a given tokenizer."""
     if isinstance(corpus, Tokenized):
-        return corpus.prepared(("validation",), choices, tokenizer, words=False)
+        return corpus.prepared(("validation",), choices, tokenizer, cache, words=False)
 
     def parts() -> "Mapping[str, Dataset]":
         alone = corpus.train is None and corpus.validation is not None

@@ -322,7 +322,7 @@ class PreparedDirectory(Tokenized):
         self.path, self.index = path, index
 
     def prepared(
-        self, names: Sequence[str], choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, words: bool
+        self, names: Sequence[str], choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path, words: bool
     ) -> Prepared:
         path, index = self.path, self.index
         here = {f"preprocess.{key}": value for key, value in decisive_choices(choices).items()}

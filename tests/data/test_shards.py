@@ -47,7 +47,9 @@ def finish(made: Preparation) -> list[str]:
 
 def read(made: Preparation, **choices: Any) -> Prepared:
     directory = load_prepared(str(made.folder))
-    return directory.prepared(("train", "validation"), Preprocessing(**choices), made.tokenizer, made.words)
+    return directory.prepared(
+        ("train", "validation"), Preprocessing(**choices), made.tokenizer, made.folder, made.words
+    )
 
 
 def same(one: Prepared, other: Prepared) -> None:
