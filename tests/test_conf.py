@@ -26,7 +26,7 @@ REQUIRED = {
     "distill=teacher": ["distill.model=me/model"],
     "data=hub": ["data.path=me/data"],
     "data=prepared": ["data.path=x"],
-    "data=tokens": ["data.train=x.bin", "tokenizer.name=me/tokenizer"],
+    "data=tokens": ["data.train=x.bin"],
     "tokenizer=prepared": ["data=prepared", "data.path=x"],
     "model=pretrained": ["model.name=me/model"],
     "model=scratch": ["model.architecture=gpt2"],
