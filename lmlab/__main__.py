@@ -8,6 +8,7 @@ from lmlab import early
 COMMANDS = {
     "train": "train a model, measure it, export it; every combination of values with -m",
     "preview": "what a training command would do, and what it would take",
+    "prepare": "prepare a large corpus once, by several processes or jobs, for data=prepared",
     "resume": "go on with a run, or run its experiment again",
     "sweep": "where a sweep stands; run the rest of it",
     "evaluate": "measure a model, and certify its metrics",

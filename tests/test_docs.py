@@ -25,6 +25,7 @@ from .conftest import TINY, run_verb
 
 VERBS = (
     "train",
+    "prepare",
     "preview",
     "resume",
     "evaluate",
@@ -153,16 +154,22 @@ def test_resume_command(arguments: list[str]) -> None:
     changes.check(changed, cfg, RunDirectory("/elsewhere"))
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, name: str = "train") -> DictConfig:
     with hydra.initialize_config_dir(str(files.CONF), version_base="1.3"):
-        return hydra.compose("train", [*overrides, "run_dir=/nowhere"])
+        return hydra.compose(name, [*overrides, "run_dir=/nowhere"])
+
+
+@pytest.mark.parametrize("arguments", verb("prepare"), ids=" ".join)
+def test_prepare_command(arguments: list[str]) -> None:
+    schema.check_keys(compose.freeze(composed(*arguments, name="prepare")), "prepare")
 
 
 @pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] in ("torchrun", "sbatch")], ids=" ".join)
 def test_command_of_another_launcher(words: list[str]) -> None:
     overrides = [word for word in words[1:] if re.match(r"[a-z]", word) and "=" in word]
-    schema.check_keys(compose.freeze(composed(*overrides)), "train")
-    assert {"lmlab.train", "sweeps/train.sbatch"} & set(words)
+    name = "prepare" if "sweeps/prepare.sbatch" in words else "train"
+    schema.check_keys(compose.freeze(composed(*overrides, name=name)), name)
+    assert {"lmlab.train", "sweeps/train.sbatch", "sweeps/prepare.sbatch"} & set(words)
 
 
 def test_every_command_is_known() -> None:

@@ -71,8 +71,11 @@ def attempt(
                     about["length_before"] = changes.length(previous)
                 this = lifecycle.resumed(run, config, checkpoint, **about)
             with this:
-                if world(cfg.trainer) > 1 or apart:
+                nodes = 1 if ranks.rank() is None else ranks.width()[1]
+                if (world(cfg.trainer) > 1 or apart) and nodes == 1:
                     build.prepare_data(cfg)  # once: the ranks find it in the cache
+                # On several nodes the cache may lie on a disk of each: all prepare at once, and of those that share a
+                # cache one does it and the others wait, before there is a process group that could time out.
                 again = command("python", "-m", "lmlab.resume", run.path)
                 advice = f"\nThe run can go on from its last checkpoint: {again}"
                 arguments = [str(checkpoint)] if checkpoint else []

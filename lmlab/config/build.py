@@ -1,5 +1,6 @@
 """Builds the data, the module and the trainer that a checked config names."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lmlab.data.datamodule import BlocksDataModule
+    from lmlab.data.options import Preprocessing
     from lmlab.data.prepared import Prepared
+    from lmlab.data.shards import Preparation
     from lmlab.evaluation.scoring import HeldOut
     from lmlab.objectives import Objective
     from lmlab.training.module import LMModule
@@ -36,16 +39,40 @@ def prepare_data(cfg: DictConfig) -> "Prepared":
     from lmlab.data.mixture import Mixture, prepare_mixture
     from lmlab.data.prepared import prepare
 
+    corpus, choices, make_tokenizer, tokenizer_key, words = prepared_from(cfg)
+    cache = Path(cfg.cache_dir).expanduser()
+    of_kind = prepare_mixture if isinstance(corpus, Mixture) else prepare
+    return of_kind(corpus, choices, make_tokenizer, tokenizer_key, cache, words)
+
+
+def prepared_from(cfg: DictConfig) -> "tuple[Any, Preprocessing, Callable[..., PreTrainedTokenizerBase], Any, bool]":
+    """Returns what the data of a run is prepared from, as the first arguments of `Preparation` say."""
     learned = "texts" in takes(cfg.tokenizer, "tokenizer")
-    corpus = build_corpus(cfg)
-    return (prepare_mixture if isinstance(corpus, Mixture) else prepare)(
-        corpus,
+    return (
+        build_corpus(cfg),
         preprocessing(cfg),
         lambda texts: build(cfg.tokenizer, "tokenizer", texts=texts),
         without_added(OmegaConf.to_container(cfg.tokenizer)) if learned else None,  # type: ignore[arg-type]
-        Path(cfg.cache_dir).expanduser(),
-        words=cfg.objective.get("whole_word") is True,
+        cfg.objective.get("whole_word") is True,
     )
+
+
+def preparation(values: dict[str, Any], go_on: str) -> "Preparation":
+    """Returns the preparation of the data of a config in a directory.
+
+    Args:
+        values: the config in plain values, as it is handed to other processes.
+        go_on: the command that goes on with it.
+    """
+    from lmlab.data.shards import Preparation
+
+    cfg = OmegaConf.create(values)
+    if sources(cfg.data):
+        raise UserError(
+            "the sources of a mixture are prepared one by one, each in a directory of its own.\n"
+            "Then mix these: 'data.sources={web: {_target_: lmlab.data.shards.load_prepared, path: DIR, weight: 3}, …}'"
+        )
+    return Preparation(Path(cfg.output).expanduser(), *prepared_from(cfg), shards=cfg.shards, command=go_on)
 
 
 def prepare_held_out(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "Prepared":

@@ -38,6 +38,8 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     if "_target_" not in (cfg.get("data") or {}):
         take_data(cfg, run, overrides)
         taken += ["data", "preprocess"]
+    if cfg.data._target_ == "lmlab.data.shards.load_prepared" and "tokenizer=prepared" not in overrides:
+        cfg.tokenizer = OmegaConf.load(CONF / "tokenizer" / "pretrained.yaml")  # the model's, whatever the text has
     if cfg.preprocess.block_size is None and run is not None:
         cfg.preprocess.block_size = run.preprocess.block_size
     if OmegaConf.is_missing(cfg.data, "train"):

@@ -87,6 +87,18 @@ class Train(Config):
 
 
 @dataclass
+class Prepare(Train):
+    """The keys of prepare.yaml, of which those of training that do not concern its data change nothing."""
+
+    output: str = ""
+    """The directory that is made, for data=prepared data.path=…"""
+    shards: Annotated[int, Ge(1)] = 64
+    """Parts of each split that are prepared apart from one another; fewer where there are fewer records."""
+    processes: Annotated[int, Ge(1)] = 1
+    """Processes that prepare at once; the tasks of a SLURM job array share the shards out too."""
+
+
+@dataclass
 class Evaluate(Config):
     """The keys of evaluate.yaml."""
 
@@ -171,6 +183,7 @@ class Push:
 
 DECLARED = {
     "train": f"{__name__}.Train",
+    "prepare": f"{__name__}.Prepare",
     "evaluate": f"{__name__}.Evaluate",
     "trainer": f"{__name__}.Trainer",
     "validation": f"{__name__}.Validation",

@@ -21,8 +21,8 @@ from lmlab.io import read_json
 # return one.
 OWN = {
     "data": (
-        "lmlab.data.sources.Corpus | lmlab.data.mixture.Mixture",
-        ["lmlab.data.sources", "lmlab.data.mixture"],
+        "lmlab.data.sources.Corpus | lmlab.data.prepared.Tokenized | lmlab.data.mixture.Mixture",
+        ["lmlab.data.sources", "lmlab.data.shards", "lmlab.data.token_files", "lmlab.data.mixture"],
     ),
     "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
     "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +28,11 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.documents import join_domains, running_sums
 from lmlab.data.options import Preprocessing, Share
 from lmlab.data.prepared import (
+    LEARNED,
     Blocks,
     Ledger,
     Prepared,
+    Tokenized,
     group_documents,
     learn_tokenizer,
     prepare_splits,
@@ -49,22 +52,15 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Mixture:
     """Several sources, and the share of each."""
 
-    corpora: dict[str, Corpus]
+    corpora: dict[str, Corpus | Tokenized]
     shares: dict[str, Share]
     temperature: float
     anneal: float
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the records of all sources and of all that decides their shares."""
-        sources = {name: [corpus.fingerprint, corpus.text] for name, corpus in self.corpora.items()}
-        shares = {name: asdict(share) for name, share in self.shares.items()}
-        return fingerprint("mixture", sources, shares, self.temperature, self.anneal)
-
 
 def mix(
     sources: dict[str, Any],
-    corpora: Mapping[str, Corpus],
+    corpora: Mapping[str, Corpus | Tokenized],
     temperature: Annotated[float, Gt(0)] = 1.0,
     anneal: Annotated[float, Gt(0), Le(1)] = 1.0,
 ) -> Mixture:
@@ -302,14 +298,19 @@ def prepare_mixture(
     The held-out text of each source is a domain of its name. A held-out document is counted as one in the training text
     if it is in that of any source.
     """
-    parts = {name: once(lambda corpus=corpus: split(corpus, choices)) for name, corpus in mixture.corpora.items()}
-    training = [(corpus, parts[name]) for name, corpus in mixture.corpora.items()]
+    names, prepared = ("train", "validation"), {}
+    texts = {name: corpus for name, corpus in mixture.corpora.items() if isinstance(corpus, Corpus)}
+    parts = {name: once(partial(split, corpus, choices)) for name, corpus in texts.items()}
+    training = [(corpus, parts[name]) for name, corpus in texts.items()]
+    if tokenizer_key is not None and len(texts) < len(mixture.corpora):
+        raise UserError(LEARNED)
     tokenizer = learn_tokenizer(training, choices, make_tokenizer, tokenizer_key, cache)
-    names = ("train", "validation")
-    prepared = {
-        name: prepare_splits(names, parts[name], corpus, choices, tokenizer, cache, words, training)
-        for name, corpus in mixture.corpora.items()
-    }
+    for name, corpus in mixture.corpora.items():
+        if isinstance(corpus, Tokenized):
+            prepared[name] = corpus.prepared(names, choices, tokenizer, cache, words)
+        else:
+            of_source = parts[name], corpus
+            prepared[name] = prepare_splits(names, *of_source, choices, tokenizer, cache, words, training)
     return join_sources(mixture, prepared, choices)
 
 
@@ -337,6 +338,8 @@ def join_sources(mixture: Mixture, prepared: Mapping[str, Prepared], choices: Pr
         for key, counts in data.ledger.items()
         if key.startswith(split)
     }
+    kept = {name: [data.data_fingerprint, text_of(mixture.corpora[name])] for name, data in prepared.items()}
+    shares = {name: asdict(share) for name, share in mixture.shares.items()}
     blocks = {name: data.train for name, data in prepared.items() if isinstance(data.train, Blocks)}
     return replace(
         next(iter(prepared.values())),
@@ -344,5 +347,10 @@ def join_sources(mixture: Mixture, prepared: Mapping[str, Prepared], choices: Pr
         validation=documents,
         bounds=group_documents(documents, choices),
         ledger=ledger,
-        data_fingerprint=mixture.fingerprint,
+        data_fingerprint=fingerprint("mixture", kept, shares, mixture.temperature, mixture.anneal),
     )
+
+
+def text_of(corpus: Corpus | Tokenized) -> str | None:
+    """Returns the path of the text in the records of a source; None of one that is tokenized already."""
+    return corpus.text if isinstance(corpus, Corpus) else None

@@ -51,19 +51,7 @@ def count_contained(training: Iterable[str], held_out: Iterable[str]) -> int:
 
     Of equal ones each counts. The training text is not read where there is nothing to look for.
     """
-    known = KnownDocuments(held_out)
-    if known.longest == 0:
-        return 0
-    contained = np.zeros(len(known.hashes), bool)
-    for chunk in chunks(training, known.longest):
-        text = PartHashes(chunk)
-        for first, windows in text.windows():
-            for starts, ends in known.candidates(first, windows):
-                inside = (starts >= 0) & (ends < len(text.sums))
-                hashes = text.parts(starts[inside], ends[inside])
-                rows = np.searchsorted(known.hashes[:-1], hashes)
-                contained[rows[known.hashes[rows] == hashes]] = True
-    return int(known.counts[contained].sum())
+    return int(KnownDocuments(held_out).contained(training)[:, 1].sum())
 
 
 class PartHashes:
@@ -133,6 +121,23 @@ class KnownDocuments:
         self.shift = np.uint64(64 - bits)
         self.table = np.zeros(2**bits, bool)
         self.table[(self.windows[:-1] >> self.shift).astype(int)] = True
+
+    def contained(self, training: Iterable[str]) -> np.ndarray:
+        """Returns those that are each a part of some training document.
+
+        Returns:
+            [N, 2] uint64: the hash of each different one, in ascending order, and how many are equal to it.
+        """
+        found = np.zeros(len(self.counts), bool)
+        for chunk in chunks(training, self.longest) if self.longest else ():
+            text = PartHashes(chunk)
+            for first, windows in text.windows():
+                for starts, ends in self.candidates(first, windows):
+                    inside = (starts >= 0) & (ends < len(text.sums))
+                    hashes = text.parts(starts[inside], ends[inside])
+                    rows = np.searchsorted(self.hashes[:-1], hashes)
+                    found[rows[self.hashes[rows] == hashes]] = True
+        return np.stack([self.hashes[found], self.counts[found].astype(np.uint64)], axis=1)
 
     def candidates(self, first: int, windows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields where documents may start and end, by the hashes of the windows from byte `first` on."""

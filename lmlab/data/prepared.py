@@ -6,6 +6,7 @@ size shares one file. Held-out documents also keep which text each token stands 
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from lmlab.data.documents import (
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
 from lmlab.data.preprocess import Bounds, Parts, Slices, group_texts, join_texts, lengths_of, split, tokenize
+from lmlab.data.sampler import draw_subset
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file, utf8
 from lmlab.data.tokenizers import content_hash, smallest_dtype
@@ -40,10 +42,19 @@ from lmlab.errors import UserError
 from lmlab.io import locked, replaced
 
 if TYPE_CHECKING:
+    from datasets import Dataset  # see sources.py
+
     from lmlab.data.mixture import MixedBlocks
 
 FORMAT = 5
 """The version of the prepared data, a part of each cache key; it is raised when the steps change their output."""
+LEARNED_BYTES = 2**30
+"""The number of bytes of records up to which a tokenizer is learned from all of them; else from about so many."""
+LEARNED = (
+    "this data is tokenized already, and the tokenizer would have to be learned from text.\n"
+    "Name the one that it was tokenized by: tokenizer=pretrained tokenizer.name=ID_OR_DIRECTORY"
+)
+"""The error of tokenized data with a tokenizer that is learned from text."""
 DOUBTFUL = 0.01
 """The share of records without a text, or of held-out documents in the training text, that is worth a warning."""
 
@@ -62,17 +73,17 @@ class Ledger:
     documents_in_training: int | None = None
     """The number of held-out documents of 32 bytes or more that are equal to a training document or a part of one
     (overlap.py). None for the training split itself, and if the training text is not read."""
-    bytes: int
-    """The number of UTF-8 bytes of the documents."""
+    bytes: int | None = None
+    """The number of UTF-8 bytes of the documents; as the unknown ones None where it can't be told from their tokens."""
     tokens: int
     """The number of tokens of the documents before any is dropped, with special and end-of-text tokens."""
     blocks: int
     tokens_dropped: int
     """The number of tokens that fill no block, see `group_texts`."""
     tokens_truncated: int
-    unknown_tokens: int
+    unknown_tokens: int | None = None
     """The number of tokens that do not spell all of the text that they stand for."""
-    unknown_bytes: int
+    unknown_bytes: int | None = None
     """The number of UTF-8 bytes that they do not spell."""
     samples_drawn: int | None = None
     """The number of blocks that the run draws from a source of a mixture; None for data that is no mixture."""
@@ -92,6 +103,11 @@ class Ledger:
             yield (
                 f"{self.records_without_text:,} of the {self.records:,} {split} records have no text at data.text: "
                 "it is null or missing, or an empty list."
+            )
+        if self.bytes is None and split == "validation":
+            yield (
+                f"the tokens of the {split} documents do not come back when they are decoded and encoded again: how "
+                "many bytes they stand for is not known, and there is no metric per byte or per word."
             )
         if (self.documents_in_training or 0) > DOUBTFUL * self.documents:
             yield (
@@ -153,8 +169,26 @@ class Prepared:
         return {"data_fingerprint": self.data_fingerprint, "tokenizer_hash": self.tokenizer_hash}
 
 
+class Tokenized(ABC):
+    """A source whose text is tokenized already."""
+
+    @abstractmethod
+    def prepared(
+        self, names: Sequence[str], choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path, words: bool
+    ) -> Prepared:
+        """Returns the data of the splits of these names, cut into blocks.
+
+        Args:
+            cache: the directory for the prepared data of all runs.
+            words: True if which tokens of the training text continue a word has to be known.
+
+        Raises:
+            UserError: the text was tokenized by other choices, or by another tokenizer.
+        """
+
+
 def prepare(
-    corpus: Corpus,
+    corpus: Corpus | Tokenized,
     choices: Preprocessing,
     make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
     tokenizer_key: Any,
@@ -172,9 +206,26 @@ def prepare(
         cache: the directory for the prepared data of all runs.
         words: True to keep which tokens of the training text continue a word, see `Blocks.continues`.
     """
+    names = ("train", "validation")
+    if isinstance(corpus, Tokenized):
+        if tokenizer_key is not None:
+            raise UserError(LEARNED)
+        return corpus.prepared(names, choices, make_tokenizer([]), cache, words)
     parts = once(lambda: split(corpus, choices))
     tokenizer = learn_tokenizer([(corpus, parts)], choices, make_tokenizer, tokenizer_key, cache)
-    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache, words)
+    return prepare_splits(names, parts, corpus, choices, tokenizer, cache, words)
+
+
+def tokenizer_texts(records: "Dataset", text: str) -> Iterator[str]:
+    """Yields the training texts that a tokenizer is learned from: all of them, or of a large corpus a random part.
+
+    Args:
+        text: the dotted path of the text in a record.
+    """
+    if records.data.nbytes > LEARNED_BYTES:  # of the whole file, the held-out records included
+        count = max(1, len(records) * LEARNED_BYTES // records.data.nbytes)
+        records = records.select(draw_subset(0, count, len(records)))
+    yield from chain.from_iterable(flatten(records, text))
 
 
 def learn_tokenizer(
@@ -189,7 +240,7 @@ def learn_tokenizer(
         return make_tokenizer([])
 
     def write(folder: Path) -> None:
-        texts = (chain.from_iterable(flatten(parts().train, corpus.text)) for corpus, parts in training)
+        texts = (tokenizer_texts(parts().train, corpus.text) for corpus, parts in training)
         make_tokenizer(chain.from_iterable(texts)).save_pretrained(folder)
 
     sources = [value for corpus, _ in training for value in (corpus.fingerprint, corpus.text)]
@@ -204,9 +255,11 @@ def held_out_by(choices: Preprocessing) -> list[Any]:
 
 
 def prepare_validation(
-    corpus: Corpus, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
+    corpus: Corpus | Tokenized, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> Prepared:
     """Prepares only the held-out part, for a given tokenizer."""
+    if isinstance(corpus, Tokenized):
+        return corpus.prepared(("validation",), choices, tokenizer, cache, words=False)
 
     def parts() -> Parts:
         if corpus.train is None and corpus.validation is not None:
@@ -231,9 +284,7 @@ def prepare_splits(
     Args:
         training: all sources of training text, if this is one of several.
     """
-    tokenizer_hash = content_hash(tokenizer)
-    # The files do not depend on how documents are cut into blocks.
-    decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
+    tokenizer_hash, decisive = content_hash(tokenizer), decisive_choices(choices)
     # Without a fast tokenizer no token's word is known, and the objective refuses to be made.
     words = words and tokenizer.is_fast
 
@@ -245,30 +296,63 @@ def prepare_splits(
         def write(folder: Path) -> None:
             if name == "train":
                 write_split(folder, name, flatten(parts().train, corpus.text), tokenizer, choices, words=words)
-                return
-            records, order = sort_by_file(parts().validation[domain])
-            texts, unused = flatten(records, corpus.text), parts().unused
-            write_split(folder, name, texts, tokenizer, choices, order, unused=unused)
+            else:
+                records, order = sort_by_file(parts().validation[domain])
+                texts, unused = flatten(records, corpus.text), parts().unused
+                write_split(folder, name, texts, tokenizer, choices, order, unused=unused)
+            check_counts(name, read_counts(folder, name))
 
         return write_once(cache / f"tokens-{key}", write)
 
-    ledger, train = {}, None
-    if "train" in names:
-        folder = tokens_of("train")
-        bounds, ledger["train"] = cut_blocks([folder], "train", choices)
-        train = read_blocks([folder], "train", bounds)
-    domains = {}
-    for domain in corpus.domains:
-        folder = tokens_of("validation", domain)
-        domains[domain] = read_documents(folder, "validation")
-        _, counts = cut_blocks([folder], "validation", choices)
-        if "train" in names:
-            contained = count_in_training(training or [(corpus, parts)], parts, corpus, domain, choices, cache)
-            counts = replace(counts, documents_in_training=contained)
+    train = [tokens_of("train")] if "train" in names else []
+    domains = {domain: tokens_of("validation", domain) for domain in corpus.domains}
+    contained = {
+        domain: count_in_training(training or [(corpus, parts)], parts, corpus, domain, choices, cache)
+        for domain in domains
+        if train
+    }
+    return read_prepared(train, domains, choices, tokenizer, corpus.fingerprint, contained)
+
+
+def read_prepared(
+    train: Sequence[Path],
+    domains: Mapping[str, Path],
+    choices: Preprocessing,
+    tokenizer: PreTrainedTokenizerBase,
+    data_fingerprint: str,
+    contained: Mapping[str, int],
+) -> Prepared:
+    """Cuts what `write_split` wrote into blocks.
+
+    Args:
+        train: the folders of the training text, whose tokens follow on one another; none for held-out text alone.
+        domains: the folder of the held-out text of each domain, by its name.
+        contained: the number of documents of each domain that occur in the training text, where it is known.
+    """
+    ledger, blocks = {}, None
+    if train:
+        bounds, ledger["train"] = cut_blocks(train, "train", choices)
+        blocks = read_blocks(train, "train", bounds)
+    for domain, folder in domains.items():
+        counts = cut_blocks([folder], "validation", choices)[1]
+        counts = replace(counts, documents_in_training=contained.get(domain))
         ledger[f"validation/{domain}".rstrip("/")] = counts
-    documents = join_domains(domains)
+    documents = join_domains({domain: read_documents(folder, "validation") for domain, folder in domains.items()})
     bounds = group_documents(documents, choices)
-    return Prepared(tokenizer, train, documents, bounds, ledger, corpus.fingerprint, tokenizer_hash)
+    return Prepared(tokenizer, blocks, documents, bounds, ledger, data_fingerprint, content_hash(tokenizer))
+
+
+def decisive_choices(choices: Preprocessing) -> dict[str, Any]:
+    """Returns the choices that tokenized text depends on: not how documents are cut into blocks."""
+    return {key: value for key, value in asdict(choices).items() if key not in ("block_size", "drop_remainder_every")}
+
+
+def held_out_beforehand(choices: Preprocessing) -> dict[str, Any]:
+    """Returns the choices of what is held out that data which is split already does not look at.
+
+    Their defaults are not the same for all sources, and so need not be those by which the data was prepared.
+    """
+    return {"split_by": choices.split_by, "max_test_bytes": choices.max_test_bytes}
 
 
 def count_in_training(
@@ -331,9 +415,6 @@ def write_split(
         order: [records] the number of each record in the split; None if they come in the order of the split.
         words: True to write also which tokens continue a word.
         unused: the number of records that are left out of all splits.
-
-    Raises:
-        UserError: there is no text, or no token in any.
     """
     held_out = name == "validation"
     names = ("records", "records_without_text", "documents", "bytes", "tokens", "tokens_truncated")
@@ -369,6 +450,15 @@ def write_split(
                 if held_out:
                     streams["spans"].write(document.spans.tobytes())
                     add_to_index(document.text, document.lost == 0)
+    if order is not None:
+        reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
+    if held_out:
+        write_stretches(folder, name)
+    (folder / f"{name}.counts.json").write_text(json.dumps({**counts, "records_unused": unused, "dtype": dtype}))
+
+
+def check_counts(name: str, counts: Mapping[str, Any]) -> None:
+    """Refuses the counts of a split in which there is no text, or no token in any."""
     if counts["records_without_text"] == counts["records"]:
         raise UserError(
             f"none of the {counts['records']:,} {name} records has a text: it is null or missing, or an empty list.\n"
@@ -377,11 +467,6 @@ def write_split(
     if counts["tokens"] == counts["tokens_truncated"]:
         texts = counts["documents"]
         raise UserError(f"the {name} split gives no token: its {texts} texts are empty (check data.text).")
-    if order is not None:
-        reorder(folder, name, np.argsort(np.repeat(order, documents_of_record), kind="stable"))
-    if held_out:
-        write_stretches(folder, name)
-    (folder / f"{name}.counts.json").write_text(json.dumps({**counts, "records_unused": unused, "dtype": dtype}))
 
 
 def group_documents(documents: Documents, choices: Preprocessing) -> Bounds:

@@ -1,7 +1,7 @@
 """The texts in records (guide, `flatten`)."""
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from functools import cache
 from string import Formatter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,7 @@ from lmlab.errors import UserError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
-Text = TypeVar("Text", str, bytes)
+Text = TypeVar("Text", bound=Sized)
 RECORDS_AT_ONCE = 100
 """The number of records that are read at once, unless they are longer than `BYTES_AT_ONCE` together."""
 BYTES_AT_ONCE = 2**22

@@ -23,6 +23,15 @@ def in_job() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
+def array_task() -> tuple[int, int]:
+    """Returns the number of this task of a job array, from 0, and how many tasks it has; 0 and 1 outside of one."""
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" not in env:
+        return 0, 1
+    beyond = int(env["SLURM_ARRAY_TASK_ID"]) - int(env["SLURM_ARRAY_TASK_MIN"])
+    return beyond // int(env.get("SLURM_ARRAY_TASK_STEP", 1)), int(env["SLURM_ARRAY_TASK_COUNT"])
+
+
 def set_rank_variables() -> None:
     """Sets the variables of torchrun (`RANK`, `MASTER_ADDR`, …) from those of srun, where it started several ranks."""
     env = os.environ

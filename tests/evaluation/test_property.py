@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmlab.data.documents import Documents, read_documents
 from lmlab.data.options import Preprocessing
-from lmlab.data.prepared import write_split
+from lmlab.data.prepared import check_counts, read_counts, write_split
 from lmlab.data.preprocess import group_texts
 from lmlab.errors import UserError
 from lmlab.evaluation import records
@@ -40,6 +40,7 @@ def documents_of(texts: list[str], name: str, place: Path) -> Documents:
     choices = Preprocessing(end_of_text=name != "bare")
     try:
         write_split(place, "validation", ([text] for text in texts), tokenizer_named(name), choices)
+        check_counts("validation", read_counts(place, "validation"))
     except UserError:  # there is no token in them
         assume(False)
     return read_documents(place, "validation")

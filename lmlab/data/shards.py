@@ -1,0 +1,401 @@
+"""A directory of prepared data, made in shards by several processes or jobs, and read by `data=prepared`.
+
+    preparation.json               what the directory is of: it is written first, and other preparations are refused
+    tokenizer/
+    train-00000-of-00064/          a shard: `write_split` of a part of the records, whole or not there
+      train.tokens train.lengths train.counts.json
+      train.contained              the held-out documents that occur in its text
+      checksums.json
+    validation-00000-of-00064/
+    validation/                    the held-out shards in one
+    index.json                     written last: the checksums of all files that are read
+
+A shard depends on nothing but its records and the tokenizer, so that any process makes any of them, at any time.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lmlab.console import command, counted
+from lmlab.data.documents import FEW, INDEX, write_stretches
+from lmlab.data.options import Preprocessing
+from lmlab.data.overlap import KnownDocuments
+from lmlab.data.prepared import (
+    FORMAT,
+    Prepared,
+    Tokenized,
+    added_up,
+    check_counts,
+    decisive_choices,
+    held_out_beforehand,
+    read_counts,
+    read_prepared,
+    tokenizer_texts,
+    write_once,
+    write_split,
+)
+from lmlab.data.preprocess import Parts, join_texts, split
+from lmlab.data.sources import Corpus, digest, file_version, read_memo, write_memo
+from lmlab.data.texts import flatten, sort_by_file
+from lmlab.data.tokenizers import content_hash
+from lmlab.distributed import launch
+from lmlab.errors import UserError
+from lmlab.io import locked, read_json, replaced, write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # see sources.py
+
+SPLITS = ("validation", "train")
+CHECKSUMS = "checksums.json"
+
+
+@dataclass
+class Preparation:
+    """The preparation of a source in a directory, which any number of processes do together."""
+
+    folder: Path
+    corpus: Corpus
+    choices: Preprocessing
+    make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase]
+    tokenizer_key: Any
+    """The settings of a tokenizer that is learned from the texts; None for another."""
+    words: bool
+    """True to keep which tokens of the training text continue a word."""
+    shards: int
+    """The number of shards of each split; fewer where there are fewer records."""
+    command: str
+    """The command that goes on with it."""
+
+    def begin(self) -> None:
+        """Makes the directory, or goes on in it.
+
+        Raises:
+            UserError: it holds something else, or a preparation of other data.
+        """
+        if isinstance(self.corpus, Tokenized):
+            raise UserError("this data is tokenized already: train from it as it is.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        learned = self.tokenizer_key is not None
+        plan = {
+            "format": FORMAT,
+            "data": self.corpus.fingerprint,
+            "data.text": self.corpus.text,
+            "tokenizer": self.tokenizer_key if learned else content_hash(self.make_tokenizer([])),
+            "whole words": self.words,
+            "shards": self.shards,
+            **{f"preprocess.{key}": value for key, value in decisive_choices(self.choices).items()},
+        }
+        file = self.folder / "preparation.json"
+        with locked(self.folder / ".lock"):
+            if file.is_file():
+                earlier = read_json(file)
+                other = [key for key, value in plan.items() if earlier.get(key) != value]
+                if other:
+                    raise UserError(
+                        f"{self.folder} holds another preparation: its {' and '.join(other[:3])} "
+                        f"{'is' if len(other) == 1 else 'are'} not of this command.\n"
+                        f"Choose another directory by output=DIR, or finish that one: {earlier.get('command')}"
+                    )
+            elif any(path.name != ".lock" for path in self.folder.iterdir()):
+                raise UserError(f"{self.folder} is not empty, and holds no preparation. Choose another by output=DIR.")
+            else:
+                write_json(file, plan | {"command": self.command})
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The records of each split."""
+        parts = split(self.corpus, self.choices)
+        if {*parts.validation} != {""}:
+            raise UserError("held-out text with domains is not prepared in shards: name one data.validation, or none.")
+        return parts
+
+    def records(self, name: str) -> "Dataset":
+        """Returns the records of a split by its name."""
+        return self.parts.train if name == "train" else self.parts.validation[""]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, of which the first process that needs it writes a copy into the directory."""
+
+        def write(folder: Path) -> None:
+            texts = [] if self.tokenizer_key is None else tokenizer_texts(self.records("train"), self.corpus.text)
+            self.make_tokenizer(texts).save_pretrained(folder)
+
+        return AutoTokenizer.from_pretrained(write_once(self.folder / "tokenizer", write))
+
+    @cached_property
+    def known(self) -> KnownDocuments:
+        """The held-out documents, to be found in the training text."""
+        return KnownDocuments(self.documents(self.records("validation")))
+
+    def documents(self, records: "Dataset") -> Iterator[str]:
+        """Yields the documents of records."""
+        return join_texts(flatten(records, self.corpus.text), self.choices.join)
+
+    def all_shards(self) -> list[tuple[str, int, int]]:
+        """Returns the split of each shard, its number, and the number of shards of the split."""
+        count = {name: min(self.shards, len(self.records(name))) for name in SPLITS}
+        return [(name, number, count[name]) for name in SPLITS for number in range(count[name])]
+
+    def make(self, name: str, number: int, count: int) -> str | None:
+        """Makes a shard, unless it is there and has its checksums.
+
+        Returns:
+            what was done, in words; None if nothing had to be.
+        """
+        path = self.folder / shard_name(name, number, count)
+        with locked(self.folder / f".{path.name}.lock"):
+            wrong = damaged(path) if path.exists() else None
+            if path.exists() and wrong is None:
+                return None
+            replaced(path, lambda folder: self.write(folder, name, number, count))
+        found = read_counts(path, name)
+        again = f", as {wrong} had another checksum than when it was written" if wrong else ""
+        return f"{path.name}: {found['documents']:,} documents, {found['tokens']:,} tokens{again}"
+
+    def write(self, folder: Path, name: str, number: int, count: int) -> None:
+        """Writes a shard into a folder, which it makes."""
+        folder.mkdir()
+        whole, size = self.records(name), len(self.records(name))
+        records, order = whole.select(range(size * number // count, size * (number + 1) // count)), None
+        if name == "validation":
+            records, order = sort_by_file(records)
+        words = self.words and name == "train" and self.tokenizer.is_fast
+        unused = self.parts.unused if (name, number) == ("validation", 0) else 0
+        texts = flatten(records, self.corpus.text)
+        write_split(folder, name, texts, self.tokenizer, self.choices, order, words, unused)
+        if name == "train":
+            self.known.contained(self.documents(records)).tofile(folder / "train.contained")
+        write_checksums(folder)
+
+    def merge(self, changed: bool) -> bool:
+        """Makes the index once all shards are there; whoever comes first does it.
+
+        Args:
+            changed: make it anew.
+
+        Returns:
+            True if there is an index now.
+        """
+        shards = {name: [shard_name(*shard) for shard in self.all_shards() if shard[0] == name] for name in SPLITS}
+        folders = {name: [self.folder / shard for shard in shards[name]] for name in SPLITS}
+        if not all(folder.is_dir() for name in SPLITS for folder in folders[name]):
+            return False
+        index, held_out = self.folder / "index.json", self.folder / "validation"
+        with locked(self.folder / ".lock"):
+            if index.is_file() and not changed and held_out.is_dir() and damaged(held_out) is None:
+                return True
+            for name in SPLITS:
+                check_counts(name, added_up(read_counts(folder, name) for folder in folders[name]))
+            replaced(held_out, lambda folder: join_held_out(folder, folders["validation"]))
+            contained = [np.fromfile(folder / "train.contained", np.uint64) for folder in folders["train"]]
+            checksums = {
+                f"{folder}/{file}": checksum
+                for folder in ("validation", *shards["train"])
+                for file, checksum in read_json(self.folder / folder / CHECKSUMS).items()
+            }
+            found = {
+                "train": shards["train"],
+                "documents_in_training": int(np.unique(np.concatenate(contained).reshape(-1, 2), axis=0)[:, 1].sum()),
+                "tokenizer_hash": content_hash(self.tokenizer),
+                "checksums": checksums,
+            }
+            write_json(index, read_json(self.folder / "preparation.json") | found)
+            for left in self.folder.glob(".*-of-*.lock"):
+                left.unlink(missing_ok=True)
+        return True
+
+
+def shard_name(name: str, number: int, count: int) -> str:
+    """Returns the name of the folder of a shard."""
+    return f"{name}-{number:05}-of-{count:05}"
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the checksums of the files in a folder."""
+    write_json(folder / CHECKSUMS, {file.name: digest(file) for file in sorted(folder.iterdir())})
+
+
+def damaged(folder: Path) -> str | None:
+    """Returns the name of a file in a folder that is not what it was when its checksum was written; None if all are."""
+    try:
+        checksums = read_json(folder / CHECKSUMS)
+    except (UserError, OSError):
+        return CHECKSUMS
+    wrong = (name for name, checksum in checksums.items() if not holds(folder / name, checksum))
+    return next(wrong, None)
+
+
+def holds(file: Path, checksum: str) -> bool:
+    """Returns whether a file is there and has a checksum."""
+    return file.is_file() and digest(file) == checksum
+
+
+def join_held_out(folder: Path, shards: Sequence[Path]) -> None:
+    """Writes the held-out documents of several shards into a folder, as if they had been prepared as one."""
+    folder.mkdir()
+    for kind in ("tokens", "spans", "lengths"):
+        with (folder / f"validation.{kind}").open("wb") as stream:
+            for shard in shards:
+                with (shard / f"validation.{kind}").open("rb") as part:
+                    shutil.copyfileobj(part, stream, 2**22)
+    counts = added_up(read_counts(shard, "validation") for shard in shards)
+    with pq.ParquetWriter(folder / "validation.documents.parquet", INDEX) as writer:
+        for shard in shards:
+            with pq.ParquetFile(shard / "validation.documents.parquet") as file:
+                for batch in file.iter_batches():
+                    if counts["documents"] >= FEW:  # a shard of fewer could not know
+                        none: list[list[Any]] = [[]] * len(batch)
+                        batch = batch.from_pydict({**batch.to_pydict(), "cuts": none, "starts": none}, schema=INDEX)
+                    writer.write_batch(batch)
+    write_json(folder / "validation.counts.json", counts | {"dtype": "int32"})
+    write_stretches(folder, "validation")
+    write_checksums(folder)
+
+
+# --- Several processes ---
+
+
+WORKER: list[Preparation] = []
+"""The preparation that this process takes part in, where another one has started it."""
+
+
+def make_shards(
+    preparation: Preparation,
+    shards: Sequence[tuple[str, int, int]],
+    processes: int,
+    again: Callable[[], Preparation],
+) -> Iterator[str | None]:
+    """Makes shards by several processes, and yields for each what was done.
+
+    Args:
+        again: a function that makes the same preparation in a new process.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    if processes == 1:
+        yield from (preparation.make(*shard) for shard in shards)
+        return
+    preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
+    os.environ["LMLAB_PARENT"] = str(os.getpid())
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, begin_worker, (again,))
+    try:
+        for done in as_completed([pool.submit(make_in_worker, *shard) for shard in shards]):
+            yield done.result()
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process of the preparation was killed, as the system does when memory runs out.\n"
+            f"What is done is kept. To go on: {preparation.command}"
+        ) from error
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+
+def begin_worker(make: Callable[[], Preparation]) -> None:
+    """Begins the work of a process that makes shards."""
+    launch.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the process that started this one
+    WORKER[:] = [make()]
+
+
+def make_in_worker(name: str, number: int, count: int) -> str | None:
+    """Makes a shard in a process of its own."""
+    return WORKER[0].make(name, number, count)
+
+
+# --- The data of a run ---
+
+
+class PreparedDirectory(Tokenized):
+    """A directory that was prepared, with all its files as they were written."""
+
+    def __init__(self, path: Path, index: dict[str, Any]):
+        self.path, self.index = path, index
+
+    def prepared(
+        self, names: Sequence[str], choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path, words: bool
+    ) -> Prepared:
+        path, index = self.path, self.index
+        needed = {key: v for key, v in decisive_choices(choices).items() if key not in held_out_beforehand(choices)}
+        here = {f"preprocess.{key}": value for key, value in needed.items()}
+        other = {key: index.get(key) for key, value in here.items() if index.get(key) != value}
+        if other:
+            there = command(*(f"{key}={json.dumps(value)}" for key, value in other.items()))
+            raise UserError(
+                f"data.path={path} was prepared by other choices, which its text can't be freed of.\n"
+                f"To take them, add to the command: {there}"
+            )
+        if content_hash(tokenizer) != index["tokenizer_hash"]:
+            raise UserError(
+                f"data.path={path} was prepared by another tokenizer than this one.\n"
+                "To take the one that it has, leave tokenizer=… out; else prepare the text anew."
+            )
+        if words and not index["whole words"] and tokenizer.is_fast:
+            raise UserError(
+                f"data.path={path} was prepared without the words that objective.whole_word=true needs.\n"
+                "Prepare it into another directory, with that in the command."
+            )
+        train = [path / name for name in index["train"]] if "train" in names else []
+        contained = {"": index["documents_in_training"]} if train else {}
+        return read_prepared(train, {"": path / "validation"}, choices, tokenizer, index["data"], contained)
+
+
+def load_prepared(path: str) -> PreparedDirectory:
+    """Loads a directory that `python -m lmlab.prepare` made.
+
+    The checksums of its files are compared at the first start, and again when a file has changed since.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        UserError: there is no such directory, it is not finished, or a file in it is damaged; names the command that
+            mends it.
+    """
+    folder = Path(path).expanduser()
+    plan = folder / "preparation.json"
+    if not plan.is_file():
+        raise UserError(f"data.path={path} is no directory that python -m lmlab.prepare made. Name one.")
+    finish = read_json(plan)
+    if finish["format"] != FORMAT:
+        raise UserError(f"data.path={path} was prepared by another version of lmlab. Prepare it anew, elsewhere.")
+    if not (folder / "index.json").is_file():
+        raise UserError(f"data.path={path} is half prepared. To finish it: {finish['command']}")
+    index = read_json(folder / "index.json")
+    files = [folder / name for name in index["checksums"]]
+    missing = [file for file in files if not file.is_file()]
+    if not missing:
+        versions, memo = [file_version(file) for file in files], folder / "verified.json"
+        found = read_memo(memo, versions)
+        if found is None:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                found = list(threads.map(digest, files))
+            write_memo(memo, versions, found)
+        expected = index["checksums"].values()
+        missing = [file for file, one, other in zip(files, found, expected, strict=True) if one != other]
+    if missing:
+        more = f" (and {counted(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
+        raise UserError(
+            f"{missing[0]} is not what it was when it was written: it is missing or damaged{more}.\n"
+            f"To make it anew, and no other shard: {finish['command']}"
+        )
+    return PreparedDirectory(folder, index)

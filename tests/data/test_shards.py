@@ -1,0 +1,230 @@
+"""A directory that was prepared in shards holds what preparing all at once gives; a shard is whole or made anew."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from lmlab.data.documents import FEW
+from lmlab.data.options import Preprocessing
+from lmlab.data.prepared import Prepared, prepare
+from lmlab.data.shards import Preparation, load_prepared
+from lmlab.data.sources import Corpus
+from lmlab.data.tokenizers import bpe
+from lmlab.errors import UserError
+
+from ..conftest import TINY, Refused, blocks_of, losses, run_verb
+from .test_preprocess import HARD, corpus_of, random_texts
+
+WHERE = "python -m lmlab.prepare …"
+
+
+def preparation(folder: Path, corpus: Corpus, shards: int = 3, words: bool = False, **choices: Any) -> Preparation:
+    """A preparation with a tokenizer that is learned."""
+
+    def learn(texts: Any) -> PreTrainedTokenizerBase:
+        return bpe(texts, 300)
+
+    return Preparation(folder, corpus, Preprocessing(**choices), learn, {"kind": "bpe"}, words, shards, WHERE)
+
+
+def finish(made: Preparation) -> list[str]:
+    """Makes all shards and the index; returns what was done."""
+    made.begin()
+    done = [made.make(*shard) for shard in made.all_shards()]
+    assert made.merge(any(done))
+    return [line for line in done if line]
+
+
+def read(made: Preparation, **choices: Any) -> Prepared:
+    directory = load_prepared(str(made.folder))
+    return directory.prepared(
+        ("train", "validation"), Preprocessing(**choices), made.tokenizer, made.folder, made.words
+    )
+
+
+def same(one: Prepared, other: Prepared) -> None:
+    """All of the data is the same, to the byte."""
+    assert one.ledger == other.ledger
+    assert one.identity == other.identity
+    for name in ("train", "validation"):
+        blocks = [[block.tolist() for block in blocks_of(data, name)] for data in (one, other)]
+        assert blocks[0] == blocks[1]
+    for field in ("tokens", "spans", "edges", "stretches"):
+        np.testing.assert_array_equal(getattr(one.validation, field), getattr(other.validation, field))
+    for field in ("names", "parts", "starts"):
+        assert getattr(one.validation, field).to_pylist() == getattr(other.validation, field).to_pylist()
+    assert one.validation.hash == other.validation.hash
+
+
+@pytest.mark.parametrize("held_out", [FEW - 1, FEW + 30])
+@pytest.mark.parametrize("shards", [1, 3, 80])
+def test_shards_are_the_whole(shards: int, held_out: int, tmp_path: Path) -> None:
+    """Blocks run on over shards, and held-out documents are named, cut and counted as if there were none."""
+    draw = random.Random(shards)
+    long = ["\n\n".join(["A paragraph of many words. " * 30] * 4), "the same text, of 32 bytes or more"]
+    texts = ["", *HARD, *random_texts(draw, 60), *long]
+    corpus = corpus_of(texts, ["", *long, *random_texts(draw, held_out - 4), long[1]])
+    for choices in ({"block_size": 8}, {"block_size": 5, "drop_remainder_every": 4}):
+        made = preparation(tmp_path / f"{choices['block_size']}", corpus, shards, words=True, **choices)
+        finish(made)
+        found = read(made, **choices)
+        learn, key = made.make_tokenizer, made.tokenizer_key
+        whole = prepare(corpus, made.choices, learn, key, tmp_path / "cache", words=True)
+        same(found, whole)
+        assert found.ledger["validation"].documents_in_training == 3
+        for block in range(len(whole.train)):
+            assert found.train.continues(block).tolist() == whole.train.continues(block).tolist()
+
+
+def test_what_is_drawn_from_one_file(tmp_path: Path) -> None:
+    """Held out by a draw: shards come in the order of the split, of which the records are read in their file's."""
+    corpus = corpus_of(random_texts(random.Random(0), 120))
+    made = preparation(tmp_path / "made", corpus, test_size=0.3)
+    assert len(finish(made)) == 6
+    same(
+        read(made, test_size=0.3, block_size=16),
+        prepare(corpus, Preprocessing(test_size=0.3, block_size=16), made.make_tokenizer, {"k": 1}, tmp_path / "cache"),
+    )
+
+
+def test_a_damaged_shard_is_made_anew_and_no_other(tmp_path: Path) -> None:
+    corpus = corpus_of(random_texts(random.Random(0), 90))
+    made = preparation(tmp_path, corpus)
+    finish(made)
+    whole = prepare(corpus, made.choices, made.make_tokenizer, {"kind": "bpe"}, tmp_path.with_name("cache"))
+    shard = tmp_path / "train-00001-of-00003"
+    before = {path: path.stat().st_ino for path in tmp_path.glob("*-of-*")}
+    content = bytearray((shard / "train.tokens").read_bytes())
+    content[5] ^= 1
+    (shard / "train.tokens").write_bytes(content)
+    with pytest.raises(UserError, match="train-00001-of-00003/train.tokens is not what it was .*\n.*" + WHERE):
+        load_prepared(str(tmp_path))
+    (line,) = finish(preparation(tmp_path, corpus))
+    assert line.startswith("train-00001-of-00003: ")
+    assert "train.tokens had another checksum" in line
+    assert [path for path, inode in before.items() if path.stat().st_ino != inode] == [shard]
+    same(read(made), whole)
+    # What was killed leaves a partial folder at most, and the shard is missing.
+    shard.rename(tmp_path / ".train-00001-of-00003.partial")
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match=f"is half prepared. To finish it: {WHERE}"):
+        load_prepared(str(tmp_path))
+    assert len(finish(preparation(tmp_path, corpus))) == 1
+    same(read(made), whole)
+
+
+def test_tasks_of_an_array_share_the_shards_out(tmp_path: Path) -> None:
+    """Each makes its own; the index is made by the last one, or the next that comes."""
+    made = [preparation(tmp_path, corpus_of(random_texts(random.Random(0), 60))) for _ in range(2)]
+    for task in (0, 1):
+        made[task].begin()
+        lines = [made[task].make(*shard) for shard in made[task].all_shards()[task::2]]
+        assert len([line for line in lines if line]) == 3
+        assert made[task].merge(True) is (task == 1)
+    assert finish(preparation(tmp_path, corpus_of(random_texts(random.Random(0), 60)))) == []
+
+
+def test_a_tokenizer_is_learned_from_a_bounded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shards and at once from the same texts, whatever the number of records."""
+    seen: list[list[str]] = []
+
+    def learn(texts: Any) -> PreTrainedTokenizerBase:
+        seen.append([*texts])
+        return bpe(seen[-1], 300)
+
+    corpus = corpus_of([f"record {i} " + "word " * 20 for i in range(400)])
+    monkeypatch.setattr("lmlab.data.prepared.LEARNED_BYTES", 10_000)
+    made = Preparation(tmp_path / "made", corpus, Preprocessing(), learn, {"kind": "bpe"}, False, 2, WHERE)
+    finish(made)
+    same(read(made), prepare(corpus, Preprocessing(), learn, {"kind": "bpe"}, tmp_path / "cache"))
+    assert seen[0] == seen[1]
+    assert 8_000 < sum(map(len, seen[0])) < 12_000
+    assert len({*seen[0]} & {f"record {i} " + "word " * 20 for i in range(200)}) > 20  # of all parts
+
+
+# --- By commands ---
+
+
+def test_a_prepared_directory_trains_as_its_data_does(
+    train: Callable[..., Path], refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the last bit; and what would be other data is refused in words."""
+    words = [word for word in TINY if word.startswith(("tokenizer", "preprocess"))]
+    place = tmp_path / "made"
+    prepared = ["data=prepared", f"data.path={place}"]
+    others = [word for word in TINY if not word.startswith("tokenizer")]
+    assert f"data.path={place} is no directory that python -m lmlab.prepare made" in refused(
+        "train", *others, *prepared
+    )
+    run_verb("prepare", *words, f"output={place}", "shards=2")
+    assert f"To train: python -m lmlab.train data=prepared data.path={place}" in capsys.readouterr().out
+    runs = [train(*TINY, run_dir=tmp_path / "a"), train(*others, *prepared, run_dir=tmp_path / "b")]
+    assert losses(runs[0]) == losses(runs[1])
+    manifests = [(run / "manifest.json").read_text() for run in runs]
+    for name in ("data_fingerprint", "tokenizer_hash"):
+        (_,) = {line for text in manifests for line in text.splitlines() if name in line}
+    run_verb("evaluate", f"model={runs[1]}", f"hydra.run.dir={tmp_path}/e")
+    assert (tmp_path / "e" / "records.parquet").read_bytes() == (runs[1] / "records.parquet").read_bytes()
+
+    shown = refused("train", *others, *prepared, "preprocess=guide")
+    assert "add to the command: preprocess.join=null preprocess.end_of_text=true" in shown
+    assert "was prepared by another tokenizer" in refused(
+        "train", *others, *prepared, "tokenizer=pretrained", f"tokenizer.name={other_tokenizer(tmp_path)}"
+    )
+    assert "tokenized already, and the tokenizer would have to be learned" in refused(
+        "train", *others, *prepared, "tokenizer=char"
+    )
+    shown = refused("prepare", *words, f"output={place}", "shards=2", "preprocess.test_size=0.2")
+    assert f"{place} holds another preparation: its preprocess.test_size is not of this command" in shown
+    assert f"lmlab.prepare {' '.join(words)} output={place} shards=2" in shown
+    (place / "index.json").unlink()
+    shown = refused("train", *others, *prepared)
+    assert f"half prepared. To finish it: python -m lmlab.prepare {' '.join(words)} output={place} shards=2" in shown
+    assert "is not empty, and holds no preparation" in refused("prepare", f"output={runs[0]}")
+    assert "output has to be given" in refused("prepare")
+
+
+def other_tokenizer(folder: Path) -> Path:
+    bpe(["other text"], 280).save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+def test_a_full_disk(full_disk: Path, refused: Refused) -> None:
+    """Names the command that goes on; no partial shard is left."""
+    shown = refused("prepare", "tokenizer.vocab_size=300", f"output={full_disk}/made", "shards=4")
+    assert f"output={full_disk}/made can't be written: No space left on device." in shown
+    assert "go on: python -m lmlab.prepare tokenizer.vocab_size=300" in shown
+    assert not [*full_disk.rglob("*.partial")]
+
+
+@pytest.mark.long
+def test_several_processes_that_are_killed(tmp_path: Path) -> None:
+    """All of them at once, by SIGKILL; the same command goes on, and what is done stays."""
+    place = tmp_path / "made"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join("some words to be tokenized again and again" * 20 for _ in range(20_000)))
+    words = ["data=files", f"data.train={text}", "data.document=line", "tokenizer.vocab_size=300"]
+    command = [sys.executable, "-m", "lmlab.prepare", *words, f"output={place}", "processes=2", "shards=8"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(done := [*place.glob("train-*")]) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert done
+    assert not (place / "index.json").exists()
+    inodes = {path: path.stat().st_ino for path in done}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert {path: path.stat().st_ino for path in done} == inodes
+    assert len([*place.glob("train-*")]) == 8
+    assert load_prepared(str(place)).index["train"]
