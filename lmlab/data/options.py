@@ -14,7 +14,9 @@ BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""The builder of `datasets` that reads a file, by the file's suffix; `.gz` may follow."""
+"""The builder of `datasets` that reads a file, by the file's suffix; one of `COMPRESSED` may follow."""
+COMPRESSED = (".gz", ".zst")
+"""The suffixes of compressed files."""
 
 
 @dataclass(frozen=True, config={"strict": True})

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from lmlab.data import formats
+from lmlab.data import formats, json_files
+from lmlab.data.compressed import read_long_windows, suffix_of
 from lmlab.data.texts import columns_in, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
@@ -164,7 +165,7 @@ def load_files(
     delimiter: str | None = None,
     filter: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Loads local files: txt, jsonl, json, csv, tsv, each also gzipped (`.gz`), and parquet.
+    """Loads local files: txt, jsonl, json, csv, tsv, each also compressed (`.gz`, `.zst`), and parquet.
 
     Line ends of plain text files become single line feeds. A json file is a list of records or of texts, or an object
     with one list of records in it, whatever its name.
@@ -246,11 +247,12 @@ def read_files(
     # The cache of `datasets` is keyed by path and time, which a copy can keep; this folder is named by content.
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
     read = {file: file for part in files.values() for file in part}
+    read_long_windows()
     if builder != "parquet":
-        for file in read:
+        for number, file in enumerate(read):
             formats.check_encoding(file)
-            if formats.suffix_of(file) == ".json":
-                read[file] = formats.unwrap_json(file, text, cache_dir)
+            if suffix_of(file) == ".json":
+                read[file] = json_files.unwrap_json(file, text, cache_dir / f"{number}.jsonl")
     paths = {part: [glob.escape(str(read[file])) for file in of_part] for part, of_part in files.items()}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `check_files` reports what is wrong with a file
     try:
@@ -273,7 +275,7 @@ def read_files(
     features = next(iter(loaded.values())).features
     # Newer versions of `datasets` read a column of strings and numbers as one of any values.
     if builder == "json" and columns_in(text) & {*features} and not {*paths_in(text)} <= {*text_paths("", features)}:
-        formats.check_kinds(read, text)
+        json_files.check_kinds(read, text)
     return loaded
 
 

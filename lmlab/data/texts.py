@@ -130,7 +130,7 @@ def joined(text: str, found: dict[str, list[list[str]]]) -> Iterator[list[str]]:
 
 
 def refuse_list(value: Any, within: list[str], text: str, path: str) -> None:
-    """Refuses a field of a template that is a list in a record: which of its texts is meant?
+    """Refuses a field of a template that is a list in a record, as it does not say which of its texts is meant.
 
     Raises:
         UserError: names the field, and what can be done.
