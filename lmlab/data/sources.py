@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from lmlab.data import formats, json_files
 from lmlab.data.compressed import read_long_windows, suffix_of
+from lmlab.data.hub_stream import commit_of, read_stream
 from lmlab.data.texts import columns_in, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
@@ -106,6 +107,7 @@ def load_hub(
     train: str = "train",
     validation: str | None = None,
     filter: dict[str, Any] | None = None,
+    keep_raw: bool = True,
 ) -> Corpus:
     r"""Loads a data set of the Hugging Face hub, or a local directory laid out like one.
 
@@ -117,10 +119,19 @@ def load_hub(
         train: split or slice of it, such as `train[:5000]`; in a shell `'data.train="train[:5000]"'`.
         validation: the same; without it a share of `train` is held out.
         filter: the value, or the list of values, of each named column; other records are left out.
+        keep_raw: False to read the files of the hub in a stream, and keep the texts of the records alone.
     """
     import datasets
 
     datasets.disable_progress_bars()
+    if not keep_raw and not Path(path).is_dir():
+        commit = commit_of(path, revision)
+        named = {"train": train} if validation is None else {"train": train, "validation": validation}
+        source = fingerprint("hub stream", path, name, commit, named, text, filter)
+        kept = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
+        read = cache(lambda: read_stream(path, name, commit, named, text, filter or {}, kept, check_filter))
+        streamed = [partial(lambda part: read()[part], part) for part in named]
+        return Corpus(streamed[0], streamed[1] if validation else None, text, source)
     splits = [train] if validation is None else [train, validation]
     with from_hub("data set", path, "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
