@@ -1,8 +1,8 @@
 """The choices of data preparation. A config is checked by them without importing torch or transformers."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 BUILDERS = {
@@ -42,3 +42,10 @@ class Preprocessing:
     """The seed that decides which records are held out; it is not `seed`, so that runs of all seeds share one split."""
     max_records: Annotated[int, Ge(1)] | None = None
     """The number of training records to use; null uses all."""
+    decontaminate: Literal["report", "drop"] | None = None
+    """What is done with training documents that occur a second time in the held-out text, the training text or the
+    benchmarks: null does not look for them, report counts them in the ledger, drop leaves them out as well."""
+    similarity: Annotated[float, Gt(0), Le(1)] = 0.8
+    """The Jaccard similarity from which on two documents count as near-duplicates; Lee et al. (2022) take 0.8."""
+    benchmarks: str | list[str] | None = None
+    """The files of test sets, by path or glob, whose items `decontaminate` looks for in the training documents."""

@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lmlab.data.decontaminate import count_duplicates, key_of_dropped, mark_duplicates, training_texts
 from lmlab.data.documents import UNKNOWN, Documents, open_index, read_documents, read_lengths, reorder
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
@@ -27,7 +28,7 @@ from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file, utf8
 from lmlab.data.tokenizers import content_hash
 from lmlab.errors import UserError
-from lmlab.io import locked, replaced
+from lmlab.io import write_once
 
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
@@ -49,6 +50,21 @@ class Ledger:
     documents_in_training: int | None = None
     """The number of held-out documents of 32 bytes or more that are equal to a training document or a part of one
     (overlap.py). None for the training split itself, and if the training text is not read."""
+    documents_equal_to_held_out: int | None = None
+    """The number of training documents that are equal to a held-out one (duplicates.py). This and the next six are None
+    where `preprocess.decontaminate` does not ask for them; under `drop` they are in no other count."""
+    documents_near_held_out: int | None = None
+    """The number of those that are near-duplicates of a held-out one."""
+    documents_with_test_items: int | None = None
+    """The number of those others that contain an item of a benchmark."""
+    documents_repeated: int | None = None
+    """The number of those others that are equal to an earlier training document."""
+    documents_nearly_repeated: int | None = None
+    """The number of those others that are near-duplicates of an earlier one."""
+    duplicate_bytes: int | None = None
+    """The number of UTF-8 bytes of these five kinds together."""
+    duplicate_tokens: int | None = None
+    """The number of their tokens."""
     bytes: int
     """The number of UTF-8 bytes of the documents."""
     tokens: int
@@ -154,17 +170,21 @@ def prepare(
         words: True to keep which tokens of the training text continue a word, see `Blocks.continues`.
     """
     parts = once(lambda: split(corpus, choices))
+    marks = mark_duplicates(parts, corpus, choices, cache)
 
     def write_tokenizer(folder: Path) -> None:
-        make_tokenizer(chain.from_iterable(flatten(parts()["train"], corpus.text))).save_pretrained(folder)
+        texts = training_texts(parts()["train"], corpus, choices, marks)
+        make_tokenizer(chain.from_iterable(texts)).save_pretrained(folder)
 
     if tokenizer_key is None:
         tokenizer = make_tokenizer([])
     else:
         held_out = [choices.test_size, choices.split_seed, choices.max_records]
-        key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key)
+        key = fingerprint(
+            FORMAT, corpus.fingerprint, corpus.text, held_out, tokenizer_key, *key_of_dropped(marks, choices)
+        )
         tokenizer = AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write_tokenizer))
-    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache, words)
+    return prepare_splits(("train", "validation"), parts, corpus, choices, tokenizer, cache, words, marks)
 
 
 def prepare_validation(
@@ -187,26 +207,38 @@ def prepare_splits(
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
     words: bool = False,
+    marks: Path | None = None,
 ) -> Prepared:
     """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks."""
     tokenizer_hash = content_hash(tokenizer)
     # The files do not depend on how documents are cut into blocks.
     decisive = asdict(replace(choices, block_size=2, drop_remainder_every=None))
+    for name in ("decontaminate", "similarity", "benchmarks"):  # the marks stand for them
+        del decisive[name]
     folders, bounds, ledger = {}, {}, {}
     for name in names:
         # Without a fast tokenizer no token's word is known, and the objective refuses to be made.
         more = ["words"] if words and name == "train" and tokenizer.is_fast else []
+        if name == "train":
+            more += key_of_dropped(marks, choices)
         key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, decisive, tokenizer_hash, *more)
 
-        def write(folder: Path, name: str = name, words: bool = bool(more)) -> None:
-            records, order = sort_by_file(parts()[name]) if name == "validation" else (parts()[name], None)
-            write_split(folder, name, flatten(records, corpus.text), tokenizer, choices, order, words)
+        def write(folder: Path, name: str = name, words: bool = "words" in more) -> None:
+            if name == "train":
+                texts, order = training_texts(parts()[name], corpus, choices, marks), None
+            else:
+                records, order = sort_by_file(parts()[name])
+                texts = flatten(records, corpus.text)
+            write_split(folder, name, texts, tokenizer, choices, order, words)
 
         folders[name] = write_once(cache / f"tokens-{key}", write)
         bounds[name], ledger[name] = cut_blocks(folders[name], name, choices)
     if "train" in names:
-        contained = count_in_training(parts, corpus, choices, cache)
+        contained = count_in_training(parts, corpus, choices, cache, marks)
         ledger["validation"] = replace(ledger["validation"], documents_in_training=contained)
+        if marks is not None:
+            found = count_duplicates(marks, parts, corpus, choices, tokenizer, tokenizer_hash, cache)
+            ledger["train"] = replace(ledger["train"], **found)
     return Prepared(
         tokenizer,
         Blocks(folders["train"] / "train.tokens", bounds["train"]) if "train" in names else None,
@@ -219,39 +251,22 @@ def prepare_splits(
 
 
 def count_in_training(
-    parts: "Callable[[], Mapping[str, Dataset]]", corpus: Corpus, choices: Preprocessing, cache: Path
+    parts: "Callable[[], Mapping[str, Dataset]]",
+    corpus: Corpus,
+    choices: Preprocessing,
+    cache: Path,
+    marks: Path | None,
 ) -> int:
     """Counts the held-out documents that occur whole in the training text, unless the cache has their number."""
 
     def write(folder: Path) -> None:
-        texts = (flatten(parts()[name], corpus.text) for name in ("train", "validation"))
+        training = training_texts(parts()["train"], corpus, choices, marks)
+        texts = training, flatten(parts()["validation"], corpus.text)
         (folder / "documents").write_text(str(count_contained(*(join_texts(each, choices.join) for each in texts))))
 
     decisive = [choices.join, choices.test_size, choices.split_seed, choices.max_records]
-    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive)
+    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive, *key_of_dropped(marks, choices))
     return int((write_once(cache / f"overlap-{key}", write) / "documents").read_text())
-
-
-def write_once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Lets `write` fill a folder, whole or not at all, unless it is there already; returns its path.
-
-    Of several processes one writes and the others wait, here and not inside a collective.
-    """
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cache_dir={path.parent} can't be made: {error.strerror}. Name another.") from error
-
-    def fill(folder: Path) -> None:
-        folder.mkdir()
-        write(folder)
-
-    with locked(path.with_name(f"{path.name}.lock")):
-        if not path.exists():
-            replaced(path, fill)
-    return path
 
 
 def write_split(

@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 from lmlab.data import formats, json_files
 from lmlab.data.compressed import read_long_windows, suffix_of
 from lmlab.data.hub_stream import commit_of, read_stream
-from lmlab.data.texts import columns_in, paths_in, text_paths
+from lmlab.data.texts import columns_in, flatten, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
 from lmlab.io import write_text
@@ -198,7 +199,7 @@ def load_files(
             f'data.document is one of {", ".join(SAMPLE_BY)}, not "{document}".{nearest(document, SAMPLE_BY)}'
         )
     named = {"train": train, "validation": validation}
-    files = {part: find_files(patterns, part) for part, patterns in named.items() if patterns is not None}
+    files = {part: find_files(patterns, f"data.{part}") for part, patterns in named.items() if patterns is not None}
     if not files:
         raise UserError("no file is named: add data.train=… or data.validation=… to the command.")
     everything = [file for part in files.values() for file in part]
@@ -241,6 +242,21 @@ def load_files(
     records = {part: partial(records_of, part) for part in files}
     kept = fingerprint(source, filter) if filter else source
     return Corpus(records.get("train"), records.get("validation"), text, kept, plain=builder == "text")
+
+
+def load_items(patterns: str | Sequence[str]) -> tuple[Callable[[], Iterator[str]], str]:
+    """Returns a function that reads all texts in the records of test sets, and a hash of their files.
+
+    A line of a plain text file is a text.
+    """
+    corpus = load_files([str(file) for file in find_files(patterns, "preprocess.benchmarks")], "", document="line")
+
+    def texts() -> Iterator[str]:
+        assert corpus.train is not None
+        for path in dict.fromkeys(text_paths("", corpus.train.features)):
+            yield from chain.from_iterable(flatten(corpus.train, path))
+
+    return texts, corpus.fingerprint
 
 
 def read_files(
@@ -290,24 +306,28 @@ def read_files(
     return loaded
 
 
-def find_files(patterns: str | Sequence[str], part: str) -> list[Path]:
-    """Returns the files that paths or globs name, those of each glob sorted, and no file twice."""
+def find_files(patterns: str | Sequence[str], key: str) -> list[Path]:
+    """Returns the files that paths or globs name, those of each glob sorted, and no file twice.
+
+    Args:
+        key: the config key that names them.
+    """
     given = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
-        raise UserError(f"data.{part} is a path, a glob, or a list of them, not {patterns}.")
+        raise UserError(f"{key} is a path, a glob, or a list of them, not {patterns}.")
     found: dict[Path, None] = {}
     for pattern in map(os.path.expanduser, given):
         with reading(pattern):
             if Path(pattern).is_dir():
-                raise UserError(f"data.{part}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
+                raise UserError(f"{key}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
             # A file name may contain the special characters of a glob.
             matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
             files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
-            raise UserError(f'data.{part}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
+            raise UserError(f'{key}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
         found |= dict.fromkeys(files)
     if not any(file.stat().st_size for file in found):
-        raise UserError(f"the data set is empty: data.{part}={patterns} holds no byte. Name a file with text in it.")
+        raise UserError(f"the data set is empty: {key}={patterns} holds no byte. Name a file with text in it.")
     return [*found]
 
 

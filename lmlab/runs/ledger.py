@@ -19,6 +19,7 @@ def show_ledger(ledger: Mapping[str, "Ledger"]) -> None:
     rows = (
         [name.replace("_", " "), *("" if counts[name] is None else f"{counts[name]:,}" for counts in splits)]
         for name in splits[0]
+        if any(counts[name] is not None for counts in splits)
     )
     show_rows("Ledger", ["", *ledger], rows)
     log_doubts(ledger)
