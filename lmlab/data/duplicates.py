@@ -13,7 +13,7 @@ A document contains an item of a benchmark if they have 13 words in a row in com
 of the document, and let words pass that occur in more than ten documents.
 
 Words are compared in lower case and without punctuation; a Chinese or Japanese character is a word. Documents of fewer
-than 32 bytes (`WINDOW` of overlap.py) never count. Memory is that of one chunk of text, and about 60 bytes a document.
+than 32 bytes (`WINDOW` of overlap.py) never count. Memory is that of one chunk of text, and about 140 bytes a document.
 """
 
 import re
@@ -173,7 +173,7 @@ def group_documents(hashes: np.ndarray, file: Path, similarity: float) -> tuple[
     parents = first.copy()
     if len(different):
         minima = np.memmap(file, np.uint32, "r").reshape(-1, HASHES)
-        different = different[minima[different].any(axis=1)] if len(different) else different
+        different = different[minima[different, :2].any(axis=1)]  # those that have a word
         for one, other in near_pairs(minima, different, similarity):
             one, other = root_of(parents, one), root_of(parents, other)
             parents[max(one, other)] = min(one, other)
@@ -200,8 +200,8 @@ def near_pairs(minima: np.ndarray, documents: np.ndarray, similarity: float) -> 
     rows = rows_of_band(similarity)
     for band in range(0, HASHES, rows):
         keys = np.zeros(len(documents), np.uint64)
-        for column in range(band, band + rows):
-            keys = mixed(keys + minima[documents, column])
+        for column in minima[documents, band : band + rows].T:
+            keys = mixed(keys + column)
         order = np.argsort(keys, kind="stable")
         keys, sorted_documents = keys[order], documents[order]
         same = np.flatnonzero(keys[1:] == keys[:-1]) + 1
