@@ -1,13 +1,20 @@
-"""Explains failed loads from the Hugging Face hub, and does not wait for a hub that does not answer."""
+"""Loads from the Hugging Face hub: what a failed one means, which requests are repeated, and when none is made."""
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any, TypeVar
 
-from lmlab.errors import UNWRITABLE, UserError, first_line, out_of_memory
+from lmlab.errors import UNWRITABLE, UserError, causes, first_line, out_of_memory
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+TRIES = 4
+"""The attempts at a request that fails for now."""
 
 
 def check_directory(kind: str, name: str, key: str) -> None:
@@ -125,3 +132,50 @@ def silence_http() -> None:
     """Hides what the HTTP library logs of each request, at the level of a run's own news."""
     for library in ("httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Returns the errors of a connection that fails: of the HTTP library, and of hf_xet, which sends large files."""
+    from huggingface_hub.errors import HTTPError
+
+    return HTTPError, ConnectionError, TimeoutError
+
+
+def retry(call: Callable[[], T]) -> T:
+    """Calls a function that asks the hub, again where the connection or the hub fails for now.
+
+    The function looks at what the hub has, so that a change whose answer was lost is not made twice.
+    """
+    for left in range(TRIES, 0, -1):
+        try:
+            return call()
+        except Exception as error:
+            wait = seconds_to_wait(error, TRIES - left)
+            if wait is None or left == 1:
+                raise
+            LOG.debug("asking the hub again in %s seconds", wait, exc_info=True)
+            time.sleep(wait)
+    raise AssertionError
+
+
+def seconds_to_wait(error: BaseException, tried: int) -> float | None:
+    """Returns how long to wait before another attempt; None if it would end as this one did."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in causes(error):
+        if isinstance(cause, UserError):
+            return None
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            if status == 429:
+                return retry_after(cause.response) or 2.0**tried
+            return 2.0**tried if status >= 500 else None
+        if isinstance(cause, connection_errors()):
+            return 2.0**tried
+    return None
+
+
+def retry_after(response: Any) -> float | None:
+    """Returns the seconds that the hub asks to wait before the next request; None if it does not say."""
+    asked = response.headers.get("Retry-After", "").strip()
+    return float(asked) if asked.isdecimal() else None

@@ -90,6 +90,28 @@ def replaced(path: Path, write: Callable[[Path], Any]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def write_once(path: Path, write: Callable[[Path], None]) -> Path:
+    """Lets `write` fill a folder, whole or not at all, unless it is there already; returns its path.
+
+    Of several processes one writes and the others wait, here and not inside a collective.
+    """
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir={path.parent} can't be made: {error.strerror}. Name another.") from error
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        write(folder)
+
+    with locked(path.with_name(f"{path.name}.lock")):
+        if not path.exists():
+            replaced(path, fill)
+    return path
+
+
 def write_out(folder: Path, files: Iterable[tuple[str, str | bytes]], instead_of: Iterable[str] = ()) -> None:
     """Writes the files of a command's `--out` folder: all of them or, where one can't be written, none.
 

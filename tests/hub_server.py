@@ -52,7 +52,8 @@ class Failure:
 
     pattern: str
     status: int
-    """Of the answer; 0 reads half of what is sent, and drops the line; -1 answers as ever, and drops the answer."""
+    """Of the answer; 0 reads half of what is sent, and drops the line; -1 answers as ever, and drops the answer; -2
+    sends half of it before it drops the line."""
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     passed: int = 0
@@ -105,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
                 if failure is not None and failure.status > 0:
                     raise Refused(failure.status)
                 headers, content = self.server.answer(self.command, url, body, self.headers.get("Authorization"))
-                status = 200
+                status, headers, content = part_of(content, headers, self.headers.get("Range"))
             except Refused as refused:
                 status, headers, content = refused.status, refused.headers, refused.body
         if failure is not None:
@@ -117,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(name, value)
         self.end_headers()
+        if failure is not None and failure.status == -2:
+            self.close_connection = True
+            content = content[: len(content) // 2]
         if self.command != "HEAD":
             self.wfile.write(content)
 
@@ -327,6 +331,17 @@ class Hub(ThreadingHTTPServer):
                 files.pop(value["path"])
         made = repository.add(branch, files, message)
         return {"commitUrl": f"{self.endpoint}/{name}/commit/{made}", "commitOid": made}
+
+
+def part_of(content: bytes, headers: dict[str, str], asked: str | None) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and content of an answer, of which a request may ask for a range of bytes."""
+    if asked is None:
+        return 200, headers, content
+    first, last = asked.removeprefix("bytes=").split("-")
+    if int(first) >= len(content):
+        return 416, {}, b""
+    part = content[int(first) : int(last) + 1 if last else None]
+    return 206, headers | {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"}, part
 
 
 def as_json(content: Any) -> tuple[dict[str, str], bytes]:

@@ -259,7 +259,7 @@ WHERE_TEXTS_ARE = ['Did you mean "answers.text"?', "answers.text, title"]
         pytest.param("a.txt", "", [], ["data set is empty", "data.train=", "a.txt"], id="empty txt"),
         pytest.param("a.jsonl.gz", gzip.compress(b""), [], ["a.jsonl.gz: no record"], id="empty gz"),
         pytest.param("a.csv", "text\n", [], ["a.csv: could not be read", "no data"], id="csv of a header"),
-        pytest.param("a.json", "[]", [], ["a.json: could not be read", "no data"], id="json of no record"),
+        pytest.param("a.json", "[]", [], ["a.json: no record"], id="json of no record"),
         pytest.param("a.jsonl", '{"text": ""}\n' * 30, [], ["gives no token", "data.text"], id="empty texts"),
         pytest.param(
             "a.jsonl", '{"text": null}\n' * 30, [], ["none of the 29 train records", "data.text"], id="null texts"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
@@ -23,7 +24,7 @@ from lmlab.data.tokenizers import bpe
 from lmlab.models.loading import from_scratch
 
 from .conftest import metrics
-from .hub_server import Hub, Repositories, serving
+from .hub_server import Failure, Hub, Repositories, serving
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -125,6 +126,58 @@ def assert_plain(done: subprocess.CompletedProcess[str], *named: str) -> None:
     # Nor in what goes to the screen or the log besides.
     assert "Traceback" not in done.stdout
     assert "Retrying" not in done.stdout
+
+
+STREAMED = """
+import json, sys
+from lmlab.data.sources import load_hub
+corpus = load_hub("me/posts", "{title}: {body}", keep_raw=False, **json.loads(sys.argv[1]))
+print(json.dumps([corpus.fingerprint, corpus.train.column_names, corpus.train["body"][:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("jsonl", marks=pytest.mark.longest), pytest.param("parquet", marks=pytest.mark.long)]
+)
+def test_stream(kind: str, tmp_path: Path) -> None:
+    """A hub that is busy, and a line that breaks: each record comes once, no raw file stays, a commit needs no hub."""
+    rows = [{"title": f"t{i}", "body": f"{i} " + "words " * 40, "lang": "de" if i % 3 else "en"} for i in range(3000)]
+    data, home = tmp_path / "posts", tmp_path / "huggingface"
+    data.mkdir()
+    if kind == "jsonl":
+        (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data / "train.parquet", row_group_size=500)
+
+    def load(endpoint: str, **options: object) -> tuple[str, list[str], list[str]]:
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+        env |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(Path(lmlab.__file__).parents[1])}
+        words = [sys.executable, "-c", STREAMED, json.dumps(options)]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    file = "GET /datasets/me/posts/resolve/.*/train.*"
+    with serving({"dataset": {"me/posts": data}}) as hub:
+        hub.failures = [
+            Failure("GET /api/datasets/me/posts", 429, headers={"Retry-After": "1"}),
+            Failure("GET /api/datasets/me/posts/revision/.*", 429, headers={"Retry-After": "1"}),
+            Failure(file, 429, headers={"Retry-After": "1"}, passed=1),
+            Failure(file, -2),
+        ]
+        began = time.monotonic()
+        made, columns, bodies = load(hub.endpoint, filter={"lang": "en"})
+        assert time.monotonic() - began > 3  # it waited as it was told
+        assert bodies == [row["body"] for row in rows[::3]]
+        assert columns == ["title", "body"]
+        assert [failure.times for failure in hub.failures] == [0, 0, 0, 0]
+        assert load(hub.endpoint, train="train[2990:2998]")[2] == [row["body"] for row in rows[2990:2998]]
+        commit = hub.commit("dataset", "me/posts")
+        again = len(hub.requests)
+        assert load(hub.endpoint, filter={"lang": "en"}, revision=commit) == [made, columns, bodies]
+        assert hub.requests[again:] == []
+    assert not [*home.rglob(f"train.{kind}")]
+    assert len([*home.rglob("lmlab-*/train.arrow")]) == 2
 
 
 @pytest.mark.longest

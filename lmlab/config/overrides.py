@@ -115,9 +115,9 @@ def explain_word(words: Sequence[str], number: int) -> str:
 
 def is_file(text: str) -> bool:
     """Returns whether a text names a file, or several, of those that hold text."""
-    from lmlab.data.options import BUILDERS
+    from lmlab.data.options import BUILDERS, COMPRESSED
 
-    return text.endswith((*BUILDERS, ".gz")) or Path(text).is_file()
+    return text.endswith((*BUILDERS, *COMPRESSED)) or Path(text).is_file()
 
 
 def suggest(group: str, text: str, split: str = "data.train") -> str | None:

@@ -3,36 +3,25 @@
 import codecs
 import csv
 import glob
-import gzip
-import hashlib
 import io
-import json
-import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from lmlab.data.options import BUILDERS
-from lmlab.data.texts import columns_in, kinds_at, paths_in, split_path
+from lmlab.data.compressed import DAMAGED, damage_named, open_file, suffix_of, text_lines
+from lmlab.data.json_files import check_kinds
+from lmlab.data.options import BUILDERS, COMPRESSED
+from lmlab.data.texts import columns_in
 from lmlab.errors import UserError, causes, first_line, reading
-from lmlab.io import locked, write_beside
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
-"""The errors of a gzip file that is damaged, or is no gzip file."""
-UNREADABLE = (ValueError, OSError, EOFError, zlib.error, StopIteration)
+UNREADABLE = (ValueError, OSError, *DAMAGED, StopIteration)
 """The errors of a file that is damaged, or is of another format than its suffix says."""
 HEAD = 8000
 """The number of bytes by which a file is taken for text or not, as by git."""
-
-
-def suffix_of(file: Path) -> str:
-    """Returns the suffix that tells a file's format: `.txt` for `a.txt` and for `A.TXT.gz`."""
-    return Path(file.name.removesuffix(".gz")).suffix.lower()
 
 
 def builder_for(files: list[Path]) -> str:
@@ -42,7 +31,7 @@ def builder_for(files: list[Path]) -> str:
         if suffix not in BUILDERS:
             raise UserError(
                 f"{file}: files {f'that end in {suffix}' if suffix else 'without a suffix'} are not read. "
-                f"Those that are: {', '.join(BUILDERS)} (also with .gz)."
+                f"Those that are: {', '.join(BUILDERS)} (also with {' or '.join(COMPRESSED)})."
             )
     suffixes = sorted({suffix_of(file) for file in files})
     builders = {BUILDERS[suffix] for suffix in suffixes}
@@ -82,13 +71,8 @@ def guess_delimiter(file: Path, text: str) -> str:
     return max(fit or columns, key=lambda delimiter: len(columns[delimiter]))
 
 
-def open_file(file: Path) -> io.BufferedIOBase:
-    """Opens a file for reading its bytes, decompressed."""
-    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
-
-
 def read_head(file: Path) -> bytes:
-    """Reads the first bytes of a file, decompressed; none if it is a damaged gzip file."""
+    """Reads the first bytes of a file, decompressed; none if it is compressed and damaged."""
     with suppress(*DAMAGED), reading(file), open_file(file) as stream:
         return stream.read(HEAD)
     return b""
@@ -115,100 +99,6 @@ def check_encoding(file: Path) -> None:
     )
 
 
-def unwrap_json(file: Path, text: str, folder: Path) -> Path:
-    """Returns the path of a json file that `datasets` reads as records.
-
-    For an object with one list of records in it, this is a copy of the list, written into a folder. Any other file is
-    read as it is, also an object that has the text and is thus a record.
-    """
-    whole: dict[str, Any] = {}
-    # `check_files` reports what is wrong with a file.
-    with suppress(*DAMAGED, ValueError), reading(file):
-        if read_head(file).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"{") and not has_json_lines(file):
-            with open_file(file) as stream:
-                whole = json.load(stream)
-    if columns_in(text) & whole.keys():
-        return file
-    lists = [
-        name
-        for name, value in whole.items()
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    ]
-    if not lists:
-        return file
-    if len(lists) > 1:
-        raise UserError(
-            f"{file}: one object, with {len(lists)} lists of records: {', '.join(lists)}.\n"
-            f"Make a file of one of them, such as by jq .{lists[0]}."
-        )
-    content = json.dumps(whole[lists[0]]).encode()
-    copy = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(copy.with_suffix(".lock")):
-        if not copy.exists():  # else `datasets` would take it for another
-            write_beside(copy, partial(Path.write_bytes, data=content))
-    return copy
-
-
-def has_json_lines(file: Path) -> bool:
-    """Returns whether each line of a json file is a record: by its suffix, or since the first of several is JSON."""
-    if suffix_of(file) == ".jsonl":
-        return True
-    with suppress(ValueError), open_file(file) as stream:
-        first = stream.readline()
-        if any(map(bytes.strip, stream)):
-            json.loads(first)
-            return True
-    return False
-
-
-def text_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines of a text file with their numbers, from 1.
-
-    Raises:
-        UserError: a line is not UTF-8.
-    """
-    with open_file(file) as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield number, line.decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start} of the line).\n"
-                    "Convert it first, such as by iconv -f latin1 -t utf-8."
-                ) from error
-
-
-def json_records(file: Path, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the values in a json file, each with the name of its position in the file.
-
-    Args:
-        path: the path that is read for the file, see `unwrap_json`.
-
-    Raises:
-        UserError: the file is malformed.
-    """
-    lines: Iterable[tuple[int, str]] = text_lines(path)
-    if not has_json_lines(path):
-        lines = [(1, "".join(line for _, line in lines))]
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}, line {number + error.lineno - 1}: malformed JSON ({error.msg} at column {error.colno}).\n"
-                "Fix that line, or leave the file out."
-            ) from error
-        if suffix_of(file) == ".jsonl" and not isinstance(value, dict):
-            raise UserError(f"{file}, line {number}: not a JSON object, as each line of a .jsonl file is.")
-        if isinstance(value, list):
-            yield from ((f"{file}, record {place}", record) for place, record in enumerate(value, 1))
-        else:
-            yield f"{file}, line {number}", value
-
-
 def check_files(files: Mapping[Path, Path], builder: str, text: str, options: dict[str, Any]) -> None:
     """Refuses files for the first fault in them: not UTF-8, malformed, damaged, or unlike another of them.
 
@@ -224,15 +114,14 @@ def check_files(files: Mapping[Path, Path], builder: str, text: str, options: di
     schemas = {}
     for file, path in files.items():
         try:
-            if builder == "json":
-                check_kinds({file: path}, text)
-            elif builder != "parquet":
-                deque(text_lines(file), maxlen=0)
+            with damage_named(file):
+                if builder == "json":
+                    check_kinds({file: path}, text)
+                elif builder != "parquet":
+                    deque(text_lines(file), maxlen=0)
             # Any other fault shows when the file is read alone.
             alone = datasets.load_dataset(builder, data_files=glob.escape(str(path)), **options)
             schemas[file] = alone["train"].features.arrow_schema
-        except DAMAGED as error:
-            raise UserError(f"{file}: not a whole gzip file ({error}). Get it again, or leave it out.") from error
         except (datasets.exceptions.DatasetGenerationError, *UNREADABLE) as error:
             *_, deepest = causes(error)
             why = "no record" if isinstance(deepest, StopIteration) else f"could not be read: {first_line(deepest)}"
@@ -252,23 +141,3 @@ def check_columns(schemas: Mapping[Path, Any], text: str) -> None:
                     f'the data files differ in the column "{name}": {shorten(there, 60)} in {first}, '
                     f"{shorten(here, 60)} in {file}.\nWrite all of them alike, or leave one of the files out."
                 )
-
-
-def check_kinds(files: Mapping[Path, Path], text: str) -> None:
-    """Refuses json files in which two records have texts of different kinds, such as a number and a string."""
-    kinds: dict[str, tuple[str, str]] = {}
-    for file, path in files.items():
-        for where, record in json_records(file, path):
-            if not isinstance(record, dict):
-                continue
-            for field in paths_in(text):
-                column, within = split_path(field, [*record])
-                for kind in kinds_at(record.get(column), within):
-                    kind_before, before = kinds.get(field, (kind, where))
-                    if kind != kind_before:
-                        value = shorten(json.dumps(record[column], ensure_ascii=False), 40, placeholder=" …")
-                        raise UserError(
-                            f"{where}: data.text={field} is {kind} ({value}), and {kind_before} in {before}.\n"
-                            "Write all of them alike, or leave that record out."
-                        )
-                    kinds[field] = kind, where

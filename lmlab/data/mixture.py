@@ -38,7 +38,7 @@ from lmlab.data.prepared import (
     prepare_splits,
     prepare_validation,
 )
-from lmlab.data.preprocess import split
+from lmlab.data.preprocess import Source, split
 from lmlab.data.sampler import LISTED, ROUNDS, Draw, epoch_order, order_keys, permute
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.errors import UserError
@@ -300,8 +300,12 @@ def prepare_mixture(
     """
     names, prepared = ("train", "validation"), {}
     texts = {name: corpus for name, corpus in mixture.corpora.items() if isinstance(corpus, Corpus)}
-    parts = {name: once(partial(split, corpus, choices)) for name, corpus in texts.items()}
-    training = [(corpus, parts[name]) for name, corpus in texts.items()]
+    if choices.decontaminate:
+        raise UserError(
+            "preprocess.decontaminate is for one source, and compares nothing across those of a mixture. Leave it out."
+        )
+    sources = {name: Source(corpus, once(partial(split, corpus, choices))) for name, corpus in texts.items()}
+    training = [*sources.values()]
     if tokenizer_key is not None and len(texts) < len(mixture.corpora):
         raise UserError(LEARNED)
     tokenizer = learn_tokenizer(training, choices, make_tokenizer, tokenizer_key, cache)
@@ -309,8 +313,7 @@ def prepare_mixture(
         if isinstance(corpus, Tokenized):
             prepared[name] = corpus.prepared(names, choices, tokenizer, cache, words)
         else:
-            of_source = parts[name], corpus
-            prepared[name] = prepare_splits(names, *of_source, choices, tokenizer, cache, words, training)
+            prepared[name] = prepare_splits(names, sources[name], choices, tokenizer, cache, words, training)
     return join_sources(mixture, prepared, choices)
 
 

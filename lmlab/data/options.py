@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
 BUILDERS = {
@@ -14,7 +14,9 @@ BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""The builder of `datasets` that reads a file, by the file's suffix; `.gz` may follow."""
+"""The builder of `datasets` that reads a file, by the file's suffix; one of `COMPRESSED` may follow."""
+COMPRESSED = (".gz", ".zst")
+"""The suffixes of compressed files."""
 
 
 @dataclass(frozen=True, config={"strict": True})
@@ -47,6 +49,13 @@ class Preprocessing:
     on nor scored. null scores all of the share."""
     max_records: Annotated[int, Ge(1)] | None = None
     """The number of training records to use; null uses all."""
+    decontaminate: Literal["report", "drop"] | None = None
+    """What is done with training documents that occur a second time in the held-out text, the training text or the
+    benchmarks: null does not look for them, report counts them in the ledger, drop leaves them out as well."""
+    similarity: Annotated[float, Gt(0), Le(1)] = 0.8
+    """The Jaccard similarity from which on two documents count as near-duplicates; Lee et al. (2022) take 0.8."""
+    benchmarks: str | list[str] | None = None
+    """The files of test sets, by path or glob, whose items `decontaminate` looks for in the training documents."""
 
 
 @dataclass(frozen=True, config={"strict": True})

@@ -20,6 +20,7 @@ import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lmlab.data.decontaminate import count_duplicates, key_of_dropped, mark_duplicates, training_texts
 from lmlab.data.documents import (
     UNKNOWN,
     Documents,
@@ -32,18 +33,27 @@ from lmlab.data.documents import (
 )
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
-from lmlab.data.preprocess import Bounds, Parts, Slices, group_texts, join_texts, lengths_of, split, tokenize
+from lmlab.data.preprocess import (
+    Bounds,
+    Parts,
+    Slices,
+    Source,
+    group_texts,
+    held_out_by,
+    join_texts,
+    lengths_of,
+    split,
+    tokenize,
+)
 from lmlab.data.sampler import draw_subset
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file, utf8
 from lmlab.data.tokenizers import content_hash, smallest_dtype
 from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.errors import UserError
-from lmlab.io import locked, replaced
+from lmlab.io import write_once
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # see sources.py
-
     from lmlab.data.mixture import MixedBlocks
 
 FORMAT = 5
@@ -73,6 +83,21 @@ class Ledger:
     documents_in_training: int | None = None
     """The number of held-out documents of 32 bytes or more that are equal to a training document or a part of one
     (overlap.py). None for the training split itself, and if the training text is not read."""
+    documents_equal_to_held_out: int | None = None
+    """The number of training documents that are equal to a held-out one (duplicates.py). This and the next six are None
+    where `preprocess.decontaminate` does not ask for them; under `drop` they are in no other count."""
+    documents_near_held_out: int | None = None
+    """The number of those that are near-duplicates of a held-out one."""
+    documents_with_test_items: int | None = None
+    """The number of those others that contain an item of a benchmark."""
+    documents_repeated: int | None = None
+    """The number of those others that are equal to an earlier training document."""
+    documents_nearly_repeated: int | None = None
+    """The number of those others that are near-duplicates of an earlier one."""
+    duplicate_bytes: int | None = None
+    """The number of UTF-8 bytes of these five kinds together."""
+    duplicate_tokens: int | None = None
+    """The number of their tokens."""
     bytes: int | None = None
     """The number of UTF-8 bytes of the documents; as the unknown ones None where it can't be told from their tokens."""
     tokens: int
@@ -212,24 +237,28 @@ def prepare(
             raise UserError(LEARNED)
         return corpus.prepared(names, choices, make_tokenizer([]), cache, words)
     parts = once(lambda: split(corpus, choices))
-    tokenizer = learn_tokenizer([(corpus, parts)], choices, make_tokenizer, tokenizer_key, cache)
-    return prepare_splits(names, parts, corpus, choices, tokenizer, cache, words)
+    source = Source(corpus, parts, mark_duplicates(parts, corpus, choices, cache))
+    tokenizer = learn_tokenizer([source], choices, make_tokenizer, tokenizer_key, cache)
+    return prepare_splits(names, source, choices, tokenizer, cache, words)
 
 
-def tokenizer_texts(records: "Dataset", text: str) -> Iterator[str]:
-    """Yields the training texts that a tokenizer is learned from: all of them, or of a large corpus a random part.
-
-    Args:
-        text: the dotted path of the text in a record.
-    """
+def tokenizer_texts(source: Source, choices: Preprocessing) -> Iterator[str]:
+    """Yields the training texts that a tokenizer is learned from: all of them, or of a large corpus a random part."""
+    records = source.parts().train
+    assert records is not None
+    texts = training_texts(source, choices)
     if records.data.nbytes > LEARNED_BYTES:  # of the whole file, the held-out records included
         count = max(1, len(records) * LEARNED_BYTES // records.data.nbytes)
-        records = records.select(draw_subset(0, count, len(records)))
-    yield from chain.from_iterable(flatten(records, text))
+        drawn = draw_subset(0, count, len(records))
+        if key_of_dropped(source.marks, choices):
+            texts = (each for each, kept in zip(texts, np.isin(np.arange(len(records)), drawn), strict=False) if kept)
+        else:
+            texts = flatten(records.select(drawn), source.corpus.text)
+    yield from chain.from_iterable(texts)
 
 
 def learn_tokenizer(
-    training: Sequence[tuple[Corpus, Callable[[], Parts]]],
+    training: Sequence[Source],
     choices: Preprocessing,
     make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
     tokenizer_key: Any,
@@ -240,18 +269,13 @@ def learn_tokenizer(
         return make_tokenizer([])
 
     def write(folder: Path) -> None:
-        texts = (tokenizer_texts(parts().train, corpus.text) for corpus, parts in training)
+        texts = (tokenizer_texts(source, choices) for source in training)
         make_tokenizer(chain.from_iterable(texts)).save_pretrained(folder)
 
-    sources = [value for corpus, _ in training for value in (corpus.fingerprint, corpus.text)]
-    key = fingerprint(FORMAT, *sources, held_out_by(choices), tokenizer_key)
+    sources = [value for source in training for value in (source.corpus.fingerprint, source.corpus.text)]
+    dropped = [key for source in training for key in key_of_dropped(source.marks, choices)]
+    key = fingerprint(FORMAT, *sources, held_out_by(choices), tokenizer_key, *dropped)
     return AutoTokenizer.from_pretrained(write_once(cache / f"tokenizer-{key}", write))
-
-
-def held_out_by(choices: Preprocessing) -> list[Any]:
-    """Returns the choices that decide which records are trained on."""
-    by_hash = [choices.split_by] if choices.split_by != "shuffle" else []
-    return [choices.test_size, choices.split_seed, choices.max_records, *by_hash]
 
 
 def prepare_validation(
@@ -266,18 +290,17 @@ def prepare_validation(
             return Parts(None, corpus.validation)
         return split(corpus, choices)
 
-    return prepare_splits(("validation",), once(parts), corpus, choices, tokenizer, cache)
+    return prepare_splits(("validation",), Source(corpus, once(parts)), choices, tokenizer, cache)
 
 
 def prepare_splits(
     names: Sequence[str],
-    parts: Callable[[], Parts],
-    corpus: Corpus,
+    source: Source,
     choices: Preprocessing,
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
     words: bool = False,
-    training: Sequence[tuple[Corpus, Callable[[], Parts]]] = (),
+    training: Sequence[Source] = (),
 ) -> Prepared:
     """Tokenizes the splits of these names, unless the cache has them, and cuts them into blocks.
 
@@ -285,17 +308,19 @@ def prepare_splits(
         training: all sources of training text, if this is one of several.
     """
     tokenizer_hash, decisive = content_hash(tokenizer), decisive_choices(choices)
+    corpus, parts, marks = source
     # Without a fast tokenizer no token's word is known, and the objective refuses to be made.
     words = words and tokenizer.is_fast
 
     def tokens_of(name: str, domain: str = "") -> Path:
         more = [domain] if domain else ["words"] if words and name == "train" else []
+        more += key_of_dropped(marks, choices) if name == "train" else []
         own = decisive | ({"max_test_bytes": None} if name == "train" else {})
         key = fingerprint(FORMAT, name, corpus.fingerprint, corpus.text, own, tokenizer_hash, *more)
 
         def write(folder: Path) -> None:
             if name == "train":
-                write_split(folder, name, flatten(parts().train, corpus.text), tokenizer, choices, words=words)
+                write_split(folder, name, training_texts(source, choices), tokenizer, choices, words=words)
             else:
                 records, order = sort_by_file(parts().validation[domain])
                 texts, unused = flatten(records, corpus.text), parts().unused
@@ -307,11 +332,13 @@ def prepare_splits(
     train = [tokens_of("train")] if "train" in names else []
     domains = {domain: tokens_of("validation", domain) for domain in corpus.domains}
     contained = {
-        domain: count_in_training(training or [(corpus, parts)], parts, corpus, domain, choices, cache)
-        for domain in domains
-        if train
+        domain: count_in_training(training or [source], source, domain, choices, cache) for domain in domains if train
     }
-    return read_prepared(train, domains, choices, tokenizer, corpus.fingerprint, contained)
+    data = read_prepared(train, domains, choices, tokenizer, corpus.fingerprint, contained)
+    if train and marks is not None:
+        found = count_duplicates(source, choices, tokenizer, tokenizer_hash, cache)
+        data.ledger["train"] = replace(data.ledger["train"], **found)
+    return data
 
 
 def read_prepared(
@@ -343,8 +370,12 @@ def read_prepared(
 
 
 def decisive_choices(choices: Preprocessing) -> dict[str, Any]:
-    """Returns the choices that tokenized text depends on: not how documents are cut into blocks."""
-    return {key: value for key, value in asdict(choices).items() if key not in ("block_size", "drop_remainder_every")}
+    """Returns the choices that tokenized text depends on.
+
+    It does not on how documents are cut into blocks, and has the marks of duplicates in its key where they are dropped.
+    """
+    free = ("block_size", "drop_remainder_every", "decontaminate", "similarity", "benchmarks")
+    return {key: value for key, value in asdict(choices).items() if key not in free}
 
 
 def held_out_beforehand(choices: Preprocessing) -> dict[str, Any]:
@@ -356,9 +387,8 @@ def held_out_beforehand(choices: Preprocessing) -> dict[str, Any]:
 
 
 def count_in_training(
-    training: Sequence[tuple[Corpus, Callable[[], Parts]]],
-    parts: Callable[[], Parts],
-    corpus: Corpus,
+    training: Sequence[Source],
+    source: Source,
     domain: str,
     choices: Preprocessing,
     cache: Path,
@@ -366,37 +396,16 @@ def count_in_training(
     """Counts the held-out documents of a domain that occur whole in the training text, unless the cache has it."""
 
     def write(folder: Path) -> None:
-        trained_on = chain.from_iterable(flatten(of_source().train, source.text) for source, of_source in training)
-        texts = trained_on, flatten(parts().validation[domain], corpus.text)
+        trained_on = chain.from_iterable(training_texts(one, choices) for one in training)
+        texts = trained_on, flatten(source.parts().validation[domain], source.corpus.text)
         (folder / "documents").write_text(str(count_contained(*(join_texts(each, choices.join) for each in texts))))
 
     more = [choices.max_test_bytes, *([domain] if domain else [])]
     decisive = [choices.join, *held_out_by(choices), *(value for value in more if value is not None)]
-    others = [value for source, _ in training if source is not corpus for value in (source.fingerprint, source.text)]
-    key = fingerprint(FORMAT, corpus.fingerprint, corpus.text, decisive, *others)
+    others = [value for one in training if one is not source for value in (one.corpus.fingerprint, one.corpus.text)]
+    dropped = [key for one in training for key in key_of_dropped(one.marks, choices)]
+    key = fingerprint(FORMAT, source.corpus.fingerprint, source.corpus.text, decisive, *others, *dropped)
     return int((write_once(cache / f"overlap-{key}", write) / "documents").read_text())
-
-
-def write_once(path: Path, write: Callable[[Path], None]) -> Path:
-    """Lets `write` fill a folder, whole or not at all, unless it is there already; returns its path.
-
-    Of several processes one writes and the others wait, here and not inside a collective.
-    """
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cache_dir={path.parent} can't be made: {error.strerror}. Name another.") from error
-
-    def fill(folder: Path) -> None:
-        folder.mkdir()
-        write(folder)
-
-    with locked(path.with_name(f"{path.name}.lock")):
-        if not path.exists():
-            replaced(path, fill)
-    return path
 
 
 def write_split(

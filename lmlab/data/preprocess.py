@@ -6,9 +6,10 @@ documents, and a short last block. The ledger proves it (prepared.py).
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,22 @@ class Parts(NamedTuple):
     """The held-out records of each domain, by its name; the only one of a corpus without domains is called ""."""
     unused: int = 0
     """The number of records that are left out of both, see `Preprocessing.max_test_bytes`."""
+
+
+class Source(NamedTuple):
+    """A corpus that is prepared, with what has been found out of it so far."""
+
+    corpus: Corpus
+    parts: Callable[[], Parts]
+    """A function that returns its records, split; it reads them when it is called first."""
+    marks: Path | None = None
+    """The folder with the marks of training documents that are duplicates; None if they were not looked for."""
+
+
+def held_out_by(choices: Preprocessing) -> list[Any]:
+    """Returns the choices that decide which records are trained on."""
+    by_hash = [choices.split_by] if choices.split_by != "shuffle" else []
+    return [choices.test_size, choices.split_seed, choices.max_records, *by_hash]
 
 
 def split(corpus: Corpus, choices: Preprocessing) -> Parts:

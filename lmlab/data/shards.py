@@ -45,16 +45,15 @@ from lmlab.data.prepared import (
     read_counts,
     read_prepared,
     tokenizer_texts,
-    write_once,
     write_split,
 )
-from lmlab.data.preprocess import Parts, join_texts, split
+from lmlab.data.preprocess import Parts, Source, join_texts, split
 from lmlab.data.sources import Corpus, digest, file_version, read_memo, write_memo
 from lmlab.data.texts import flatten, sort_by_file
 from lmlab.data.tokenizers import content_hash
 from lmlab.distributed import launch
 from lmlab.errors import UserError
-from lmlab.io import locked, read_json, replaced, write_json
+from lmlab.io import locked, read_json, replaced, write_json, write_once
 
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
@@ -88,6 +87,11 @@ class Preparation:
         """
         if isinstance(self.corpus, Tokenized):
             raise UserError("this data is tokenized already: train from it as it is.")
+        if self.choices.decontaminate:
+            raise UserError(
+                "preprocess.decontaminate compares all documents with each other, and shards are made one by one.\n"
+                "Leave it out here, and take it with the text itself."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         learned = self.tokenizer_key is not None
         plan = {
@@ -132,7 +136,11 @@ class Preparation:
         """The tokenizer, of which the first process that needs it writes a copy into the directory."""
 
         def write(folder: Path) -> None:
-            texts = [] if self.tokenizer_key is None else tokenizer_texts(self.records("train"), self.corpus.text)
+            texts = (
+                []
+                if self.tokenizer_key is None
+                else tokenizer_texts(Source(self.corpus, lambda: self.parts), self.choices)
+            )
             self.make_tokenizer(texts).save_pretrained(folder)
 
         return AutoTokenizer.from_pretrained(write_once(self.folder / "tokenizer", write))

@@ -11,16 +11,19 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 
-from lmlab.data import formats
-from lmlab.data.texts import columns_in, paths_in, text_paths
+from lmlab.data import formats, json_files
+from lmlab.data.compressed import read_long_windows, suffix_of
+from lmlab.data.hub_stream import commit_of, read_stream
+from lmlab.data.texts import columns_in, flatten, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
 from lmlab.io import write_text
@@ -111,6 +114,7 @@ def load_hub(
     train: str = "train",
     validation: str | dict[str, str] | None = None,
     filter: dict[str, Any] | None = None,
+    keep_raw: bool = True,
 ) -> Corpus:
     r"""Loads a data set of the Hugging Face hub, or a local directory laid out like one.
 
@@ -123,11 +127,20 @@ def load_hub(
         validation: the same, or that of each of several domains by its name; without it a share of `train` is held
             out.
         filter: the value, or the list of values, of each named column; other records are left out.
+        keep_raw: False to read the files of the hub in a stream, and keep the texts of the records alone.
     """
     import datasets
 
     datasets.disable_progress_bars()
     held_out = by_domain(validation)
+    if not keep_raw and not Path(path).is_dir():
+        commit = commit_of(path, revision)
+        named = {"train": train, **{f"validation.{name}".rstrip("."): split for name, split in held_out.items()}}
+        source = fingerprint("hub stream", path, name, commit, named, text, filter)
+        kept = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
+        read = cache(lambda: read_stream(path, name, commit, named, text, filter or {}, kept, check_filter))
+        own, *others = [partial(lambda part: read()[part], part) for part in named]
+        return Corpus(own, dict(zip(held_out, others, strict=True)), text, source)
     splits = [train, *held_out.values()]
     with from_hub("data set", path, "data.path"):
         loaded = datasets.load_dataset(path, name, split=splits, revision=revision)
@@ -187,7 +200,7 @@ def load_files(
     delimiter: str | None = None,
     filter: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Loads local files: txt, jsonl, json, csv, tsv, each also gzipped (`.gz`), and parquet.
+    """Loads local files: txt, jsonl, json, csv, tsv, each also compressed (`.gz`, `.zst`), and parquet.
 
     Line ends of plain text files become single line feeds. A json file is a list of records or of texts, or an object
     with one list of records in it, whatever its name.
@@ -211,7 +224,7 @@ def load_files(
         )
     held_out = {f"validation.{name}".rstrip("."): value for name, value in by_domain(validation).items()}
     named = {"train": train, **held_out}
-    files = {part: find_files(patterns, part) for part, patterns in named.items() if patterns is not None}
+    files = {part: find_files(patterns, f"data.{part}") for part, patterns in named.items() if patterns is not None}
     if not files:
         raise UserError("no file is named: add data.train=… or data.validation=… to the command.")
     everything = [file for part in files.values() for file in part]
@@ -257,6 +270,21 @@ def load_files(
     return Corpus(records.get("train"), domains, text, kept, plain=builder == "text")
 
 
+def load_items(patterns: str | Sequence[str]) -> tuple[Callable[[], Iterator[str]], str]:
+    """Returns a function that reads all texts in the records of test sets, and a hash of their files.
+
+    A line of a plain text file is a text.
+    """
+    corpus = load_files([str(file) for file in find_files(patterns, "preprocess.benchmarks")], "", document="line")
+
+    def texts() -> Iterator[str]:
+        assert corpus.train is not None
+        for path in dict.fromkeys(text_paths("", corpus.train.features)):
+            yield from chain.from_iterable(flatten(corpus.train, path))
+
+    return texts, corpus.fingerprint
+
+
 def read_files(
     builder: str, files: dict[str, list[Path]], text: str, source: str, options: dict[str, Any]
 ) -> "dict[str, datasets.Dataset]":
@@ -272,11 +300,12 @@ def read_files(
     # The cache of `datasets` is keyed by path and time, which a copy can keep; this folder is named by content.
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
     read = {file: file for part in files.values() for file in part}
+    read_long_windows()
     if builder != "parquet":
-        for file in read:
+        for number, file in enumerate(read):
             formats.check_encoding(file)
-            if formats.suffix_of(file) == ".json":
-                read[file] = formats.unwrap_json(file, text, cache_dir)
+            if suffix_of(file) == ".json":
+                read[file] = json_files.unwrap_json(file, text, cache_dir / f"{number}.jsonl")
     paths = {part: [glob.escape(str(read[file])) for file in of_part] for part, of_part in files.items()}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # `check_files` reports what is wrong with a file
     try:
@@ -299,28 +328,32 @@ def read_files(
     features = next(iter(loaded.values())).features
     # Newer versions of `datasets` read a column of strings and numbers as one of any values.
     if builder == "json" and columns_in(text) & {*features} and not {*paths_in(text)} <= {*text_paths("", features)}:
-        formats.check_kinds(read, text)
+        json_files.check_kinds(read, text)
     return loaded
 
 
-def find_files(patterns: str | Sequence[str], part: str) -> list[Path]:
-    """Returns the files that paths or globs name, those of each glob sorted, and no file twice."""
+def find_files(patterns: str | Sequence[str], key: str) -> list[Path]:
+    """Returns the files that paths or globs name, those of each glob sorted, and no file twice.
+
+    Args:
+        key: the config key that names them.
+    """
     given = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
-        raise UserError(f"data.{part} is a path, a glob, or a list of them, not {patterns}.")
+        raise UserError(f"{key} is a path, a glob, or a list of them, not {patterns}.")
     found: dict[Path, None] = {}
     for pattern in map(os.path.expanduser, given):
         with reading(pattern):
             if Path(pattern).is_dir():
-                raise UserError(f"data.{part}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
+                raise UserError(f"{key}={pattern}: a directory. Name the files in it, such as {pattern}/*.txt")
             # A file name may contain the special characters of a glob.
             matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
             files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
-            raise UserError(f'data.{part}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
+            raise UserError(f'{key}={pattern}: no such file, and no file matches it in "{Path.cwd()}".')
         found |= dict.fromkeys(files)
     if not any(file.stat().st_size for file in found):
-        raise UserError(f"the data set is empty: data.{part}={patterns} holds no byte. Name a file with text in it.")
+        raise UserError(f"the data set is empty: {key}={patterns} holds no byte. Name a file with text in it.")
     return [*found]
 
 

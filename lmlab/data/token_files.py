@@ -40,7 +40,6 @@ from lmlab.data.prepared import (
     held_out_beforehand,
     read_counts,
     read_prepared,
-    write_once,
 )
 from lmlab.data.preprocess import DOCUMENTS_PER_CALL
 from lmlab.data.sources import digest, file_version, find_files, fingerprint, read_memo, write_memo
@@ -48,7 +47,7 @@ from lmlab.data.texts import batches, utf8
 from lmlab.data.tokenizers import content_hash, encode, end_of_text_id, unknown_tokens
 from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.errors import UserError
-from lmlab.io import write_json
+from lmlab.io import write_json, write_once
 
 MEGATRON = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}

@@ -35,10 +35,11 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from lmlab.console import command
 from lmlab.errors import UserError, first_line
+from lmlab.hub import retry
 from lmlab.io import from_here, read_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import ENDED, read_status
-from lmlab.sharing.requests import errors_explained, retry
+from lmlab.sharing.requests import errors_explained
 from lmlab.sweeps.points import SWEEP_FILE
 
 MANIFEST = "run/manifest.json"

@@ -1,63 +1,19 @@
-"""Requests to the Hugging Face hub: which of them are repeated, and what their errors mean to a person."""
+"""Requests of a push to the Hugging Face hub, and what their errors mean to a person."""
 
-import logging
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import constants, get_session
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError
 
 from lmlab.errors import UserError, causes, first_line
-from lmlab.hub import silence_http
+from lmlab.hub import connection_errors, retry_after, silence_http
 
-LOG = logging.getLogger(__name__)
-CONNECTION_ERRORS = (HTTPError, ConnectionError, TimeoutError)
-"""The errors of a connection that fails: those of the HTTP library, and of hf_xet, which sends large files."""
-T = TypeVar("T")
-TRIES, PATIENCE = 4, 300
-"""The attempts at a request that fails for now, and the seconds that the hub may ask to wait before the next one."""
-
-
-def retry(call: Callable[[], T]) -> T:
-    """Calls a function that asks the hub, again where the connection or the hub fails for now.
-
-    The function looks at what the hub has, so that a change whose answer was lost is not made twice.
-    """
-    for left in range(TRIES, 0, -1):
-        try:
-            return call()
-        except Exception as error:
-            wait = seconds_to_wait(error, TRIES - left)
-            if wait is None or left == 1:
-                raise
-            LOG.debug("asking the hub again in %s seconds", wait, exc_info=True)
-            time.sleep(wait)
-    raise AssertionError
-
-
-def seconds_to_wait(error: BaseException, tried: int) -> float | None:
-    """Returns how long to wait before another attempt; None if it would end as this one did."""
-    for cause in causes(error):
-        if isinstance(cause, UserError):
-            return None
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status == 429:
-                return retry_after(cause.response) or 2.0**tried
-            return 2.0**tried if status >= 500 else None
-        if isinstance(cause, CONNECTION_ERRORS):
-            return 2.0**tried
-    return None
-
-
-def retry_after(response: Any) -> float | None:
-    """Returns the seconds that the hub asks to wait before the next request; None if it does not say."""
-    asked = response.headers.get("Retry-After", "").strip()
-    return float(asked) if asked.isdecimal() else None
+PATIENCE = 300
+"""The seconds that the hub may ask to wait before the next request."""
 
 
 @contextmanager
@@ -131,6 +87,6 @@ def explain(error: BaseException, repository: str) -> str | None:
             if status >= 500:
                 return f"the hub failed ({status}).\n{again}"
             return f"the hub refused the push ({status}): {cause.server_message or first_line(cause)}"
-        if isinstance(cause, CONNECTION_ERRORS):
+        if isinstance(cause, connection_errors()):
             return f"{constants.ENDPOINT} does not answer, or the connection to it broke: {first_line(cause)}\n{again}"
     return None

@@ -479,6 +479,8 @@ OTHER = {
 """Another value for each choice."""
 CUTS = {"block_size", "drop_remainder_every"}
 """Those that decide how tokens are cut into blocks, and nothing else."""
+DUPLICATES = {"decontaminate", "similarity", "benchmarks"}
+"""Those that decide which documents are left out, see test_duplicates.py."""
 
 
 def entries(cache: Path) -> set[str]:
@@ -511,8 +513,9 @@ def test_key_of_tokens(run: Callable[..., Prepared], tmp_path: Path) -> None:
 
     One entry holds one split, and one more what the two have in common, which no tokenizer changes.
     """
-    assert OTHER.keys() == {field.name for field in fields(Preprocessing)}
-    assert all(OTHER[key] != value for key, value in asdict(Preprocessing(block_size=8)).items())
+    assert OTHER.keys() | DUPLICATES == {field.name for field in fields(Preprocessing)}
+    defaults = asdict(Preprocessing(block_size=8))
+    assert all(value != defaults[key] for key, value in OTHER.items())
     texts = [f"number {i}" for i in range(100)]
     run(corpus_of(texts))
     # How the tokens are cut is decided when they are read.
@@ -674,7 +677,7 @@ def test_a_filled_cache_is_only_read(run: Callable[..., Prepared], monkeypatch: 
     """No record is loaded and no lock taken, so that it may lie where nothing can be written."""
     texts = random_texts(random.Random(0), 100)
     first = run(corpus_of(texts))
-    monkeypatch.setattr(prepared_data, "locked", never)
+    monkeypatch.setattr("lmlab.io.locked", never)
     second = run(Corpus(never, None, "text", "texts"))
     assert second.ledger == first.ledger
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lmlab.data import prepared, sources
+from lmlab.data import json_files, prepared, sources
+from lmlab.data.compressed import open_zst, zstd
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import prepare, prepare_validation
 from lmlab.data.sources import SAMPLE, Corpus, load_files, load_hub, load_sample
@@ -47,6 +51,21 @@ def as_csv(rows: list[dict]) -> bytes:
     return stream.getvalue().encode()
 
 
+def packed(name: str, content: bytes) -> bytes:
+    """As a file of this name holds it; zst in several frames, as those leave it that write with several threads."""
+    if name.endswith(".zst"):
+        half = len(content) // 2
+        return zst_frame(content[:half]) + zst_frame(content[half:])
+    return gzip.compress(content) if name.endswith(".gz") else content
+
+
+def zst_frame(content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with open_zst(stream, "wb") as written:
+        written.write(content)
+    return stream.getvalue()
+
+
 def as_parquet(rows: list[dict]) -> bytes:
     stream = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
@@ -61,17 +80,20 @@ def as_parquet(rows: list[dict]) -> bytes:
     [
         ("a.jsonl", as_jsonl),
         ("a.jsonl.gz", as_jsonl),
+        ("a.jsonl.zst", as_jsonl),
         ("a.json", as_json),
         ("a.json.gz", as_json),
+        ("a.json.zst", as_json),
         ("a.csv", as_csv),
         ("a.csv.gz", as_csv),
+        ("a.csv.zst", as_csv),
         ("a.parquet", as_parquet),  # compressed as it is
     ],
 )
 def test_records(name: str, write: Callable[[list[dict]], bytes], tmp_path: Path) -> None:
     """Each kind holds the same texts, whatever the column they are in is called."""
     content = write([{"number": i, "body": text} for i, text in enumerate(TEXTS)])
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(packed(name, content))
     corpus = load_files(str(tmp_path / name), text="body")
     assert texts(corpus) == TEXTS
     assert corpus.train["number"][:] == list(range(len(TEXTS)))
@@ -135,7 +157,7 @@ def test_delimiter(
     assert ("divides the columns (data.delimiter)" in caplog.text) == (given is None and not comma)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.text", "a.TXT", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.text", "a.TXT", "a.txt.gz", "a.TXT.zst"])
 @pytest.mark.parametrize(
     ("document", "wanted"),
     [
@@ -146,7 +168,7 @@ def test_delimiter(
 )
 def test_plain_text(name: str, document: str, wanted: list[str], tmp_path: Path) -> None:
     content = "one\ntwo é\n\nthree\n\n\n  four".encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(packed(name, content))
     assert texts(load_files(str(tmp_path / name), document=document)) == wanted
 
 
@@ -272,12 +294,77 @@ def test_wrong_files(train: str, document: str, message: str, tmp_path: Path) ->
         ("a.jsonl", b'{"text": "fine"}\n{"text": }\n', "a.jsonl, line 2: malformed JSON .*\nFix that line"),
         ("a.json", b'[{"text": "fine"},\n]', "a.json, line 2: malformed JSON"),
         ("a.txt.gz", gzip.compress(b"whole" * 100, mtime=0)[:-20], "a.txt.gz: not a whole gzip file"),
+        ("a.jsonl.zst", zst_frame(as_jsonl(POSTS))[:-5], "a.jsonl.zst: not a whole zst file"),
+        ("a.json.zst", zst_frame(as_json(POSTS))[:-5], "a.json.zst: not a whole zst file"),
+        ("a.csv.zst", b"text\nwords\n", "a.csv.zst: not a whole zst file"),
+        ("a.json", b'[{"text": "fine"}, {"text": "na\xefve"}]', "a.json, line 1: not UTF-8"),
+        ("a.json", b'[{"text": "fine"}', "a.json, line 1: malformed JSON .Expecting ']' at column 18"),
+        ("a.json", b'{"data": [{"text": "fine"}\n, {"text" "a"}]}', "a.json, line 2: malformed JSON .* at column 11"),
+        ("a.json", b'[{"text": "fine"}] [', "a.json, line 1: malformed JSON .Extra data at column 20"),
+        ("a.json", b"[]", "a.json: no record"),
     ],
 )
 def test_damaged_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_files(str(tmp_path / name))
+
+
+def test_long_windows(tmp_path: Path) -> None:
+    """Large dumps are written by `zstd --long=31`, which zstd itself reads only when told to."""
+    options = {zstd.CompressionParameter.window_log: 30, zstd.CompressionParameter.compression_level: 1}
+    written = zstd.ZstdCompressor(options=options)
+    content = as_jsonl([{"text": text} for text in TEXTS])
+    (tmp_path / "a.jsonl.zst").write_bytes(written.compress(content) + written.flush())
+    assert texts(load_files(str(tmp_path / "a.jsonl.zst"))) == TEXTS
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=9,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@example(values=[0.0, 1e30, -1e-7], indent=None, ascii=True, chunk=1)
+@given(
+    values=st.lists(VALUES, max_size=6),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+    chunk=st.integers(1, 40),
+)
+def test_json_stream(values: list, indent: int | None, ascii: bool, chunk: int) -> None:
+    """Wherever what was read ends, the values are those of Python's reader, and so are the texts they stand in."""
+    content = json.dumps({"a": 1, "b": values, "c": {"d": []}}, indent=indent, ensure_ascii=ascii)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_files, "CHUNK", chunk)
+        source = json_files.JSONStream(Path("a.json"), io.StringIO(content))
+        found = list(json_files.items_at(source, "b"))
+    assert [value for value, _ in found] == values
+    assert [json.loads(text) for _, text in found] == values
+    assert source.next_sign() == ""
+
+
+@pytest.mark.parametrize("wrap", ["[%s]", '{"version": [1, 2], "data": [%s]}'])
+def test_json_of_any_size(wrap: str, tmp_path: Path) -> None:
+    """A list is read in a stream, also if it is the one line of its file."""
+    record = json.dumps({"text": "some words " * 1000})
+
+    def peak(records: int) -> int:
+        file, copy = tmp_path / f"{records}.json", tmp_path / f"{records}.jsonl"
+        file.write_text(wrap % ", ".join([record] * records))
+        tracemalloc.start()
+        assert json_files.unwrap_json(file, "text", copy) == copy
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert copy.read_text() == f"{record}\n" * records
+        return peak
+
+    peak(10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_files, "CHUNK", 2**15)
+        assert peak(400) < 1.2 * peak(100)
 
 
 # --- The fingerprint of files ---
