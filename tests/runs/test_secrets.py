@@ -241,13 +241,12 @@ def test_no_error_shows_one(refused: Refused, verb: str, words: list[str]) -> No
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "devices"),
     [
-        ([], 1),
-        pytest.param([], 2, id="ranks"),
-        pytest.param(TORCHRUN, 2, id="torchrun"),
+        pytest.param([], 1, marks=pytest.mark.longest, id="alone"),
+        pytest.param([], 2, marks=pytest.mark.long, id="ranks"),
+        pytest.param(TORCHRUN, 2, marks=pytest.mark.longest, id="torchrun"),
     ],
 )
 def test_ranks_have_what_no_file_holds(

@@ -626,7 +626,7 @@ def test_a_killed_point_does_not_end_the_others(tmp_path: Path) -> None:
     assert "its process was killed by SIGKILL. The system does that when memory runs out." in done.stdout
 
 
-@pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.timeout(400)
 def test_submitit_on_this_machine(tmp_path: Path) -> None:
     """Jobs of submitit's local executor, one of them on two devices; a killed one hides none."""

@@ -20,8 +20,9 @@ FSDP = ["trainer=fsdp", "trainer.accelerator=cpu"]
 COMMON = ["trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize(
+    "objective", [pytest.param("clm", marks=pytest.mark.long), pytest.param("mlm", marks=pytest.mark.longest)]
+)
 def test_same_run_as_on_one_device(
     objective: str, train: Callable[..., Path], evaluate: Callable[..., Path], tmp_path: Path
 ) -> None:

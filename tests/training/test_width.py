@@ -27,7 +27,7 @@ DROPOUT_OFF = {
 @pytest.mark.parametrize(
     "objective",
     [
-        pytest.param(name, marks=pytest.mark.longest if name == "hybrid" else pytest.mark.long)
+        pytest.param(name, marks=pytest.mark.longest if name in ("hybrid", "diffusion") else pytest.mark.long)
         for name in ("clm", "mlm", "diffusion", "hybrid", "electra")
     ],
 )
