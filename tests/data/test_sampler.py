@@ -65,8 +65,8 @@ def test_a_keyed_order_is_a_permutation_of_any_size(size: int, keys: list[int]) 
 def test_keyed_orders_are_uniform() -> None:
     """Where blocks come, and where two come together, is like chance would have it (chi-square, fixed seeds)."""
     size, orders, bins = 37, 20_000, 37
-    keys = [sampler.stream(seed, 3).random_raw(sampler.ROUNDS) for seed in range(orders)]
-    found = np.array([permute(np.arange(size), size, key) for key in keys])
+    keys = np.array([sampler.stream(seed, 3).random_raw(sampler.ROUNDS) for seed in range(orders)])
+    found = permute(np.tile(np.arange(size), orders), size, np.repeat(keys, size, axis=0).T).reshape(orders, size)
     for one, expected in ((found[:, 0], orders / size), (found[:, -1], orders / size)):
         counts = np.bincount(one, minlength=bins)
         assert ((counts - expected) ** 2 / expected).sum() < 68  # 36 degrees of freedom: once in 1000
