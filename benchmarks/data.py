@@ -3,11 +3,12 @@
   python -m benchmarks.data                          load -> blocks of ELI5-like records, one process each
   python -m benchmarks.data task=group_texts         tokenized documents -> blocks
   python -m benchmarks.data task=memory              peak memory of preparing a corpus 16 times larger
+  python -m benchmarks.data task=time                and the time that it takes
 
 Keys, with their defaults:
 
-  task=blocks           blocks, group_texts, memory
-  records=0             of blocks, and of memory's smallest corpus; 0: 5000 and 2000
+  task=blocks           blocks, group_texts, memory, time
+  records=0             of blocks, and of the smallest corpus of memory and time; 0: 5000 and 2000
   tokens=8000000        of group_texts
   block_size=128        positions of a block
   pairs=3               turns of each side
@@ -35,7 +36,7 @@ LARGER = (1, 4, 16)
 
 @dataclass
 class Settings(Arguments):
-    task: Literal["blocks", "group_texts", "memory"] = "blocks"
+    task: Literal["blocks", "group_texts", "memory", "time"] = "blocks"
     records: int = 0
     tokens: int = 8_000_000
     block_size: int = 128
@@ -44,8 +45,8 @@ class Settings(Arguments):
 
 def compare(settings: Settings) -> dict[str, Any]:
     with workplace() as folder:
-        if settings.task == "memory":
-            return compare_memory(settings, folder)
+        if settings.task in ("memory", "time"):
+            return compare_larger(settings, folder)
         if settings.task == "blocks":
             write_corpus(folder, settings.records or 5000)
         memory: dict[str, Any] = {}
@@ -62,17 +63,18 @@ def compare(settings: Settings) -> dict[str, Any]:
     return outcome(pairs, {"void": void, "agreement": {"hashes": sorted(hashes)}}, memory) | facts
 
 
-def compare_memory(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Returns the peak of the largest corpus over that of the smallest: 1 where memory is flat."""
+def compare_larger(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Returns what the largest corpus takes, of memory or time, over what the smallest does."""
     peaks, facts, count = {}, {}, settings.records or 2000
     for times in LARGER:
         write_corpus(folder, count * times)
         done, memory, facts = alone("lmlab", settings, folder)
-        peaks[times] = {"records": count * times, "tokens": done["tokens"], **memory}
-    ratio = peaks[LARGER[-1]]["peak"] / peaks[1]["peak"]
-    shown = {f"{times} x": peaks[times]["peak"] / 2**20 for times in (LARGER[-1], 1)}
+        peaks[times] = {"records": count * times, "tokens": done["tokens"], "seconds": done["seconds"], **memory}
+    unit, key, scale = ("MiB", "peak", 2**20) if settings.task == "memory" else ("s", "seconds", 1)
+    ratio = peaks[LARGER[-1]][key] / peaks[1][key]
+    shown = {f"{times} x": peaks[times][key] / scale for times in (LARGER[-1], 1)}
     return {
-        "unit": "MiB",
+        "unit": unit,
         "sides": shown,
         "result": spread([ratio]),
         "void": None,
