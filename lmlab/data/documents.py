@@ -91,10 +91,15 @@ class Documents:
         """[documents] int64: the number of tokens of each."""
         return np.diff(self.edges)
 
+    @cached_property
+    def document_of_stretch(self) -> np.ndarray:
+        """[stretches] int64: the number of each one's document."""
+        numbers: np.ndarray = np.cumsum(np.array(self.parts) == 0) - 1
+        return numbers
+
     def select(self, documents: np.ndarray) -> "Documents":
         """Returns some of the documents, by their numbers [n] in ascending order."""
-        document_of_stretch = np.cumsum(np.array(self.parts) == 0) - 1
-        rows = np.flatnonzero(np.isin(document_of_stretch, documents))
+        rows = np.flatnonzero(np.isin(self.document_of_stretch, documents))
         tokens = np.concatenate([np.arange(*self.edges[i : i + 2]) for i in documents])
         names = self.names.take(rows)
         return Documents(
@@ -116,7 +121,7 @@ class Documents:
 
     def stretches_of(self, domain: str) -> slice:
         """Returns the numbers of the stretches of a domain."""
-        first, stop = np.searchsorted(np.cumsum(np.array(self.parts) == 0) - 1, self.domains[domain])
+        first, stop = np.searchsorted(self.document_of_stretch, self.domains[domain])
         return slice(int(first), int(stop))
 
     @property

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from omegaconf import OmegaConf
 
 from lmlab.config.models import PRETRAINED
-from lmlab.config.targets import FILES, HUB
+from lmlab.config.targets import sources
 from lmlab.console import command, counted, duration
 from lmlab.errors import UserError
 from lmlab.evaluation.metrics import BOUND, EXACT
@@ -278,11 +279,11 @@ def describe_source(data: Mapping[str, Any]) -> str:
         chosen = {key: data.get(key) for key in ("name", "revision", "train", "validation") if data.get(key)}
         return f"{named}{field}{''.join(f', {key} `{value}`' for key, value in chosen.items())}."
     if data.get("sources"):
-        weights = {name: source.get("weight") for name, source in data["sources"].items()}
-        heads = (f"- {name}{f' (weight {weights[name]})' if weights[name] else ''}" for name in weights)
-        blocks = ({"_target_": HUB if "path" in source else FILES, **source} for source in data["sources"].values())
-        lines = (f"{head}: {describe_source(block)}" for head, block in zip(heads, blocks, strict=True))
-        return "\n".join(["A mixture of", "", *lines])
+        lines = ["A mixture of", ""]
+        for name, (block, share) in sources(OmegaConf.create(dict(data))).items():
+            weight = f" (weight {share.weight})" if share.get("weight") else ""
+            lines.append(f"- {name}{weight}: {describe_source(block)}")
+        return "\n".join(lines)
     if kind == "load_files":
         files = {key: data[key] for key in ("train", "validation") if data.get(key)}
         if isinstance(files.get("validation"), Mapping):
