@@ -19,7 +19,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,7 +48,7 @@ from lmlab.data.prepared import (
     write_split,
 )
 from lmlab.data.preprocess import Parts, Source, join_texts, split
-from lmlab.data.sources import Corpus, digest, file_version, read_memo, write_memo
+from lmlab.data.sources import Corpus, digest, digests_of
 from lmlab.data.texts import flatten, sort_by_file
 from lmlab.data.tokenizers import content_hash
 from lmlab.distributed import launch
@@ -392,12 +392,7 @@ def load_prepared(path: str) -> PreparedDirectory:
     files = [folder / name for name in index["checksums"]]
     missing = [file for file in files if not file.is_file()]
     if not missing:
-        versions, memo = [file_version(file) for file in files], folder / "verified.json"
-        found = read_memo(memo, versions)
-        if found is None:
-            with ThreadPoolExecutor(os.cpu_count()) as threads:
-                found = list(threads.map(digest, files))
-            write_memo(memo, versions, found)
+        found = digests_of(files, folder / "verified.json")
         expected = index["checksums"].values()
         missing = [file for file, one, other in zip(files, found, expected, strict=True) if one != other]
     if missing:

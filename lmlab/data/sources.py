@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from itertools import chain
@@ -361,6 +362,18 @@ def digest(file: Path) -> str:
     """Returns the SHA-256 of a file."""
     with reading(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digests_of(files: Sequence[Path], memo: Path) -> list[str]:
+    """Returns the SHA-256 of files, which are read only if one of them has changed since the memo was written."""
+    versions = [file_version(file) for file in files]
+    found = read_memo(memo, versions)
+    if found is None:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            found = list(threads.map(digest, files))
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_memo(memo, versions, found)
+    return found
 
 
 def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) -> None:

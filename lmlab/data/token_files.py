@@ -42,7 +42,7 @@ from lmlab.data.prepared import (
     read_prepared,
 )
 from lmlab.data.preprocess import DOCUMENTS_PER_CALL
-from lmlab.data.sources import digest, file_version, find_files, fingerprint, read_memo, write_memo
+from lmlab.data.sources import digests_of, find_files, fingerprint
 from lmlab.data.texts import batches, utf8
 from lmlab.data.tokenizers import content_hash, encode, end_of_text_id, unknown_tokens
 from lmlab.data.tokens import FlatFile, FlatFiles
@@ -146,8 +146,11 @@ class TokenFiles(Tokenized):
             raise UserError("objective.whole_word=true needs text: token files do not say where words begin.")
         if "train" in names and "train" not in self.files:
             raise UserError("data.train has to be given: add data.train=… to the command.")
+        from datasets import config
+
         files = [file.tokens.path for of_part in self.files.values() for file in of_part]
-        digests = dict(zip(files, digests_of(files), strict=True))
+        memo = f"lmlab-{fingerprint('tokens', [str(file.absolute()) for file in files])}.json"
+        digests = dict(zip(files, digests_of(files, Path(config.HF_DATASETS_CACHE) / memo), strict=True))
         hashed, end = content_hash(tokenizer), end_of_text_id(tokenizer)
         surveys: dict[str, list[Path]] = {}
         for name in names:
@@ -184,22 +187,6 @@ def load_tokens(train: str | Sequence[str] | None = None, validation: str | Sequ
     named = {"train": train, "validation": validation}
     files = {part: find_files(patterns, part) for part, patterns in named.items() if patterns is not None}
     return TokenFiles({part: [open_tokens(file) for file in of_part] for part, of_part in files.items()})
-
-
-def digests_of(files: list[Path]) -> list[str]:
-    """Returns the SHA-256 of files, which are read only if they have changed since the last time."""
-    from datasets import config
-
-    versions = [file_version(file) for file in files]
-    memo = (
-        Path(config.HF_DATASETS_CACHE) / f"lmlab-{fingerprint('tokens', [str(file.absolute()) for file in files])}.json"
-    )
-    found = read_memo(memo, versions)
-    if found is None:
-        found = [digest(file) for file in files]
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_memo(memo, versions, found)
-    return found
 
 
 def check_ids(file: TokenFile, highest: int, tokenizer: PreTrainedTokenizerBase) -> None:
