@@ -123,11 +123,12 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
     if score == "elbo":
         elbo = {"draws": cfg.get("draws") or getattr(objective, "draws", DRAWS), "seed": seed}
+    choices = preprocessing(cfg)
     return hold_out(
         data,
         objective,
-        Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride")),
-        preprocessing(cfg),
+        Context(cfg.get("context") or "blocks", choices.block_size, cfg.get("stride"), choices.document_attention),
+        choices,
         # As in the certificates of lmlab 0.1.
         objective_config=without_added(OmegaConf.to_container(block)),  # type: ignore[arg-type]
         masks_seed=seed,  # in training the same for runs of all seeds

@@ -22,7 +22,7 @@ from lmlab.data.options import Preprocessing
 from lmlab.data.preprocess import Bounds, Slices, group_texts, lengths_of, tokenize
 from lmlab.data.texts import utf8
 from lmlab.data.tokenizers import smallest_dtype
-from lmlab.data.tokens import FlatFile, FlatFiles
+from lmlab.data.tokens import DocumentEdges, FlatFile, FlatFiles
 from lmlab.errors import UserError
 
 DOUBTFUL = 0.01
@@ -111,6 +111,8 @@ class Blocks(TorchDataset[np.ndarray]):
     """The first token of each block and the one past its last."""
     continued: FlatFiles | None = None
     """Whether each token continues the word of the token before it; None if they were prepared without."""
+    edges: DocumentEdges | None = None
+    """The edges of the documents, where these do not see one another; else None."""
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -131,6 +133,10 @@ class Blocks(TorchDataset[np.ndarray]):
     def continues(self, index: int) -> np.ndarray | None:
         """Returns `continued` of the tokens of a block."""
         return None if self.continued is None else self.continued.part(*self.bounds[index])
+
+    def documents(self, index: int) -> np.ndarray | None:
+        """Returns the number of tokens of each document in a block; None where documents see one another."""
+        return None if self.edges is None else self.edges.within(*self.bounds[index])
 
 
 def write_split(
@@ -251,8 +257,16 @@ def group_documents(documents: Documents, choices: Preprocessing) -> Bounds:
     return np.concatenate(bounds)
 
 
-def read_blocks(folders: Sequence[Path], name: str, bounds: Bounds) -> Blocks:
+def read_blocks(folders: Sequence[Path], name: str, bounds: Bounds, choices: Preprocessing) -> Blocks:
     """Returns the blocks of a split whose tokens `write_split` wrote into folders, in which they follow on."""
     tokens = (FlatFile(folder / f"{name}.tokens", read_counts(folder, name)["dtype"]) for folder in folders)
     words = [FlatFile(folder / f"{name}.continued", "bool") for folder in folders]
-    return Blocks(FlatFiles(*tokens), bounds, FlatFiles(*words) if words[0].path.is_file() else None)
+    continued = FlatFiles(*words) if words[0].path.is_file() else None
+    return Blocks(FlatFiles(*tokens), bounds, continued, read_edges(folders, name, choices))
+
+
+def read_edges(folders: Sequence[Path], name: str, choices: Preprocessing) -> DocumentEdges | None:
+    """Returns the edges of the documents of a split, where they do not see one another; else None."""
+    if not choices.document_attention:
+        return None
+    return DocumentEdges(FlatFiles(*(FlatFile(folder / f"{name}.lengths", "int64") for folder in folders)))

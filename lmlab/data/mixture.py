@@ -139,6 +139,11 @@ class MixedBlocks(TorchDataset[np.ndarray]):
         blocks, number = self.find(index)
         return blocks.continues(number)
 
+    def documents(self, index: int) -> np.ndarray | None:
+        """Returns `Blocks.documents` of a block."""
+        blocks, number = self.find(index)
+        return blocks.documents(number)
+
     @property
     def lengths(self) -> np.ndarray:
         """The lengths that blocks have, each once."""
