@@ -25,6 +25,7 @@ from annotated_types import Gt, Le
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from lmlab.data.decontaminate import mark_duplicates
 from lmlab.data.documents import join_domains, running_sums
 from lmlab.data.options import Preprocessing, Share
 from lmlab.data.prepared import (
@@ -300,11 +301,8 @@ def prepare_mixture(
     """
     names, prepared = ("train", "validation"), {}
     texts = {name: corpus for name, corpus in mixture.corpora.items() if isinstance(corpus, Corpus)}
-    if choices.decontaminate:
-        raise UserError(
-            "preprocess.decontaminate is for one source, and compares nothing across those of a mixture. Leave it out."
-        )
     sources = {name: Source(corpus, once(partial(split, corpus, choices))) for name, corpus in texts.items()}
+    sources = mark_duplicates(sources, choices, cache)
     training = [*sources.values()]
     if tokenizer_key is not None and len(texts) < len(mixture.corpora):
         raise UserError(LEARNED)

@@ -236,8 +236,8 @@ def prepare(
         if tokenizer_key is not None:
             raise UserError(LEARNED)
         return corpus.prepared(names, choices, make_tokenizer([]), cache, words)
-    parts = once(lambda: split(corpus, choices))
-    source = Source(corpus, parts, mark_duplicates(parts, corpus, choices, cache))
+    sources = {"": Source(corpus, once(lambda: split(corpus, choices)))}
+    source = mark_duplicates(sources, choices, cache)[""]
     tokenizer = learn_tokenizer([source], choices, make_tokenizer, tokenizer_key, cache)
     return prepare_splits(names, source, choices, tokenizer, cache, words)
 
