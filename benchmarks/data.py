@@ -157,7 +157,7 @@ def timed(
 
 
 def lmlab_group_texts(settings: Settings, place: Path, turns: Turns) -> None:
-    from lmlab.data.prepared import Blocks
+    from lmlab.data.blocks import Blocks
     from lmlab.data.preprocess import group_texts
     from lmlab.data.tokens import FlatFile, FlatFiles
 

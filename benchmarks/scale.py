@@ -107,8 +107,8 @@ def have_data(folder: str) -> None:
 
 def first_batch(file: str) -> None:
     """Prints the seconds to the first batch of a file of tokens."""
+    from lmlab.data.blocks import Blocks
     from lmlab.data.datamodule import collate
-    from lmlab.data.prepared import Blocks
     from lmlab.data.preprocess import group_texts
     from lmlab.data.sampler import TrainSampler
     from lmlab.data.tokens import FlatFile, FlatFiles

@@ -47,9 +47,9 @@ from benchmarks.arguments import Arguments
 from benchmarks.pairs import workplace
 from benchmarks.train import SIZES, SPECIAL, Sized, make_model, make_tokenizer, vocabulary_of
 from lmlab.console import duration, show_rows
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.documents import Documents
-from lmlab.data.prepared import Blocks
 from lmlab.data.preprocess import group_texts
 from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.errors import shown_plainly

@@ -163,7 +163,7 @@ def held_out_objective(cfg: DictConfig, objective: "Objective") -> DictConfig:
 
 def build_validation(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "tuple[HeldOut, HeldOut | None]":
     """Returns what validations in training score and, where that is a part of the held-out documents, all of them."""
-    from lmlab.data.prepared import group_documents
+    from lmlab.data.blocks import group_documents
     from lmlab.data.sampler import draw_subset
 
     whole = build_held_out(cfg, data, objective)

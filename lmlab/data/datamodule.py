@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.mixture import MixedBlocks, order_of
-from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, micro_batch_size
 from lmlab.distributed.signals import signals_blocked
 from lmlab.objectives import Objective, make_example

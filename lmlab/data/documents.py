@@ -440,7 +440,7 @@ def read_spans(folder: Path, name: str) -> np.ndarray:
 
 
 def read_documents(folder: Path, name: str) -> Documents:
-    """Maps the documents of a split that `write_split` (prepared.py) wrote into a folder."""
+    """Maps the documents of a split that `write_split` (blocks.py) wrote into a folder."""
     with pa.memory_map(str(folder / f"{name}.stretches.arrow")) as file:
         stretches = pa.ipc.open_file(file).read_all()
     edges = running_sums(read_lengths(folder, name))

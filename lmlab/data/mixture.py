@@ -25,20 +25,11 @@ from annotated_types import Gt, Le
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from lmlab.data.blocks import Blocks, Ledger, group_documents
 from lmlab.data.decontaminate import mark_duplicates
 from lmlab.data.documents import join_domains, running_sums
 from lmlab.data.options import Preprocessing, Share
-from lmlab.data.prepared import (
-    LEARNED,
-    Blocks,
-    Ledger,
-    Prepared,
-    Tokenized,
-    group_documents,
-    learn_tokenizer,
-    prepare_splits,
-    prepare_validation,
-)
+from lmlab.data.prepared import LEARNED, Prepared, Tokenized, learn_tokenizer, prepare_splits, prepare_validation
 from lmlab.data.preprocess import Source, split
 from lmlab.data.sampler import LISTED, ROUNDS, Draw, epoch_order, order_keys, permute
 from lmlab.data.sources import Corpus, fingerprint

@@ -1,7 +1,7 @@
 """The guide's steps from records to blocks: split, flatten, tokenize, group_texts (guide, "Preprocess").
 
 By default they lose nothing: no truncation, an end-of-text token after each document, blocks that run on across
-documents, and a short last block. The ledger proves it (prepared.py).
+documents, and a short last block. The ledger proves it (blocks.py).
 """
 
 import hashlib

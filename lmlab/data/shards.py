@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmlab.console import command, counted
+from lmlab.data.blocks import added_up, check_counts, read_counts, write_split
 from lmlab.data.documents import FEW, INDEX, write_stretches
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import KnownDocuments
@@ -38,14 +39,10 @@ from lmlab.data.prepared import (
     FORMAT,
     Prepared,
     Tokenized,
-    added_up,
-    check_counts,
     decisive_choices,
     held_out_beforehand,
-    read_counts,
     read_prepared,
     tokenizer_texts,
-    write_split,
 )
 from lmlab.data.preprocess import Parts, Source, join_texts, split
 from lmlab.data.sources import Corpus, digest, digests_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lmlab.console import show_rows
 
 if TYPE_CHECKING:
-    from lmlab.data.prepared import Ledger
+    from lmlab.data.blocks import Ledger
 
 LOG = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from lmlab.data.blocks import Blocks, Ledger
 from lmlab.data.mixture import MixedBlocks, MixedOrder, Mixture, mix, with_draws
 from lmlab.data.options import Share
-from lmlab.data.prepared import Blocks, Ledger
 from lmlab.data.sampler import LISTED, TrainSampler
 from lmlab.errors import UserError
 

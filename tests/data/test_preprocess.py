@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lmlab.data import prepared as prepared_data
 from lmlab.data import preprocess
 from lmlab.data import texts as from_records
+from lmlab.data.blocks import write_split
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared, prepare, prepare_validation
 from lmlab.data.preprocess import group_texts, lengths_of, split
@@ -496,7 +497,7 @@ def test_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = random_texts(random.Random(0), 100)
     first = prepare(corpus_of(texts), Preprocessing(block_size=8), bpe, {"kind": "bpe"}, tmp_path)
     kept = entries(tmp_path)
-    monkeypatch.setattr(prepared_data, "tokenize", never)
+    monkeypatch.setattr("lmlab.data.blocks.tokenize", never)
     second = prepare(corpus_of(texts), Preprocessing(block_size=8), never, {"kind": "bpe"}, tmp_path)
     assert entries(tmp_path) == kept
     assert second.ledger == first.ledger
@@ -544,7 +545,7 @@ def test_another_cut_of_what_is_kept(
     """Blocks cut from a cache that another block size filled are those that would be made afresh."""
     texts = random_texts(random.Random(0), 100)
     run(corpus_of(texts), block_size=64)
-    monkeypatch.setattr(prepared_data, "tokenize", never)
+    monkeypatch.setattr("lmlab.data.blocks.tokenize", never)
     for block_size, every in ((2, None), (7, None), (7, 3), (10_000, None)):
         prepared = run(corpus_of(texts), block_size=block_size, drop_remainder_every=every)
         for name in ("train", "validation"):
@@ -567,7 +568,7 @@ def test_an_evaluation_reads_what_a_run_kept(
     kept = entries(tmp_path)
     choices = Preprocessing(block_size=8)
     with monkeypatch.context() as patched:
-        patched.setattr(prepared_data, "tokenize", never)
+        patched.setattr("lmlab.data.blocks.tokenize", never)
         part = prepare_validation(corpus_of(texts), choices, tokenizer, tmp_path)
     assert entries(tmp_path) == kept
     assert part.train is None
@@ -602,14 +603,14 @@ def test_key_of_tokenizers(tmp_path: Path) -> None:
 def test_writer_that_fails(run: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an entry is never kept, and the next writer starts afresh."""
     texts = random_texts(random.Random(0), 100)
-    real = prepared_data.tokenize
+    real = preprocess.tokenize
 
     def halfway(*args: Any) -> Iterator:
         rows = real(*args)
         yield from (next(rows) for _ in range(10))
         raise OSError("disk full")
 
-    monkeypatch.setattr(prepared_data, "tokenize", halfway)
+    monkeypatch.setattr("lmlab.data.blocks.tokenize", halfway)
     with pytest.raises(OSError, match="disk full"):
         run(corpus_of(texts))
     assert entries(tmp_path) == set()
@@ -653,7 +654,7 @@ def test_memory_is_flat_in_the_corpus(
         texts = ([f"{i} " + "some words " * 100] for i in range(count))
         (tmp_path / str(count)).mkdir()
         tracemalloc.start()
-        prepared_data.write_split(tmp_path / str(count), name, texts, tokenizer, Preprocessing())
+        write_split(tmp_path / str(count), name, texts, tokenizer, Preprocessing())
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak

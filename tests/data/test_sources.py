@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lmlab.data import json_files, prepared, sources
+from lmlab.data import blocks, json_files, sources
 from lmlab.data.compressed import open_zst, zstd
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import prepare, prepare_validation
@@ -440,7 +440,7 @@ def test_second_start(memos: Callable[[], list[Path]], tmp_path: Path, monkeypat
     first = blocks_from(str(file), place)
     assert len(memos()) == 1
     with monkeypatch.context() as patched:
-        for module, name in ((sources, "digest"), (sources, "read_files"), (prepared, "tokenize")):
+        for module, name in ((sources, "digest"), (sources, "read_files"), (blocks, "tokenize")):
             patched.setattr(module, name, never)
         assert blocks_from(str(file), place) == first
         tokenizer = AutoTokenizer.from_pretrained(next(place.glob("tokenizer-*[!k]")))

@@ -15,6 +15,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lmlab.data.blocks import write_split
 from lmlab.data.documents import (
     CONTINUES,
     COUNTS,
@@ -30,7 +31,7 @@ from lmlab.data.documents import (
     stretches,
 )
 from lmlab.data.options import Preprocessing
-from lmlab.data.prepared import prepare, write_split
+from lmlab.data.prepared import prepare
 from lmlab.data.preprocess import Tokens, tokenize
 from lmlab.data.sources import Corpus
 from lmlab.data.tokenizers import bpe, char

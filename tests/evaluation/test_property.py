@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from lmlab.data.blocks import check_counts, read_counts, write_split
 from lmlab.data.documents import Documents, read_documents
 from lmlab.data.options import Preprocessing
-from lmlab.data.prepared import check_counts, read_counts, write_split
 from lmlab.data.preprocess import group_texts
 from lmlab.errors import UserError
 from lmlab.evaluation import records

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import BlocksDataModule
-from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import draws
 from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.models.loading import from_scratch

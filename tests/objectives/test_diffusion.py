@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import BlocksDataModule, collate
-from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import Draw, draws
 from lmlab.errors import UserError
 from lmlab.models.generation import unmask

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import Batches
 from lmlab.data.documents import continued, numbered
-from lmlab.data.prepared import Blocks
 from lmlab.data.preprocess import Slices
 from lmlab.data.sampler import EVALUATION, draws
 from lmlab.data.tokenizers import bpe, char

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import Batch, BlocksDataModule, collate
-from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import draws
 from lmlab.models.loading import from_scratch
 from lmlab.models.loss import logits_chunk_size, nll_and_slope, score

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import BlocksDataModule, collate
-from lmlab.data.prepared import Blocks
 from lmlab.data.sampler import draws
 from lmlab.data.tokens import FlatFile, FlatFiles
 from lmlab.evaluation.scoring import DocumentSums

@@ -12,8 +12,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import BlocksDataModule
-from lmlab.data.prepared import Blocks
 from lmlab.objectives.clm import CausalLM
 from lmlab.optim import AdamW
 from lmlab.training.module import NEVER, LMModule

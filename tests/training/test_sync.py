@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import BlocksDataModule
-from lmlab.data.prepared import Blocks
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
 from lmlab.optim import AdamW
