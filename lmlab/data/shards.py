@@ -354,10 +354,6 @@ class PreparedDirectory(Tokenized):
                 f"data.path={path} was prepared by another tokenizer than this one.\n"
                 "To take the one that it has, leave tokenizer=… out; else prepare the text anew."
             )
-        if choices.decontaminate and "train" in names:
-            raise UserError(
-                f"data.path={path} holds tokens, and preprocess.decontaminate compares texts. Leave it out."
-            )
         if words and not index["whole words"] and tokenizer.is_fast:
             raise UserError(
                 f"data.path={path} was prepared without the words that objective.whole_word=true needs.\n"

@@ -127,7 +127,6 @@ class TokenFiles(Tokenized):
     ) -> Prepared:
         default = decisive_choices(Preprocessing()) | held_out_beforehand(choices)
         changed = [key for key, value in decisive_choices(choices).items() if value != default[key]]
-        changed += ["decontaminate"] if choices.decontaminate and "train" in names else []
         if changed:
             raise UserError(
                 f"preprocess.{changed[0]} changes nothing in token files, which are read as they are. Leave it out, or "

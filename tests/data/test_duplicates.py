@@ -20,7 +20,7 @@ from lmlab.data.duplicates import (
     mark_documents,
     signatures,
 )
-from lmlab.data.mixture import mix, prepare_mixture
+from lmlab.data.mixture import mix
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared, prepare
 from lmlab.data.sources import load_files
@@ -228,7 +228,7 @@ def test_mixture(tmp_path: Path) -> None:
     def prepared(names: str, **choices: object) -> Prepared:
         mixture = mix({name: blocks[name] for name in names}, {name: corpora[name] for name in names})
         given = Preprocessing(block_size=16, similarity=0.6, **choices)  # type: ignore[arg-type]
-        return prepare_mixture(mixture, given, char, {"kind": "char"}, tmp_path / "cache")
+        return prepare(mixture, given, char, {"kind": "char"}, tmp_path / "cache")
 
     report, drop = prepared("ab", decontaminate="report"), prepared("ab", decontaminate="drop")
     a, b = report.ledger["train/a"], report.ledger["train/b"]
