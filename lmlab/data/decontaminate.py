@@ -1,6 +1,6 @@
 """Counts, or leaves out, the training documents that duplicates.py marks: `preprocess.decontaminate`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.duplicates import left_out, mark_documents
+from lmlab.data.duplicates import KEPT, left_out, mark_documents
 from lmlab.data.options import Preprocessing
 from lmlab.data.preprocess import Source, held_out_by, join_texts, tokenize
 from lmlab.data.sources import fingerprint, load_items
@@ -59,11 +59,9 @@ def mark_duplicates(sources: Mapping[str, Source], choices: Preprocessing, cache
     Raises:
         UserError: benchmarks are given and nothing is to be done, or a source would have no document left.
     """
+    items, of_items = benchmark_items(choices)
     if choices.decontaminate is None:
-        if choices.benchmarks:
-            raise UserError("preprocess.benchmarks is read only with preprocess.decontaminate=report or drop. Set one.")
         return dict(sources)
-    items, of_items = load_items(choices.benchmarks) if choices.benchmarks else (lambda: iter([]), "")
 
     def write(folder: Path) -> None:
         training = [documents_of(source, source.parts().train, choices) for source in sources.values()]
@@ -83,6 +81,13 @@ def mark_duplicates(sources: Mapping[str, Source], choices: Preprocessing, cache
         marked[name] = source._replace(marks=folder / f"{number}.npy")
         refuse_nothing(np.load(folder / f"{number}.npy"), name, choices)
     return marked
+
+
+def benchmark_items(choices: Preprocessing) -> tuple[Callable[[], Iterator[str]], str]:
+    """Returns a function that reads the items of `preprocess.benchmarks`, and a hash of their files."""
+    if choices.benchmarks and choices.decontaminate is None:
+        raise UserError("preprocess.benchmarks is read only with preprocess.decontaminate=report or drop. Set one.")
+    return load_items(choices.benchmarks) if choices.benchmarks else (lambda: iter([]), "")
 
 
 def refuse_nothing(marks: np.ndarray, name: str, choices: Preprocessing) -> None:
@@ -118,20 +123,28 @@ def count_duplicates(
     cache: Path,
 ) -> dict[str, int]:
     """Returns the counts of the documents that have a mark, as the ledger has them."""
-    marks = source.marks
-    assert marks is not None
+    assert source.marks is not None
+    key = fingerprint(FORMAT, *key_of_marks(source.marks), tokenizer_hash, choices.end_of_text, choices.special_tokens)
 
     def write(folder: Path) -> None:
-        each = np.load(marks)
-        documents = documents_of(source, source.parts().train, choices)
-        marked = ([text] for text, mark in zip(documents, each, strict=True) if mark)
-        counts = dict(zip(MARKED, np.bincount(each, minlength=len(MARKED) + 1)[1:].tolist(), strict=True))
-        counts |= {"duplicate_bytes": 0, "duplicate_tokens": 0}
-        for document in tokenize(marked, tokenizer, replace(choices, join=None)):
-            counts["duplicate_bytes"] += len(utf8(document.text))
-            counts["duplicate_tokens"] += len(document.ids) + document.lost
-        write_json(folder / "counts.json", counts)
+        write_json(folder / "counts.json", duplicates_in(source, choices, tokenizer))
 
-    key = fingerprint(FORMAT, *key_of_marks(marks), tokenizer_hash, choices.end_of_text, choices.special_tokens)
     counts: dict[str, int] = read_json(write_once(cache / f"duplicates-{key}", write) / "counts.json")
+    return counts
+
+
+def duplicates_in(source: Source, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Counts the training documents of a source that have a mark, and their bytes and tokens."""
+    assert source.marks is not None
+    each = np.load(source.marks)
+    marked = (
+        [text]
+        for text, mark in zip(documents_of(source, source.parts().train, choices), each, strict=True)
+        if mark != KEPT
+    )
+    counts = dict(zip(MARKED, np.bincount(each, minlength=len(MARKED) + 1)[1:].tolist(), strict=True))
+    counts |= {"duplicate_bytes": 0, "duplicate_tokens": 0}
+    for document in tokenize(marked, tokenizer, replace(choices, join=None)):
+        counts["duplicate_bytes"] += len(utf8(document.text))
+        counts["duplicate_tokens"] += len(document.ids) + document.lost
     return counts

@@ -5,12 +5,15 @@
     train-00000-of-00064/          a shard: `write_split` of a part of the records, whole or not there
       train.tokens train.lengths train.counts.json
       train.contained              the held-out documents that occur in its text
+      train.duplicates.json        the counts of the documents that occur again, where it was asked for them
       checksums.json
     validation-00000-of-00064/
     validation/                    the held-out shards in one
+    marks/                         which training documents occur again: N.npy those of a shard, train.npy all
     index.json                     written last: the checksums of all files that are read
 
-A shard depends on nothing but its records and the tokenizer, so that any process makes any of them, at any time.
+A shard depends on nothing but its records, their marks and the tokenizer, so that any process makes any of them, at any
+time. The marks need the signatures of all documents (duplicates.py), which are made in shards too, and joined.
 """
 
 import json
@@ -21,7 +24,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +35,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmlab.console import command, counted
 from lmlab.data.blocks import added_up, check_counts, read_counts, write_split
+from lmlab.data.decontaminate import benchmark_items, duplicates_in, refuse_nothing, training_texts
 from lmlab.data.documents import FEW, INDEX, write_stretches
+from lmlab.data.duplicates import SIGNED, Benchmark, mark_signed, sign_documents
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import KnownDocuments
 from lmlab.data.prepared import (
@@ -45,7 +50,7 @@ from lmlab.data.prepared import (
     tokenizer_texts,
 )
 from lmlab.data.preprocess import Parts, Source, join_texts, split
-from lmlab.data.sources import Corpus, digest, digests_of
+from lmlab.data.sources import Corpus, digest, digests_of, fingerprint
 from lmlab.data.texts import flatten, sort_by_file
 from lmlab.data.tokenizers import content_hash
 from lmlab.distributed import launch
@@ -84,13 +89,8 @@ class Preparation:
         """
         if isinstance(self.corpus, Tokenized):
             raise UserError("this data is tokenized already: train from it as it is.")
-        if self.choices.decontaminate:
-            raise UserError(
-                "preprocess.decontaminate compares all documents with each other, and shards are made one by one.\n"
-                "Leave it out here, and take it with the text itself."
-            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        learned = self.tokenizer_key is not None
+        learned, (_, of_items) = self.tokenizer_key is not None, benchmark_items(self.choices)
         plan = {
             "format": FORMAT,
             "data": self.corpus.fingerprint,
@@ -98,6 +98,9 @@ class Preparation:
             "tokenizer": self.tokenizer_key if learned else content_hash(self.make_tokenizer([])),
             "whole words": self.words,
             "shards": self.shards,
+            "preprocess.decontaminate": self.choices.decontaminate,
+            **({"preprocess.similarity": self.choices.similarity} if self.choices.decontaminate else {}),
+            **({"preprocess.benchmarks": of_items} if of_items else {}),
             **{f"preprocess.{key}": value for key, value in decisive_choices(self.choices).items()},
         }
         file = self.folder / "preparation.json"
@@ -128,16 +131,69 @@ class Preparation:
         """Returns the records of a split by its name."""
         return self.parts.train if name == "train" else self.parts.validation[""]
 
+    def part(self, name: str, number: int, count: int) -> "Dataset":
+        """Returns the records of a shard."""
+        records = self.records(name)
+        return records.select(range(len(records) * number // count, len(records) * (number + 1) // count))
+
+    def sign(self, name: str, number: int, count: int) -> str | None:
+        """Writes the signatures of the documents of a shard, unless they are there, or the marks that they are for.
+
+        Returns:
+            what was done, in words; None if nothing had to be.
+        """
+        path = self.folder / f"signatures-{shard_name(name, number, count)}"
+        with locked(self.folder / f".{path.name}.lock"):
+            if path.exists() or (self.folder / "marks").exists():
+                return None
+            replaced(path, lambda folder: self.write_signatures(folder, self.part(name, number, count)))
+        return f"{path.name}: {(path / 'items').stat().st_size:,} documents"
+
+    def write_signatures(self, folder: Path, records: "Dataset") -> None:
+        """Writes the signatures of the documents in records into a folder, which it makes."""
+        folder.mkdir()
+        sign_documents(folder, self.documents(records), self.benchmark)
+
+    @cached_property
+    def benchmark(self) -> Benchmark:
+        """The items to look for in the training text."""
+        return Benchmark(benchmark_items(self.choices)[0]())
+
+    @cached_property
+    def marks(self) -> Path | None:
+        """The folder with the marks of the training documents, which the first process that needs it makes.
+
+        None if `preprocess.decontaminate` does not ask for them.
+        """
+        if self.choices.decontaminate is None:
+            return None
+
+        def write(folder: Path) -> None:
+            counts: dict[str, list[int]] = {name: [] for name in SPLITS}
+            for shard in self.all_shards():
+                self.sign(*shard)  # those that no other process has made
+                signed = self.folder / f"signatures-{shard_name(*shard)}"
+                for kind in SIGNED:
+                    with (signed / kind).open("rb") as stream, (folder / kind).open("ab") as joined:
+                        shutil.copyfileobj(stream, joined, 2**22)
+                counts[shard[0]].append((signed / "items").stat().st_size)
+            marks = mark_signed(folder, sum(counts["validation"]), counts["train"], self.choices.similarity)
+            for name, of_shard in [*enumerate(marks), ("train", np.concatenate(marks))]:
+                np.save(folder / f"{name}.npy", of_shard)
+            refuse_nothing(of_shard, "", self.choices)
+
+        folder = write_once(self.folder / "marks", write)
+        for left in self.folder.glob("signatures-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        return folder
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, of which the first process that needs it writes a copy into the directory."""
 
         def write(folder: Path) -> None:
-            texts = (
-                []
-                if self.tokenizer_key is None
-                else tokenizer_texts(Source(self.corpus, lambda: self.parts), self.choices)
-            )
+            source = Source(self.corpus, lambda: self.parts, self.marks and self.marks / "train.npy")
+            texts = [] if self.tokenizer_key is None else tokenizer_texts(source, self.choices)
             self.make_tokenizer(texts).save_pretrained(folder)
 
         return AutoTokenizer.from_pretrained(write_once(self.folder / "tokenizer", write))
@@ -175,16 +231,19 @@ class Preparation:
     def write(self, folder: Path, name: str, number: int, count: int) -> None:
         """Writes a shard into a folder, which it makes."""
         folder.mkdir()
-        whole, size = self.records(name), len(self.records(name))
-        records, order = whole.select(range(size * number // count, size * (number + 1) // count)), None
+        records, choices, tokenizer = self.part(name, number, count), self.choices, self.tokenizer
         if name == "validation":
+            unused = self.parts.unused if number == 0 else 0
             records, order = sort_by_file(records)
-        words = self.words and name == "train" and self.tokenizer.is_fast
-        unused = self.parts.unused if (name, number) == ("validation", 0) else 0
-        texts = flatten(records, self.corpus.text)
-        write_split(folder, name, texts, self.tokenizer, self.choices, order, words, unused)
-        if name == "train":
-            self.known.contained(self.documents(records)).tofile(folder / "train.contained")
+            write_split(folder, name, flatten(records, self.corpus.text), tokenizer, choices, order, unused=unused)
+        else:
+            source = Source(self.corpus, lambda: Parts(records, {}), self.marks and self.marks / f"{number}.npy")
+            words = self.words and tokenizer.is_fast
+            write_split(folder, name, training_texts(source, choices), tokenizer, choices, words=words)
+            found = self.known.contained(join_texts(training_texts(source, choices), choices.join))
+            found.tofile(folder / "train.contained")
+            if source.marks is not None:
+                write_json(folder / "train.duplicates.json", duplicates_in(source, choices, tokenizer))
         write_checksums(folder)
 
     def merge(self, changed: bool) -> bool:
@@ -219,6 +278,12 @@ class Preparation:
                 "tokenizer_hash": content_hash(self.tokenizer),
                 "checksums": checksums,
             }
+            if self.marks is not None:
+                found["duplicates"] = added_up(
+                    read_json(folder / "train.duplicates.json") for folder in folders["train"]
+                )
+                if self.choices.decontaminate == "drop":  # the same text gives other blocks
+                    found["data"] = fingerprint(self.corpus.fingerprint, digest(self.marks / "train.npy"))
             write_json(index, read_json(self.folder / "preparation.json") | found)
             for left in self.folder.glob(".*-of-*.lock"):
                 left.unlink(missing_ok=True)
@@ -281,6 +346,7 @@ WORKER: list[Preparation] = []
 
 def make_shards(
     preparation: Preparation,
+    step: str,
     shards: Sequence[tuple[str, int, int]],
     processes: int,
     again: Callable[[], Preparation],
@@ -288,21 +354,23 @@ def make_shards(
     """Makes shards by several processes, and yields for each what was done.
 
     Args:
+        step: the method that makes one: `sign` or `make`.
         again: a function that makes the same preparation in a new process.
 
     Raises:
         UserError: a process was killed.
     """
     if processes == 1:
-        yield from (preparation.make(*shard) for shard in shards)
+        yield from (getattr(preparation, step)(*shard) for shard in shards)
         return
-    preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
+    if step == "make":
+        preparation.marks, preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
     os.environ["LMLAB_PARENT"] = str(os.getpid())
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, begin_worker, (again,))
     try:
-        for done in as_completed([pool.submit(make_in_worker, *shard) for shard in shards]):
+        for done in as_completed([pool.submit(make_in_worker, step, *shard) for shard in shards]):
             yield done.result()
         pool.shutdown()
     except BrokenProcessPool as error:
@@ -322,9 +390,10 @@ def begin_worker(make: Callable[[], Preparation]) -> None:
     WORKER[:] = [make()]
 
 
-def make_in_worker(name: str, number: int, count: int) -> str | None:
+def make_in_worker(step: str, name: str, number: int, count: int) -> str | None:
     """Makes a shard in a process of its own."""
-    return WORKER[0].make(name, number, count)
+    done: str | None = getattr(WORKER[0], step)(name, number, count)
+    return done
 
 
 # --- The data of a run ---
@@ -361,7 +430,10 @@ class PreparedDirectory(Tokenized):
             )
         train = [path / name for name in index["train"]] if "train" in names else []
         contained = {"": index["documents_in_training"]} if train else {}
-        return read_prepared(train, {"": path / "validation"}, choices, tokenizer, index["data"], contained)
+        data = read_prepared(train, {"": path / "validation"}, choices, tokenizer, index["data"], contained)
+        if train:
+            data.ledger["train"] = replace(data.ledger["train"], **index.get("duplicates", {}))
+        return data
 
 
 def load_prepared(path: str) -> PreparedDirectory:
