@@ -7,7 +7,7 @@
       train.contained              the held-out documents that occur in its text
       train.duplicates.json        the counts of the documents that occur again, where it was asked for them
       checksums.json
-    validation-00000-of-00064/
+    validation-00000-of-00064/     held-out text with domains is `validation.DOMAIN` instead, here and below
     validation/                    the held-out shards in one
     marks/                         which training documents occur again: N.npy those of a shard, train.npy all
     index.json                     written last: the checksums of all files that are read
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,6 @@ from lmlab.io import locked, read_json, replaced, write_json, write_once
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
-SPLITS = ("validation", "train")
 CHECKSUMS = "checksums.json"
 
 
@@ -122,18 +121,18 @@ class Preparation:
     @cached_property
     def parts(self) -> Parts:
         """The records of each split."""
-        parts = split(self.corpus, self.choices)
-        if {*parts.validation} != {""}:
-            raise UserError("held-out text with domains is not prepared in shards: name one data.validation, or none.")
-        return parts
+        return split(self.corpus, self.choices)
 
-    def records(self, name: str) -> "Dataset":
-        """Returns the records of a split by its name."""
-        return self.parts.train if name == "train" else self.parts.validation[""]
+    @cached_property
+    def splits(self) -> "dict[str, Dataset]":
+        """The records of each split by its name, those of held-out text first."""
+        assert self.parts.train is not None
+        held_out = {name_of_domain(domain): records for domain, records in self.parts.validation.items()}
+        return {**held_out, "train": self.parts.train}
 
     def part(self, name: str, number: int, count: int) -> "Dataset":
         """Returns the records of a shard."""
-        records = self.records(name)
+        records = self.splits[name]
         return records.select(range(len(records) * number // count, len(records) * (number + 1) // count))
 
     def sign(self, name: str, number: int, count: int) -> str | None:
@@ -169,7 +168,7 @@ class Preparation:
             return None
 
         def write(folder: Path) -> None:
-            counts: dict[str, list[int]] = {name: [] for name in SPLITS}
+            counts: dict[str, list[int]] = {name: [] for name in self.splits}
             for shard in self.all_shards():
                 self.sign(*shard)  # those that no other process has made
                 signed = self.folder / f"signatures-{shard_name(*shard)}"
@@ -177,7 +176,8 @@ class Preparation:
                     with (signed / kind).open("rb") as stream, (folder / kind).open("ab") as joined:
                         shutil.copyfileobj(stream, joined, 2**22)
                 counts[shard[0]].append((signed / "items").stat().st_size)
-            marks = mark_signed(folder, sum(counts["validation"]), counts["train"], self.choices.similarity)
+            training = counts.pop("train")
+            marks = mark_signed(folder, sum(map(sum, counts.values())), training, self.choices.similarity)
             for name, of_shard in [*enumerate(marks), ("train", np.concatenate(marks))]:
                 np.save(folder / f"{name}.npy", of_shard)
             refuse_nothing(of_shard, "", self.choices)
@@ -199,9 +199,9 @@ class Preparation:
         return AutoTokenizer.from_pretrained(write_once(self.folder / "tokenizer", write))
 
     @cached_property
-    def known(self) -> KnownDocuments:
-        """The held-out documents, to be found in the training text."""
-        return KnownDocuments(self.documents(self.records("validation")))
+    def known(self) -> dict[str, KnownDocuments]:
+        """The held-out documents of each split, to be found in the training text."""
+        return {name: KnownDocuments(self.documents(self.splits[name])) for name in self.splits if name != "train"}
 
     def documents(self, records: "Dataset") -> Iterator[str]:
         """Yields the documents of records."""
@@ -209,8 +209,8 @@ class Preparation:
 
     def all_shards(self) -> list[tuple[str, int, int]]:
         """Returns the split of each shard, its number, and the number of shards of the split."""
-        count = {name: min(self.shards, len(self.records(name))) for name in SPLITS}
-        return [(name, number, count[name]) for name in SPLITS for number in range(count[name])]
+        count = {name: min(self.shards, len(records)) for name, records in self.splits.items()}
+        return [(name, number, count[name]) for name in self.splits for number in range(count[name])]
 
     def make(self, name: str, number: int, count: int) -> str | None:
         """Makes a shard, unless it is there and has its checksums.
@@ -224,7 +224,7 @@ class Preparation:
             if path.exists() and wrong is None:
                 return None
             replaced(path, lambda folder: self.write(folder, name, number, count))
-        found = read_counts(path, name)
+        found = read_counts(path, "train" if name == "train" else "validation")
         again = f", as {wrong} had another checksum than when it was written" if wrong else ""
         return f"{path.name}: {found['documents']:,} documents, {found['tokens']:,} tokens{again}"
 
@@ -232,16 +232,18 @@ class Preparation:
         """Writes a shard into a folder, which it makes."""
         folder.mkdir()
         records, choices, tokenizer = self.part(name, number, count), self.choices, self.tokenizer
-        if name == "validation":
+        if name != "train":
             unused = self.parts.unused if number == 0 else 0
             records, order = sort_by_file(records)
-            write_split(folder, name, flatten(records, self.corpus.text), tokenizer, choices, order, unused=unused)
+            texts = flatten(records, self.corpus.text)
+            write_split(folder, "validation", texts, tokenizer, choices, order, unused=unused)
         else:
             source = Source(self.corpus, lambda: Parts(records, {}), self.marks and self.marks / f"{number}.npy")
             words = self.words and tokenizer.is_fast
             write_split(folder, name, training_texts(source, choices), tokenizer, choices, words=words)
-            found = self.known.contained(join_texts(training_texts(source, choices), choices.join))
-            found.tofile(folder / "train.contained")
+            for held_out, known in self.known.items():
+                found = known.contained(join_texts(training_texts(source, choices), choices.join))
+                found.tofile(folder / contained_in(held_out))
             if source.marks is not None:
                 write_json(folder / "train.duplicates.json", duplicates_in(source, choices, tokenizer))
         write_checksums(folder)
@@ -255,39 +257,54 @@ class Preparation:
         Returns:
             True if there is an index now.
         """
-        shards = {name: [shard_name(*shard) for shard in self.all_shards() if shard[0] == name] for name in SPLITS}
-        folders = {name: [self.folder / shard for shard in shards[name]] for name in SPLITS}
-        if not all(folder.is_dir() for name in SPLITS for folder in folders[name]):
+        shards = {name: [shard_name(*shard) for shard in self.all_shards() if shard[0] == name] for name in self.splits}
+        folders = {name: [self.folder / shard for shard in shards[name]] for name in shards}
+        if not all(folder.is_dir() for name in shards for folder in folders[name]):
             return False
-        index, held_out = self.folder / "index.json", self.folder / "validation"
+        index, held_out = self.folder / "index.json", [name for name in shards if name != "train"]
         with locked(self.folder / ".lock"):
-            if index.is_file() and not changed and held_out.is_dir() and damaged(held_out) is None:
+            joined = [self.folder / name for name in held_out]
+            if index.is_file() and not changed and all(each.is_dir() and damaged(each) is None for each in joined):
                 return True
-            for name in SPLITS:
-                check_counts(name, added_up(read_counts(folder, name) for folder in folders[name]))
-            replaced(held_out, lambda folder: join_held_out(folder, folders["validation"]))
-            contained = [np.fromfile(folder / "train.contained", np.uint64) for folder in folders["train"]]
+            in_training = {}
+            for name in held_out:
+                check_counts(name, added_up(read_counts(folder, "validation") for folder in folders[name]))
+                replaced(self.folder / name, partial(join_held_out, shards=folders[name]))
+                found = [np.fromfile(folder / contained_in(name), np.uint64) for folder in folders["train"]]
+                counts = np.unique(np.concatenate(found).reshape(-1, 2), axis=0)[:, 1]
+                in_training[name.partition(".")[2]] = int(counts.sum())
+            check_counts("train", added_up(read_counts(folder, "train") for folder in folders["train"]))
             checksums = {
                 f"{folder}/{file}": checksum
-                for folder in ("validation", *shards["train"])
+                for folder in (*held_out, *shards["train"])
                 for file, checksum in read_json(self.folder / folder / CHECKSUMS).items()
             }
-            found = {
+            content = {
                 "train": shards["train"],
-                "documents_in_training": int(np.unique(np.concatenate(contained).reshape(-1, 2), axis=0)[:, 1].sum()),
+                "documents_in_training": in_training,
                 "tokenizer_hash": content_hash(self.tokenizer),
                 "checksums": checksums,
             }
             if self.marks is not None:
-                found["duplicates"] = added_up(
+                content["duplicates"] = added_up(
                     read_json(folder / "train.duplicates.json") for folder in folders["train"]
                 )
                 if self.choices.decontaminate == "drop":  # the same text gives other blocks
-                    found["data"] = fingerprint(self.corpus.fingerprint, digest(self.marks / "train.npy"))
-            write_json(index, read_json(self.folder / "preparation.json") | found)
+                    content["data"] = fingerprint(self.corpus.fingerprint, digest(self.marks / "train.npy"))
+            write_json(index, read_json(self.folder / "preparation.json") | content)
             for left in self.folder.glob(".*-of-*.lock"):
                 left.unlink(missing_ok=True)
         return True
+
+
+def name_of_domain(domain: str) -> str:
+    """Returns the name of the split of a domain; "" is held-out text without domains."""
+    return f"validation.{domain}".rstrip(".")
+
+
+def contained_in(held_out: str) -> str:
+    """Returns the name of the file, in a shard of training text, of the documents of a held-out split that it has."""
+    return f"{held_out.replace('validation', 'train', 1)}.contained"
 
 
 def shard_name(name: str, number: int, count: int) -> str:
@@ -429,8 +446,10 @@ class PreparedDirectory(Tokenized):
                 "Prepare it into another directory, with that in the command."
             )
         train = [path / name for name in index["train"]] if "train" in names else []
-        contained = {"": index["documents_in_training"]} if train else {}
-        data = read_prepared(train, {"": path / "validation"}, choices, tokenizer, index["data"], contained)
+        found = index["documents_in_training"]
+        contained = found if isinstance(found, dict) else {"": found}  # of a directory from before there were domains
+        domains = {domain: path / name_of_domain(domain) for domain in contained}
+        data = read_prepared(train, domains, choices, tokenizer, index["data"], contained if train else {})
         if train:
             data.ledger["train"] = replace(data.ledger["train"], **index.get("duplicates", {}))
         return data

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.documents import FEW
@@ -60,6 +61,7 @@ def same(one: Prepared, other: Prepared) -> None:
     for name in ("train", "validation"):
         blocks = [[block.tolist() for block in blocks_of(data, name)] for data in (one, other)]
         assert blocks[0] == blocks[1]
+    assert one.validation.domains == other.validation.domains
     for field in ("tokens", "spans", "edges", "stretches"):
         np.testing.assert_array_equal(getattr(one.validation, field), getattr(other.validation, field))
     for field in ("names", "parts", "starts"):
@@ -96,6 +98,28 @@ def test_what_is_drawn_from_one_file(tmp_path: Path) -> None:
         read(made, test_size=0.3, block_size=16),
         prepare(corpus, Preprocessing(test_size=0.3, block_size=16), made.make_tokenizer, {"k": 1}, tmp_path / "cache"),
     )
+
+
+def test_domains(tmp_path: Path) -> None:
+    """Each has shards of its own, and its own documents that occur in the training text."""
+    texts = random_texts(random.Random(0), 60)
+    domains = {"news": [*random_texts(random.Random(1), 9), "a text of the news, 32 bytes or more"]}
+    domains["law"] = [*random_texts(random.Random(2), 5), *["a text of the law, with 32 bytes or more"] * 2]
+    texts += [domain[-1] for domain in domains.values()]
+    held_out = {name: Dataset.from_dict({"text": own}) for name, own in domains.items()}
+    corpus = Corpus(Dataset.from_dict({"text": texts}), held_out, "text", "two domains")
+    made = preparation(tmp_path / "made", corpus, decontaminate="report")
+    finish(made)
+    whole = prepare(corpus, made.choices, made.make_tokenizer, made.tokenizer_key, tmp_path / "cache")
+    same(read(made), whole)
+    counts = [whole.ledger[f"validation/{name}"].documents_in_training for name in domains]
+    assert counts == [1, 2]
+    assert {*whole.validation.domains} == {*domains}
+    (made.folder / "validation.law" / "validation.tokens").unlink()
+    with pytest.raises(UserError, match=r"validation\.law/validation\.tokens is not what it was"):
+        load_prepared(str(made.folder))
+    assert finish(made) == []
+    same(read(made), whole)
 
 
 def test_duplicates_across_shards(tmp_path: Path) -> None:
