@@ -160,9 +160,9 @@ class TokenFiles(Tokenized):
         data = read_prepared([], {"": folder}, choices, tokenizer, source, {})
         if "train" not in names:
             return data
-        bounds, ledger = cut_blocks(surveys["train"], "train", choices)
+        bounds, edges, ledger = cut_blocks(surveys["train"], "train", choices)
         tokens = FlatFiles(*(file.tokens for file in self.files["train"]))
-        return replace(data, train=Blocks(tokens, bounds), ledger={"train": ledger, **data.ledger})
+        return replace(data, train=Blocks(tokens, bounds, edges), ledger={"train": ledger, **data.ledger})
 
 
 def load_tokens(train: str | Sequence[str] | None = None, validation: str | Sequence[str] | None = None) -> TokenFiles:

@@ -470,6 +470,7 @@ OTHER = {
     "end_of_text": False,
     "special_tokens": True,
     "truncation": True,
+    "packing": "best_fit",
     "drop_remainder_every": 2,
     "test_size": 0.3,
     "split_by": "hash",
@@ -478,7 +479,7 @@ OTHER = {
     "max_records": 50,
 }
 """Another value for each choice."""
-CUTS = {"block_size", "drop_remainder_every"}
+CUTS = {"block_size", "packing", "drop_remainder_every"}
 """Those that decide how tokens are cut into blocks, and nothing else."""
 DUPLICATES = {"decontaminate", "similarity", "benchmarks"}
 """Those that decide which documents are left out, see test_duplicates.py."""
