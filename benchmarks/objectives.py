@@ -120,7 +120,7 @@ def stepper(name: str, settings: Settings, apart: bool = False) -> Callable[[], 
         lengths = 1 + random.geometric(1 / max(2, settings.documents), len(ids))  # more than there are tokens
         lengths.astype(np.int64).tofile(Path(folder) / "lengths")
         edges = DocumentEdges(FlatFiles(FlatFile(Path(folder) / "lengths", "int64"))) if apart else None
-        blocks = Blocks(FlatFiles(FlatFile(Path(folder) / "tokens")), Slices(len(ids), positions), edges=edges)
+        blocks = Blocks(FlatFiles(FlatFile(Path(folder) / "tokens")), Slices(len(ids), positions), document_edges=edges)
     torch.manual_seed(SEED)
     if detects:
         layers, width, heads, *_ = SIZES[settings.size]

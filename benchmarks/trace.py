@@ -377,7 +377,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             np.full(len(ids) // settings.documents + 1, settings.documents).tofile(folder / "lengths")
             edges = DocumentEdges(FlatFiles(FlatFile(folder / "lengths", "int64")))
         bounds = group_texts(np.array([len(ids)]), settings.positions)
-        blocks = Blocks(FlatFiles(FlatFile(folder / "tokens")), bounds, edges=edges)
+        blocks = Blocks(FlatFiles(FlatFile(folder / "tokens")), bounds, document_edges=edges)
         objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
         model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
         efficiency.fuse_activations(model)

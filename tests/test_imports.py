@@ -121,6 +121,7 @@ REFUSED = [
     ("train", "batch_size=0", "batch_size=0: it has to be a whole number, 1 or more"),
     ("train", "preprocess.block_size=1", "a whole number, 2 or more"),
     ("train", "preprocess.test_size=2", "more than 0, less than 1"),
+    ("train", "preprocess=guide preprocess.packing=best_fit", "preprocess.drop_remainder_every=1000 is there to drop"),
     ("train", "trainer.precision=bf16-mixd", 'Did you mean "bf16-mixed"?'),
     ("train", "trainer.accelerator=gpuu", 'Did you mean "gpu"?'),
     ("train", "trainer.accumulate_grad_batches=3", "does not divide"),

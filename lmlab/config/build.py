@@ -189,7 +189,8 @@ def check_padding(model: "PreTrainedModel", lengths: "np.ndarray", rows: int) ->
         raise UserError(
             f"padding changes what {model.config.model_type} makes of a row's own tokens, and rows of {least} to "
             f"{most} would be padded.\nTake one row at a time (batch_size=1, or more of "
-            "trainer.accumulate_grad_batches), or drop what fills no block (preprocess.drop_remainder_every=…)."
+            "trainer.accumulate_grad_batches), or drop what fills no block (preprocess.packing=concatenated "
+            "preprocess.drop_remainder_every=…)."
         )
 
 

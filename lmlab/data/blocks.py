@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.documents import UNKNOWN, Documents, open_index, read_lengths, reorder, write_stretches
 from lmlab.data.options import Preprocessing
+from lmlab.data.packing import pack_documents
 from lmlab.data.preprocess import Bounds, Slices, group_texts, lengths_of, tokenize
 from lmlab.data.texts import utf8
 from lmlab.data.tokenizers import smallest_dtype
@@ -63,6 +64,10 @@ class Ledger:
     tokens: int
     """The number of tokens of the documents before any is dropped, with special and end-of-text tokens."""
     blocks: int
+    documents_cut: int | None = None
+    """The number of documents that lie in more than one block. This and the next are None but for best-fit packing."""
+    share_of_positions_filled: float | None = None
+    """The share of the positions of all blocks that hold a token."""
     tokens_dropped: int
     """The number of tokens that fill no block, see `group_texts`."""
     tokens_truncated: int
@@ -108,22 +113,37 @@ class Blocks(TorchDataset[np.ndarray]):
     tokens: FlatFiles
     """The ids of all tokens."""
     bounds: Bounds
-    """The first token of each block and the one past its last."""
+    """The first token of each block and the one past its last; where blocks were packed, those of each piece."""
+    edges: np.ndarray | None = None
+    """[blocks + 1] int64: block b has the pieces edges[b] … edges[b + 1] - 1; None where each block is one piece."""
     continued: FlatFiles | None = None
     """Whether each token continues the word of the token before it; None if they were prepared without."""
-    edges: DocumentEdges | None = None
+    document_edges: DocumentEdges | None = None
     """The edges of the documents, where these do not see one another; else None."""
 
     def __len__(self) -> int:
-        return len(self.bounds)
+        return len(self.bounds) if self.edges is None else len(self.edges) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.tokens.part(*self.bounds[index]).astype(np.int32)
+        return self.read(self.tokens, index).astype(np.int32)
+
+    def pieces(self, index: int) -> np.ndarray:
+        """Returns the first token of each piece of a block and the one past its last: [pieces, 2] int64."""
+        if self.edges is None:
+            return np.array([self.bounds[index]])
+        block = range(len(self))[index]
+        return np.asarray(self.bounds)[self.edges[block] : self.edges[block + 1]]
+
+    def read(self, files: FlatFiles, index: int) -> np.ndarray:
+        """Returns the part of `files`, which have a number for each token, that belongs to a block: [T]."""
+        return np.concatenate([files.part(start, end) for start, end in self.pieces(index).tolist()])
 
     @property
     def lengths(self) -> np.ndarray:
         """The lengths that blocks have, each once."""
-        return lengths_of(self.bounds)
+        if self.edges is None:
+            return lengths_of(self.bounds)
+        return np.unique(np.add.reduceat(np.diff(self.bounds)[:, 0], self.edges[:-1]))
 
     @property
     def kept(self) -> int:
@@ -132,11 +152,15 @@ class Blocks(TorchDataset[np.ndarray]):
 
     def continues(self, index: int) -> np.ndarray | None:
         """Returns `continued` of the tokens of a block."""
-        return None if self.continued is None else self.continued.part(*self.bounds[index])
+        return None if self.continued is None else self.read(self.continued, index)
 
     def documents(self, index: int) -> np.ndarray | None:
         """Returns the number of tokens of each document in a block; None where documents see one another."""
-        return None if self.edges is None else self.edges.within(*self.bounds[index])
+        if self.document_edges is None:
+            return None
+        if self.edges is not None:
+            return np.diff(self.pieces(index)).ravel()  # each piece is of another document
+        return self.document_edges.within(*self.bounds[index])
 
 
 def write_split(
@@ -223,26 +247,37 @@ def added_up(counts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(total)
 
 
-def cut_blocks(folders: Sequence[Path], name: str, choices: Preprocessing) -> tuple[Bounds, Ledger]:
-    """Returns the bounds of a split's blocks, and its ledger.
+def cut_blocks(folders: Sequence[Path], name: str, choices: Preprocessing) -> tuple[Bounds, np.ndarray | None, Ledger]:
+    """Returns the `bounds` and `edges` of a split's blocks, see `Blocks`, and its ledger. Only training text is packed.
 
     Args:
         folders: those of `write_split`, whose tokens follow on one another.
     """
     counts = added_up(read_counts(folder, name) for folder in folders)
     tokens = counts["tokens"] - counts["tokens_truncated"]
-    # Where no token is dropped, blocks don't depend on where documents end: the lengths of a large corpus stay unread.
-    one = choices.drop_remainder_every is None
-    lengths = [np.array([tokens])] if one else [read_lengths(folder, name) for folder in folders]
-    bounds = group_texts(np.concatenate(lengths), choices.block_size, choices.drop_remainder_every)
+    best_fit = choices.packing == "best_fit" and name == "train"
+    # Where no token is dropped and no document is kept whole, blocks don't depend on where documents end: the lengths
+    # of a large corpus stay unread.
+    one = choices.drop_remainder_every is None and not best_fit
+    lengths = np.concatenate([[tokens]] if one else [read_lengths(folder, name) for folder in folders])
+    size, edges = choices.block_size, None
+    bounds: Bounds
+    if best_fit:
+        bounds, edges = pack_documents(lengths, size)
+    else:
+        bounds = group_texts(lengths, size, choices.drop_remainder_every)
     if len(bounds) == 0:
         raise UserError(
-            f"the {name} split gives no block: {tokens} tokens, none fills "
-            f"preprocess.block_size={choices.block_size}.\n"
+            f"the {name} split gives no block: {tokens} tokens, none fills preprocess.block_size={size}.\n"
             "Lower the block size, or set preprocess.drop_remainder_every=null to keep short blocks."
         )
     kept = bounds.tokens if isinstance(bounds, Slices) else int(np.diff(bounds).sum())
-    return bounds, Ledger(blocks=len(bounds), tokens_dropped=tokens - kept, **counts)
+    ledger = Ledger(blocks=len(bounds), tokens_dropped=tokens - kept, **counts)
+    if edges is not None:
+        blocks, cut = len(edges) - 1, int((lengths > size).sum())
+        filled = round(kept / (blocks * size), 6)
+        ledger = replace(ledger, blocks=blocks, documents_cut=cut, share_of_positions_filled=filled)
+    return bounds, edges, ledger
 
 
 def group_documents(documents: Documents, choices: Preprocessing) -> Bounds:
@@ -257,12 +292,14 @@ def group_documents(documents: Documents, choices: Preprocessing) -> Bounds:
     return np.concatenate(bounds)
 
 
-def read_blocks(folders: Sequence[Path], name: str, bounds: Bounds, choices: Preprocessing) -> Blocks:
+def read_blocks(
+    folders: Sequence[Path], name: str, bounds: Bounds, edges: np.ndarray | None, choices: Preprocessing
+) -> Blocks:
     """Returns the blocks of a split whose tokens `write_split` wrote into folders, in which they follow on."""
     tokens = (FlatFile(folder / f"{name}.tokens", read_counts(folder, name)["dtype"]) for folder in folders)
     words = [FlatFile(folder / f"{name}.continued", "bool") for folder in folders]
     continued = FlatFiles(*words) if words[0].path.is_file() else None
-    return Blocks(FlatFiles(*tokens), bounds, continued, read_edges(folders, name, choices))
+    return Blocks(FlatFiles(*tokens), bounds, edges, continued, read_edges(folders, name, choices))
 
 
 def read_edges(folders: Sequence[Path], name: str, choices: Preprocessing) -> DocumentEdges | None:

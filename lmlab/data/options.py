@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 
+from lmlab.errors import UserError
+
 BUILDERS = {
     ".txt": "text",
     ".text": "text",
@@ -34,6 +36,9 @@ class Preprocessing:
     token, as the guide does. Otherwise it is read as text."""
     truncation: bool = False
     """True to cut documents at the tokenizer's longest input, as the guide does."""
+    packing: Literal["concatenated", "best_fit"] = "concatenated"
+    """The way in which training documents get into blocks: laid end to end and cut, or by best-fit packing, which cuts
+    only those that are longer than a block."""
     drop_remainder_every: Annotated[int, Ge(1)] | None = None
     """The number of documents in a group, at whose end tokens that fill no block are dropped; null drops none."""
     document_attention: bool = False
@@ -59,6 +64,14 @@ class Preprocessing:
     """The Jaccard similarity from which on two documents count as near-duplicates; Lee et al. (2022) take 0.8."""
     benchmarks: str | list[str] | None = None
     """The files of test sets, by path or glob, whose items `decontaminate` looks for in the training documents."""
+
+    def __post_init__(self) -> None:
+        if self.packing == "best_fit" and self.drop_remainder_every is not None:
+            raise UserError(
+                "preprocess.packing=best_fit drops no token, and preprocess.drop_remainder_every="
+                f"{self.drop_remainder_every} is there to drop some.\n"
+                "Leave one of the two out: preprocess.drop_remainder_every=null, or preprocess.packing=concatenated."
+            )
 
 
 @dataclass(frozen=True, config={"strict": True})

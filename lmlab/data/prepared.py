@@ -251,10 +251,10 @@ def read_prepared(
     """
     ledger, blocks = {}, None
     if train:
-        bounds, ledger["train"] = cut_blocks(train, "train", choices)
-        blocks = read_blocks(train, "train", bounds, choices)
+        bounds, edges, ledger["train"] = cut_blocks(train, "train", choices)
+        blocks = read_blocks(train, "train", bounds, edges, choices)
     for domain, folder in domains.items():
-        counts = cut_blocks([folder], "validation", choices)[1]
+        counts = cut_blocks([folder], "validation", choices)[-1]
         counts = replace(counts, documents_in_training=contained.get(domain))
         ledger[f"validation/{domain}".rstrip("/")] = counts
     documents = join_domains({domain: read_documents(folder, "validation") for domain, folder in domains.items()})
@@ -267,7 +267,8 @@ def decisive_choices(choices: Preprocessing) -> dict[str, Any]:
 
     It does not on how documents are cut into blocks, and has the marks of duplicates in its key where they are dropped.
     """
-    free = ("block_size", "drop_remainder_every", "document_attention", "decontaminate", "similarity", "benchmarks")
+    cuts = ("block_size", "packing", "drop_remainder_every", "document_attention")
+    free = (*cuts, "decontaminate", "similarity", "benchmarks")
     return {key: value for key, value in asdict(choices).items() if key not in free}
 
 

@@ -471,6 +471,7 @@ OTHER = {
     "end_of_text": False,
     "special_tokens": True,
     "truncation": True,
+    "packing": "best_fit",
     "drop_remainder_every": 2,
     "document_attention": True,
     "test_size": 0.3,
@@ -480,7 +481,7 @@ OTHER = {
     "max_records": 50,
 }
 """Another value for each choice."""
-CUTS = {"block_size", "drop_remainder_every", "document_attention"}
+CUTS = {"block_size", "packing", "drop_remainder_every", "document_attention"}
 """Those that decide how tokens are cut into blocks, and what these see, and nothing else."""
 DUPLICATES = {"decontaminate", "similarity", "benchmarks"}
 """Those that decide which documents are left out, see test_duplicates.py."""
@@ -558,9 +559,12 @@ def test_documents_of_a_block(files: int, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(edges.edges) < 300
 
 
-def test_blocks_name_their_documents_where_these_are_kept_apart(run: Callable[..., Prepared]) -> None:
+@pytest.mark.parametrize("packing", ["concatenated", "best_fit"])
+def test_blocks_name_their_documents_where_these_are_kept_apart(packing: str, run: Callable[..., Prepared]) -> None:
     texts = random_texts(random.Random(0), 100)
-    across, apart = (run(corpus_of(texts), block_size=16, document_attention=each) for each in (False, True))
+    across, apart = (
+        run(corpus_of(texts), block_size=16, document_attention=each, packing=packing) for each in (False, True)
+    )
     assert across.train.documents(0) is None
     for number, block in enumerate(blocks_of(apart, "train")):
         ends = np.flatnonzero(block == apart.tokenizer.eos_token_id) + 1

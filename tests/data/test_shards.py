@@ -94,10 +94,10 @@ def test_what_is_drawn_from_one_file(tmp_path: Path) -> None:
     corpus = corpus_of(random_texts(random.Random(0), 120))
     made = preparation(tmp_path / "made", corpus, test_size=0.3)
     assert len(finish(made)) == 6
-    same(
-        read(made, test_size=0.3, block_size=16),
-        prepare(corpus, Preprocessing(test_size=0.3, block_size=16), made.make_tokenizer, {"k": 1}, tmp_path / "cache"),
-    )
+    for packing in ("concatenated", "best_fit"):  # which is the choice of the run
+        choices = {"test_size": 0.3, "block_size": 16, "packing": packing}
+        whole = prepare(corpus, Preprocessing(**choices), made.make_tokenizer, {"k": 1}, tmp_path / "cache")
+        same(read(made, **choices), whole)
 
 
 def test_domains(tmp_path: Path) -> None:

@@ -71,13 +71,17 @@ def test_they_are_what_their_text_gives(
     for name in TEXTS:
         write(tmp_path / f"{name}.bin", documents(name, tokenizer))
     corpus = corpus_of(TEXTS["train"], TEXTS["validation"])
-    for choices in ({"block_size": 7}, {"block_size": 5, "drop_remainder_every": 2}):
+    for choices in (
+        {"block_size": 7},
+        {"block_size": 5, "drop_remainder_every": 2},
+        {"block_size": 9, "packing": "best_fit"},
+    ):
         found = read(tmp_path, tokenizer, **choices)
         wanted = prepare(corpus, Preprocessing(**choices), lambda texts: tokenizer, None, tmp_path / "text")
         for name in TEXTS:
             ours, theirs = ([block.tolist() for block in blocks_of(each, name)] for each in (found, wanted))
             assert ours == theirs
-            for key in ("documents", "tokens", "blocks", "tokens_dropped"):
+            for key in ("documents", "tokens", "blocks", "documents_cut", "tokens_dropped"):
                 assert getattr(found.ledger[name], key) == getattr(wanted.ledger[name], key)
         np.testing.assert_array_equal(found.validation.spans, wanted.validation.spans)
         assert found.validation.names.to_pylist() == wanted.validation.names.to_pylist()
