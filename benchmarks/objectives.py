@@ -3,6 +3,7 @@
   python -m benchmarks.objectives                          masked diffusion beside next-token prediction
   python -m benchmarks.objectives objective=mlm size=distil
   python -m benchmarks.objectives objective=electra        beside a generator and a discriminator, each trained alone
+  python -m benchmarks.objectives objective=mlm documents=40    without document attention, and with it
 
 Keys, with their defaults:
 
@@ -11,16 +12,19 @@ Keys, with their defaults:
   batch_size=8
   rounds=6              of both objectives; the first is not counted
   steps=8               of each in a round
+  documents=0           mean length of the documents of preprocess.document_attention; 0: without it
 
-The ratio is that of the time of a step of clm, or of both steps of ELECTRA's models alone, over one of the objective;
-larger is faster.
+The ratio is that of the time of a step of clm, or of both steps of ELECTRA's models alone, or of the same objective
+without document attention, over one of the objective; larger is faster.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,11 +42,17 @@ class Settings(Arguments):
     batch_size: int = 8
     rounds: int = 6
     steps: int = 8
+    documents: int = 0
 
 
 def compare(settings: Settings) -> dict[str, Any]:
-    sides = {settings.objective: stepper(settings.objective, settings)}
-    if settings.objective == "electra":
+    name = settings.objective
+    sides = {
+        f"{name}, documents apart" if settings.documents else name: stepper(name, settings, settings.documents > 0)
+    }
+    if settings.documents:
+        sides[name] = stepper(name, settings)
+    elif name == "electra":
         alone = [stepper(half, settings) for half in ("generator", "discriminator")]
         sides["its models alone"] = lambda: sum(step() for step in alone)
     else:
@@ -66,12 +76,19 @@ def compare(settings: Settings) -> dict[str, Any]:
     }
 
 
-def stepper(name: str, settings: Settings) -> Callable[[], float]:
-    """Returns a function that makes one training step of an objective, and returns its loss."""
+def stepper(name: str, settings: Settings, apart: bool = False) -> Callable[[], float]:
+    """Returns a function that makes one training step of an objective, and returns its loss.
+
+    Args:
+        apart: True for documents that do not see one another.
+    """
     import torch
 
+    from lmlab.data.blocks import Blocks
     from lmlab.data.datamodule import collate
+    from lmlab.data.preprocess import Slices
     from lmlab.data.sampler import draws
+    from lmlab.data.tokens import DocumentEdges, FlatFile, FlatFiles
     from lmlab.models.efficiency import fuse_activations
     from lmlab.models.loading import from_scratch
     from lmlab.models.loss import logits_chunk_size, score
@@ -96,8 +113,14 @@ def stepper(name: str, settings: Settings) -> Callable[[], float]:
     }
     objective: Any = ReplacedTokenDetection(tokenizer) if detects else made[name]()
     # Skewed, so that there is something to learn.
-    drawn = np.random.default_rng(SEED).random((256, positions)) ** 3
-    blocks = [*(4 + (len(tokenizer) - 4) * drawn).astype(np.int32)]
+    random = np.random.default_rng(SEED)
+    ids = (4 + (len(tokenizer) - 4) * random.random(256 * positions) ** 3).astype(np.int32)
+    with tempfile.TemporaryDirectory() as folder:  # whose files stay mapped
+        ids.tofile(Path(folder) / "tokens")
+        lengths = 1 + random.geometric(1 / max(2, settings.documents), len(ids))  # more than there are tokens
+        lengths.astype(np.int64).tofile(Path(folder) / "lengths")
+        edges = DocumentEdges(FlatFiles(FlatFile(Path(folder) / "lengths", "int64"))) if apart else None
+        blocks = Blocks(FlatFiles(FlatFile(Path(folder) / "tokens")), Slices(len(ids), positions), edges=edges)
     torch.manual_seed(SEED)
     if detects:
         layers, width, heads, *_ = SIZES[settings.size]
@@ -127,7 +150,8 @@ def stepper(name: str, settings: Settings) -> Callable[[], float]:
             chosen = batch.positions[batch.hidden], batch.targets[batch.hidden]
             return score(model, *inputs, *chosen, rows).nll.sum() / len(batch.hidden)
         scored = batch.positions, batch.targets, rows
-        return score(model, *inputs, *scored, weights=batch.weights, prefix=batch.prefix).nll.sum() / batch.divisor
+        masks = {"prefix": batch.prefix, "document_positions": batch.document_positions}
+        return score(model, *inputs, *scored, weights=batch.weights, **masks).nll.sum() / batch.divisor
 
     def step() -> float:
         first = next(numbers) * settings.batch_size

@@ -13,11 +13,12 @@ Keys, with their defaults:
   chunk=0               scored positions whose logits are held at once; 0: lmlab's choice
   checkpointing=false   activations that the backward pass computes again: true for all, selective for cheap ones
   precision=bf16-mixed  bf16-mixed, 16-mixed
+  documents=0           tokens of each document, where they do not see one another; 0: each block is one text
 
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
 in a few seconds on any machine, with the callbacks of a run but for what they write. The command fails where a step or
 a batch of a validation makes the host wait for the device, copies from memory that is not pinned, mixes devices, or
-does not use flash attention though no row is padded. What is done once a validation, a report or a checkpoint may wait,
+does not use flash attention though there is no need for a mask. What is done once a validation, a report or a checkpoint may wait,
 and is not watched. The time is an estimate: of each operation the longer of its arithmetic and of the bytes that it
 reads and writes, at the rates of an H100.
 
@@ -51,7 +52,7 @@ from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import BlocksDataModule
 from lmlab.data.documents import Documents
 from lmlab.data.preprocess import group_texts
-from lmlab.data.tokens import FlatFile, FlatFiles
+from lmlab.data.tokens import DocumentEdges, FlatFile, FlatFiles
 from lmlab.errors import shown_plainly
 from lmlab.evaluation.certify import silence_lightning
 from lmlab.evaluation.rows import WindowRows
@@ -87,6 +88,7 @@ class Settings(Sized, Arguments):
     chunk: int = 0
     checkpointing: Literal["false", "true", "selective"] = "false"
     precision: Literal["bf16-mixed", "16-mixed"] = "bf16-mixed"
+    documents: int = 0
 
 
 ANSWERS: dict[str, Any] = {
@@ -322,12 +324,12 @@ def numpy(tensor: torch.Tensor, *args: Any, numpy: Any = torch.Tensor.numpy, **o
 
 def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any) -> Any:
     """Stands in for `scaled_dot_product_attention` on a GPU, which takes flash attention where there is no mask."""
-    assert attn_mask is None or not torch.is_grad_enabled(), "no flash attention: a step has a mask, and no padding"
     query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))  # as autocast does
     if attn_mask is not None:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-        return efficient(query, key, value, bias, False, dropout_p)[0]
+        bias = bias.expand(-1, query.shape[1], -1, -1)
+        return efficient(query, key, value, bias, torch.is_grad_enabled(), dropout_p)[0]
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(query, key, value, dropout_p, options.get("is_causal", False), False, scale=options.get("scale"))[0]
 
@@ -370,7 +372,12 @@ def trace(settings: Settings) -> tuple[Watch, float]:
     ids = np.random.default_rng(0).integers(len(SPECIAL), vocabulary, count * settings.positions).astype(np.int32)
     with workplace() as folder, fake_cuda(vocabulary, SIZES[settings.size][1]) as watch:
         ids.tofile(folder / "tokens")
-        blocks = Blocks(FlatFiles(FlatFile(folder / "tokens")), group_texts(np.array([len(ids)]), settings.positions))
+        edges = None
+        if settings.documents:
+            np.full(len(ids) // settings.documents + 1, settings.documents).tofile(folder / "lengths")
+            edges = DocumentEdges(FlatFiles(FlatFile(folder / "lengths", "int64")))
+        bounds = group_texts(np.array([len(ids)]), settings.positions)
+        blocks = Blocks(FlatFiles(FlatFile(folder / "tokens")), bounds, edges=edges)
         objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
         model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
         efficiency.fuse_activations(model)
@@ -378,7 +385,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             efficiency.checkpoint_activations(model, settings.checkpointing == "selective")
         # A batch of whole blocks, and one whose last row is padded.
         shown = ids[: (2 * settings.batch_size - 1) * settings.positions + 2]
-        held_out = hold_out(shown, settings.positions, objective)
+        held_out = hold_out(shown, settings.positions, objective, settings.documents)
         module = LMModule(
             model,
             AdamW(),
@@ -429,17 +436,28 @@ def trace(settings: Settings) -> tuple[Watch, float]:
     return watch, flops.step(tokens, targets, settings.positions)
 
 
-def hold_out(ids: np.ndarray, positions: int, objective: Any) -> HeldOut:
-    """Returns the blocks of ids, of which the last one may be short, as the held-out rows of one document."""
-    ends = np.array([0, len(ids)])
-    documents = Documents(ids, np.ones((len(ids), 5), np.int32), ends, ends, ["text"], [0], [""], "")
+def hold_out(ids: np.ndarray, positions: int, objective: Any, length: int) -> HeldOut:
+    """Returns the blocks of ids, of which the last one may be short, as held-out rows.
+
+    Args:
+        length: the number of tokens of each document, where they do not see one another; 0: there is one document.
+    """
+    edges = np.append(np.arange(0, len(ids), length or len(ids)), len(ids))
+    names = [*map(str, range(len(edges) - 1))]
+    spans = np.ones((len(ids), 5), np.int32)
+    documents = Documents(ids, spans, edges, edges, names, [0] * len(names), [""] * len(names), "")
     bounds = group_texts(documents.lengths, positions)
-    shown = windows(Context("blocks", positions), documents, bounds, objective, None)
+    context = Context("blocks", positions, document_attention=length > 0)
+    shown = windows(context, documents, bounds, objective, None)
     return HeldOut(WindowRows(documents, shown, objective, 0), pad_id=1, facts={})
 
 
-def show(watch: Watch, needed: float) -> None:
-    """Prints the work of a step by its kind, and that of a batch of a validation; fails if the host waited."""
+def show(watch: Watch, needed: float, documents: bool) -> None:
+    """Prints the work of a step by its kind, and that of a batch of a validation; fails if the host waited.
+
+    Args:
+        documents: whether documents do not see one another.
+    """
     steps, validations = watch.steps, watch.validations
     rows = [steps.row(kind, [kind]) for kind, _ in steps.seconds.most_common()]
     rows += [steps.row("a step", steps.seconds), validations.row("a batch of a validation", validations.seconds)]
@@ -448,9 +466,11 @@ def show(watch: Watch, needed: float) -> None:
     print(f"{needed * steps.times / steps.seconds.total() / PEAK:.0%} of the peak of an H100 would be used.")
     for work, name in ((steps, "a step"), (validations, "a batch of a validation")):
         assert not +work.waits, f"in {name} the host waits for the device: {dict(+work.waits)}"
-    for operation in ("_fused_adamw_", "_scaled_dot_product_flash_attention_backward"):
-        assert steps.operations[operation], f"no {operation} in a step"
-    assert validations.operations["_scaled_dot_product_flash_attention"], "no flash attention in a validation"
+    assert steps.operations["_fused_adamw_"], "no _fused_adamw_ in a step"
+    kind, other = ("efficient", "flash") if documents else ("flash", "efficient")  # the former takes a mask
+    assert not steps.operations[f"_scaled_dot_product_{other}_attention"], f"{other} attention in a step"
+    assert steps.operations[f"_scaled_dot_product_{kind}_attention_backward"], f"no {kind} attention in a step"
+    assert validations.operations[f"_scaled_dot_product_{kind}_attention"], f"no {kind} attention in a validation"
 
 
 def main() -> None:
@@ -458,7 +478,8 @@ def main() -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(__doc__)
             return
-        show(*trace(Settings.parse(sys.argv[1:])))
+        settings = Settings.parse(sys.argv[1:])
+        show(*trace(settings), documents=settings.documents > 0)
         sys.stdout.flush()
         os._exit(0)  # autograd's thread for the device would not end by itself
 

@@ -51,10 +51,11 @@ def prepare_directory(values: dict[str, Any], go_on: str) -> None:
     preparation.begin()
     shards, (task, tasks) = preparation.all_shards(), slurm.array_task()
     mine, changed = shards[task::tasks], False
-    for number, done in enumerate(make_shards(preparation, mine, values["processes"], again), 1):
-        changed = changed or done is not None
-        if done is not None:
-            print(f"{number}/{len(mine)}  {done}", flush=True)
+    for step in ["sign"] * bool(preparation.choices.decontaminate) + ["make"]:
+        for number, done in enumerate(make_shards(preparation, step, mine, values["processes"], again), 1):
+            changed = changed or done is not None
+            if done is not None:
+                print(f"{number}/{len(mine)}  {done}", flush=True)
     if not preparation.merge(changed):
         print("The index is made by the task that ends last. If none did: give the command again without the array.")
         return

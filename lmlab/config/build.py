@@ -36,13 +36,10 @@ ROW_LOGGERS = [f"lmlab.training.loggers.{name}.{name}" for name in ("csv", "tens
 
 def prepare_data(cfg: DictConfig) -> "Prepared":
     """Returns the data of a run, tokenized and cut into blocks: from the cache where it is there."""
-    from lmlab.data.mixture import Mixture, prepare_mixture
     from lmlab.data.prepared import prepare
 
-    corpus, choices, make_tokenizer, tokenizer_key, words = prepared_from(cfg)
-    cache = Path(cfg.cache_dir).expanduser()
-    of_kind = prepare_mixture if isinstance(corpus, Mixture) else prepare
-    return of_kind(corpus, choices, make_tokenizer, tokenizer_key, cache, words)
+    data, choices, make_tokenizer, tokenizer_key, words = prepared_from(cfg)
+    return prepare(data, choices, make_tokenizer, tokenizer_key, Path(cfg.cache_dir).expanduser(), words)
 
 
 def prepared_from(cfg: DictConfig) -> "tuple[Any, Preprocessing, Callable[..., PreTrainedTokenizerBase], Any, bool]":
@@ -77,12 +74,9 @@ def preparation(values: dict[str, Any], go_on: str) -> "Preparation":
 
 def prepare_held_out(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "Prepared":
     """Returns the held-out data of an evaluation, tokenized and cut into blocks: from the cache where it is there."""
-    from lmlab.data.mixture import Mixture, prepare_mixture_validation
     from lmlab.data.prepared import prepare_validation
 
-    corpus = build_corpus(cfg)
-    of_kind = prepare_mixture_validation if isinstance(corpus, Mixture) else prepare_validation
-    return of_kind(corpus, preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
+    return prepare_validation(build_corpus(cfg), preprocessing(cfg), tokenizer, Path(cfg.cache_dir).expanduser())
 
 
 def build_corpus(cfg: DictConfig) -> "Any":
@@ -123,11 +117,12 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
     if score == "elbo":
         elbo = {"draws": cfg.get("draws") or getattr(objective, "draws", DRAWS), "seed": seed}
+    choices = preprocessing(cfg)
     return hold_out(
         data,
         objective,
-        Context(cfg.get("context") or "blocks", cfg.preprocess.block_size, cfg.get("stride")),
-        preprocessing(cfg),
+        Context(cfg.get("context") or "blocks", choices.block_size, cfg.get("stride"), choices.document_attention),
+        choices,
         # As in the certificates of lmlab 0.1.
         objective_config=without_added(OmegaConf.to_container(block)),  # type: ignore[arg-type]
         masks_seed=seed,  # in training the same for runs of all seeds

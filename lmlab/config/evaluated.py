@@ -16,6 +16,9 @@ from lmlab.errors import UserError
 from lmlab.hub import check_directory, from_hub, split_revision
 from lmlab.runs.directory import RunDirectory
 
+AS_IN_TRAINING = ("block_size", "document_attention")
+"""The keys of the block preprocess that say what a model sees at once, and not how text is prepared."""
+
 
 def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = ()) -> DictConfig:
     """Returns the config of an evaluation, with what the evaluated run says where the command does not.
@@ -40,8 +43,11 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
         taken += ["data", "preprocess"]
     if cfg.data._target_ == "lmlab.data.shards.load_prepared" and "tokenizer=prepared" not in overrides:
         cfg.tokenizer = OmegaConf.load(CONF / "tokenizer" / "pretrained.yaml")  # the model's, whatever the text has
-    if cfg.preprocess.block_size is None and run is not None:
-        cfg.preprocess.block_size = run.preprocess.block_size
+    for key in AS_IN_TRAINING:
+        if cfg.preprocess.get(key) is None and run is not None:
+            cfg.preprocess[key] = run.preprocess.get(key)
+    if cfg.preprocess.document_attention is None:
+        cfg.preprocess.document_attention = False
     if OmegaConf.is_missing(cfg.data, "train"):
         cfg.data.train = None
     cfg.pop("trust")
@@ -118,10 +124,11 @@ def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> 
             "data=hub data.path=ID, or data=files data.validation=FILE to the command."
         )
     for word in overrides:
-        if word.lstrip("+~").startswith("preprocess") and not word.startswith("preprocess.block_size="):
+        own = word.partition("=")[0].removeprefix("preprocess.") in AS_IN_TRAINING
+        if word.lstrip("+~").startswith("preprocess") and not own:
             raise UserError(f"{word} is for text that is named by data=…; the run's own is prepared as it was.")
     cfg.data = OmegaConf.merge(run.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
-    cfg.preprocess = OmegaConf.merge(run.preprocess, {"block_size": cfg.preprocess.block_size})
+    cfg.preprocess = OmegaConf.merge(run.preprocess, {key: cfg.preprocess.get(key) for key in AS_IN_TRAINING})
     given = {word.lstrip("+").partition("=")[0] for word in overrides}
     files = cfg.data._target_ == "lmlab.data.sources.load_files"
     if files and cfg.data.train is not None and "data.validation" in given and "data.train" not in given:

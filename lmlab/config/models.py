@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.compose import without_secrets
-from lmlab.config.schema import shards
+from lmlab.config.schema import preprocessing, shards
 from lmlab.config.targets import build
 from lmlab.distributed import ranks
 from lmlab.errors import UserError
@@ -50,8 +50,8 @@ def check_example(cfg: DictConfig, data: "Prepared", objective: "Objective") -> 
     from lmlab.objectives import make_example
 
     assert data.train is not None
-    block, continues = data.train[0], data.train.continues(0)
-    example = make_example(objective, block, (cfg.seed, 0, 0), progress=0.0, continues=continues)
+    given: dict[str, Any] = {"continues": data.train.continues(0), "documents": data.train.documents(0)}
+    example = make_example(objective, data.train[0], (cfg.seed, 0, 0), progress=0.0, **given)
     highest, tokens = max([*example.inputs, *example.targets]), len(data.tokenizer)
     if highest >= tokens:
         raise UserError(
@@ -92,7 +92,7 @@ def build_model(
 
     from lmlab.models import efficiency
     from lmlab.models.checks import check_model, max_positions
-    from lmlab.models.probe import PORTABLE
+    from lmlab.models.probe import DOCUMENT_ATTENTION, PORTABLE
 
     # What a run has to say, it says itself.
     disable_progress_bar()
@@ -103,12 +103,17 @@ def build_model(
             f"attention={cfg.attention} takes no mask that lets a position see a prefix, as this objective needs.\n"
             "Use attention=sdpa or attention=eager."
         )
+    if within_documents(cfg) and cfg.attention not in (None, *DOCUMENT_ATTENTION):
+        raise UserError(
+            f"attention={cfg.attention} takes no mask that keeps documents apart, as "
+            f"preprocess.document_attention=true needs.\nUse attention={', '.join(DOCUMENT_ATTENTION)}."
+        )
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, tokenizer=tokenizer, auto_class=objective.auto_class, empty=empty)
     if cfg.preprocess.block_size is None:
         cfg.preprocess.block_size = min(max_positions(model) or LONGEST, LONGEST)
     if not empty:
-        check_model(model, tokenizer, cfg.preprocess.block_size, objective)
+        check_model(model, tokenizer, cfg.preprocess.block_size, objective, within_documents(cfg))
     efficiency.fuse_activations(model)
     if cfg.attention is not None:
         efficiency.choose_attention(model, cfg.attention)
@@ -117,6 +122,11 @@ def build_model(
     if cfg.get("compile"):
         efficiency.compile_layers(model)
     return objective, model
+
+
+def within_documents(cfg: DictConfig) -> bool:
+    """Returns whether a model of a config is shown blocks whose documents do not see one another."""
+    return preprocessing(cfg).document_attention and cfg.get("context") in (None, "blocks")
 
 
 def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
@@ -165,5 +175,5 @@ def build_teacher(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", objecti
             )
         block.model = str(run.model)
     given = {"tokenizer": tokenizer, "objective": objective, "block_size": cfg.preprocess.block_size}
-    teacher: Teacher = build(block, "distill", **given)
+    teacher: Teacher = build(block, "distill", **given, document_attention=within_documents(cfg))
     return teacher

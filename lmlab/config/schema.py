@@ -258,7 +258,9 @@ def check_choices(cfg: DictConfig) -> None:
         )
     if cfg.context is not None:
         # A block size that is left open is for the model to say; any stride may fit it.
-        Context(cfg.context, cfg.preprocess.block_size or max(2, cfg.stride or 2), cfg.stride)
+        choices = cfg.preprocess
+        block_size = choices.block_size or max(2, cfg.stride or 2)
+        Context(cfg.context, block_size, cfg.stride, choices.get("document_attention") is True)
 
 
 def check_evaluation(cfg: DictConfig) -> None:
@@ -421,7 +423,8 @@ def preprocessing(cfg: DictConfig) -> "Preprocessing":
     """Returns the choices of a config that turn records into blocks."""
     from lmlab.data.options import Preprocessing
 
-    block = cfg.preprocess
-    if block.block_size is None:  # in an evaluation; build_model then asks the model
-        block = OmegaConf.merge(block, {"block_size": Preprocessing.block_size})
+    # In an evaluation the run says what is left open, or build_model asks the model.
+    left_open = [key for key in ("block_size", "document_attention") if cfg.preprocess.get(key, 0) is None]
+    block = cfg.preprocess.copy()
+    block.update({key: getattr(Preprocessing, key) for key in left_open})
     return Preprocessing(**arguments(block, "preprocess", DECLARED["preprocess"]))

@@ -44,6 +44,9 @@ class Batch(NamedTuple):
     """[B] int64: the number of first positions that every position of a row may attend to; None is 0 for each."""
     decoder_ids: Tensor | None = None
     """[B, U] int64: what the decoder of an encoder-decoder reads; None for other models."""
+    document_positions: Tensor | None = None
+    """[B, T] int64: the position of each token in its document, where it sees no other; None if each row is one text.
+    A document begins where it is 0, and each token of padding is one."""
     hidden: Tensor | None = None
     """[K] int64 indices of the targets whose tokens a generator fills in; None without one."""
     draws: Tensor | None = None
@@ -103,10 +106,10 @@ def collate(
     """
     rows = []
     for draw in draws:
-        continues = blocks.continues(draw.block) if isinstance(blocks, Blocks | MixedBlocks) else None
-        key = (seed, draw.epoch, draw.block)
-        ids = blocks[draw.block]
-        rows.append(make_example(objective, ids, key, progress=progress, continues=continues, number=draw.number))
+        given: dict[str, Any] = {"progress": progress, "number": draw.number}
+        if isinstance(blocks, Blocks | MixedBlocks):
+            given |= {"continues": blocks.continues(draw.block), "documents": blocks.documents(draw.block)}
+        rows.append(make_example(objective, blocks[draw.block], (seed, draw.epoch, draw.block), **given))
     weights = None
     if any(row.weights is not None for row in rows):
         ones = (np.ones(len(row.targets)) if row.weights is None else row.weights for row in rows)
@@ -114,7 +117,7 @@ def collate(
     tokens = sum(len(ids) for row in rows for ids in (row.inputs, row.decoder_inputs) if ids is not None)
     divisor = sum(len(row.targets) if row.divisor is None else row.divisor for row in rows)
     padded = pad_rows(rows, pad_id)
-    others = prefix_of(rows), decoder_ids_of(rows, pad_id), *draws_of(rows)
+    others = prefix_of(rows), decoder_ids_of(rows, pad_id), document_positions_of(rows), *draws_of(rows)
     return Batch(*padded, tokens, number, divisor, weights, *others)
 
 
@@ -133,6 +136,8 @@ class Unpadded(Protocol):
     def decoder_inputs(self) -> np.ndarray | None: ...
     @property
     def draws(self) -> np.ndarray | None: ...
+    @property
+    def documents(self) -> np.ndarray | None: ...
 
 
 def pad_rows(rows: Sequence[Unpadded], pad_id: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -171,6 +176,26 @@ def decoder_ids_of(rows: Sequence[Unpadded], pad_id: int) -> Tensor | None:
 def prefix_of(rows: Sequence[Unpadded]) -> Tensor | None:
     """Returns the prefix of each row, [B] int64; None where all are 0, as then no mask has to be made."""
     return torch.tensor([row.prefix for row in rows]) if any(row.prefix for row in rows) else None
+
+
+def document_positions_of(rows: Sequence[Unpadded]) -> Tensor | None:
+    """Returns the position of each token in its document, [B, T] int64, 0 on padding.
+
+    None where no row has two documents, as then no mask has to be made:
+
+    ```
+    documents   2 3      positions   0 1 0 1 2
+                4                    0 1 2 3 0
+    ```
+    """
+    lengths = [np.array([len(row.inputs)]) if row.documents is None else row.documents for row in rows]
+    if all(len(of_row) < 2 for of_row in lengths):
+        return None
+    positions = np.zeros((len(rows), max(len(row.inputs) for row in rows)), np.int64)
+    for number, of_row in enumerate(lengths):
+        starts = np.repeat(np.cumsum(of_row) - of_row, of_row)
+        positions[number, : len(starts)] = np.arange(len(starts)) - starts
+    return torch.from_numpy(positions)
 
 
 def draws_of(rows: Sequence[Unpadded]) -> tuple[Tensor | None, Tensor | None]:

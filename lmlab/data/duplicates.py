@@ -18,7 +18,8 @@ than 32 bytes (`WINDOW` of overlap.py) never count. Memory is that of one chunk 
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 
@@ -38,6 +39,8 @@ WORD = re.compile(f"[{CJK}]|[^\\W{CJK}]+")
 FACTORS = np.random.default_rng(0).integers(2**63, size=HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 PAIRS = 2**16  # that are compared at once
+SIGNED = ("hashes", "signatures", "items")
+"""The files of `sign_documents`."""
 
 KEPT, EQUAL_HELD_OUT, NEAR_HELD_OUT, TEST_ITEM, REPEATED, NEARLY_REPEATED = range(6)
 """The mark of a training document; of several that apply, the first."""
@@ -119,37 +122,56 @@ class Benchmark:
 
 
 def mark_documents(
-    training: Iterable[str], held_out: Iterable[str], items: Iterable[str], similarity: float, folder: Path
-) -> np.ndarray:
-    """Returns the mark of each training document: [documents] uint8.
+    training: Sequence[Iterable[str]], held_out: Iterable[str], items: Iterable[str], similarity: float, folder: Path
+) -> list[np.ndarray]:
+    """Returns the mark of each training document of each source: [documents] uint8 each.
 
     Args:
+        training: the documents of each source, of which those of an earlier one are kept.
         items: the texts of benchmarks.
         similarity: the Jaccard similarity from which on two documents are near-duplicates.
         folder: a directory for the signatures, 480 bytes a document, until the marks are made.
     """
-    benchmark, hashes, contain, counts = Benchmark(items), [np.zeros(0, np.uint64)], [np.zeros(0, bool)], []
-    file = folder / "signatures"
-    with file.open("wb") as stream:
-        for texts in (held_out, training):
-            counts.append(0)
-            for batch in batches(texts, sys.maxsize, CHUNK):
-                counts[-1] += len(batch)
-                words = Words(batch)
-                hashes.append(np.array([content_hash(text) for text in batch], np.uint64))
-                stream.write(signatures(words, len(batch)).tobytes())
-                if texts is training:
-                    contain.append(benchmark.is_in(words, len(batch)))
-    first, groups = group_documents(np.concatenate(hashes), file, similarity)
-    file.unlink()
-    held, documents = counts[0], np.arange(sum(counts))[counts[0] :]
-    first, groups = first[held:], groups[held:]
+    benchmark, nothing = Benchmark(items), Benchmark([])
+    held = sign_documents(folder, held_out, nothing)
+    return mark_signed(folder, held, [sign_documents(folder, texts, benchmark) for texts in training], similarity)
+
+
+def sign_documents(folder: Path, documents: Iterable[str], benchmark: Benchmark) -> int:
+    """Appends to files what the marks of documents follow from, and returns the number of documents.
+
+    Of each document this is its `content_hash`, its signature, and whether it contains an item of the benchmark.
+    """
+    count = 0
+    with ExitStack() as files:
+        hashes, minima, contain = (files.enter_context((folder / kind).open("ab")) for kind in SIGNED)
+        for batch in batches(documents, sys.maxsize, CHUNK):
+            words = Words(batch)
+            hashes.write(np.array([content_hash(text) for text in batch], np.uint64).tobytes())
+            minima.write(signatures(words, len(batch)).tobytes())
+            contain.write(benchmark.is_in(words, len(batch)).tobytes())
+            count += len(batch)
+    return count
+
+
+def mark_signed(folder: Path, held: int, counts: Sequence[int], similarity: float) -> list[np.ndarray]:
+    """Returns the marks of documents that `sign_documents` signed, and removes its files.
+
+    Args:
+        held: the number of held-out documents, which come first.
+        counts: the number of training documents of each source.
+    """
+    hashes, minima, contain = (folder / kind for kind in SIGNED)
+    first, groups = (each[held:] for each in group_documents(np.fromfile(hashes, np.uint64), minima, similarity))
+    documents = held + np.arange(len(first))
     marks = np.select(
-        [first < held, groups < held, np.concatenate(contain), first < documents, groups < documents],
+        [first < held, groups < held, np.fromfile(contain, bool)[held:], first < documents, groups < documents],
         [EQUAL_HELD_OUT, NEAR_HELD_OUT, TEST_ITEM, REPEATED, NEARLY_REPEATED],
         KEPT,
     )
-    return marks.astype(np.uint8)
+    for file in (hashes, minima, contain):
+        file.unlink()
+    return np.split(marks.astype(np.uint8), np.cumsum(counts[:-1], dtype=int))
 
 
 def content_hash(text: str) -> int:

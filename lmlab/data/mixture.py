@@ -13,26 +13,23 @@ Shapes: S sources, K times at which shares change.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache as once
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from annotated_types import Gt, Le
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.blocks import Blocks, Ledger, group_documents
 from lmlab.data.documents import join_domains, running_sums
 from lmlab.data.options import Preprocessing, Share
-from lmlab.data.prepared import LEARNED, Prepared, Tokenized, learn_tokenizer, prepare_splits, prepare_validation
-from lmlab.data.preprocess import Source, split
 from lmlab.data.sampler import LISTED, ROUNDS, Draw, epoch_order, order_keys, permute
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.errors import UserError
+
+if TYPE_CHECKING:
+    from lmlab.data.prepared import Prepared, Tokenized
 
 STAGES = 256
 """The number of equal stages in which shares go from `weight` to `final_weight`."""
@@ -43,7 +40,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Mixture:
     """Several sources, and the share of each."""
 
-    corpora: dict[str, Corpus | Tokenized]
+    corpora: "dict[str, Corpus | Tokenized]"
     shares: dict[str, Share]
     temperature: float
     anneal: float
@@ -51,7 +48,7 @@ class Mixture:
 
 def mix(
     sources: dict[str, Any],
-    corpora: Mapping[str, Corpus | Tokenized],
+    corpora: "Mapping[str, Corpus | Tokenized]",
     temperature: Annotated[float, Gt(0)] = 1.0,
     anneal: Annotated[float, Gt(0), Le(1)] = 1.0,
 ) -> Mixture:
@@ -138,6 +135,11 @@ class MixedBlocks(TorchDataset[np.ndarray]):
         """Returns `Blocks.continues` of a block."""
         blocks, number = self.find(index)
         return blocks.continues(number)
+
+    def documents(self, index: int) -> np.ndarray | None:
+        """Returns `Blocks.documents` of a block."""
+        blocks, number = self.find(index)
+        return blocks.documents(number)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -276,48 +278,8 @@ class MixedOrder:
         ]
 
 
-def prepare_mixture(
-    mixture: Mixture,
-    choices: Preprocessing,
-    make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
-    tokenizer_key: Any,
-    cache: Path,
-    words: bool = False,
-) -> Prepared:
-    """Prepares each source of a mixture on its own, with one tokenizer; arguments are those of `prepare`.
-
-    The held-out text of each source is a domain of its name. A held-out document is counted as one in the training text
-    if it is in that of any source.
-    """
-    names, prepared = ("train", "validation"), {}
-    texts = {name: corpus for name, corpus in mixture.corpora.items() if isinstance(corpus, Corpus)}
-    if choices.decontaminate:
-        raise UserError(
-            "preprocess.decontaminate is for one source, and compares nothing across those of a mixture. Leave it out."
-        )
-    sources = {name: Source(corpus, once(partial(split, corpus, choices))) for name, corpus in texts.items()}
-    training = [*sources.values()]
-    if tokenizer_key is not None and len(texts) < len(mixture.corpora):
-        raise UserError(LEARNED)
-    tokenizer = learn_tokenizer(training, choices, make_tokenizer, tokenizer_key, cache)
-    for name, corpus in mixture.corpora.items():
-        if isinstance(corpus, Tokenized):
-            prepared[name] = corpus.prepared(names, choices, tokenizer, cache, words)
-        else:
-            prepared[name] = prepare_splits(names, sources[name], choices, tokenizer, cache, words, training)
-    return join_sources(mixture, prepared, choices)
-
-
-def prepare_mixture_validation(
-    mixture: Mixture, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
-) -> Prepared:
-    """Prepares only the held-out part of each source, for a given tokenizer."""
-    prepared = {name: prepare_validation(corpus, choices, tokenizer, cache) for name, corpus in mixture.corpora.items()}
-    return join_sources(mixture, prepared, choices)
-
-
-def join_sources(mixture: Mixture, prepared: Mapping[str, Prepared], choices: Preprocessing) -> Prepared:
-    """Returns the data of several sources as that of one."""
+def join_sources(mixture: Mixture, prepared: "Mapping[str, Prepared]", choices: Preprocessing) -> "Prepared":
+    """Returns the data of several sources as that of one: the held-out text of each is a domain of its name."""
     documents = join_domains(
         {
             f"{name}/{domain}".rstrip("/"): part
@@ -345,6 +307,6 @@ def join_sources(mixture: Mixture, prepared: Mapping[str, Prepared], choices: Pr
     )
 
 
-def text_of(corpus: Corpus | Tokenized) -> str | None:
+def text_of(corpus: "Corpus | Tokenized") -> str | None:
     """Returns the path of the text in the records of a source; None of one that is tokenized already."""
     return corpus.text if isinstance(corpus, Corpus) else None

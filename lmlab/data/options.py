@@ -41,6 +41,9 @@ class Preprocessing:
     only those that are longer than a block."""
     drop_remainder_every: Annotated[int, Ge(1)] | None = None
     """The number of documents in a group, at whose end tokens that fill no block are dropped; null drops none."""
+    document_attention: bool = False
+    """True to let each document of a block attend to itself only, with positions that begin anew; false lets a position
+    see what stands before it (or around it) in the block, as the guide does."""
     test_size: Annotated[float, Gt(0), Lt(1)] = 0.1
     """The share of the records that is held out for validation if the source has no such split."""
     split_by: Literal["hash", "shuffle"] = "shuffle"

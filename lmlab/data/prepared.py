@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from lmlab.data.blocks import (
 )
 from lmlab.data.decontaminate import count_duplicates, key_of_dropped, mark_duplicates, training_texts
 from lmlab.data.documents import Documents, join_domains, read_documents
+from lmlab.data.mixture import MixedBlocks, Mixture, join_sources
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import count_contained
 from lmlab.data.preprocess import Bounds, Parts, Source, held_out_by, join_texts, split
@@ -33,9 +35,6 @@ from lmlab.data.tokenizers import content_hash
 from lmlab.errors import UserError
 from lmlab.io import write_once
 
-if TYPE_CHECKING:
-    from lmlab.data.mixture import MixedBlocks
-
 FORMAT = 5
 """The version of the prepared data, a part of each cache key; it is raised when the steps change their output."""
 LEARNED_BYTES = 2**30
@@ -45,6 +44,11 @@ LEARNED = (
     "Name the one that it was tokenized by: tokenizer=pretrained tokenizer.name=ID_OR_DIRECTORY"
 )
 """The error of tokenized data with a tokenizer that is learned from text."""
+COMPARED = (
+    "preprocess.decontaminate compares texts, and this data is tokenized already.\n"
+    "Leave it out. For texts that are still to be tokenized, python -m lmlab.prepare takes it."
+)
+"""The error of tokenized data whose documents are to be compared."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Prepared:
     """The data that training and evaluation need, tokenized."""
 
     tokenizer: PreTrainedTokenizerBase
-    train: "Blocks | MixedBlocks | None"
+    train: Blocks | MixedBlocks | None
     """The training blocks; None if only the held-out part was asked for."""
     validation: Documents
     bounds: Bounds
@@ -87,7 +91,7 @@ class Tokenized(ABC):
 
 
 def prepare(
-    corpus: Corpus | Tokenized,
+    data: Corpus | Tokenized | Mixture,
     choices: Preprocessing,
     make_tokenizer: Callable[[Iterable[str]], PreTrainedTokenizerBase],
     tokenizer_key: Any,
@@ -96,7 +100,8 @@ def prepare(
 ) -> Prepared:
     """Takes all the steps, each kept in the cache under a key of everything that went into it.
 
-    If all is there, no record is read.
+    If all is there, no record is read. Each source of a mixture is prepared on its own, with one tokenizer. A held-out
+    document is counted as one in the training text if it is in that of any source.
 
     Args:
         make_tokenizer: a function that makes a tokenizer from the training texts.
@@ -105,15 +110,26 @@ def prepare(
         cache: the directory for the prepared data of all runs.
         words: True to keep which tokens of the training text continue a word, see `Blocks.continues`.
     """
-    names = ("train", "validation")
-    if isinstance(corpus, Tokenized):
-        if tokenizer_key is not None:
-            raise UserError(LEARNED)
-        return corpus.prepared(names, choices, make_tokenizer([]), cache, words)
-    parts = once(lambda: split(corpus, choices))
-    source = Source(corpus, parts, mark_duplicates(parts, corpus, choices, cache))
-    tokenizer = learn_tokenizer([source], choices, make_tokenizer, tokenizer_key, cache)
-    return prepare_splits(names, source, choices, tokenizer, cache, words)
+    corpora = data.corpora if isinstance(data, Mixture) else {"": data}
+    sources = {
+        name: Source(corpus, once(partial(split, corpus, choices)))
+        for name, corpus in corpora.items()
+        if isinstance(corpus, Corpus)
+    }
+    if len(sources) < len(corpora) and tokenizer_key is not None:
+        raise UserError(LEARNED)
+    if len(sources) < len(corpora) and choices.decontaminate:
+        raise UserError(COMPARED)
+    sources = mark_duplicates(sources, choices, cache)
+    training = [*sources.values()]
+    tokenizer = learn_tokenizer(training, choices, make_tokenizer, tokenizer_key, cache)
+    names, prepared = ("train", "validation"), {}
+    for name, corpus in corpora.items():
+        if isinstance(corpus, Tokenized):
+            prepared[name] = corpus.prepared(names, choices, tokenizer, cache, words)
+        else:
+            prepared[name] = prepare_splits(names, sources[name], choices, tokenizer, cache, words, training)
+    return join_sources(data, prepared, choices) if isinstance(data, Mixture) else prepared[""]
 
 
 def tokenizer_texts(source: Source, choices: Preprocessing) -> Iterator[str]:
@@ -153,18 +169,21 @@ def learn_tokenizer(
 
 
 def prepare_validation(
-    corpus: Corpus | Tokenized, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
+    data: Corpus | Tokenized | Mixture, choices: Preprocessing, tokenizer: PreTrainedTokenizerBase, cache: Path
 ) -> Prepared:
     """Prepares only the held-out part, for a given tokenizer."""
-    if isinstance(corpus, Tokenized):
-        return corpus.prepared(("validation",), choices, tokenizer, cache, words=False)
+    if isinstance(data, Mixture):
+        of_each = {name: prepare_validation(one, choices, tokenizer, cache) for name, one in data.corpora.items()}
+        return join_sources(data, of_each, choices)
+    if isinstance(data, Tokenized):
+        return data.prepared(("validation",), choices, tokenizer, cache, words=False)
 
     def parts() -> Parts:
-        if corpus.train is None and corpus.validation is not None:
-            return Parts(None, corpus.validation)
-        return split(corpus, choices)
+        if data.train is None and data.validation is not None:
+            return Parts(None, data.validation)
+        return split(data, choices)
 
-    return prepare_splits(("validation",), Source(corpus, once(parts)), choices, tokenizer, cache)
+    return prepare_splits(("validation",), Source(data, once(parts)), choices, tokenizer, cache)
 
 
 def prepare_splits(
@@ -232,8 +251,8 @@ def read_prepared(
     """
     ledger, blocks = {}, None
     if train:
-        bounds, edges, ledger["train"] = cut_blocks(train, "train", choices)
-        blocks = read_blocks(train, "train", bounds, edges)
+        bounds, piece_edges, ledger["train"] = cut_blocks(train, "train", choices)
+        blocks = read_blocks(train, "train", bounds, piece_edges, choices)
     for domain, folder in domains.items():
         counts = cut_blocks([folder], "validation", choices)[-1]
         counts = replace(counts, documents_in_training=contained.get(domain))
@@ -248,7 +267,15 @@ def decisive_choices(choices: Preprocessing) -> dict[str, Any]:
 
     It does not on how documents are cut into blocks, and has the marks of duplicates in its key where they are dropped.
     """
-    free = ("block_size", "packing", "drop_remainder_every", "decontaminate", "similarity", "benchmarks")
+    free = (
+        "block_size",
+        "packing",
+        "drop_remainder_every",
+        "document_attention",
+        "decontaminate",
+        "similarity",
+        "benchmarks",
+    )
     return {key: value for key, value in asdict(choices).items() if key not in free}
 
 

@@ -5,12 +5,15 @@
     train-00000-of-00064/          a shard: `write_split` of a part of the records, whole or not there
       train.tokens train.lengths train.counts.json
       train.contained              the held-out documents that occur in its text
+      train.duplicates.json        the counts of the documents that occur again, where it was asked for them
       checksums.json
-    validation-00000-of-00064/
+    validation-00000-of-00064/     held-out text with domains is `validation.DOMAIN` instead, here and below
     validation/                    the held-out shards in one
+    marks/                         which training documents occur again: N.npy those of a shard, train.npy all
     index.json                     written last: the checksums of all files that are read
 
-A shard depends on nothing but its records and the tokenizer, so that any process makes any of them, at any time.
+A shard depends on nothing but its records, their marks and the tokenizer, so that any process makes any of them, at any
+time. The marks need the signatures of all documents (duplicates.py), which are made in shards too, and joined.
 """
 
 import json
@@ -21,8 +24,8 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lmlab.console import command, counted
 from lmlab.data.blocks import added_up, check_counts, read_counts, write_split
+from lmlab.data.decontaminate import benchmark_items, duplicates_in, refuse_nothing, training_texts
 from lmlab.data.documents import FEW, INDEX, write_stretches
+from lmlab.data.duplicates import SIGNED, Benchmark, mark_signed, sign_documents
 from lmlab.data.options import Preprocessing
 from lmlab.data.overlap import KnownDocuments
 from lmlab.data.prepared import (
@@ -45,7 +50,7 @@ from lmlab.data.prepared import (
     tokenizer_texts,
 )
 from lmlab.data.preprocess import Parts, Source, join_texts, split
-from lmlab.data.sources import Corpus, digest, digests_of
+from lmlab.data.sources import Corpus, digest, digests_of, fingerprint
 from lmlab.data.texts import flatten, sort_by_file
 from lmlab.data.tokenizers import content_hash
 from lmlab.distributed import launch
@@ -55,7 +60,6 @@ from lmlab.io import locked, read_json, replaced, write_json, write_once
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
 
-SPLITS = ("validation", "train")
 CHECKSUMS = "checksums.json"
 
 
@@ -84,13 +88,8 @@ class Preparation:
         """
         if isinstance(self.corpus, Tokenized):
             raise UserError("this data is tokenized already: train from it as it is.")
-        if self.choices.decontaminate:
-            raise UserError(
-                "preprocess.decontaminate compares all documents with each other, and shards are made one by one.\n"
-                "Leave it out here, and take it with the text itself."
-            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        learned = self.tokenizer_key is not None
+        learned, (_, of_items) = self.tokenizer_key is not None, benchmark_items(self.choices)
         plan = {
             "format": FORMAT,
             "data": self.corpus.fingerprint,
@@ -98,6 +97,9 @@ class Preparation:
             "tokenizer": self.tokenizer_key if learned else content_hash(self.make_tokenizer([])),
             "whole words": self.words,
             "shards": self.shards,
+            "preprocess.decontaminate": self.choices.decontaminate,
+            **({"preprocess.similarity": self.choices.similarity} if self.choices.decontaminate else {}),
+            **({"preprocess.benchmarks": of_items} if of_items else {}),
             **{f"preprocess.{key}": value for key, value in decisive_choices(self.choices).items()},
         }
         file = self.folder / "preparation.json"
@@ -119,33 +121,87 @@ class Preparation:
     @cached_property
     def parts(self) -> Parts:
         """The records of each split."""
-        parts = split(self.corpus, self.choices)
-        if {*parts.validation} != {""}:
-            raise UserError("held-out text with domains is not prepared in shards: name one data.validation, or none.")
-        return parts
+        return split(self.corpus, self.choices)
 
-    def records(self, name: str) -> "Dataset":
-        """Returns the records of a split by its name."""
-        return self.parts.train if name == "train" else self.parts.validation[""]
+    @cached_property
+    def splits(self) -> "dict[str, Dataset]":
+        """The records of each split by its name, those of held-out text first."""
+        assert self.parts.train is not None
+        held_out = {name_of_domain(domain): records for domain, records in self.parts.validation.items()}
+        return {**held_out, "train": self.parts.train}
+
+    def part(self, name: str, number: int, count: int) -> "Dataset":
+        """Returns the records of a shard."""
+        records = self.splits[name]
+        return records.select(range(len(records) * number // count, len(records) * (number + 1) // count))
+
+    def sign(self, name: str, number: int, count: int) -> str | None:
+        """Writes the signatures of the documents of a shard, unless they are there, or the marks that they are for.
+
+        Returns:
+            what was done, in words; None if nothing had to be.
+        """
+        path = self.folder / f"signatures-{shard_name(name, number, count)}"
+        with locked(self.folder / f".{path.name}.lock"):
+            if path.exists() or (self.folder / "marks").exists():
+                return None
+            replaced(path, lambda folder: self.write_signatures(folder, self.part(name, number, count)))
+        return f"{path.name}: {(path / 'items').stat().st_size:,} documents"
+
+    def write_signatures(self, folder: Path, records: "Dataset") -> None:
+        """Writes the signatures of the documents in records into a folder, which it makes."""
+        folder.mkdir()
+        sign_documents(folder, self.documents(records), self.benchmark)
+
+    @cached_property
+    def benchmark(self) -> Benchmark:
+        """The items to look for in the training text."""
+        return Benchmark(benchmark_items(self.choices)[0]())
+
+    @cached_property
+    def marks(self) -> Path | None:
+        """The folder with the marks of the training documents, which the first process that needs it makes.
+
+        None if `preprocess.decontaminate` does not ask for them.
+        """
+        if self.choices.decontaminate is None:
+            return None
+
+        def write(folder: Path) -> None:
+            counts: dict[str, list[int]] = {name: [] for name in self.splits}
+            for shard in self.all_shards():
+                self.sign(*shard)  # those that no other process has made
+                signed = self.folder / f"signatures-{shard_name(*shard)}"
+                for kind in SIGNED:
+                    with (signed / kind).open("rb") as stream, (folder / kind).open("ab") as joined:
+                        shutil.copyfileobj(stream, joined, 2**22)
+                counts[shard[0]].append((signed / "items").stat().st_size)
+            training = counts.pop("train")
+            marks = mark_signed(folder, sum(map(sum, counts.values())), training, self.choices.similarity)
+            for name, of_shard in [*enumerate(marks), ("train", np.concatenate(marks))]:
+                np.save(folder / f"{name}.npy", of_shard)
+            refuse_nothing(of_shard, "", self.choices)
+
+        folder = write_once(self.folder / "marks", write)
+        for left in self.folder.glob("signatures-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        return folder
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, of which the first process that needs it writes a copy into the directory."""
 
         def write(folder: Path) -> None:
-            texts = (
-                []
-                if self.tokenizer_key is None
-                else tokenizer_texts(Source(self.corpus, lambda: self.parts), self.choices)
-            )
+            source = Source(self.corpus, lambda: self.parts, self.marks and self.marks / "train.npy")
+            texts = [] if self.tokenizer_key is None else tokenizer_texts(source, self.choices)
             self.make_tokenizer(texts).save_pretrained(folder)
 
         return AutoTokenizer.from_pretrained(write_once(self.folder / "tokenizer", write))
 
     @cached_property
-    def known(self) -> KnownDocuments:
-        """The held-out documents, to be found in the training text."""
-        return KnownDocuments(self.documents(self.records("validation")))
+    def known(self) -> dict[str, KnownDocuments]:
+        """The held-out documents of each split, to be found in the training text."""
+        return {name: KnownDocuments(self.documents(self.splits[name])) for name in self.splits if name != "train"}
 
     def documents(self, records: "Dataset") -> Iterator[str]:
         """Yields the documents of records."""
@@ -153,8 +209,8 @@ class Preparation:
 
     def all_shards(self) -> list[tuple[str, int, int]]:
         """Returns the split of each shard, its number, and the number of shards of the split."""
-        count = {name: min(self.shards, len(self.records(name))) for name in SPLITS}
-        return [(name, number, count[name]) for name in SPLITS for number in range(count[name])]
+        count = {name: min(self.shards, len(records)) for name, records in self.splits.items()}
+        return [(name, number, count[name]) for name in self.splits for number in range(count[name])]
 
     def make(self, name: str, number: int, count: int) -> str | None:
         """Makes a shard, unless it is there and has its checksums.
@@ -168,23 +224,28 @@ class Preparation:
             if path.exists() and wrong is None:
                 return None
             replaced(path, lambda folder: self.write(folder, name, number, count))
-        found = read_counts(path, name)
+        found = read_counts(path, "train" if name == "train" else "validation")
         again = f", as {wrong} had another checksum than when it was written" if wrong else ""
         return f"{path.name}: {found['documents']:,} documents, {found['tokens']:,} tokens{again}"
 
     def write(self, folder: Path, name: str, number: int, count: int) -> None:
         """Writes a shard into a folder, which it makes."""
         folder.mkdir()
-        whole, size = self.records(name), len(self.records(name))
-        records, order = whole.select(range(size * number // count, size * (number + 1) // count)), None
-        if name == "validation":
+        records, choices, tokenizer = self.part(name, number, count), self.choices, self.tokenizer
+        if name != "train":
+            unused = self.parts.unused if number == 0 else 0
             records, order = sort_by_file(records)
-        words = self.words and name == "train" and self.tokenizer.is_fast
-        unused = self.parts.unused if (name, number) == ("validation", 0) else 0
-        texts = flatten(records, self.corpus.text)
-        write_split(folder, name, texts, self.tokenizer, self.choices, order, words, unused)
-        if name == "train":
-            self.known.contained(self.documents(records)).tofile(folder / "train.contained")
+            texts = flatten(records, self.corpus.text)
+            write_split(folder, "validation", texts, tokenizer, choices, order, unused=unused)
+        else:
+            source = Source(self.corpus, lambda: Parts(records, {}), self.marks and self.marks / f"{number}.npy")
+            words = self.words and tokenizer.is_fast
+            write_split(folder, name, training_texts(source, choices), tokenizer, choices, words=words)
+            for held_out, known in self.known.items():
+                found = known.contained(join_texts(training_texts(source, choices), choices.join))
+                found.tofile(folder / contained_in(held_out))
+            if source.marks is not None:
+                write_json(folder / "train.duplicates.json", duplicates_in(source, choices, tokenizer))
         write_checksums(folder)
 
     def merge(self, changed: bool) -> bool:
@@ -196,33 +257,54 @@ class Preparation:
         Returns:
             True if there is an index now.
         """
-        shards = {name: [shard_name(*shard) for shard in self.all_shards() if shard[0] == name] for name in SPLITS}
-        folders = {name: [self.folder / shard for shard in shards[name]] for name in SPLITS}
-        if not all(folder.is_dir() for name in SPLITS for folder in folders[name]):
+        shards = {name: [shard_name(*shard) for shard in self.all_shards() if shard[0] == name] for name in self.splits}
+        folders = {name: [self.folder / shard for shard in shards[name]] for name in shards}
+        if not all(folder.is_dir() for name in shards for folder in folders[name]):
             return False
-        index, held_out = self.folder / "index.json", self.folder / "validation"
+        index, held_out = self.folder / "index.json", [name for name in shards if name != "train"]
         with locked(self.folder / ".lock"):
-            if index.is_file() and not changed and held_out.is_dir() and damaged(held_out) is None:
+            joined = [self.folder / name for name in held_out]
+            if index.is_file() and not changed and all(each.is_dir() and damaged(each) is None for each in joined):
                 return True
-            for name in SPLITS:
-                check_counts(name, added_up(read_counts(folder, name) for folder in folders[name]))
-            replaced(held_out, lambda folder: join_held_out(folder, folders["validation"]))
-            contained = [np.fromfile(folder / "train.contained", np.uint64) for folder in folders["train"]]
+            in_training = {}
+            for name in held_out:
+                check_counts(name, added_up(read_counts(folder, "validation") for folder in folders[name]))
+                replaced(self.folder / name, partial(join_held_out, shards=folders[name]))
+                found = [np.fromfile(folder / contained_in(name), np.uint64) for folder in folders["train"]]
+                counts = np.unique(np.concatenate(found).reshape(-1, 2), axis=0)[:, 1]
+                in_training[name.partition(".")[2]] = int(counts.sum())
+            check_counts("train", added_up(read_counts(folder, "train") for folder in folders["train"]))
             checksums = {
                 f"{folder}/{file}": checksum
-                for folder in ("validation", *shards["train"])
+                for folder in (*held_out, *shards["train"])
                 for file, checksum in read_json(self.folder / folder / CHECKSUMS).items()
             }
-            found = {
+            content = {
                 "train": shards["train"],
-                "documents_in_training": int(np.unique(np.concatenate(contained).reshape(-1, 2), axis=0)[:, 1].sum()),
+                "documents_in_training": in_training,
                 "tokenizer_hash": content_hash(self.tokenizer),
                 "checksums": checksums,
             }
-            write_json(index, read_json(self.folder / "preparation.json") | found)
+            if self.marks is not None:
+                content["duplicates"] = added_up(
+                    read_json(folder / "train.duplicates.json") for folder in folders["train"]
+                )
+                if self.choices.decontaminate == "drop":  # the same text gives other blocks
+                    content["data"] = fingerprint(self.corpus.fingerprint, digest(self.marks / "train.npy"))
+            write_json(index, read_json(self.folder / "preparation.json") | content)
             for left in self.folder.glob(".*-of-*.lock"):
                 left.unlink(missing_ok=True)
         return True
+
+
+def name_of_domain(domain: str) -> str:
+    """Returns the name of the split of a domain; "" is held-out text without domains."""
+    return f"validation.{domain}".rstrip(".")
+
+
+def contained_in(held_out: str) -> str:
+    """Returns the name of the file, in a shard of training text, of the documents of a held-out split that it has."""
+    return f"{held_out.replace('validation', 'train', 1)}.contained"
 
 
 def shard_name(name: str, number: int, count: int) -> str:
@@ -281,6 +363,7 @@ WORKER: list[Preparation] = []
 
 def make_shards(
     preparation: Preparation,
+    step: str,
     shards: Sequence[tuple[str, int, int]],
     processes: int,
     again: Callable[[], Preparation],
@@ -288,21 +371,23 @@ def make_shards(
     """Makes shards by several processes, and yields for each what was done.
 
     Args:
+        step: the method that makes one: `sign` or `make`.
         again: a function that makes the same preparation in a new process.
 
     Raises:
         UserError: a process was killed.
     """
     if processes == 1:
-        yield from (preparation.make(*shard) for shard in shards)
+        yield from (getattr(preparation, step)(*shard) for shard in shards)
         return
-    preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
+    if step == "make":
+        preparation.marks, preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
     os.environ["LMLAB_PARENT"] = str(os.getpid())
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, begin_worker, (again,))
     try:
-        for done in as_completed([pool.submit(make_in_worker, *shard) for shard in shards]):
+        for done in as_completed([pool.submit(make_in_worker, step, *shard) for shard in shards]):
             yield done.result()
         pool.shutdown()
     except BrokenProcessPool as error:
@@ -322,9 +407,10 @@ def begin_worker(make: Callable[[], Preparation]) -> None:
     WORKER[:] = [make()]
 
 
-def make_in_worker(name: str, number: int, count: int) -> str | None:
+def make_in_worker(step: str, name: str, number: int, count: int) -> str | None:
     """Makes a shard in a process of its own."""
-    return WORKER[0].make(name, number, count)
+    done: str | None = getattr(WORKER[0], step)(name, number, count)
+    return done
 
 
 # --- The data of a run ---
@@ -360,8 +446,13 @@ class PreparedDirectory(Tokenized):
                 "Prepare it into another directory, with that in the command."
             )
         train = [path / name for name in index["train"]] if "train" in names else []
-        contained = {"": index["documents_in_training"]} if train else {}
-        return read_prepared(train, {"": path / "validation"}, choices, tokenizer, index["data"], contained)
+        found = index["documents_in_training"]
+        contained = found if isinstance(found, dict) else {"": found}  # of a directory from before there were domains
+        domains = {domain: path / name_of_domain(domain) for domain in contained}
+        data = read_prepared(train, domains, choices, tokenizer, index["data"], contained if train else {})
+        if train:
+            data.ledger["train"] = replace(data.ledger["train"], **index.get("duplicates", {}))
+        return data
 
 
 def load_prepared(path: str) -> PreparedDirectory:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.blocks import Blocks, added_up, cut_blocks, read_counts
+from lmlab.data.blocks import Blocks, added_up, cut_blocks, read_counts, read_edges
 from lmlab.data.documents import UNKNOWN, document_spans, open_index, read_lengths, running_sums, write_stretches
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import FORMAT, Prepared, Tokenized, decisive_choices, held_out_beforehand, read_prepared
@@ -160,9 +160,10 @@ class TokenFiles(Tokenized):
         data = read_prepared([], {"": folder}, choices, tokenizer, source, {})
         if "train" not in names:
             return data
-        bounds, edges, ledger = cut_blocks(surveys["train"], "train", choices)
+        bounds, piece_edges, ledger = cut_blocks(surveys["train"], "train", choices)
         tokens = FlatFiles(*(file.tokens for file in self.files["train"]))
-        return replace(data, train=Blocks(tokens, bounds, edges), ledger={"train": ledger, **data.ledger})
+        blocks = Blocks(tokens, bounds, piece_edges, edges=read_edges(surveys["train"], "train", choices))
+        return replace(data, train=blocks, ledger={"train": ledger, **data.ledger})
 
 
 def load_tokens(train: str | Sequence[str] | None = None, validation: str | Sequence[str] | None = None) -> TokenFiles:

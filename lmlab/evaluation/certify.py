@@ -83,6 +83,7 @@ def hold_out(
         "masks_seed": masks_seed if objective.bidirectional and not (pseudo or elbo) else None,
         "pseudo": pseudo,
         **({"elbo": elbo} if elbo else {}),
+        **({"document_attention": True} if shown.document_attention else {}),
     }
     facts = {
         "figure": BOUND if elbo else "pseudo_perplexity" if pseudo else objective.metric,

@@ -44,6 +44,8 @@ class Row(NamedTuple):
     """[n] bool: the targets that are no token of the text. They count as targets, without bytes and words."""
     draws: np.ndarray | None = None
     """[n] the random numbers of `Example.draws`; None without a generator."""
+    documents: np.ndarray | None = None
+    """The number of positions of each document in the inputs, where they do not see one another; else None."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class WindowRows:
         targets           e  f
         ```
 
-        Otherwise it is given the part of each document on its own: what it draws for a token is then a function of
-        (seed, document, position in it), whatever the windows are. For an encoder-decoder the window is one text.
+        Otherwise, and where documents do not see one another, it is given the part of each document on its own: what it
+        draws for a token is then a function of (seed, document, position in it), whatever the windows are. For an
+        encoder-decoder the window is one text.
         """
         w, shift = self.windows, self.objective.target_shift
         start, end = int(w.starts[index]), int(w.ends[index])
@@ -91,7 +94,7 @@ class WindowRows:
                 decoder_inputs=example.decoder_inputs,
                 textless=tokens < 0,
             )
-        if not self.objective.bidirectional:
+        if not self.objective.bidirectional and not w.document_attention:
             ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
             continues = np.concatenate([np.zeros(len(head), bool), self.documents.continues(start, end)])
             key = (self.seed, EVALUATION, index)
@@ -101,31 +104,42 @@ class WindowRows:
             # The last token is a target alone, unless positions before it see it.
             inputs = example.inputs[: max(len(example.inputs) - shift, example.prefix)]
             return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored], example.prefix)
-        parts, draws = [], list[np.ndarray]()
-        for document, first, stop in self.parts(start, end):
+        examples, draws = [], list[np.ndarray]()
+        for document, first, stop in document_parts(self.documents, start, end):
             key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
             ids, continues = self.documents.tokens[first:stop], self.documents.continues(first, stop)
             example = make_example(self.objective, ids, key, offset, continues=continues)
-            parts.append((example.inputs, example.targets, first + example.positions + shift))
+            examples.append((example.inputs, example.targets, first + example.positions + shift))
             if example.draws is not None:
                 draws.append(example.draws)
-        inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        inputs, targets, tokens = (np.concatenate(arrays) for arrays in zip(*examples, strict=True))
         ids = np.array([*head, *inputs, *tail])
         # A decoder that may see all of each part sees all of the window, as in training.
         prefix = len(ids) if example.prefix else 0
         own = tokens - shift - start + len(head)
-        return Row(ids, own, targets, tokens, prefix, draws=np.concatenate(draws) if draws else None)
-
-    def parts(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""
-        edges = self.documents.edges
-        for document in range(np.searchsorted(edges, start, side="right") - 1, np.searchsorted(edges, end)):
-            first, stop = max(start, int(edges[document])), min(end, int(edges[document + 1]))
-            if first < stop:
-                yield document, first, stop
+        documents = documents_of(w, self.documents, start, end)
+        return Row(
+            ids, own, targets, tokens, prefix, draws=np.concatenate(draws) if draws else None, documents=documents
+        )
 
     def __len__(self) -> int:
         return len(self.windows)
+
+
+def document_parts(documents: Documents, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yields the documents with tokens in start … end - 1, each with the first of them and one past the last."""
+    edges = documents.edges
+    for document in range(np.searchsorted(edges, start, side="right") - 1, np.searchsorted(edges, end)):
+        first, stop = max(start, int(edges[document])), min(end, int(edges[document + 1]))
+        if first < stop:
+            yield document, first, stop
+
+
+def documents_of(windows: Windows, documents: Documents, start: int, end: int) -> np.ndarray | None:
+    """Returns `Row.documents` of a window with the tokens start … end - 1."""
+    if not windows.document_attention:
+        return None
+    return np.array([stop - first for _, first, stop in document_parts(documents, start, end)])
 
 
 def targets_in_text(objective: Objective, example: Example) -> np.ndarray:
@@ -234,7 +248,13 @@ class PseudoRows:
         ids[token - start : hidden - start] = self.mask_id
         head, tail = (w.head, w.tail) if w.framed[window] else ([], [])
         tokens = np.array([token])
-        return Row(np.array([*head, *ids, *tail]), tokens - start + len(head), self.documents.tokens[tokens], tokens)
+        return Row(
+            np.array([*head, *ids, *tail]),
+            tokens - start + len(head),
+            self.documents.tokens[tokens],
+            tokens,
+            documents=documents_of(w, self.documents, start, end),
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -298,6 +318,7 @@ class ElboRows:
             counted=np.arange(start, end) if draw == 0 else np.zeros(0, np.int64),
             factor=length / (hidden * self.draws),
             half=2 * window + half,
+            documents=documents_of(w, self.documents, start, end),
         )
 
     def __len__(self) -> int:

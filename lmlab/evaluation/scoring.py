@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lmlab.data.datamodule import decoder_ids_of, draws_of, pad_rows, prefix_of
+from lmlab.data.datamodule import decoder_ids_of, document_positions_of, draws_of, pad_rows, prefix_of
 from lmlab.data.documents import COUNTS
-from lmlab.evaluation.rows import ElboRows, PseudoRows, Row, WindowRows
+from lmlab.evaluation.rows import ElboRows, PseudoRows, WindowRows
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
 from lmlab.models.teacher import Teacher
@@ -50,6 +50,9 @@ class ScoringBatch(NamedTuple):
     """[N] int64: the entry of `DocumentSums.halves` that each target is added to; None if there are none."""
     decoder_ids: Tensor | None = None
     """[B, U] int64: what the decoder of an encoder-decoder reads; None for other models."""
+    document_positions: Tensor | None = None
+    """[B, T] int64: the position of each token in its document, where it sees no other; None if each row is one text.
+    A document begins where it is 0, and each token of padding is one."""
     hidden: Tensor | None = None
     """[K] int64 indices of the targets whose tokens a generator fills in; None without one."""
     draws: Tensor | None = None
@@ -79,10 +82,9 @@ class HeldOut(Dataset[ScoringBatch]):
         documents = self.documents
         rows = [self.rows.row(int(self.order[index])) for index in indices]
         if not rows:
-            nothing = np.zeros(0, np.int64)
-            row = self.rows.row(int(self.order[-1]))
-            draws = None if row.draws is None else np.zeros(0)
-            rows = [Row(row.inputs, nothing, nothing, nothing, decoder_inputs=row.decoder_inputs, draws=draws)]
+            row, nothing = self.rows.row(int(self.order[-1])), np.zeros(0, np.int64)
+            row = row._replace(positions=nothing, targets=nothing, tokens=nothing, counted=None, textless=None)
+            rows = [row._replace(draws=None if row.draws is None else np.zeros(0))]
         tokens = np.concatenate([row.tokens for row in rows])
         counted = np.concatenate([row.tokens if row.counted is None else row.counted for row in rows])
         counts = documents.counts(counted)
@@ -97,6 +99,7 @@ class HeldOut(Dataset[ScoringBatch]):
             torch.from_numpy(counts),
             prefix_of(rows),
             decoder_ids=decoder_ids_of(rows, self.pad_id),
+            document_positions=document_positions_of(rows),
             hidden=hidden,
             draws=drawn,
         )
@@ -254,6 +257,7 @@ class Scorer(L.LightningModule):
             batch.prefix,
             teacher,
             batch.decoder_ids,
+            batch.document_positions,
         )
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:

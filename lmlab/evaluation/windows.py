@@ -30,7 +30,7 @@ class Context:
     name: str = "blocks"
     """The name of the rule, one of `CONTEXTS`.
 
-    blocks: as in training, across documents; a causal model is not scored on a block's first token.
+    blocks: as in training, by default across documents; a causal model is not scored on a block's first token.
     document: each document on its own, with the tokenizer's special tokens around it; one that is longer than a block
     in several windows.
     sliding: all documents as one text; windows overlap, so that every token is scored, with at least
@@ -39,6 +39,9 @@ class Context:
     """The number of positions that the model is given at once."""
     stride: int | None = None
     """The number of tokens from one window to the next, for sliding and for long documents; None is half a block."""
+    document_attention: bool = False
+    """True if the documents of a block do not see one another: then a causal model is not scored on the first token of
+    each. It changes nothing where each document is on its own."""
 
     def __post_init__(self) -> None:
         if self.name not in CONTEXTS:
@@ -49,6 +52,11 @@ class Context:
             raise UserError(f"preprocess.block_size must be at least 2, not {self.block_size}: 1 token has no context.")
         if self.name == "blocks" and self.stride is not None:
             raise UserError("stride is for context=sliding and context=document: blocks do not overlap.")
+        if self.document_attention and self.name == "sliding":
+            raise UserError(
+                "context=sliding lets a model see the documents before its own, and preprocess.document_attention=true "
+                "does not.\nChoose context=document or blocks, or preprocess.document_attention=false."
+            )
         if self.stride is not None and (type(self.stride) is not int or not 1 <= self.stride <= self.block_size):
             raise UserError(
                 f"stride={self.stride}: it must be from 1 to preprocess.block_size={self.block_size}, "
@@ -77,6 +85,8 @@ class Windows:
     """The id put before a framed window; empty if there is none."""
     tail: list[int]
     """The id put after a framed window; empty if there is none."""
+    document_attention: bool = False
+    """True if the documents of a window do not see one another. No window is framed then."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -107,7 +117,8 @@ def windows(
         starts, ends = np.asarray(bounds).T
         fits = ends - starts > shift  # the last block may be too short for a target
         starts, ends = starts[fits], ends[fits]
-        return Windows(starts, ends, starts + shift, np.zeros(len(starts), bool), [], [])
+        framed = np.zeros(len(starts), bool)
+        return Windows(starts, ends, starts + shift, framed, [], [], context.document_attention)
     if objective.bidirectional:
         if context.name == "sliding":
             raise UserError(

@@ -5,22 +5,37 @@ Shapes: T positions.
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError, out_of_memory
 from lmlab.models.electra import GeneratorAndDiscriminator
 from lmlab.models.loading import alternative
 from lmlab.models.loss import check_scoring, score
-from lmlab.models.probe import TOKENS, differ, evaluation_mode, probe, vocabulary
+from lmlab.models.probe import (
+    TOKENS,
+    differ,
+    evaluation_mode,
+    first_position,
+    forward,
+    position_embedding,
+    probe,
+    vocabulary,
+)
 from lmlab.models.torch_module import TorchModule, check_length
 from lmlab.objectives import Objective, make_example
 
 
 def check_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, block_size: int, objective: Objective
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    objective: Objective,
+    document_attention: bool = False,
 ) -> None:
     """Refuses a model that cannot score this tokenizer's blocks as the objective requires.
+
+    Args:
+        document_attention: whether the documents of a block do not see one another.
 
     Raises:
         UserError: its embedding, its positions or its attention don't fit, or its head can't be scored.
@@ -60,6 +75,8 @@ def check_model(
         check_prefixes(model, block_size)
     if decodes:
         check_decoder(model, tokenizer, block_size, objective)
+    if document_attention:
+        check_document_attention(model, block_size, objective)
 
 
 def check_decoder(
@@ -138,6 +155,39 @@ def check_prefixes(model: PreTrainedModel, block_size: int) -> None:
         )
 
 
+@torch.no_grad()
+def check_document_attention(model: PreTrainedModel, block_size: int, objective: Objective) -> None:
+    """Refuses a model that does not make of two documents in a row what it makes of each alone.
+
+    Raises:
+        UserError: it does not, or the objective needs another mask.
+    """
+    name, way = type(objective).__name__, "Leave preprocess.document_attention=true out"
+    if getattr(objective, "prefixes", False) or objective.auto_class == "AutoModelForSeq2SeqLM":
+        needs = "encoder-decoders" if objective.auto_class == "AutoModelForSeq2SeqLM" else "a mask of its own"
+        raise UserError(f"{name} needs {needs}, in which documents are not kept apart.\n{way}.")
+    parts = [model.generator, model.discriminator] if isinstance(model, GeneratorAndDiscriminator) else [model]
+    for part in parts:
+        first = block_size // 3  # as long as a block, so that layers which see a window of positions show what they do
+        lengths = [first, block_size - first] if first else [1, block_size - 1]
+        ids = (torch.arange(block_size, device=part.device) * 7 + 3)[None] % vocabulary(part)
+        positions = torch.cat([torch.arange(length, device=part.device) for length in lengths])[None]
+        with evaluation_mode(part):
+            try:
+                together = forward(part, ids, None, None, positions).logits[0]
+                alone = torch.cat([forward(part, text).logits[0] for text in torch.split(ids, lengths, dim=1)])
+                apart = not differ(together, alone)
+            except Exception as error:  # transformers' code may raise anything for what it was not written for
+                if out_of_memory(error):
+                    raise
+                apart = False
+        if not apart:
+            raise UserError(
+                f"{part.config.model_type} does not keep the documents of a block apart: what it makes of one depends "
+                f"on the others.\n{way}, or use another architecture, such as gpt2, llama, roberta or modernbert."
+            )
+
+
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a trained model whose vocabulary plainly is not that of the tokenizer.
 
@@ -163,10 +213,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Returns the number of tokens of the longest input the model has positions for; None if there is no limit."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from behind the padding index.
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            longest = module.num_embeddings - first
+    longest, table = getattr(model.config, "max_position_embeddings", None), position_embedding(model)
+    if table is not None:
+        longest = table.num_embeddings - first_position(model)
     return longest if longest and longest > 0 else None  # XLNet's config says -1

@@ -68,6 +68,7 @@ def score(
     prefix: Tensor | None = None,
     teacher: "Teacher | None" = None,
     decoder_ids: Tensor | None = None,
+    document_positions: Tensor | None = None,
     observe: Callable[[slice, Tensor], None] | None = None,
 ) -> Scores:
     """Computes the nll of each target of a batch.
@@ -96,10 +97,12 @@ def score(
         prefix: [B] the number of first positions that every position of a row may attend to; None is 0 for each.
         teacher: the model whose probabilities are to be learned too, if there is one.
         decoder_ids: [B, U] what the decoder of an encoder-decoder reads; None for other models.
+        document_positions: [B, T] the position of each token in its document, whose other documents it does not see;
+            None where each row is one text.
         observe: called with the logits [R, V] of some of the scored positions, and which these are, while they are in
             memory.
     """
-    shown = input_ids, attention_mask, positions, prefix, decoder_ids
+    shown = input_ids, attention_mask, positions, prefix, decoder_ids, document_positions
     taught = None if teacher is None else teacher.read(*shown)
     output, rows = run_on_scored(model, *shown, project=chunk_size is None)
     auxiliary = auxiliary_loss(model, output)
@@ -126,6 +129,7 @@ def run_on_scored(
     positions: Tensor,
     prefix: Tensor | None = None,
     decoder_ids: Tensor | None = None,
+    document_positions: Tensor | None = None,
     *,
     project: bool,
 ) -> tuple[Any, Tensor]:
@@ -145,15 +149,16 @@ def run_on_scored(
         return (args[0][:, :0],)
 
     head = model.get_output_embeddings()
+    counts_padding = getattr(model.config.get_text_config(), "output_router_logits", False)  # in an auxiliary loss
     if prefix is not None:
         attention_mask = prefix_mask(prefix, attention_mask, input_ids.shape[1], model.dtype)
-    elif not probe(model).needs_mask and not getattr(model.config.get_text_config(), "output_router_logits", False):
-        attention_mask = None  # with a mask there is no flash attention; only an auxiliary loss would count padding
+    elif not counts_padding and (document_positions is not None or not probe(model).needs_mask):
+        attention_mask = None  # with a mask there is no flash attention; of documents, each token of padding is one
     with ExitStack() as stack:
         stack.callback(hook_hidden_states(model, keep_scored).remove)
         if not project:
             stack.callback(head.register_forward_pre_hook(project_nothing).remove)
-        output = forward(model, input_ids, attention_mask, decoder_ids)
+        output = forward(model, input_ids, attention_mask, decoder_ids, document_positions)
     # The gradient of [0] would be copied into zeros.
     return output, output.logits.flatten(0, 1) if project else projected[0]
 

@@ -130,6 +130,7 @@ def estimate_training(
     targets: int,
     checkpointing: bool | str,
     chunk_size: int | None,
+    masked_positions: int = 0,
 ) -> Memory:
     """Returns what training takes on each GPU, counted from a model that may be on the meta device.
 
@@ -144,11 +145,14 @@ def estimate_training(
         targets: scored positions of a micro batch.
         checkpointing: the config's `activation_checkpointing`.
         chunk_size: the config's `logits_chunk_size`.
+        masked_positions: the positions of a block where a mask keeps its documents apart; 0 where there is none.
     """
     config, repeated = model.config.get_text_config(), layers(model)
     width, depth = config.hidden_size, getattr(config, "num_hidden_layers", len(repeated))  # ALBERT's share weights
     logits = logits_bytes(model.get_output_embeddings().weight, targets, precision, chunk_size)
-    inside = [tokens * layer_bytes(layer, width, precision) for layer in repeated]
+    # In each layer sdpa turns the mask into numbers that it adds to its scores, and keeps them.
+    masks = masked_positions * (4 if precision == "32-true" else 2)
+    inside = [tokens * (layer_bytes(layer, width, precision) + masks) for layer in repeated]
     stream = 2 if precision == "bf16-true" else 4
     # The embeddings' dropout, the last norm; then the scored rows, as they are, for the head, and their gradient.
     activations = tokens * (1 + stream) * width + targets * 8 * width

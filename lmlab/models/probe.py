@@ -3,6 +3,7 @@
 Shapes: B rows, T positions, U of a decoder beside an encoder, H hidden size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, masking_utils
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import ModelOutput
 
 from lmlab.errors import UserError
@@ -22,6 +24,8 @@ from lmlab.models.torch_module import TorchModule, constants_varied
 TOKENS, PADDING = 4, 2  # of a probe: no more than any model has positions
 PORTABLE = ("eager", "sdpa")
 """Implementations of attention that run on any device."""
+DOCUMENT_ATTENTION = (*PORTABLE, "flex_attention")
+"""Implementations of attention that take any mask, as attention within documents needs."""
 
 
 DEVICE_READS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
@@ -50,6 +54,9 @@ class Probe(NamedTuple):
     """True if padding on the right changes the logits of a row's own positions."""
     needs_mask: bool
     """True if such padding changes them when no mask hides it. Models that do not see ahead mostly need no mask."""
+    first_position: int | None
+    """The number of the first position, see `first_position`; None if the model can't be told the position of each
+    token, as some that know distances alone."""
 
 
 PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()
@@ -120,19 +127,69 @@ def vocabulary(model: PreTrainedModel) -> int:
     return model.config.vocab_size if embedding is None else len(embedding.weight)
 
 
-def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, decoder_ids: Tensor | None = None) -> Any:
+def forward(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    decoder_ids: Tensor | None = None,
+    document_positions: Tensor | None = None,
+) -> Any:
     """Returns the model's output for ids [B, T].
 
     Args:
         mask: [B, T], 0 on padding, or a `prefix_mask`. None where no row is padded: some models take no mask.
         decoder_ids: [B, U] what the decoder of an encoder-decoder reads; None for other models.
+        document_positions: [B, T] the position of each token in its document, whose other documents it does not see;
+            None where each row is one text.
     """
     given = {"attention_mask": mask, "decoder_input_ids": decoder_ids}
+    if document_positions is not None and (first := probe(model).first_position) is not None:
+        given["position_ids"] = document_positions + first
     masked = {name: tensor for name, tensor in given.items() if tensor is not None}
     with ExitStack() as stack:
         for owner, name, function in DEVICE_READS:
             stack.enter_context(patch.object(owner, name, function))
+        if document_positions is not None:
+            masks = masks_within_documents(document_positions)
+            stack.enter_context(patch.object(masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", masks))
         return model(input_ids=ids, **masked, **({"use_cache": False} if model.can_generate() else {}))
+
+
+def masks_within_documents(positions: Tensor) -> AttentionMaskInterface:
+    """Returns the functions by which transformers makes its masks, changed so that documents do not see one another.
+
+    Whatever a layer's own attention is (causal, in both directions, over a window or a chunk of positions), its mask
+    becomes that of each document on its own. Two documents of two tokens in a row of a causal model:
+
+    ```
+    positions   0  1  0  1
+    query 0     x  .  .  .
+    query 1     x  x  .  .
+    query 2     .  .  x  .
+    query 3     .  .  x  x
+    ```
+
+    Args:
+        positions: [B, T] the position of each token in its document; a document begins where it is 0.
+    """
+    documents = (positions == 0).cumsum(1)
+
+    def within(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, mask_function: Callable[..., Tensor], **options: Any) -> Any:
+            def seen(row: Any, head: Any, query: Any, key: Any) -> Tensor:
+                same = documents[row, query] == documents[row, key]
+                return same & mask_function(row, head, positions[row, query], positions[row, key])
+
+            # Without a mask the attention would be that of the whole row.
+            never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return make_mask(*args, mask_function=seen, **options | never)
+
+        return make
+
+    masks = AttentionMaskInterface()
+    for name in DOCUMENT_ATTENTION:
+        masks[name] = within(masks[name])
+    return masks
 
 
 def example_decoder_ids(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
@@ -210,7 +267,20 @@ def run_probe(model: PreTrainedModel) -> Probe:
         padding_matters=padding_matters,
         # Fresh weights of an encoder may hide what trained ones show: its mask is always kept.
         needs_mask=needs_mask or not model.can_generate() or decoder_ids is not None,
+        first_position=first_position(model) if "position_ids" in inspect.signature(model.forward).parameters else None,
     )
+
+
+def position_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """Returns the table of a model's learned positions; None if it has none."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    return next((table for table in reversed(tables) if isinstance(table, nn.Embedding)), None)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Returns the number of a model's first position: RoBERTa and its kin count from behind the padding index."""
+    table = position_embedding(model)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 def padding_changes(model: PreTrainedModel, ids: Tensor, logits: Tensor, masked: bool) -> bool:

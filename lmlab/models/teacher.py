@@ -140,13 +140,14 @@ class Teacher:
         positions: Tensor,
         prefix: Tensor | None = None,
         decoder_ids: Tensor | None = None,
+        document_positions: Tensor | None = None,
     ) -> TeacherOutput:
         """Runs the teacher on a batch; the arguments are those of `lmlab.models.loss.score`.
 
         Where its logits are a plain projection, they are made of as few positions at a time as they are asked for.
         """
         projects = probe(self.model).projects
-        shown = input_ids, attention_mask, positions, prefix, decoder_ids
+        shown = input_ids, attention_mask, positions, prefix, decoder_ids, document_positions
         _, rows = run_on_scored(self.model, *shown, project=not projects)
         if not projects:
             return TeacherOutput(lambda part: rows[part, : self.tokens], self)
@@ -169,6 +170,7 @@ def load_teacher(
     tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
     block_size: int,
+    document_attention: bool = False,
 ) -> Teacher:
     """Loads a teacher, in float32.
 
@@ -179,6 +181,7 @@ def load_teacher(
         tokenizer: that of the student.
         objective: that of the student.
         block_size: tokens of a block.
+        document_attention: whether the documents of a block do not see one another.
 
     Raises:
         UserError: it can't be loaded, or can't teach this student; says why.
@@ -211,7 +214,7 @@ def load_teacher(
     if info["missing_keys"]:
         raise UserError(f"distill.model={model} holds no weights for {', '.join(sorted(info['missing_keys']))}.")
     try:
-        check_model(loaded, tokenizer, block_size, objective)
+        check_model(loaded, tokenizer, block_size, objective, document_attention)
     except UserError as error:
         raise UserError(f"distill.model={model}: {error}") from error
     fuse_activations(loaded)

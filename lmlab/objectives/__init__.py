@@ -4,6 +4,7 @@ Shapes: T positions of one text, U of what a decoder beside an encoder reads, N 
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -13,8 +14,6 @@ import numpy as np
 from lmlab.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lmlab.models.loss import Scores
@@ -65,6 +64,9 @@ class Example(NamedTuple):
     draws: np.ndarray | None = None
     """The random numbers of a generator, which fills in some of the tokens, [N]: for each target a uniform one in
     [0, 1) by which its token is drawn, and -1 where the text's own token stays. None without a generator."""
+    documents: np.ndarray | None = None
+    """The number of positions of each document in the inputs, in their order, where a position attends only to those of
+    its own document (`preprocess.document_attention`). None is one text."""
 
 
 class Objective(Protocol):
@@ -110,7 +112,7 @@ class Objective(Protocol):
     last_weights: bool = False
     """True if a run ends with its last weights, and not with those that score held-out text best: where the text gets
     harder to score while the model learns, these are early ones."""
-    losses: "Callable[..., Scores] | None" = None
+    losses: Callable[..., "Scores"] | None = None
     """The method by which the output of a model becomes losses: (model, batch, chunk_size, scale) → Scores, whose nll
     [N] is that of each target. `batch` is a `lmlab.data.datamodule.Batch` in training and a `ScoringBatch` for held-out
     text; the others are arguments of `lmlab.models.loss.score`, which is what None stands for."""
@@ -148,8 +150,11 @@ def make_example(
     progress: float = 1.0,
     continues: np.ndarray | None = None,
     number: int = 0,
+    documents: np.ndarray | None = None,
 ) -> Example:
     """Returns the example of a text, for which the objective is given what it has parameters for.
+
+    Of documents that do not see one another, each is a text of its own, unless the objective takes all at once.
 
     Args:
         ids: as of `Objective.__call__`, and so are `key` and `first`.
@@ -159,14 +164,25 @@ def make_example(
             for training text it is where the objective has a key `whole_word` that is true.
         number: the number of samples before this one in the whole run, over all ranks; 0 for held-out text. What is to
             be spread evenly over the samples of a batch can be a function of it.
+        documents: the number of tokens of each document of the text, where they do not see one another; else None.
 
     Raises:
         UserError: the objective returns something else, see `check_shapes`.
     """
-    # An objective that is only given whole texts, as a causal one is, may have no `first`.
-    given = {"progress": progress, "continues": continues, "number": number}
-    more: dict[str, Any] = {name: given[name] for name in more_parameters(type(objective))}
-    made = objective(ids, key, first, **more) if first else objective(ids, key, **more)
+    given = {"first": first, "progress": progress, "continues": continues, "number": number, "documents": documents}
+    parameters = more_parameters(type(objective))
+    if documents is not None and "documents" not in parameters:
+        parts = []
+        for end, length in zip(np.cumsum(documents).tolist(), documents.tolist(), strict=True):
+            part = slice(end - length, end)
+            own = None if continues is None else continues[part]
+            position = first + part.start
+            parts.append(
+                make_example(objective, ids[part], key, position, progress=progress, continues=own, number=number)
+            )
+        return join_examples(objective, parts)
+    more: dict[str, Any] = {name: given[name] for name in parameters}
+    made = objective(ids, key, **more)
     if not isinstance(made, tuple):
         raise UserError(f"{type(objective).__name__} returns a {type(made).__name__}, and an Example was expected.")
     example = Example(*made)
@@ -176,9 +192,41 @@ def make_example(
 
 @cache
 def more_parameters(objective: type[Any]) -> tuple[str, ...]:
-    """Returns which of `progress`, `continues` and `number` the `__call__` of a class takes."""
+    """Returns which of the arguments that not every objective has a parameter for the `__call__` of a class takes."""
     parameters = inspect.signature(objective.__call__).parameters
-    return tuple(name for name in ("progress", "continues", "number") if name in parameters)
+    return tuple(name for name in ("first", "progress", "continues", "number", "documents") if name in parameters)
+
+
+def join_examples(objective: Objective, parts: Sequence[Example]) -> Example:
+    """Returns the examples of documents that do not see one another as one, end to end.
+
+    Raises:
+        UserError: an example has what only one text can have.
+    """
+    if any(part.prefix or part.decoder_inputs is not None for part in parts):
+        raise UserError(
+            f"preprocess.document_attention=true is not for {type(objective).__name__}, whose examples have "
+            f"{'a prefix' if any(part.prefix for part in parts) else 'an encoder and a decoder'}.\nLeave it out."
+        )
+    lengths = np.array([len(part.inputs) for part in parts])
+    starts = np.cumsum(lengths) - lengths
+
+    def joined(field: str, default: Callable[[Example], np.ndarray]) -> np.ndarray | None:
+        """Returns one of the fields that have a value for each target; None where no example has it."""
+        if all(getattr(part, field) is None for part in parts):
+            return None
+        return np.concatenate([default(p) if getattr(p, field) is None else getattr(p, field) for p in parts])
+
+    divisors = [len(part.targets) if part.divisor is None else part.divisor for part in parts]
+    return Example(
+        np.concatenate([part.inputs for part in parts]),
+        np.concatenate([start + part.positions for start, part in zip(starts, parts, strict=True)]),
+        np.concatenate([part.targets for part in parts]),
+        weights=joined("weights", lambda part: np.ones(len(part.targets))),
+        divisor=None if all(part.divisor is None for part in parts) else sum(divisors),
+        draws=joined("draws", lambda part: np.full(len(part.targets), -1.0)),
+        documents=lengths,
+    )
 
 
 def check_shapes(objective: Objective, example: Example, length: int) -> None:
@@ -230,6 +278,11 @@ def check_shapes(objective: Objective, example: Example, length: int) -> None:
         raise UserError(f"{name} returns draws that are neither in [0, 1) nor -1. {see}")
     if example.divisor is not None and not (isinstance(example.divisor, int | np.integer) and example.divisor >= 0):
         raise UserError(f"{name} returns the divisor {example.divisor}, and a whole number was expected. {see}")
+    if example.documents is not None and int(np.sum(example.documents)) != length:
+        raise UserError(
+            f"{name} returns documents of {int(np.sum(example.documents))} positions together, and {length} was "
+            f"expected. {see}"
+        )
     if not 0 <= example.prefix <= length:
         raise UserError(
             f"{name} returns a prefix of {example.prefix}, and 0 to {length} was expected, as there are {length} "

@@ -105,11 +105,13 @@ class ReplacedTokenDetection:
             chunk_size,
             scale,
             None if weights is None else weights[hidden],
+            document_positions=batch.document_positions,
             observe=draw,
         )
         replaced = batch.targets.index_copy(0, hidden, drawn)  # [N]
         ids = batch.input_ids.flatten().index_copy(0, batch.positions, replaced).view_as(batch.input_ids)
-        logits = forward(model.discriminator, ids, batch.attention_mask).logits.flatten()[batch.positions].float()
+        output = forward(model.discriminator, ids, batch.attention_mask, None, batch.document_positions)
+        logits = output.logits.flatten()[batch.positions].float()
         labels = (replaced != batch.targets).float()
         nll = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         return Scores(nll.detach(), generator.nll.sum() / max(1, len(labels)), self.discriminator_weight * nll)

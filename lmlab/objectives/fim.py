@@ -72,13 +72,27 @@ class FillInTheMiddle(CausalLM):
         ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
         self.end_id = next((token for token in ends if token is not None), -1)
 
-    def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
-        """Returns the example of a text: see `Objective`."""
+    def __call__(
+        self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0, documents: np.ndarray | None = None
+    ) -> Example:
+        """Returns the example of a text: see `Objective` and `make_example`."""
         ends = np.flatnonzero(ids == self.end_id)
-        parts = np.split(ids, np.stack([ends, ends + 1], axis=1).ravel())  # documents and end-of-text tokens in turn
-        words = random_words(key, first, len(ends) + 1).T
+        if documents is not None:  # which may have no end-of-text token, or begin with one
+            last = np.cumsum(documents) - 1
+            ends = np.where(ids[last] == self.end_id, last, last + 1)
+            cuts = np.stack([ends, last + 1], axis=1).ravel()[:-1]
+        else:
+            cuts = np.stack([ends, ends + 1], axis=1).ravel()
+        parts = np.split(ids, cuts)  # documents and end-of-text tokens in turn
+        words = random_words(key, first, len(parts[::2])).T
         parts[::2] = [self.rewrite(document, drawn) for document, drawn in zip(parts[::2], words, strict=True)]
-        return super().__call__(np.concatenate(parts)[: len(ids)], key)
+        inputs = np.concatenate(parts)[: len(ids)]
+        if documents is None:
+            return super().__call__(inputs, key)
+        lengths = np.array([len(document) + len(end) for document, end in zip(parts[::2], parts[1::2], strict=True)])
+        edges = np.cumsum(lengths).clip(max=len(ids))
+        positions = np.delete(np.arange(len(ids)), edges[np.diff(edges, prepend=0) > 0] - 1)
+        return Example(inputs, positions, inputs[positions + 1], documents=np.diff(edges, prepend=0))
 
     def rewrite(self, document: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Returns a document as it is trained on.

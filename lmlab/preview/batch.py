@@ -121,6 +121,15 @@ def describe_weights(batch: Batch, row: int) -> str:
     return f"weight of each target: {least}{'' if least == most else f' to {most}'}" if weights else ""
 
 
+def describe_documents(batch: Batch, row: int) -> str:
+    """Returns the lengths of the documents of a sample, which do not see one another."""
+    assert batch.document_positions is not None
+    length = batch.input_ids.shape[1] if batch.attention_mask is None else int(batch.attention_mask[row].sum())
+    starts = torch.nonzero(batch.document_positions[row, :length] == 0).flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], length], strict=True)]
+    return f"documents that do not see one another, of {', '.join(map(str, lengths))} tokens"
+
+
 def show_samples(batch: Batch, tokenizer: Any, shift: int, console: Console, count: int = 3) -> None:
     """Prints the first samples of a batch, under a legend of the kinds of their tokens.
 
@@ -136,6 +145,8 @@ def show_samples(batch: Batch, tokenizer: Any, shift: int, console: Console, cou
             console.print(Text(f"  {'(unmarked)' if kind == unmarked else f'[{kind}:…]':<11} {meaning}", style))
     for number, sample in enumerate(samples, 1):
         console.print(Text(f"{number}  ").append_text(render(sample, unmarked)))
+        if batch.document_positions is not None:
+            console.print(Text(f"   {describe_documents(batch, number - 1)}", "dim"))
         if batch.weights is not None and batch.hidden is None:
             console.print(Text(f"   {describe_weights(batch, number - 1)}", "dim"))
     if batch.hidden is None and (batch.weights is not None or batch.divisor != len(batch.targets)):

@@ -53,6 +53,7 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
         targets=round(tokens * first.targets.numel() / first.tokens),
         checkpointing=cfg.activation_checkpointing,
         chunk_size=cfg.logits_chunk_size,
+        masked_positions=0 if first.document_positions is None else positions,
     )
     rows = {
         "weights": size_text(estimate.weights),

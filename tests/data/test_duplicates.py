@@ -20,6 +20,7 @@ from lmlab.data.duplicates import (
     mark_documents,
     signatures,
 )
+from lmlab.data.mixture import mix
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared, prepare
 from lmlab.data.sources import load_files
@@ -53,7 +54,7 @@ def jaccard(one: str, other: str) -> float:
 
 
 def marks(training: list[str], held_out: list[str], items: list[str], folder: Path, similarity: float = 0.8) -> list:
-    return mark_documents(iter(training), iter(held_out), items, similarity, folder).tolist()
+    return mark_documents([iter(training)], iter(held_out), items, similarity, folder)[0].tolist()
 
 
 def test_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +136,19 @@ def test_pairs_are_found(tmp_path: Path) -> None:
         assert found[300:].count(NEARLY_REPEATED) <= 2
 
 
+def test_several_sources(tmp_path: Path) -> None:
+    """Are compared as if they were one, in their order."""
+    held, seen, other = text(), text(), text()
+    sources = [[seen, changed(held, 3)], [], [other, seen, held], [changed(other, 3), text()]]
+    found = mark_documents(sources, [held], [], 0.8, tmp_path)
+    assert [each.tolist() for each in found] == [
+        [KEPT, NEAR_HELD_OUT],
+        [],
+        [KEPT, REPEATED, EQUAL_HELD_OUT],
+        [NEARLY_REPEATED, KEPT],
+    ]
+
+
 # --- In the steps of a run ---
 
 
@@ -196,6 +210,44 @@ def test_report_and_drop(folder: Path) -> None:
     again = data(folder, "another cache", decontaminate="drop", benchmarks=test)
     assert again.ledger == drop.ledger
     assert [block.tolist() for block in again.train] == [block.tolist() for block in drop.train]
+
+
+def test_mixture(tmp_path: Path) -> None:
+    """Across sources: against the held-out text of all of them, and the first of equal documents stays."""
+    held, other, seen, new = (text(30) for _ in range(4))
+    texts = {"a": [[seen, other, text(30)], [held]], "b": [[seen, held, changed(seen, 3), new], [other]]}
+    texts["c"] = texts["a"]  # also by the same file
+    corpora = {}
+    for name, parts in texts.items():
+        files = {part: tmp_path / f"{name}.{part}.txt" for part in ("train", "validation")}
+        for file, lines in zip(files.values(), parts, strict=True):
+            file.write_text("".join(f"{line}\n" for line in lines))
+        corpora[name] = load_files(str(files["train"]), validation=str(files["validation"]), document="line")
+    blocks = {name: {"weight": 1} for name in texts}
+
+    def prepared(names: str, **choices: object) -> Prepared:
+        mixture = mix({name: blocks[name] for name in names}, {name: corpora[name] for name in names})
+        given = Preprocessing(block_size=16, similarity=0.6, **choices)  # type: ignore[arg-type]
+        return prepare(mixture, given, char, {"kind": "char"}, tmp_path / "cache")
+
+    report, drop = prepared("ab", decontaminate="report"), prepared("ab", decontaminate="drop")
+    a, b = report.ledger["train/a"], report.ledger["train/b"]
+    assert (a.documents, a.documents_equal_to_held_out, a.documents_repeated) == (3, 1, 0)
+    assert (b.documents, b.documents_equal_to_held_out, b.documents_repeated) == (4, 1, 1)
+    assert b.documents_nearly_repeated == 1
+    kept = drop.ledger["train/b"]
+    assert (kept.documents, kept.documents_repeated) == (1, 1)
+    assert (kept.bytes, kept.bytes + kept.duplicate_bytes) == (len(new), b.bytes)
+    assert drop.ledger["train/a"].documents == 2
+    assert [report.ledger[f"validation/{name}"].documents_in_training for name in "ab"] == [1, 1]
+    assert [drop.ledger[f"validation/{name}"].documents_in_training for name in "ab"] == [0, 0]
+    # In another order the other one stays.
+    assert prepared("ba", decontaminate="drop").ledger["train/b"].documents == 2
+    # Sources of equal content have marks of their own.
+    twice = prepared("ac", decontaminate="report")
+    assert [twice.ledger[f"train/{name}"].documents_repeated for name in "ac"] == [0, 3]
+    with pytest.raises(UserError, match=r"data\.sources\.c .* in an earlier source.* none is left"):
+        prepared("ac", decontaminate="drop")
 
 
 def test_second_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

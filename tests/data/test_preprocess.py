@@ -31,6 +31,7 @@ from lmlab.data.preprocess import group_texts, lengths_of, split
 from lmlab.data.sources import Corpus, load_files
 from lmlab.data.texts import flatten
 from lmlab.data.tokenizers import bpe, char
+from lmlab.data.tokens import DocumentEdges, FlatFile, FlatFiles
 from lmlab.errors import UserError
 
 from ..conftest import TINY, blocks_of
@@ -472,6 +473,7 @@ OTHER = {
     "truncation": True,
     "packing": "best_fit",
     "drop_remainder_every": 2,
+    "document_attention": True,
     "test_size": 0.3,
     "split_by": "hash",
     "split_seed": 1,
@@ -479,8 +481,8 @@ OTHER = {
     "max_records": 50,
 }
 """Another value for each choice."""
-CUTS = {"block_size", "packing", "drop_remainder_every"}
-"""Those that decide how tokens are cut into blocks, and nothing else."""
+CUTS = {"block_size", "packing", "drop_remainder_every", "document_attention"}
+"""Those that decide how tokens are cut into blocks, and what these see, and nothing else."""
 DUPLICATES = {"decontaminate", "similarity", "benchmarks"}
 """Those that decide which documents are left out, see test_duplicates.py."""
 
@@ -538,6 +540,32 @@ def test_key_of_tokens(run: Callable[..., Prepared], tmp_path: Path) -> None:
             before = entries(tmp_path)
             call()
             assert len(entries(tmp_path) - before) == made, name
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_documents_of_a_block(files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the lengths are, of which a few edges are kept: against all edges at once."""
+    monkeypatch.setattr("lmlab.data.tokens.STRIDE", 4)
+    draw = np.random.default_rng(0)
+    lengths = draw.choice([0, 0, 1, 2, 3, 50], 1000)
+    flat = []
+    for number, part in enumerate(np.array_split(lengths, files)):
+        part.astype(np.int64).tofile(tmp_path / f"{number}.lengths")
+        flat.append(FlatFile(tmp_path / f"{number}.lengths", "int64"))
+    edges, document = DocumentEdges(FlatFiles(*flat)), np.repeat(np.arange(1000), lengths)
+    for start in draw.integers(0, len(document) - 1, 300).tolist():
+        end = min(start + int(draw.integers(1, 200)), len(document))
+        assert edges.within(start, end).tolist() == np.unique(document[start:end], return_counts=True)[1].tolist()
+    assert len(edges.edges) < 300
+
+
+def test_blocks_name_their_documents_where_these_are_kept_apart(run: Callable[..., Prepared]) -> None:
+    texts = random_texts(random.Random(0), 100)
+    across, apart = (run(corpus_of(texts), block_size=16, document_attention=each) for each in (False, True))
+    assert across.train.documents(0) is None
+    for number, block in enumerate(blocks_of(apart, "train")):
+        ends = np.flatnonzero(block == apart.tokenizer.eos_token_id) + 1
+        assert np.cumsum(apart.train.documents(number)).tolist() == sorted({*ends.tolist(), len(block)})
 
 
 def test_another_cut_of_what_is_kept(

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.documents import FEW
@@ -59,6 +61,7 @@ def same(one: Prepared, other: Prepared) -> None:
     for name in ("train", "validation"):
         blocks = [[block.tolist() for block in blocks_of(data, name)] for data in (one, other)]
         assert blocks[0] == blocks[1]
+    assert one.validation.domains == other.validation.domains
     for field in ("tokens", "spans", "edges", "stretches"):
         np.testing.assert_array_equal(getattr(one.validation, field), getattr(other.validation, field))
     for field in ("names", "parts", "starts"):
@@ -95,6 +98,56 @@ def test_what_is_drawn_from_one_file(tmp_path: Path) -> None:
         choices = {"test_size": 0.3, "block_size": 16, "packing": packing}
         whole = prepare(corpus, Preprocessing(**choices), made.make_tokenizer, {"k": 1}, tmp_path / "cache")
         same(read(made, **choices), whole)
+
+
+def test_domains(tmp_path: Path) -> None:
+    """Each has shards of its own, and its own documents that occur in the training text."""
+    texts = random_texts(random.Random(0), 60)
+    domains = {"news": [*random_texts(random.Random(1), 9), "a text of the news, 32 bytes or more"]}
+    domains["law"] = [*random_texts(random.Random(2), 5), *["a text of the law, with 32 bytes or more"] * 2]
+    texts += [domain[-1] for domain in domains.values()]
+    held_out = {name: Dataset.from_dict({"text": own}) for name, own in domains.items()}
+    corpus = Corpus(Dataset.from_dict({"text": texts}), held_out, "text", "two domains")
+    made = preparation(tmp_path / "made", corpus, decontaminate="report")
+    finish(made)
+    whole = prepare(corpus, made.choices, made.make_tokenizer, made.tokenizer_key, tmp_path / "cache")
+    same(read(made), whole)
+    counts = [whole.ledger[f"validation/{name}"].documents_in_training for name in domains]
+    assert counts == [1, 2]
+    assert {*whole.validation.domains} == {*domains}
+    (made.folder / "validation.law" / "validation.tokens").unlink()
+    with pytest.raises(UserError, match=r"validation\.law/validation\.tokens is not what it was"):
+        load_prepared(str(made.folder))
+    assert finish(made) == []
+    same(read(made), whole)
+
+
+def test_duplicates_across_shards(tmp_path: Path) -> None:
+    """Are found as in the whole text, also by several tasks, and left out of the tokenizer's text and of the shards."""
+    texts = random_texts(random.Random(0), 90)
+    again = [f"the same text in other shards, number {i} of ten" for i in range(10)]
+    corpus = corpus_of([*texts[:40], *again, *texts[40:], *again, texts[3]], [*texts[60:], again[0]])
+    for choice in ("report", "drop"):
+        choices = {"decontaminate": choice}
+        made = [preparation(tmp_path / choice, corpus, **choices) for _ in range(2)]
+        for task in (0, 1):
+            made[task].begin()
+            assert all(made[task].sign(*shard) for shard in made[task].all_shards()[task:5:2])  # one is left
+        finish(made[1])
+        found = read(made[0])
+        learn, key = made[0].make_tokenizer, made[0].tokenizer_key
+        whole = prepare(corpus, Preprocessing(**choices), learn, key, tmp_path / f"cache {choice}")
+        if choice == "drop":
+            assert found.data_fingerprint != whole.data_fingerprint  # the same text gives other blocks
+            found = replace(found, data_fingerprint=whole.data_fingerprint)
+        same(found, whole)
+        assert found.ledger["train"].documents_repeated >= 9
+        assert finish(made[0]) == []
+        assert not [*(tmp_path / choice).glob("*signatures*")]
+        with pytest.raises(UserError, match=r"holds another preparation: its preprocess\.decontaminate"):
+            preparation(tmp_path / choice, corpus).begin()
+    with pytest.raises(UserError, match="this data is tokenized already"):
+        prepare(load_prepared(str(tmp_path / "drop")), Preprocessing(**choices), learn, None, tmp_path)
 
 
 def test_a_damaged_shard_is_made_anew_and_no_other(tmp_path: Path) -> None:

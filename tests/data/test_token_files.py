@@ -112,7 +112,7 @@ def test_files_that_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
     for name in TEXTS:
         nanogpt(tmp_path / f"{name}.bin", documents(name, tokenizer))
 
-    def said(**choices: int) -> str:
+    def said(**choices: Any) -> str:
         with pytest.raises(UserError) as error:
             read(tmp_path, tokenizer, **choices)
         return str(error.value)
@@ -134,6 +134,7 @@ def test_files_that_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
     file.with_suffix(".idx").unlink()
     nanogpt(file, documents("train", tokenizer))
     assert "preprocess.max_records changes nothing in token files" in said(max_records=3)
+    assert "preprocess.decontaminate compares texts, and this data is tokenized" in said(decontaminate="drop")
     words = ["data=tokens", f"data.train={file}"]
     assert "data.validation has to be given" in refused("train", *words, f"tokenizer.name={tmp_path}")
     words += [f"data.validation={tmp_path}/validation.bin"]

@@ -7,6 +7,7 @@ promises, and one forward pass. Nothing of lmlab is imported here.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -151,9 +152,11 @@ def causal(
         assert 1 <= len(before) <= block_size
         sums[target.document].add(target, nll_of(model, tuple(before), -1, target.id))
 
-    if context == "blocks":
+    if context in ("blocks", "apart"):
         for place, target in enumerate(flat):
             begin = place - place % block_size
+            while context == "apart" and flat[begin].document != target.document:
+                begin += 1
             if place > begin:
                 score(target, [token.id for token in flat[begin:place]])
         return sums
@@ -174,9 +177,12 @@ def pieces(
     tokenizer: Any, documents: list[list[Token]], context: str, block_size: int
 ) -> list[tuple[list[int], list[tuple[int, int]], list[int]]]:
     """Rows of a masked model: ids before, (document, place in it) of each token, ids after."""
-    if context == "blocks":
+    if context in ("blocks", "apart"):
         flat = [(number, place) for number, tokens in enumerate(documents) for place in range(len(tokens))]
-        return [([], flat[begin : begin + block_size], []) for begin in range(0, len(flat), block_size)]
+        blocks = [flat[begin : begin + block_size] for begin in range(0, len(flat), block_size)]
+        if context == "apart":  # what is in a row of its own sees nothing else
+            blocks = [[*part] for block in blocks for _, part in groupby(block, key=lambda token: token[0])]
+        return [([], block, []) for block in blocks]
     head, tail = first_of(tokenizer, "cls", "bos", "eos"), first_of(tokenizer, "sep", "eos")
     room = block_size - len(head) - len(tail)
     rows = []

@@ -139,7 +139,10 @@ def prepared(
 def held_out_of(data: Any, objective: Any, block_size: int, **choices: Any) -> HeldOut:
     """What is scored, as `lmlab.evaluate` makes it with these keys on its command line."""
     keys = {"context": None, "stride": None, "score": "labels", "within_word": False, "sample": None, "seed": 0}
+    apart = choices.get("context") == "apart"  # blocks whose documents do not see one another
+    choices |= {"context": "blocks"} if apart else {}
     preprocess = {"block_size": block_size, "drop_remainder_every": None, "end_of_text": True}
+    preprocess["document_attention"] = apart
     preprocess |= {"special_tokens": False, "truncation": False}
     return build_held_out(
         OmegaConf.create(keys | choices | {"preprocess": preprocess, "objective": {}}), data, objective
@@ -156,9 +159,8 @@ def sums_of(
         metric = held_out.sums()
         for indices in EvaluationSampler(len(held_out), batch_size, rank, ranks):
             batch = held_out[indices]
-            metric.update(
-                score(model, batch.input_ids, batch.attention_mask, batch.positions, batch.targets).nll, batch
-            )
+            given = batch.input_ids, batch.attention_mask, batch.positions, batch.targets
+            metric.update(score(model, *given, document_positions=batch.document_positions).nll, batch)
         sums.append([part.numpy() for part in metric.compute()])
     nll, counts = (np.sum(parts, axis=0) for parts in zip(*sums, strict=True))
     return nll, counts
@@ -177,6 +179,8 @@ def agree(sums: tuple[np.ndarray, np.ndarray], wanted: list[reference.Sums]) -> 
 CAUSAL = [
     ("blocks", 8, None),
     ("blocks", 50, None),
+    ("apart", 8, None),
+    ("apart", 50, None),
     ("document", 8, None),
     ("document", 8, 8),
     ("document", 7, 2),
@@ -201,7 +205,10 @@ def test_causal(name: str, context: str, block_size: int, stride: int | None, tm
 MASKED = [("roberta", "bpe"), ("roberta", "char"), ("bert", "wordpiece")]
 
 
-@pytest.mark.parametrize(("context", "block_size"), [("blocks", 8), ("blocks", 64), ("document", 8), ("document", 64)])
+@pytest.mark.parametrize(
+    ("context", "block_size"),
+    [("blocks", 8), ("blocks", 64), ("apart", 8), ("apart", 64), ("document", 8), ("document", 64)],
+)
 @pytest.mark.parametrize(("architecture", "name"), MASKED)
 def test_masked(architecture: str, name: str, context: str, block_size: int, tmp_path: Path) -> None:
     tokenizer = tokenizer_named(name)
@@ -221,7 +228,7 @@ def test_whole_words_of_a_tokenizer_that_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("within_word", [False, True])
-@pytest.mark.parametrize(("context", "block_size"), [("blocks", 8), ("document", 8), ("document", 64)])
+@pytest.mark.parametrize(("context", "block_size"), [("blocks", 8), ("apart", 30), ("document", 8), ("document", 64)])
 @pytest.mark.parametrize(("architecture", "name"), MASKED)
 def test_pseudo(architecture: str, name: str, context: str, block_size: int, within_word: bool, tmp_path: Path) -> None:
     tokenizer = tokenizer_named(name)

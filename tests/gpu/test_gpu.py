@@ -133,6 +133,31 @@ def test_every_precision_trains_alike(overrides: list[str], runs: Runs) -> None:
         assert found == pytest.approx(logged(exact.result(), [name]), rel=tolerance)
 
 
+APART = ["preprocess.document_attention=true", *COMMON]
+GPT2 = [*DROPOUT_OFF["clm"], *LARGER]
+LLAMA = ["model.architecture=llama", *(f"model.config.{key}" for key in ("hidden_size=128", "num_hidden_layers=1"))]
+LLAMA += ["model.config.num_attention_heads=2", "tokenizer.vocab_size=300", "preprocess.block_size=64", "logger=file"]
+WAYS = [
+    [*GPT2, "trainer.precision=bf16-mixed"],
+    [*GPT2, "trainer.precision=bf16-mixed", "compile=true"],
+    [*LLAMA, "trainer.precision=bf16-mixed"],
+    [*LLAMA, "trainer.precision=bf16-mixed", "attention=flex_attention"],
+]
+
+
+@pytest.mark.parametrize("overrides", WAYS, ids=" ".join)
+def test_documents_are_kept_apart(overrides: list[str], runs: Runs) -> None:
+    """By sdpa's kernel for masks, and by flex attention, which skips what the mask hides."""
+    if DEVICE == "cpu" and "attention=flex_attention" in overrides:
+        pytest.skip("flex attention has no backward pass on a CPU")
+    model = GPT2 if overrides[: len(GPT2)] == GPT2 else LLAMA
+    exact, *_ = [runs.start(*APART, *each) for each in ([*model, *EXACT], *WAYS)]
+    for name, tolerance in (("train/loss", 2e-2), ("val/loss", 2e-2), ("optim/grad_norm", 5e-2)):
+        found = logged(runs.start(*APART, *overrides).result(), [name])
+        assert found
+        assert found == pytest.approx(logged(exact.result(), [name]), rel=tolerance)
+
+
 DETERMINISTIC = [*DROPOUT_OFF["clm"][:8], *COMMON, "+trainer.deterministic=true"]  # with dropout
 
 

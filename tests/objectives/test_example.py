@@ -7,9 +7,16 @@ import pytest
 
 from lmlab.data.datamodule import collate
 from lmlab.data.sampler import Draw
+from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
-from lmlab.objectives import Example, make_example
+from lmlab.objectives import Example, make_example, sentinel
 from lmlab.objectives.clm import CausalLM
+from lmlab.objectives.diffusion import MaskedDiffusion
+from lmlab.objectives.electra import ReplacedTokenDetection
+from lmlab.objectives.fim import FillInTheMiddle
+from lmlab.objectives.mlm import MaskedLM
+from lmlab.objectives.prefix import PrefixLM
+from lmlab.objectives.span import SpanCorruption
 
 IDS = np.arange(8, dtype=np.int32)
 GOOD = Example(IDS, np.arange(7), IDS[1:])
@@ -62,3 +69,55 @@ def test_a_wrong_example_of_any_sample_is_refused(example: Any, said: str) -> No
 def test_examples_that_are_taken(example: Any) -> None:
     made = make_example(Returns(example), IDS, (0, 0, 1))
     assert all(np.array_equal(one, other) for one, other in zip(made[:3], example[:3], strict=True))
+
+
+FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+TOKENIZER = bpe(["some words to make a few merges of"], 400, [*FIM, *map(sentinel, range(20))])
+LENGTHS = np.array([30, 1, 20, 13])
+"""The documents of a block."""
+BLOCK = np.random.default_rng(0).integers(50, 250, 64).astype(np.int32)
+
+
+def apart(objective: Any, **given: Any) -> Example:
+    return make_example(objective, BLOCK, (1, 2, 3), documents=LENGTHS, **given)
+
+
+def test_no_document_predicts_the_next_one() -> None:
+    example = apart(CausalLM())
+    assert example.documents.tolist() == LENGTHS.tolist()
+    assert set(range(64)) - set(example.positions.tolist()) == {29, 30, 50, 63}
+    assert (example.targets == BLOCK[example.positions + 1]).all()
+
+
+def test_what_is_drawn_for_a_token_is_the_same() -> None:
+    """Where a block is cut into documents moves no mask of a token; only what is counted by text does."""
+    for objective in (MaskedLM(TOKENIZER), MaskedLM(TOKENIZER, whole_word=True), MaskedDiffusion(TOKENIZER)):
+        continues = np.arange(64) % 3 == 1
+        continues[[0, 30, 31, 51]] = False
+        whole = make_example(objective, BLOCK, (1, 2, 3), continues=continues, number=7)
+        example = apart(objective, continues=continues, number=7)
+        assert all(np.array_equal(one, other) for one, other in zip(whole[:5], example[:5], strict=True))
+    detection = apart(ReplacedTokenDetection(TOKENIZER))
+    assert detection.weights.sum() == pytest.approx(64)  # every document has a hidden token
+    assert [(part >= 0).sum() for part in np.split(detection.draws, np.cumsum(LENGTHS)[:-1])] == [5, 1, 3, 2]
+
+
+def test_the_middle_of_a_document_stays_in_it() -> None:
+    objective = FillInTheMiddle(TOKENIZER, rate=1.0)
+    block, end = BLOCK.copy(), objective.end_id
+    block[np.cumsum(LENGTHS) - 1] = end
+    across = make_example(objective, block, (1, 2, 3))
+    example = make_example(objective, block, (1, 2, 3), documents=LENGTHS)
+    assert (example.inputs == across.inputs).all()  # as its documents end with their own end-of-text tokens
+    ends = np.cumsum(example.documents) - 1
+    assert example.inputs[ends[:-1]].tolist() == [end] * (len(ends) - 1)
+    assert set(range(64)) - set(example.positions.tolist()) == {*ends.tolist()}
+    # Without these tokens, documents are rewritten one by one all the same, and three sentinels are added to each.
+    bare = make_example(objective, np.where(block == end, 50, block), (1, 2, 3), documents=LENGTHS)
+    assert bare.documents.tolist() == [33, 4, 23, 4]
+
+
+@pytest.mark.parametrize("objective", [PrefixLM(0.5, 0.9, validation_prefix_share=0), SpanCorruption(TOKENIZER)])
+def test_objectives_that_need_one_text(objective: Any) -> None:
+    with pytest.raises(UserError, match=r"preprocess\.document_attention=true is not for"):
+        apart(objective)

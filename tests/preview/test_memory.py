@@ -44,6 +44,7 @@ LLAMA = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "n
     [
         ["objective=clm"],
         pytest.param(["objective=mlm"], marks=pytest.mark.long),
+        pytest.param(["objective=clm", "documents=9"], marks=pytest.mark.long),
         pytest.param(["objective=mlm", "checkpointing=true"], marks=pytest.mark.long),
         pytest.param(["objective=clm", "checkpointing=selective"], marks=pytest.mark.long),
     ],
@@ -63,6 +64,7 @@ def test_estimate_is_what_a_trace_has_in_use(words: list[str]) -> None:
             "tokens": tokens,
             "targets": tokens - settings.batch_size if settings.causal else round(0.15 * tokens),
             "checkpointing": {"false": False, "true": True}.get(settings.checkpointing, settings.checkpointing),
+            "masked_positions": settings.positions if settings.documents else 0,
         },
     )
     assert sum(estimate) == pytest.approx(int(done.stdout), rel=0.05)

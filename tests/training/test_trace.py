@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(
     [
         ["objective=clm", "chunk=16", "checkpointing=selective"],
         ["objective=mlm", "accumulate=2", "precision=16-mixed", "checkpointing=true"],
+        pytest.param(["objective=clm", "documents=5"], marks=pytest.mark.long),
+        pytest.param(["objective=mlm", "documents=5", "chunk=16"], marks=pytest.mark.long),
         pytest.param(["objective=clm"], marks=pytest.mark.long),
         pytest.param(["objective=mlm", "chunk=16", "checkpointing=selective"], marks=pytest.mark.long),
         pytest.param(["objective=clm", "accumulate=2", "precision=16-mixed", "chunk=16"], marks=pytest.mark.long),
@@ -42,7 +44,7 @@ LMModule.validation_step = lambda self, *args: (validation_step(self, *args), se
 Measure.on_train_batch_end = lambda self, trainer, module, *args: trace.torch.cuda.synchronize()
 watch, _ = trace.trace(trace.Settings(size="tiny", batch_size=8))
 print(*(dict(+work.waits) for work in (watch.steps, watch.validations)))
-trace.show(watch, 1.0)
+trace.show(watch, 1.0, documents=False)
 """
 
 

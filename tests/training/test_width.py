@@ -28,14 +28,16 @@ DROPOUT_OFF = {
     "objective",
     [
         pytest.param(name, marks=pytest.mark.longest if name in ("hybrid", "diffusion") else pytest.mark.long)
-        for name in ("clm", "mlm", "diffusion", "hybrid", "electra")
+        for name in ("clm", "mlm", "clm, documents apart", "diffusion", "hybrid", "electra")
     ],
 )
 def test_loss_and_perplexity_are_the_same_at_any_width(
     objective: str, train: Callable[..., Path], tmp_path: Path
 ) -> None:
+    objective, apart, _ = objective.partition(", documents apart")
     common = [
         f"objective={objective}",
+        *(["preprocess.document_attention=true"] if apart else []),
         *DROPOUT_OFF["clm" if objective in ("clm", "hybrid") else "mlm"],
         "trainer.max_steps=12",
         "trainer.val_check_interval=5",  # no divisor of 12: the last steps are measured all the same
