@@ -18,9 +18,9 @@ Keys, with their defaults:
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
 in a few seconds on any machine, with the callbacks of a run but for what they write. The command fails where a step or
 a batch of a validation makes the host wait for the device, copies from memory that is not pinned, mixes devices, or
-does not use flash attention though there is no need for a mask. What is done once a validation, a report or a checkpoint may wait,
-and is not watched. The time is an estimate: of each operation the longer of its arithmetic and of the bytes that it
-reads and writes, at the rates of an H100.
+does not use flash attention though nothing has to be masked. What is done once a validation, a report or a checkpoint
+may wait, and is not watched. The time is an estimate: of each operation the longer of its arithmetic and of the bytes
+that it reads and writes, at the rates of an H100.
 
 It changes torch for the rest of the process, and needs Linux and a build of torch for CPUs.
 """

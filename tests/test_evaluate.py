@@ -213,6 +213,44 @@ def ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [TINY, TINY_MLM], ids=["causal", "masked"])
+def test_a_run_whose_documents_do_not_see_one_another(
+    options: list[str], train: Verb, evaluate: Verb, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is evaluated as it was trained, on text of its own and on other text, and compared with no other figure."""
+    run = train(*options, "preprocess.document_attention=true")
+    found = certificate(run)
+    assert found["policy"]["document_attention"] is True
+    assert found["figures"]["nll_per_token"] == json.loads((run / "summary.json").read_text())["val/loss"]
+    same(run, evaluate(f"model={run}"))
+    capsys.readouterr()
+    apart = evaluate(f"model={run}", *files(text))
+    assert "blocks, 32 positions, documents apart" in capsys.readouterr().out
+    whole = evaluate(f"model={run}", *files(text), "preprocess.document_attention=false")
+    assert "document_attention" not in certificate(whole)["policy"]
+    if options is TINY:  # its texts fit into the blocks: but for the first token of each document, all are targets
+        short = [*files(text), "context=document", "preprocess.end_of_text=true"]
+        assert certificate(apart)["totals"]["tokens"] < certificate(whole)["totals"]["tokens"]
+        assert certificate(evaluate(f"model={run}", *short))["policy"].get("document_attention") is None
+        said = refused(capsys, lambda: evaluate(f"model={run}", "context=sliding"))
+        assert "context=sliding lets a model see the documents before its own" in said
+    said = refused(capsys, lambda: run_verb("compare", apart, whole))
+    assert "document_attention is true in one and null in the other" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective=hybrid"], "HybridLM needs a mask of its own"),
+        (["objective=span"], "SpanCorruption needs encoder-decoders"),
+        (["attention=flash_attention_2"], "takes no mask that keeps documents apart"),
+    ],
+)
+def test_what_can_not_keep_documents_apart(words: list[str], said: str, train: Verb, refused: Any) -> None:
+    small = ["tokenizer.vocab_size=300", "preprocess.block_size=32", "preprocess.document_attention=true"]
+    assert said in refused("train", *words, *small)
+
+
 def test_sliding_by_one_against_transformers(causal: Path, evaluate: Verb, text: Path) -> None:
     """At stride 1 each token is predicted from the 12 before it, or from all there are."""
     place = evaluate(f"model={causal}", *files(text), "context=sliding", "stride=1", "preprocess.block_size=12")

@@ -50,6 +50,9 @@ def readable(words: Sequence[str], searches: bool = False) -> list[str]:
     for number, word in enumerate(words):
         if "=" not in word and not word.startswith("~"):
             raise UserError(explain_word(words, number))
+        key, _, value = word.partition("=")
+        if repeated := repeated_key(value):
+            raise UserError(f"{key}: its mapping has the key {repeated} twice. Rename one of the two, or leave it out.")
     words = [SERIES.sub(r"\1.steps=", OPTIONAL.sub("", expand_home(word))) for word in words]
     return [f"++{word}" if any(kind.match(word) for kind in free) else word for word in words]
 
@@ -170,6 +173,22 @@ def bracket_error(value: str) -> str | None:
     if re.search(r",\s*$", value):
         return "a value is missing after the last comma"
     return "a value is missing beside a comma" if re.search(r"(^|[,\[({])\s*,|,\s*[\])}]", value) else None
+
+
+def repeated_key(value: str) -> str | None:
+    """Returns a key that a mapping in a value has twice, of which Hydra would take the last; None where none is."""
+    keys: list[set[str] | None] = [None]  # of each bracket that is open; None where it is that of no mapping
+    for match in re.finditer(r"[\[({\])}]|(?<=[{,])\s*([\w.+-]+)\s*:", without_quoted(value)):
+        sign, key = match[0], match[1]
+        if sign in OPENING:
+            keys.append(set() if sign == "{" else None)
+        elif key is None:
+            keys = keys[:-1] or [None]
+        elif keys[-1] is not None:
+            if key in keys[-1]:
+                return key
+            keys[-1].add(key)
+    return None
 
 
 def without_quoted(value: str) -> str:

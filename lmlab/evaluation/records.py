@@ -269,7 +269,8 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
         values = ", ".join(f"{key.replace('_', ' ')} {own['figures'][key]:,.4f}" for key in shown)
         lines[f"domain {name}"] = f"{values or 'nothing scored'} ({own['totals']['documents']:,} documents)"
     stride = f", stride {policy['stride']}" if policy["stride"] else ""
-    lines["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}"
+    apart = ", documents apart" if policy.get("document_attention") else ""
+    lines["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}{apart}"
     if "check" in certificate:
         check = certificate["check"]
         lines["check"] = (

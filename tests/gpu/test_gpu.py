@@ -135,8 +135,8 @@ def test_every_precision_trains_alike(overrides: list[str], runs: Runs) -> None:
 
 APART = ["preprocess.document_attention=true", *COMMON]
 GPT2 = [*DROPOUT_OFF["clm"], *LARGER]
-LLAMA = ["model.architecture=llama", *(f"model.config.{key}" for key in ("hidden_size=128", "num_hidden_layers=1"))]
-LLAMA += ["model.config.num_attention_heads=2", "tokenizer.vocab_size=300", "preprocess.block_size=64", "logger=file"]
+LLAMA = ["model=scratch", "model.architecture=llama", "tokenizer.vocab_size=300", "preprocess.block_size=64"]
+LLAMA += ["model.config={hidden_size: 128, num_hidden_layers: 1, num_attention_heads: 2}", "logger=file"]
 WAYS = [
     [*GPT2, "trainer.precision=bf16-mixed"],
     [*GPT2, "trainer.precision=bf16-mixed", "compile=true"],
