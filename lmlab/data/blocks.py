@@ -114,25 +114,26 @@ class Blocks(TorchDataset[np.ndarray]):
     """The ids of all tokens."""
     bounds: Bounds
     """The first token of each block and the one past its last; where blocks were packed, those of each piece."""
-    edges: np.ndarray | None = None
-    """[blocks + 1] int64: block b has the pieces edges[b] … edges[b + 1] - 1; None where each block is one piece."""
+    piece_edges: np.ndarray | None = None
+    """[blocks + 1] int64: block b has the pieces piece_edges[b] … piece_edges[b + 1] - 1; None where blocks were not
+    packed, and each is one piece."""
     continued: FlatFiles | None = None
     """Whether each token continues the word of the token before it; None if they were prepared without."""
     document_edges: DocumentEdges | None = None
     """The edges of the documents, where these do not see one another; else None."""
 
     def __len__(self) -> int:
-        return len(self.bounds) if self.edges is None else len(self.edges) - 1
+        return len(self.bounds) if self.piece_edges is None else len(self.piece_edges) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.read(self.tokens, index).astype(np.int32)
 
     def pieces(self, index: int) -> np.ndarray:
         """Returns the first token of each piece of a block and the one past its last: [pieces, 2] int64."""
-        if self.edges is None:
+        if self.piece_edges is None:
             return np.array([self.bounds[index]])
         block = range(len(self))[index]
-        return np.asarray(self.bounds)[self.edges[block] : self.edges[block + 1]]
+        return np.asarray(self.bounds)[self.piece_edges[block] : self.piece_edges[block + 1]]
 
     def read(self, files: FlatFiles, index: int) -> np.ndarray:
         """Returns the part of `files`, which have a number for each token, that belongs to a block: [T]."""
@@ -141,9 +142,9 @@ class Blocks(TorchDataset[np.ndarray]):
     @property
     def lengths(self) -> np.ndarray:
         """The lengths that blocks have, each once."""
-        if self.edges is None:
+        if self.piece_edges is None:
             return lengths_of(self.bounds)
-        return np.unique(np.add.reduceat(np.diff(self.bounds)[:, 0], self.edges[:-1]))
+        return np.unique(np.add.reduceat(np.diff(self.bounds)[:, 0], self.piece_edges[:-1]))
 
     @property
     def kept(self) -> int:
@@ -158,8 +159,8 @@ class Blocks(TorchDataset[np.ndarray]):
         """Returns the number of tokens of each document in a block; None where documents see one another."""
         if self.document_edges is None:
             return None
-        if self.edges is not None:
-            return np.diff(self.pieces(index)).ravel()  # each piece is of another document
+        if self.piece_edges is not None:  # each piece is of a document of its own
+            return np.diff(self.pieces(index))[:, 0]
         return self.document_edges.within(*self.bounds[index])
 
 
@@ -248,7 +249,9 @@ def added_up(counts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def cut_blocks(folders: Sequence[Path], name: str, choices: Preprocessing) -> tuple[Bounds, np.ndarray | None, Ledger]:
-    """Returns the `bounds` and `edges` of a split's blocks, see `Blocks`, and its ledger. Only training text is packed.
+    """Returns the `bounds` and `piece_edges` of a split's blocks, see `Blocks`, and its ledger.
+
+    Only training text is packed.
 
     Args:
         folders: those of `write_split`, whose tokens follow on one another.
@@ -260,10 +263,10 @@ def cut_blocks(folders: Sequence[Path], name: str, choices: Preprocessing) -> tu
     # of a large corpus stay unread.
     one = choices.drop_remainder_every is None and not best_fit
     lengths = np.concatenate([[tokens]] if one else [read_lengths(folder, name) for folder in folders])
-    size, edges = choices.block_size, None
+    size, piece_edges = choices.block_size, None
     bounds: Bounds
     if best_fit:
-        bounds, edges = pack_documents(lengths, size)
+        bounds, piece_edges = pack_documents(lengths, size)
     else:
         bounds = group_texts(lengths, size, choices.drop_remainder_every)
     if len(bounds) == 0:
@@ -273,11 +276,11 @@ def cut_blocks(folders: Sequence[Path], name: str, choices: Preprocessing) -> tu
         )
     kept = bounds.tokens if isinstance(bounds, Slices) else int(np.diff(bounds).sum())
     ledger = Ledger(blocks=len(bounds), tokens_dropped=tokens - kept, **counts)
-    if edges is not None:
-        blocks, cut = len(edges) - 1, int((lengths > size).sum())
+    if piece_edges is not None:
+        blocks, cut = len(piece_edges) - 1, int((lengths > size).sum())
         filled = round(kept / (blocks * size), 6)
         ledger = replace(ledger, blocks=blocks, documents_cut=cut, share_of_positions_filled=filled)
-    return bounds, edges, ledger
+    return bounds, piece_edges, ledger
 
 
 def group_documents(documents: Documents, choices: Preprocessing) -> Bounds:
@@ -293,13 +296,13 @@ def group_documents(documents: Documents, choices: Preprocessing) -> Bounds:
 
 
 def read_blocks(
-    folders: Sequence[Path], name: str, bounds: Bounds, edges: np.ndarray | None, choices: Preprocessing
+    folders: Sequence[Path], name: str, bounds: Bounds, piece_edges: np.ndarray | None, choices: Preprocessing
 ) -> Blocks:
     """Returns the blocks of a split whose tokens `write_split` wrote into folders, in which they follow on."""
     tokens = (FlatFile(folder / f"{name}.tokens", read_counts(folder, name)["dtype"]) for folder in folders)
     words = [FlatFile(folder / f"{name}.continued", "bool") for folder in folders]
     continued = FlatFiles(*words) if words[0].path.is_file() else None
-    return Blocks(FlatFiles(*tokens), bounds, edges, continued, read_edges(folders, name, choices))
+    return Blocks(FlatFiles(*tokens), bounds, piece_edges, continued, read_edges(folders, name, choices))
 
 
 def read_edges(folders: Sequence[Path], name: str, choices: Preprocessing) -> DocumentEdges | None:

@@ -251,8 +251,8 @@ def read_prepared(
     """
     ledger, blocks = {}, None
     if train:
-        bounds, edges, ledger["train"] = cut_blocks(train, "train", choices)
-        blocks = read_blocks(train, "train", bounds, edges, choices)
+        bounds, piece_edges, ledger["train"] = cut_blocks(train, "train", choices)
+        blocks = read_blocks(train, "train", bounds, piece_edges, choices)
     for domain, folder in domains.items():
         counts = cut_blocks([folder], "validation", choices)[-1]
         counts = replace(counts, documents_in_training=contained.get(domain))

@@ -160,10 +160,10 @@ class TokenFiles(Tokenized):
         data = read_prepared([], {"": folder}, choices, tokenizer, source, {})
         if "train" not in names:
             return data
-        bounds, edges, ledger = cut_blocks(surveys["train"], "train", choices)
+        bounds, piece_edges, ledger = cut_blocks(surveys["train"], "train", choices)
         tokens = FlatFiles(*(file.tokens for file in self.files["train"]))
-        of_documents = read_edges(surveys["train"], "train", choices)
-        blocks = Blocks(tokens, bounds, edges, document_edges=of_documents)
+        document_edges = read_edges(surveys["train"], "train", choices)
+        blocks = Blocks(tokens, bounds, piece_edges, document_edges=document_edges)
         return replace(data, train=blocks, ledger={"train": ledger, **data.ledger})
 
 

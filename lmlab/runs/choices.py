@@ -44,7 +44,13 @@ RENAMED = errors.RENAMED | {
 """Keys and targets in configs of lmlab 0.1, and their names since."""
 ADDED: dict[str, dict[str, Any]] = {
     "": {"float32_matmul_precision": "highest"},
-    "preprocess": {"split_by": "shuffle", "max_test_bytes": None, "similarity": 0.8, "packing": "concatenated"},
+    "preprocess": {
+        "split_by": "shuffle",
+        "max_test_bytes": None,
+        "similarity": 0.8,
+        "packing": "concatenated",
+        "document_attention": False,
+    },
     "lmlab.data.sources.load_hub": {"keep_raw": True},
     "lmlab.data.tokenizers.bpe": {"extra_tokens": None},
     "lmlab.data.tokenizers.char": {"extra_tokens": None},

@@ -58,10 +58,8 @@ def test_blocks_and_ledger(tmp_path: Path) -> None:
     tokenizer, size = bpe(HARD, 300), 90
     texts = [text for text in HARD + random_texts(random.Random(0), 100) if text]
     corpus = corpus_of(texts, texts[:9])
-    plain, packed = (
-        prepare(corpus, Preprocessing(size, packing=packing), lambda texts: tokenizer, None, tmp_path, words=True)
-        for packing in ("concatenated", "best_fit")
-    )
+    both = (Preprocessing(size, packing=each, document_attention=True) for each in ("concatenated", "best_fit"))
+    plain, packed = (prepare(corpus, choices, lambda texts: tokenizer, None, tmp_path, words=True) for choices in both)
     assert len(entries(tmp_path)) == 3
     documents = [[*ids, tokenizer.eos_token_id] for ids, _ in encode(texts, tokenizer)]
     long = [ids for ids in documents if len(ids) > size]
@@ -80,6 +78,7 @@ def test_blocks_and_ledger(tmp_path: Path) -> None:
         own = np.concatenate([np.arange(*piece) for piece in pieces[block]])
         assert blocks[block] == tokens[own].tolist()
         assert packed.train.continues(block).tolist() == words[own].tolist()
+        assert packed.train.documents(block).tolist() == [end - start for start, end in pieces[block]]
     found = [tokens[start:end].tolist() for block in pieces for start, end in block]
     assert sorted(found) == sorted(ids[cut : cut + size] for ids in documents for cut in range(0, len(ids), size))
 
