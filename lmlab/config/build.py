@@ -203,7 +203,7 @@ def build_training(
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.sampler import micro_batch_size
-    from lmlab.models.efficiency import check_sharding
+    from lmlab.models.efficiency import check_flex_attention, check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
     from lmlab.optim import AdamW
@@ -213,6 +213,8 @@ def build_training(
     trainer, gpu = cfg.trainer, uses_gpu(cfg.trainer)
     if shards(trainer) > 1:
         check_sharding(model)
+    if cfg.attention == "flex_attention":
+        check_flex_attention(model, gpu)
     steps, interval = training_length(cfg, data)
     check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)

@@ -112,6 +112,19 @@ def choose_attention(model: PreTrainedModel, name: str) -> None:
         ) from error
 
 
+def check_flex_attention(model: PreTrainedModel, gpu: bool) -> None:
+    """Refuses to train by flex attention where torch has no backward pass of it, or it lacks the model's dropout."""
+    if not gpu:
+        raise UserError("attention=flex_attention trains on GPUs alone. Leave it out on a CPU.")
+    keys = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+    dropout = [key for key in keys if getattr(model.config, key, None)]
+    if dropout:
+        raise UserError(
+            f"attention=flex_attention has no dropout, and the model has model.config.{dropout[0]}="
+            f"{getattr(model.config, dropout[0])}.\nSet that to 0, or leave attention=flex_attention out."
+        )
+
+
 def share_tied_gradient(model: PreTrainedModel) -> None:
     """Lets the input embedding add its few rows to the head's gradient, where both share one matrix.
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmlab.errors import UserError
 from lmlab.models.efficiency import (
+    check_flex_attention,
     check_sharding,
     checkpoint_activations,
     choose_attention,
@@ -53,6 +54,16 @@ def test_layers_are_found(architecture: str) -> None:
     model = small(architecture, architecture in CAUSAL)
     assert len(layers(model)) == 2
     assert len({type(layer) for layer in layers(model)}) == 1
+
+
+def test_flex_attention_that_can_not_train_is_refused() -> None:
+    with pytest.raises(UserError, match="trains on GPUs alone"):
+        check_flex_attention(small("llama", True), gpu=False)
+    with pytest.raises(
+        UserError, match=r"has no dropout, and the model has model.config.attention_probs_dropout_prob=0.1"
+    ):
+        check_flex_attention(small("roberta", False), gpu=True)
+    check_flex_attention(small("llama", True), gpu=True)
 
 
 def test_fused_activation_is_the_same_function() -> None:
