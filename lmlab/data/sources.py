@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from lmlab.data import formats, json_files
 from lmlab.data.compressed import read_long_windows, suffix_of
+from lmlab.data.filters import check_filter, filter_records
 from lmlab.data.hub_stream import commit_of, read_stream
 from lmlab.data.texts import columns_in, flatten, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
@@ -139,7 +140,7 @@ def load_hub(
         named = {"train": train, **{f"validation.{name}".rstrip("."): split for name, split in held_out.items()}}
         source = fingerprint("hub stream", path, name, commit, named, text, filter)
         kept = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
-        read = cache(lambda: read_stream(path, name, commit, named, text, filter or {}, kept, check_filter))
+        read = cache(lambda: read_stream(path, name, commit, named, text, filter or {}, kept))
         own, *others = [partial(lambda part: read()[part], part) for part in named]
         return Corpus(own, dict(zip(held_out, others, strict=True)), text, source)
     splits = [train, *held_out.values()]
@@ -170,24 +171,6 @@ def by_domain(validation: Any) -> dict[str, Any]:
     if isinstance(validation, Mapping) and not given:
         raise UserError("data.validation={} names no domain: '{news: news.txt, law: law.txt}' names two.")
     return {str(name): value for name, value in given.items()}
-
-
-def check_filter(filter: dict[str, Any], columns: Sequence[str]) -> None:
-    """Refuses a filter that names a column which the records do not have."""
-    for column in filter:
-        if column not in columns:
-            raise UserError(
-                f'data.filter names the column "{column}", which is not there.'
-                f"{nearest(column, columns)} Columns: {', '.join(columns)}."
-            )
-
-
-def filter_records(records: "datasets.Dataset", filter: dict[str, Any]) -> "datasets.Dataset":
-    """Returns the records whose columns hold the value of the filter, or one of its values."""
-    for column, value in filter.items():
-        values = value if isinstance(value, list) else [value]
-        records = records.select([i for i, each in enumerate(records[column]) if each in values])
-    return records
 
 
 # --- Files ---
