@@ -22,9 +22,10 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lmlab.config import changes
+from lmlab.config import changes, evaluated
 from lmlab.config.build import prepare_data
 from lmlab.config.compose import config_of
+from lmlab.config.targets import FILES
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
 from lmlab.evaluation import records
@@ -501,6 +502,32 @@ def test_where_two_files_lie_now(
     ]
     assert certificates[0]["data_hash"] == certificates[1]["data_hash"]
     assert certificates[0]["totals"] == certificates[1]["totals"]
+
+
+def test_where_domains_and_sources_lie_now(tmp_path: Path) -> None:
+    """Each file has a key of its own, and an evaluation asks for what it scores alone."""
+    files = {"train": f"{tmp_path}/none", "validation": {"news": "n", "law": ["a", "b"]}}
+    sources = {"web": {"train": "w"}, "both": files, "hub": {"path": "x/y", "train": "train"}}
+    for data, keys in (
+        ({"_target_": FILES, **files}, ["data.train", "data.validation.news", "data.validation.law"]),
+        (
+            {"_target_": "lmlab.data.mixture.mix", "sources": sources},
+            [
+                *("data.sources.web.train", "data.sources.both.train", "data.sources.both.validation.news"),
+                *("data.sources.both.validation.law", "data.sources.hub.path"),
+            ],
+        ),
+    ):
+        run = OmegaConf.create({"data": data, "model": {}, "tokenizer": {}, "preprocess": {}})
+        scored = [key for key in keys if key not in ("data.train", "data.sources.both.train")]
+        assert changes.location_overrides(run, run) == [f"{key}=PATH" for key in keys]
+        assert changes.location_overrides(run, run, evaluation=True) == [f"{key}=PATH" for key in scored]
+        law = next(key for key in keys if key.endswith("law"))
+        cfg = OmegaConf.from_dotlist([f"{law}=here", "preprocess.block_size=null"])
+        evaluated.take_data(cfg, run, [f"{law}=here"])
+        assert OmegaConf.select(cfg, law.replace("validation.law", "train")) is None
+        words = changes.location_overrides(cfg, run, evaluation=True)
+        assert words == [f"{key}={'here' if key == law else 'PATH'}" for key in scored]
 
 
 def test_before_the_first_checkpoint_nothing_may_move(whole: Path) -> None:

@@ -17,7 +17,7 @@ from lmlab.config.compose import create_hydra, normalize_trainer, without_secret
 from lmlab.config.explain import dotted, explain
 from lmlab.config.overrides import literal, readable
 from lmlab.config.schema import world
-from lmlab.config.targets import sources
+from lmlab.config.targets import source_blocks, sources
 from lmlab.console import command
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line, nearest
@@ -142,11 +142,13 @@ def location_overrides(cfg: DictConfig, previous: DictConfig, evaluation: bool =
         previous: the config in the run directory, that of the last attempt.
         evaluation: return only that of the text which an evaluation scores.
     """
-    names = ("path",) if previous.data.get("path") else ("train", "validation")
-    keys = [f"data.{name}" for name in names if previous.data.get(name)]
-    if evaluation:
-        keys = keys[-1:]
-    else:
+    keys = []
+    for block_key, block in [("data", previous.data), *source_blocks(previous.data)]:
+        of_text = [name for name in ("train", "validation") if block.get(name)]
+        for name in ["path"] if block.get("path") else of_text[-1:] if evaluation else of_text:
+            domains = block[name] if isinstance(block[name], DictConfig) else ()
+            keys += [f"{block_key}.{name}.{domain}" for domain in domains] or [f"{block_key}.{name}"]
+    if not evaluation:
         brings_tokenizer = previous.model.get("name") == previous.tokenizer.get("name")
         keys += ["model.name"] if brings_tokenizer else ["model.name", "tokenizer.name"]
     words = []

@@ -11,9 +11,10 @@ from lmlab.config import trust
 from lmlab.config.compose import read_config, refuse_redacted
 from lmlab.config.files import CONF
 from lmlab.config.schema import uses_gpu, world
-from lmlab.config.targets import target
+from lmlab.config.targets import FILES, source_blocks, target
 from lmlab.errors import UserError
 from lmlab.hub import check_directory, from_hub, split_revision
+from lmlab.runs.choices import is_in
 from lmlab.runs.directory import RunDirectory
 
 AS_IN_TRAINING = ("block_size", "document_attention")
@@ -130,14 +131,16 @@ def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> 
     cfg.data = OmegaConf.merge(run.data, cfg.get("data") or {})  # it may lie elsewhere, or have a secret
     cfg.preprocess = OmegaConf.merge(run.preprocess, {key: cfg.preprocess.get(key) for key in AS_IN_TRAINING})
     given = {word.lstrip("+").partition("=")[0] for word in overrides}
-    files = cfg.data._target_ == "lmlab.data.sources.load_files"
-    if files and cfg.data.train is not None and "data.validation" in given and "data.train" not in given:
-        from lmlab.data.sources import find_files
+    for key, block in [("data", cfg.data), *source_blocks(cfg.data)]:
+        files = "path" not in block and block.get("_target_", FILES) == FILES
+        moved = any(is_in(word, (f"{key}.validation",)) for word in given) and f"{key}.train" not in given
+        if files and block.get("train") is not None and moved:
+            from lmlab.data.sources import find_files
 
-        try:
-            find_files(cfg.data.train, "train")
-        except UserError:  # of what is scored it could only tell what was trained on
-            cfg.data.train = None
+            try:
+                find_files(block.train, f"{key}.train")
+            except UserError:  # of what is scored it could only tell what was trained on
+                block.train = None
 
 
 def objective_of(cfg: DictConfig) -> DictConfig:

@@ -69,6 +69,11 @@ def sources(data: DictConfig | None) -> dict[str, tuple[DictConfig, DictConfig]]
     return found
 
 
+def source_blocks(data: DictConfig) -> list[tuple[str, DictConfig]]:
+    """Returns the block of each source of a mixture as the config has it, with its dotted key."""
+    return [(f"data.sources.{name}", block) for name, block in (data.get("sources") or {}).items()]
+
+
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """Yields the blocks of a config that name a target, with their dotted keys."""
     for name in ("data", "tokenizer", "model", "objective", "distill", "optim", "trainer"):

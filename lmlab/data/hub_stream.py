@@ -7,15 +7,15 @@ that no record comes twice and none is lost (`http_backoff`, which `HfFileSystem
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from lmlab.data.compressed import read_long_windows
+from lmlab.data.filters import check_filter, passing
 from lmlab.data.texts import missing_text, paths_in, split_path
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, retry
@@ -49,14 +49,12 @@ def read_stream(
     text: str,
     filter: Mapping[str, Any],
     folder: Path,
-    check_filter: Callable[[dict[str, Any], list[str]], None],
 ) -> "dict[str, datasets.Dataset]":
     """Returns the texts of the records that pass a filter, from a folder where they are kept once they have been read.
 
     Args:
         splits: the split, or the slice of one, of each part.
         folder: its name stands for all that it depends on.
-        check_filter: a function that refuses a filter of columns which are not there.
     """
     import datasets
 
@@ -69,7 +67,7 @@ def read_stream(
                 base, first, last = sliced(split, part)
                 given = retry(partial(datasets.load_dataset, path, name, split=base, revision=commit, streaming=True))
                 given = given if given.column_names else given._resolve_features()
-                check_filter(dict(filter), given.column_names)
+                check_filter(filter, given.column_names)
                 columns = []
                 for field in paths_in(text):
                     columns.append(split_path(field, given.column_names)[0])
@@ -106,8 +104,5 @@ def write_records(path: Path, given: "datasets.IterableDataset", columns: list[s
     features = datasets.Features({column: given.features[column] for column in columns})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as stream:
         for table in given.with_format("arrow").iter(batch_size=ROWS):
-            passes = np.ones(len(table), bool)
-            for column, value in filter.items():
-                values = value if isinstance(value, list) else [value]
-                passes &= [each in values for each in table[column].to_pylist()]
+            passes = passing(filter, {column: table[column].to_pylist() for column in filter}, len(table))
             stream.write_table(table.select(columns).filter(pa.array(passes)).cast(features.arrow_schema))

@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lmlab.console import command, counted
 from lmlab.data.blocks import added_up, check_counts, read_counts, write_split
 from lmlab.data.decontaminate import benchmark_items, duplicates_in, refuse_nothing, training_texts
+from lmlab.data.digests import digest, digests_of
 from lmlab.data.documents import FEW, INDEX, write_stretches
 from lmlab.data.duplicates import SIGNED, Benchmark, mark_signed, sign_documents
 from lmlab.data.options import Preprocessing
@@ -50,7 +51,7 @@ from lmlab.data.prepared import (
     tokenizer_texts,
 )
 from lmlab.data.preprocess import Parts, Source, join_texts, split
-from lmlab.data.sources import Corpus, digest, digests_of, fingerprint
+from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file
 from lmlab.data.tokenizers import content_hash
 from lmlab.distributed import launch

@@ -10,10 +10,7 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -23,11 +20,12 @@ import pyarrow as pa
 
 from lmlab.data import formats, json_files
 from lmlab.data.compressed import read_long_windows, suffix_of
+from lmlab.data.digests import digest, file_version, read_memo, write_memo
+from lmlab.data.filters import check_filter, filter_records
 from lmlab.data.hub_stream import commit_of, read_stream
 from lmlab.data.texts import columns_in, flatten, paths_in, text_paths
 from lmlab.errors import UNWRITABLE, UserError, causes, first_line, nearest, reading
 from lmlab.hub import from_hub
-from lmlab.io import write_text
 
 if TYPE_CHECKING:
     # Imported where it is needed, as it takes a second: a run whose data is in the cache does without.
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 SAMPLE = Path(__file__).parent / "sample" / "askscience.jsonl"
 SAMPLE_BY = {"file": "document", "line": "line", "paragraph": "paragraph"}
-AT_REST = 2.0
-"""The number of seconds without a change after which a file is at rest; FAT's times, the coarsest, are 2 s apart."""
 
 
 class Corpus:
@@ -139,7 +135,7 @@ def load_hub(
         named = {"train": train, **{f"validation.{name}".rstrip("."): split for name, split in held_out.items()}}
         source = fingerprint("hub stream", path, name, commit, named, text, filter)
         kept = Path(datasets.config.HF_DATASETS_CACHE) / f"lmlab-{source}"
-        read = cache(lambda: read_stream(path, name, commit, named, text, filter or {}, kept, check_filter))
+        read = cache(lambda: read_stream(path, name, commit, named, text, filter or {}, kept))
         own, *others = [partial(lambda part: read()[part], part) for part in named]
         return Corpus(own, dict(zip(held_out, others, strict=True)), text, source)
     splits = [train, *held_out.values()]
@@ -170,24 +166,6 @@ def by_domain(validation: Any) -> dict[str, Any]:
     if isinstance(validation, Mapping) and not given:
         raise UserError("data.validation={} names no domain: '{news: news.txt, law: law.txt}' names two.")
     return {str(name): value for name, value in given.items()}
-
-
-def check_filter(filter: dict[str, Any], columns: Sequence[str]) -> None:
-    """Refuses a filter that names a column which the records do not have."""
-    for column in filter:
-        if column not in columns:
-            raise UserError(
-                f'data.filter names the column "{column}", which is not there.'
-                f"{nearest(column, columns)} Columns: {', '.join(columns)}."
-            )
-
-
-def filter_records(records: "datasets.Dataset", filter: dict[str, Any]) -> "datasets.Dataset":
-    """Returns the records whose columns hold the value of the filter, or one of its values."""
-    for column, value in filter.items():
-        values = value if isinstance(value, list) else [value]
-        records = records.select([i for i, each in enumerate(records[column]) if each in values])
-    return records
 
 
 # --- Files ---
@@ -358,24 +336,6 @@ def find_files(patterns: str | Sequence[str], key: str) -> list[Path]:
     return [*found]
 
 
-def digest(file: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with reading(file), file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digests_of(files: Sequence[Path], memo: Path) -> list[str]:
-    """Returns the SHA-256 of files, which are read only if one of them has changed since the memo was written."""
-    versions = [file_version(file) for file in files]
-    found = read_memo(memo, versions)
-    if found is None:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            found = list(threads.map(digest, files))
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_memo(memo, versions, found)
-    return found
-
-
 def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) -> None:
     """Refuses a validation file that has the content of a training file, or of a file of another domain."""
     nothing = hashlib.sha256().hexdigest()
@@ -393,35 +353,3 @@ def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) 
                 "Name others, or leave data.validation out to hold out a share of data.train."
             )
         seen |= {digests[file]: (part, file) for file in of_part if digests[file] != nothing}
-
-
-# The digests of files are kept in a memo, so that the next start need not read them. A file is taken to be unchanged if
-# its size, times and inode are, as git and ccache do. A program can set the time of modification back, but not that of
-# change (ctime). Both are as fine as the clock of the file system, so a file that changed just now could change again
-# unseen (git's "racily clean" entries): no memo is written of a file that was not at rest. What remains undetected is a
-# clock that was set back, that of a file server far behind ours, and a write to the raw disk.
-
-
-def file_version(file: Path) -> list[int]:
-    """Returns the size, times and inode of a file, which change with its content."""
-    about = file.stat()
-    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
-
-
-def read_memo(memo: Path, versions: list[list[int]]) -> list[str] | None:
-    """Returns the digests of files that were read without a fault, if the files have not changed since."""
-    # A memo that is missing or damaged counts as none.
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        content = json.loads(memo.read_text())
-        digests: list[str] = content["digests"]
-        if content["check"] == fingerprint(versions, digests):
-            return digests
-    return None
-
-
-def write_memo(memo: Path, versions: list[list[int]], digests: list[str]) -> None:
-    """Keeps the digests of files for the next start, if none of the files changed just before they were read."""
-    last = max(max(modified, changed) for _, modified, changed, _ in versions)
-    if time.time() - last / 1e9 >= AT_REST:
-        with suppress(OSError):  # a memo only saves time
-            write_text(memo, json.dumps({"digests": digests, "check": fingerprint(versions, digests)}))

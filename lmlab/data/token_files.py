@@ -28,11 +28,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lmlab.data.blocks import Blocks, added_up, cut_blocks, read_counts, read_edges
+from lmlab.data.digests import digests_of
 from lmlab.data.documents import UNKNOWN, document_spans, open_index, read_lengths, running_sums, write_stretches
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import FORMAT, Prepared, Tokenized, decisive_choices, held_out_beforehand, read_prepared
 from lmlab.data.preprocess import DOCUMENTS_PER_CALL
-from lmlab.data.sources import digests_of, find_files, fingerprint
+from lmlab.data.sources import find_files, fingerprint
 from lmlab.data.texts import batches, utf8
 from lmlab.data.tokenizers import content_hash, encode, end_of_text_id, unknown_tokens
 from lmlab.data.tokens import FlatFile, FlatFiles

@@ -11,11 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from lmlab.config.build import prepare_data
+from lmlab.config.files import CONF
 from lmlab.data.documents import FEW
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared, prepare
@@ -245,6 +248,28 @@ def test_a_prepared_directory_trains_as_its_data_does(
     assert f"half prepared. To finish it: python -m lmlab.prepare {' '.join(words)} output={place} shards=2" in shown
     assert "is not empty, and holds no preparation" in refused("prepare", f"output={runs[0]}")
     assert "output has to be given" in refused("prepare")
+
+
+def test_a_prepared_directory_as_a_source_of_a_mixture(tmp_path: Path) -> None:
+    """Beside files, with its tokenizer: its blocks and its held-out text are those that it has alone."""
+    words = [word for word in TINY if word.startswith(("tokenizer", "preprocess"))]
+    place, text = tmp_path / "made", tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of another text, and {i * i} more\n" for i in range(200)))
+    run_verb("prepare", *words, f"output={place}", "shards=2")
+    directory = f"{{_target_: lmlab.data.shards.load_prepared, path: {place}, weight: 3}}"
+    sources = f"data.sources={{a: {directory}, b: {{train: {text}, document: line, weight: 1}}}}"
+    own = ["tokenizer=pretrained", f"tokenizer.name={place}/tokenizer", "preprocess.block_size=32"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        mixed, alone = (
+            prepare_data(hydra.compose("train", [*data, *own, f"cache_dir={tmp_path}", f"run_dir={tmp_path}"]))
+            for data in (["data=mixture", sources], ["data=prepared", f"data.path={place}"])
+        )
+    assert [block.tolist() for block in mixed.train.sources["a"]] == [block.tolist() for block in alone.train]
+    assert mixed.train.order(32).counts(32).tolist() == [24, 8]
+    first, stop = mixed.validation.domains["a"]
+    assert (first, stop) == (0, len(alone.validation))
+    np.testing.assert_array_equal(mixed.validation.lengths[:stop], alone.validation.lengths)
+    assert mixed.ledger["train/a"] == alone.ledger["train"]
 
 
 def other_tokenizer(folder: Path) -> Path:

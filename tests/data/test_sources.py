@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lmlab.data import blocks, json_files, sources
+from lmlab.data import blocks, digests, json_files, sources
 from lmlab.data.compressed import open_zst, zstd
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import prepare, prepare_validation
@@ -422,7 +422,7 @@ def never(*args: object) -> None:
 def memos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
     """The memos of this test; files need not be at rest for one."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(sources, "AT_REST", 0)
+    monkeypatch.setattr(digests, "AT_REST", 0)
     return lambda: list((tmp_path / "datasets").glob("lmlab-*.json"))
 
 
@@ -495,15 +495,15 @@ def test_no_memo(memos: Callable[[], list[Path]], tmp_path: Path, monkeypatch: p
         load_files(str(file))
     assert memos() == []
     file.write_text('{"text": "a"}')
-    monkeypatch.setattr(sources, "AT_REST", 60)
+    monkeypatch.setattr(digests, "AT_REST", 60)
     assert texts(load_files(str(file))) == ["a"]
     assert memos() == []
-    monkeypatch.setattr(sources, "AT_REST", 0)
+    monkeypatch.setattr(digests, "AT_REST", 0)
 
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sources, "write_text", refuse)
+    monkeypatch.setattr(digests, "write_text", refuse)
     assert texts(load_files(str(file))) == ["a"]
     assert memos() == []
 
