@@ -115,7 +115,7 @@ def test_without_it_documents_leak(architecture: str) -> None:
     assert torch.allclose(own, expected, atol=1e-5) is (architecture == "gpt2")
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.longest), True])
 def test_layers_that_are_compiled_or_computed_again(checkpointing: bool) -> None:
     expected = alone(small("gpt2", True), "gpt2")
     model = small("gpt2", True, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).train()
