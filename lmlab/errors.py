@@ -56,6 +56,8 @@ class Stopped(SystemExit):
         return f"Stopped by {self.signal.name}. {self.kept or ''}".rstrip()
 
 
+SOURCE_KEYS = re.compile(r"\bdata\.(?=(train|validation|text|document|delimiter|filter|path|name|revision|keep_raw)\b)")
+"""The beginning of a key of a data set, in the message of an error."""
 RENAMED = {"loss_rows": "logits_chunk_size"}
 """Keys of lmlab 0.1 that have another name since."""
 
@@ -131,6 +133,24 @@ def plainly(error: BaseException) -> str | None:
         f"{'Free some space, or choose' if disk_full(error) else 'Choose'} another path "
         "by hydra.run.dir=DIR, cache_dir=DIR or the variable HF_HOME."
     )
+
+
+@contextmanager
+def naming_source(name: str) -> Iterator[None]:
+    """Names the source of a mixture in the errors inside, which speak of `data.train` where it has a block of its own.
+
+    Args:
+        name: that of the source; "" for data that is no mixture.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        message = SOURCE_KEYS.sub(f"data.sources.{name}.", str(error))
+        if message == str(error) and f"data.sources.{name}" not in message:
+            message = f"data.sources.{name}: {message}"
+        raise UserError(message, error.cause) from error
 
 
 @contextmanager

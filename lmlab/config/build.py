@@ -11,7 +11,7 @@ from lmlab.config.compose import without_secrets
 from lmlab.config.models import build_teacher, check_example
 from lmlab.config.schema import preprocessing, shards, training_steps, uses_gpu, world
 from lmlab.config.targets import arguments, blocks, build, sources, takes
-from lmlab.errors import UserError, first_line
+from lmlab.errors import UserError, first_line, naming_source
 from lmlab.runs.choices import without_added
 from lmlab.runs.directory import RunDirectory
 
@@ -81,7 +81,10 @@ def prepare_held_out(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase") -> "
 
 def build_corpus(cfg: DictConfig) -> "Any":
     """Returns the corpus of a config, or the mixture of several."""
-    corpora = {name: build(block, f"data.sources.{name}") for name, (block, _) in sources(cfg.data).items()}
+    corpora = {}
+    for name, (block, _) in sources(cfg.data).items():
+        with naming_source(name):
+            corpora[name] = build(block, f"data.sources.{name}")
     return build(cfg.data, "data", corpora=corpora)
 
 

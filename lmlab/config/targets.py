@@ -136,10 +136,11 @@ def arguments(block: DictConfig, key: str, declared: str | None = None, **given:
     values: dict[str, Any] = OmegaConf.to_container(block)  # type: ignore[assignment]
     values.pop("_target_", None)
     names = {name: f"{key}.{name}".lstrip(".") for name in [*parameters, *values]}
-    own = [name for name in parameters if name not in given]
+    shares = signatures.parameters(SHARE) if key.startswith("data.sources.") else ()
+    own = [name for name in [*parameters, *shares] if name not in given]
     for name, value in values.items():
         if name in given or not (anything or name in parameters):
-            close = nearest(names[name], [names[known] for known in own])
+            close = nearest(names[name], [f"{key}.{known}".lstrip(".") for known in own])
             raise UserError(f'there is no key "{names[name]}".{close} Keys: {", ".join(own)}.')
         if name in parameters:
             check_value(names[name], value, parameters[name].annotation, meanings.get(name, ""))

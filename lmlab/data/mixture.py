@@ -82,6 +82,9 @@ def mix(
         if given and temperature != 1:
             raise UserError(f"data.temperature is for sources without {key}: leave one of the two out.")
     for name, share in shares.items():
+        for key, value in asdict(share).items():
+            if value == math.inf:
+                raise UserError(f"data.sources.{name}.{key}={value} is no number to mix by. Give it a finite one.")
         if share.final_weight is not None and share.weight is None:
             raise UserError(
                 f"data.sources.{name}.final_weight needs data.sources.{name}.weight, which it goes on from."

@@ -32,7 +32,7 @@ from lmlab.data.sampler import draw_subset
 from lmlab.data.sources import Corpus, fingerprint
 from lmlab.data.texts import flatten, sort_by_file
 from lmlab.data.tokenizers import content_hash
-from lmlab.errors import UserError
+from lmlab.errors import UserError, naming_source
 from lmlab.io import write_once
 
 FORMAT = 5
@@ -112,7 +112,7 @@ def prepare(
     """
     corpora = data.corpora if isinstance(data, Mixture) else {"": data}
     sources = {
-        name: Source(corpus, once(partial(split, corpus, choices)))
+        name: Source(corpus, once(partial(split_source, name, corpus, choices)))
         for name, corpus in corpora.items()
         if isinstance(corpus, Corpus)
     }
@@ -125,11 +125,20 @@ def prepare(
     tokenizer = learn_tokenizer(training, choices, make_tokenizer, tokenizer_key, cache)
     names, prepared = ("train", "validation"), {}
     for name, corpus in corpora.items():
-        if isinstance(corpus, Tokenized):
-            prepared[name] = corpus.prepared(names, choices, tokenizer, cache, words)
-        else:
-            prepared[name] = prepare_splits(names, sources[name], choices, tokenizer, cache, words, training)
+        with naming_source(name):
+            if isinstance(corpus, Tokenized):
+                prepared[name] = corpus.prepared(names, choices, tokenizer, cache, words)
+            else:
+                prepared[name] = prepare_splits(names, sources[name], choices, tokenizer, cache, words, training)
     return join_sources(data, prepared, choices) if isinstance(data, Mixture) else prepared[""]
+
+
+def split_source(name: str, corpus: Corpus, choices: Preprocessing) -> Parts:
+    """Returns the records of a source, split; an error in its keys names it."""
+    with naming_source(name):
+        parts = split(corpus, choices)
+        next(flatten(parts.train, corpus.text))  # a wrong data.text is refused here
+        return parts
 
 
 def tokenizer_texts(source: Source, choices: Preprocessing) -> Iterator[str]:
@@ -173,8 +182,11 @@ def prepare_validation(
 ) -> Prepared:
     """Prepares only the held-out part, for a given tokenizer."""
     if isinstance(data, Mixture):
-        of_each = {name: prepare_validation(one, choices, tokenizer, cache) for name, one in data.corpora.items()}
-        return join_sources(data, of_each, choices)
+        prepared = {}
+        for name, corpus in data.corpora.items():
+            with naming_source(name):
+                prepared[name] = prepare_validation(corpus, choices, tokenizer, cache)
+        return join_sources(data, prepared, choices)
     if isinstance(data, Tokenized):
         return data.prepared(("validation",), choices, tokenizer, cache, words=False)
 

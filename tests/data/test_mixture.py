@@ -1,6 +1,7 @@
 """Sources come in their shares, each without repetition, and which one gives a sample follows from its number alone."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -136,11 +137,29 @@ def test_shares() -> None:
         ({"a": {"weight": 1, "epochs": 1}}, {}, "Leave out one of them"),
         ({"a": {"epochs": 1}}, {"temperature": 2.0}, "data.temperature is for sources without epochs"),
         ({"a": {"final_weight": 1}}, {}, "needs data.sources.a.weight"),
+        ({"a": {"epochs": math.inf}}, {}, "data.sources.a.epochs=inf is no number to mix by"),
     ],
 )
 def test_shares_that_do_not_fit(sources: dict, options: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         mix(sources, {}, **options)
+
+
+def test_an_error_names_the_source(refused: Refused, tmp_path: Path) -> None:
+    """Where it is about the keys of one, also if it is found only when the text is read."""
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("some words\n" * 20)
+    bad.write_text("\n" * 20)
+
+    def said(b: str, *words: str) -> str:
+        return refused(
+            "train", "data=mixture", f"data.sources={{a: {{train: {good}, document: line}}, b: {{{b}}}}}", *words
+        )
+
+    own = f"train: {bad}, document: line"
+    assert "data.sources.b.train=none.txt: no such file" in said("train: none.txt")
+    assert 'Did you mean "data.sources.b.weight"?' in said(f"{own}, weigth: 3")
+    assert "gives no token: its 19 texts are empty (check data.sources.b.text)" in said(own, "tokenizer.vocab_size=300")
 
 
 def test_a_run(train: Callable[..., Path], evaluate: Callable[..., Path], refused: Refused, tmp_path: Path) -> None:
