@@ -72,6 +72,8 @@ def measure(cfg: DictConfig) -> None:
             batch_size=cfg.batch_size,
             num_workers=cfg.num_workers,
             chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer)),
+            surprisal=tokenizer if cfg.surprisal else None,
+            calibration=cfg.calibration,
             facts={"weights_hash": weights, **facts, "run": trained and trained.trained_as(), **run.provenance()},
         )
 

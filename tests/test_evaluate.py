@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -213,6 +214,35 @@ def ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[in
 
 
 @torch.no_grad()
+def test_words_and_calibration(
+    causal: Path, evaluate: Verb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They change no metric, and a report draws them."""
+    plain = evaluate(f"model={causal}", "context=document")
+    capsys.readouterr()
+    found = evaluate(f"model={causal}", "context=document", "surprisal=true", "calibration=true")
+    said = capsys.readouterr().out
+    assert "words, in words.parquet, also corrected for their ends" in said
+    assert "expected calibration error" in said
+    same(plain, found)
+    words = pq.read_table(found / "words.parquet")
+    assert math.fsum(words["nll"].to_pylist()) == pytest.approx(certificate(found)["totals"]["nll"], rel=1e-9)
+    assert certificate(found)["surprisal"]["words"] == certificate(found)["totals"]["words"]
+    run_verb("report", found, "--out", tmp_path / "report")
+    for view in ("position", "frequency", "length", "calibration"):
+        assert (tmp_path / "report" / f"clm_by_{view}.svg").stat().st_size > 1000
+    page = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert "Where models fail" in page
+    hardest = (tmp_path / "report" / "clm_by_hardest.csv").read_text("utf-8").splitlines()
+    assert len(hardest) == 6
+
+
+@pytest.mark.parametrize("key", ["surprisal", "calibration"])
+def test_bounds_have_no_words(key: str, masked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, lambda: run_verb("evaluate", f"model={masked}", "score=elbo", f"{key}=true"))
+    assert f"{key}=true needs one prediction for each token of the text, which score=elbo does not make" in said
+
+
 @pytest.mark.parametrize("options", [TINY, TINY_MLM], ids=["causal", "masked"])
 def test_a_run_whose_documents_do_not_see_one_another(
     options: list[str], train: Verb, evaluate: Verb, text: Path, capsys: pytest.CaptureFixture[str]

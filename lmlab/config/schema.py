@@ -125,6 +125,10 @@ class Evaluate(Config):
     """Packages whose code may run where the config of the run names it."""
     series: bool | list[Annotated[int, Ge(0)]] = False
     """Score each model of the run's series, or those of these steps."""
+    surprisal: bool = False
+    """Write the surprisal of each word of the text too."""
+    calibration: bool = False
+    """Measure too whether the model is right as often as it is sure."""
     check: bool = False
     """Measure again at another batch size and number of devices, and fail if a total moves."""
 
@@ -279,6 +283,14 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise UserError(f"score=labels: held-out text of {objective.__name__} is scored by score={objective.score}.")
     if cfg.score != "elbo" and cfg.draws is not None:
         raise UserError("draws is for score=elbo: leave it out, or add score=elbo.")
+    own_losses = getattr(objective, "losses", None) is not None or objective.auto_class == "AutoModelForSeq2SeqLM"
+    for key in ("surprisal", "calibration"):
+        if cfg[key] and (cfg.score == "elbo" or own_losses):
+            raise UserError(
+                f"{key}=true needs one prediction for each token of the text, which "
+                f"{'score=elbo' if cfg.score == 'elbo' else objective.__name__} does not make.\nLeave it out"
+                f"{', or use score=pseudo.' if cfg.score == 'elbo' else '.'}"
+            )
 
 
 def check_keys(cfg: DictConfig, name: str) -> None:

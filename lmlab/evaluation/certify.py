@@ -8,20 +8,26 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.data.datamodule import HeldOutData
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import Prepared
 from lmlab.errors import UserError
 from lmlab.evaluation import records
+from lmlab.evaluation.calibration import calibrate
 from lmlab.evaluation.metrics import BOUND
 from lmlab.evaluation.rows import ElboRows, PseudoRows, WindowRows, check_targets
 from lmlab.evaluation.scoring import HeldOut, Scorer
+from lmlab.evaluation.surprisal import CORRECTION, words_of
+from lmlab.evaluation.token_scores import TokenScores, white_space
 from lmlab.evaluation.windows import Context, windows
+from lmlab.io import write_beside
 from lmlab.objectives import Objective
+from lmlab.runs.directory import RunDirectory
 
 
 def hold_out(
@@ -106,6 +112,8 @@ def certify(
     num_workers: int = 0,
     chunk_size: int | None = None,
     facts: Mapping[str, Any] | None = None,
+    surprisal: PreTrainedTokenizerBase | None = None,
+    calibration: bool = False,
 ) -> None:
     """Scores held-out text and writes its records and certificate into a directory; `records.read` reads them.
 
@@ -117,6 +125,8 @@ def certify(
         num_workers: the number of processes that make batches, for each rank.
         chunk_size: the number of scored positions whose logits are in memory at once; None for all.
         facts: further entries of the certificate; by default the name and the hash of the model.
+        surprisal: the tokenizer, to write the surprisal of each word too; None does without.
+        calibration: whether the certificate is to say how confidence and accuracy of the predictions go together.
 
     Raises:
         UserError: the model gives a target no finite nll.
@@ -133,7 +143,11 @@ def certify(
         )
     if facts is None:
         facts = {"model": model.name_or_path, "run": None, "weights_hash": records.weights_hash(model.state_dict())}
-    scorer = Scorer(model, held_out.sums(), chunk_size, held_out.losses)
+    documents, token_scores = held_out.documents, None
+    if surprisal is not None or calibration:
+        space = None if surprisal is None else white_space(surprisal)
+        token_scores = TokenScores(len(documents.tokens), space and torch.from_numpy(space.boundaries))
+    scorer = Scorer(model, held_out.sums(), chunk_size, held_out.losses, token_scores)
     trainer.validate(scorer, HeldOutData(held_out, batch_size, num_workers), verbose=False)
     if not np.isfinite(scorer.result[0]).all():
         raise UserError(
@@ -143,7 +157,14 @@ def certify(
     if trainer.is_global_zero:
         path.mkdir(parents=True, exist_ok=True)
         facts = {**held_out.facts, **facts, "precision": precision_of(trainer)}
-        records.write(path, held_out.documents, *scorer.result, facts)
+        if calibration:
+            facts["calibration"] = calibrate(scorer.of_tokens, documents.tokens)
+        if surprisal is not None and space is not None:
+            words = words_of(documents, scorer.of_tokens, surprisal, space, held_out.causal)
+            write_beside(RunDirectory(path).words, lambda beside: pq.write_table(words, beside))
+            count = len(words) - words["text"].to_pylist().count("")  # which ends of documents are
+            facts["surprisal"] = {"words": count, "correction": CORRECTION if held_out.causal else None}
+        records.write(path, documents, *scorer.result, facts)
 
 
 def silence_lightning() -> None:

@@ -271,6 +271,16 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
     stride = f", stride {policy['stride']}" if policy["stride"] else ""
     apart = ", documents apart" if policy.get("document_attention") else ""
     lines["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}{apart}"
+    if "calibration" in certificate:
+        of = certificate["calibration"]
+        lines["calibration"] = (
+            f"expected calibration error {of['expected_calibration_error']:.4f}: accuracy {of['accuracy']:.4f}, "
+            f"confidence {of['confidence']:.4f}"
+        )
+    if "surprisal" in certificate:
+        of = certificate["surprisal"]
+        corrected = f", also corrected for their ends ({of['correction']})" if of["correction"] else ""
+        lines["surprisal"] = f"of {of['words']:,} words, in words.parquet{corrected}"
     if "check" in certificate:
         check = certificate["check"]
         lines["check"] = (

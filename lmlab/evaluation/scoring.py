@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lmlab.data.datamodule import decoder_ids_of, document_positions_of, draws_of, pad_rows, prefix_of
 from lmlab.data.documents import COUNTS
 from lmlab.evaluation.rows import ElboRows, PseudoRows, WindowRows
+from lmlab.evaluation.token_scores import TokenScores
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
 from lmlab.models.teacher import Teacher
@@ -36,6 +37,8 @@ class ScoringBatch(NamedTuple):
     """[N] int64 indices of the scored positions in the flattened [B·T], or [B·U] with `decoder_ids`."""
     targets: Tensor
     """[N] int64: the id to predict at each of them."""
+    tokens: Tensor
+    """[N] int64: the number of each target among the documents' tokens."""
     stretches: Tensor
     """[N] int64: the stretch of the documents that each target belongs to."""
     counted: Tensor
@@ -94,6 +97,7 @@ class HeldOut(Dataset[ScoringBatch]):
         hidden, drawn = draws_of(rows)
         batch = ScoringBatch(
             *pad_rows(rows, self.pad_id),
+            torch.from_numpy(tokens.astype(np.int64)),
             torch.from_numpy(documents.stretch_of(tokens)),
             torch.from_numpy(documents.stretch_of(counted)),
             torch.from_numpy(counts),
@@ -110,6 +114,11 @@ class HeldOut(Dataset[ScoringBatch]):
             for name in ("factor", "half")
         )
         return batch._replace(factors=factors, halves=halves)
+
+    @property
+    def causal(self) -> bool:
+        """True if each target is predicted from the tokens before it."""
+        return isinstance(self.rows, WindowRows) and not self.rows.objective.bidirectional
 
     @property
     def losses(self) -> Callable[..., Scores] | None:
@@ -213,6 +222,7 @@ class Scorer(L.LightningModule):
         sums: DocumentSums,
         chunk_size: int | None = None,
         held_out_losses: Callable[..., Scores] | None = None,
+        token_scores: TokenScores | None = None,
     ):
         """Keeps a model to score with.
 
@@ -220,11 +230,13 @@ class Scorer(L.LightningModule):
             sums: the metric that adds up the nll of the rows: see `HeldOut.sums`.
             chunk_size: the number of scored positions whose logits are in memory at once; None for all.
             held_out_losses: how the rows are scored: see `HeldOut.losses`.
+            token_scores: what keeps the scores of each token too.
         """
         super().__init__()
         self.model, self.chunk_size = model, chunk_size
-        self.sums, self.held_out_losses = sums, held_out_losses
+        self.sums, self.held_out_losses, self.token_scores = sums, held_out_losses, token_scores
         self.result: tuple[np.ndarray, np.ndarray]
+        self.of_tokens: dict[str, np.ndarray] = {}
 
     def configure_model(self) -> None:
         if self._device_mesh is not None:
@@ -238,10 +250,11 @@ class Scorer(L.LightningModule):
         losses: Callable[..., Scores] | None = None,
         scale: Tensor | None = None,
         teacher: Teacher | None = None,
+        observe: Callable[[slice, Tensor], None] | None = None,
     ) -> Scores:
         """Returns the losses of a batch's targets, by an objective's own `losses` or by `lmlab.models.loss.score`.
 
-        For `scale` and `teacher` see that.
+        For `scale`, `teacher` and `observe` see that.
         """
         if losses is not None:
             return losses(self.model, batch, self.chunk_size, scale)
@@ -258,12 +271,19 @@ class Scorer(L.LightningModule):
             teacher,
             batch.decoder_ids,
             batch.document_positions,
+            observe,
         )
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
-        self.sums.update(self.score(batch, self.held_out_losses).nll, batch)
+        observe = None if self.token_scores is None else self.token_scores.observe
+        nll = self.score(batch, self.held_out_losses, observe=observe).nll
+        self.sums.update(nll, batch)
+        if self.token_scores is not None:
+            self.token_scores.update(nll, batch)
 
     def on_validation_epoch_end(self) -> None:
         nll, counts = self.sums.compute()
         self.result = nll.cpu().numpy(), counts.cpu().numpy()
         self.sums.reset()
+        if self.token_scores is not None:
+            self.of_tokens = {name: values.cpu().numpy() for name, values in self.token_scores.compute().items()}

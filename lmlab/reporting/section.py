@@ -16,6 +16,7 @@ from lmlab.evaluation.metrics import BOUND, DETECTION, EXACT, OF_GENERATORS
 from lmlab.evaluation.records import AT_MOST, Records, is_bound
 from lmlab.io import from_here
 from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final, draw_series
+from lmlab.reporting.failures import failure_charts, failure_tables
 from lmlab.reporting.load import COUNTS, SPLITS, Run, bits_per_byte, evaluation_metrics, objective_of
 from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, name_series, shorten_keys
 from lmlab.reporting.statistics import BEST, final_metrics, split_comparable, verdict
@@ -79,6 +80,10 @@ class Section:
         tokenizers = {records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}
         self.charted = bits_name(self.metric) if len(tokenizers) > 1 else self.metric
         """The metric that charts show."""
+        self.failure_tables = failure_tables(evaluations)
+        """What evaluations say of where models fail, see `failures.py`."""
+        self.failures = failure_charts(self.failure_tables, slug)
+        """The charts of that."""
         self.domains = [*dict.fromkeys(domain for run in self.runs for domain in run.by_domain)]
         """The names of the parts of the held-out text of the runs."""
         longest = max((run.seconds for run in self.runs), default=0)
@@ -232,6 +237,7 @@ class Section:
         tables["series"] = self.series_data
         if self.effects:
             tables["effects"] = self.done.drop(columns="configuration").rename(columns={"final": self.charted})
+        tables |= {f"by_{view}": table for view, table in self.failure_tables.items()}
         return {f"{self.slug}_{name}": table for name, table in tables.items() if len(table)}
 
     @property
@@ -309,7 +315,7 @@ class Section:
     @property
     def charts(self) -> list[Chart]:
         """All charts of the section."""
-        return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind)]
+        return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind), *self.failures]
 
     @cached_property
     def troubles(self) -> pd.DataFrame:

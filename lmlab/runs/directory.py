@@ -32,6 +32,7 @@ class RunDirectory:
         self.samples = self.path / "samples.jsonl"
         self.certificate = self.path / "certificate.json"
         self.records = self.path / "records.parquet"
+        self.words = self.path / "words.parquet"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.series = self.path / "series"

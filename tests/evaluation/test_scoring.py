@@ -490,7 +490,7 @@ def test_a_rank_without_rows(tmp_path: Path) -> None:
     held_out = held_out_of(data, CausalLM(), 64, context="document")
     batch = held_out[[]]
     assert batch.input_ids.shape == (1, len("the cat") + 1)
-    assert [len(part) for part in batch[2:] if part is not None] == [0, 0, 0, 0, 0]
+    assert {len(part) for part in batch[2:] if part is not None} == {0}
     one, three = (sums_of(model_for("char", "gpt2"), held_out, 1, ranks) for ranks in (1, 3))
     np.testing.assert_array_equal(one[0], three[0])
     np.testing.assert_array_equal(one[1], three[1])
