@@ -230,7 +230,7 @@ def prepare_splits(
                 records, order = sort_by_file(parts().validation[domain])
                 texts, unused = flatten(records, corpus.text), parts().unused
                 write_split(folder, name, texts, tokenizer, choices, order, unused=unused)
-            check_counts(name, read_counts(folder, name))
+            check_counts(f"{name}.{domain}".rstrip("."), read_counts(folder, name))
 
         return write_once(cache / f"tokens-{key}", write)
 

@@ -160,9 +160,11 @@ def by_domain(validation: Any) -> dict[str, Any]:
         UserError: the name of a domain is none.
     """
     given = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
-    for name in given:
-        if isinstance(validation, Mapping) and not re.fullmatch(r"\w+", str(name), re.ASCII):
+    for name, value in given.items() if isinstance(validation, Mapping) else ():
+        if not re.fullmatch(r"\w+", str(name), re.ASCII):
             raise UserError(f'data.validation: "{name}" names no domain. A name is made of letters, digits and _.')
+        if value is None:
+            raise UserError(f"data.validation.{name}=null names no text. Name some, or leave the domain out.")
     if isinstance(validation, Mapping) and not given:
         raise UserError("data.validation={} names no domain: '{news: news.txt, law: law.txt}' names two.")
     return {str(name): value for name, value in given.items()}
@@ -350,6 +352,6 @@ def refuse_copies(files: Mapping[str, list[Path]], digests: Mapping[Path, str]) 
                 raise UserError(f"{both}: it would be scored twice.\nLeave one of them out.")
             raise UserError(
                 f"{both}: it would be trained on.\n"
-                "Name others, or leave data.validation out to hold out a share of data.train."
+                "Name others. Of text, a share is held out where data.validation is left out."
             )
         seen |= {digests[file]: (part, file) for file in of_part if digests[file] != nothing}

@@ -33,7 +33,7 @@ from lmlab.data.documents import UNKNOWN, document_spans, open_index, read_lengt
 from lmlab.data.options import Preprocessing
 from lmlab.data.prepared import FORMAT, Prepared, Tokenized, decisive_choices, held_out_beforehand, read_prepared
 from lmlab.data.preprocess import DOCUMENTS_PER_CALL
-from lmlab.data.sources import find_files, fingerprint
+from lmlab.data.sources import find_files, fingerprint, refuse_copies
 from lmlab.data.texts import batches, utf8
 from lmlab.data.tokenizers import content_hash, encode, end_of_text_id, unknown_tokens
 from lmlab.data.tokens import FlatFile, FlatFiles
@@ -46,6 +46,8 @@ MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8:
 LLMC_DTYPES = {20240520: "uint16", 20240801: "uint32"}
 """The types of tokens of llm.c, by the number that a file begins with."""
 LLMC_HEADER = 256 * 4  # bytes
+FEW = 64
+"""The number of tokens up to which any tokens are taken to be meant."""
 AT_ONCE = 2**24
 """The number of tokens that are looked at together."""
 
@@ -142,6 +144,7 @@ class TokenFiles(Tokenized):
         files = [file.tokens.path for of_part in self.files.values() for file in of_part]
         memo = f"lmlab-{fingerprint('tokens', [str(file.absolute()) for file in files])}.json"
         digests = dict(zip(files, digests_of(files, Path(config.HF_DATASETS_CACHE) / memo), strict=True))
+        refuse_copies({part: [file.tokens.path for file in self.files[part]] for part in self.files}, digests)
         hashed, end = content_hash(tokenizer), end_of_text_id(tokenizer)
         surveys: dict[str, list[Path]] = {}
         for name in names:
@@ -178,7 +181,7 @@ def load_tokens(train: str | Sequence[str] | None = None, validation: str | Sequ
     if validation is None:
         raise UserError("data.validation has to be given: nothing is held out of token files. Add data.validation=…")
     named = {"train": train, "validation": validation}
-    files = {part: find_files(patterns, part) for part, patterns in named.items() if patterns is not None}
+    files = {part: find_files(patterns, f"data.{part}") for part, patterns in named.items() if patterns is not None}
     return TokenFiles({part: [open_tokens(file) for file in of_part] for part, of_part in files.items()})
 
 
@@ -194,11 +197,16 @@ def check_ids(file: TokenFile, highest: int, tokenizer: PreTrainedTokenizerBase)
 
 def survey(folder: Path, name: str, file: TokenFile, end: int) -> None:
     """Looks at all tokens of a file once, and writes their highest id, and the lengths and the counts of documents."""
-    tokens, edges, highest = file.tokens.read(), [np.zeros(1, np.int64)], 0
+    tokens, edges, highest, seconds = file.tokens.read(), [np.zeros(1, np.int64)], 0, 0
     for start in range(0, len(tokens), AT_ONCE):
         part = tokens[start : start + AT_ONCE]
-        highest = max(highest, int(part.max()))
+        highest, seconds = max(highest, int(part.max())), max(seconds, int(part[1::2].max(initial=0)))
         edges.append(start + np.flatnonzero(part == end) + 1)
+    if file.tokens.dtype == "uint16" and len(tokens) > FEW and seconds < 4 <= highest:
+        raise UserError(
+            f"{file.tokens.path}: every second token is below 4, as in a file of 4-byte tokens, which is read "
+            "only with a header.\nWrite the tokens as uint16, or as llm.c or Megatron does."
+        )
     if file.documents is None:
         lengths = np.diff(np.concatenate(edges), append=len(tokens))
         lengths = lengths if lengths[-1] else lengths[:-1]  # unless tokens follow the last end of a text

@@ -414,6 +414,28 @@ def test_changed_file(tmp_path: Path) -> None:
 # --- What is remembered of files ---
 
 
+def test_domains_that_are_none(tmp_path: Path) -> None:
+    """A name that is none, no text, the text of another one, or an empty one: the error names the domain."""
+    files = [tmp_path / f"{name}.txt" for name in ("train", "news", "empty")]
+    for file, text in zip(files, ("some text", "other text", "\n" * 3), strict=True):
+        file.write_text(text)
+    train, news, empty = map(str, files)
+
+    def said(**domains: str | None) -> str:
+        with pytest.raises(UserError) as error:
+            prepare(
+                load_files(train, validation=domains, document="line"), Preprocessing(), char, {"k": 1}, tmp_path / "c"
+            )
+        return str(error.value)
+
+    assert "data.validation={} names no domain" in said()
+    assert '"a b" names no domain' in said(**{"a b": news})
+    assert "data.validation.law=null names no text" in said(news=news, law=None)
+    assert "data.validation.news=" in (shown := said(news=news, law=news))
+    assert "the same content: it would be scored twice" in shown
+    assert "the validation.law split gives no token" in said(news=news, law=empty)
+
+
 def never(*args: object) -> None:
     raise AssertionError("read again")
 

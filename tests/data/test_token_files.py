@@ -133,6 +133,11 @@ def test_files_that_are_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
     assert "train.idx is no index of Megatron" in said()
     file.with_suffix(".idx").unlink()
     nanogpt(file, documents("train", tokenizer))
+    np.array([5, 6, 7] * 30, np.uint32).tofile(file)
+    assert "train.bin: every second token is below 4, as in a file of 4-byte tokens" in said()
+    file.write_bytes((tmp_path / "validation.bin").read_bytes())
+    assert "have the same content: it would be trained on" in said()
+    nanogpt(file, documents("train", tokenizer))
     assert "preprocess.max_records changes nothing in token files" in said(max_records=3)
     assert "preprocess.decontaminate compares texts, and this data is tokenized" in said(decontaminate="drop")
     words = ["data=tokens", f"data.train={file}"]
