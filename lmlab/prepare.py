@@ -43,19 +43,21 @@ def prepare_directory(values: dict[str, Any], go_on: str) -> None:
         values: the config in plain values.
         go_on: the command that goes on with it.
     """
-    from lmlab.data.shards import load_prepared, make_shards
+    from lmlab.data.shards import load_prepared, make_shards, workers
     from lmlab.runs.ledger import show_ledger
 
     again = partial(build.preparation, values, go_on)
-    preparation = again()
-    preparation.begin()
-    shards, (task, tasks) = preparation.all_shards(), slurm.array_task()
-    mine, changed = shards[task::tasks], False
-    for step in ["sign"] * bool(preparation.choices.decontaminate) + ["make"]:
-        for number, done in enumerate(make_shards(preparation, step, mine, values["processes"], again), 1):
-            changed = changed or done is not None
-            if done is not None:
-                print(f"{number}/{len(mine)}  {done}", flush=True)
+    changed = False
+    with workers(values["processes"], again) as pool:
+        preparation = again()
+        preparation.begin()
+        shards, (task, tasks) = preparation.all_shards(), slurm.array_task()
+        mine = shards[task::tasks]
+        for step in ["sign"] * bool(preparation.choices.decontaminate) + ["make"]:
+            for number, done in enumerate(make_shards(preparation, step, mine, pool), 1):
+                changed = changed or done is not None
+                if done is not None:
+                    print(f"{number}/{len(mine)}  {done}", flush=True)
     if not preparation.merge(changed):
         print("The index is made by the task that ends last. If none did: give the command again without the array.")
         return

@@ -24,8 +24,9 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -358,59 +359,74 @@ def join_held_out(folder: Path, shards: Sequence[Path]) -> None:
 # --- Several processes ---
 
 
-WORKER: list[Preparation] = []
-"""The preparation that this process takes part in, where another one has started it."""
+WORKER: list[Callable[[], Preparation]] = []
+"""A function that returns the preparation of this process, where another one has started it."""
 
 
-def make_shards(
-    preparation: Preparation,
-    step: str,
-    shards: Sequence[tuple[str, int, int]],
-    processes: int,
-    again: Callable[[], Preparation],
-) -> Iterator[str | None]:
-    """Makes shards by several processes, and yields for each what was done.
+@contextmanager
+def workers(processes: int, again: Callable[[], Preparation]) -> Iterator[ProcessPoolExecutor | None]:
+    """Starts the processes that make shards, which import what they need while this one reads the records.
+
+    Yields None where this process is the only one. Those that are left at the end are killed.
 
     Args:
-        step: the method that makes one: `sign` or `make`.
         again: a function that makes the same preparation in a new process.
-
-    Raises:
-        UserError: a process was killed.
     """
     if processes == 1:
-        yield from (getattr(preparation, step)(*shard) for shard in shards)
+        yield None
         return
-    if step == "make":
-        preparation.marks, preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
     os.environ["LMLAB_PARENT"] = str(os.getpid())
-    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, begin_worker, (again,))
+    # The tokenizer has threads of its own: those of all processes together are as many as there are cores.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin_worker, (again,))
     try:
-        for done in as_completed([pool.submit(make_in_worker, step, *shard) for shard in shards]):
-            yield done.result()
+        for _ in range(processes):
+            pool.submit(os.getpid)  # a process is started by its first task
+        yield pool
         pool.shutdown()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process of the preparation was killed, as the system does when memory runs out.\n"
-            f"What is done is kept. To go on: {preparation.command}"
-        ) from error
     finally:
         for process in multiprocessing.active_children():
             process.kill()
 
 
-def begin_worker(make: Callable[[], Preparation]) -> None:
-    """Begins the work of a process that makes shards."""
+def make_shards(
+    preparation: Preparation, step: str, shards: Sequence[tuple[str, int, int]], pool: ProcessPoolExecutor | None
+) -> Iterator[str | None]:
+    """Makes shards by the processes of a pool, or else by this one, and yields for each what was done.
+
+    Args:
+        step: the method that makes one: `sign` or `make`.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    if pool is None:
+        yield from (getattr(preparation, step)(*shard) for shard in shards)
+        return
+    if step == "make":
+        preparation.marks, preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
+    try:
+        for done in as_completed([pool.submit(make_in_worker, step, *shard) for shard in shards]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process of the preparation was killed, as the system does when memory runs out.\n"
+            f"What is done is kept. To go on: {preparation.command}"
+        ) from error
+
+
+def begin_worker(again: Callable[[], Preparation]) -> None:
+    """Begins the work of a process that makes shards: it is ready once its imports are done."""
     launch.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the process that started this one
-    WORKER[:] = [make()]
+    import datasets  # noqa: F401
+
+    WORKER[:] = [cache(again)]
 
 
 def make_in_worker(step: str, name: str, number: int, count: int) -> str | None:
-    """Makes a shard in a process of its own."""
-    done: str | None = getattr(WORKER[0], step)(name, number, count)
+    """Makes a shard in a process of its own, which makes the preparation for its first one."""
+    done: str | None = getattr(WORKER[0](), step)(name, number, count)
     return done
 
 
