@@ -1,7 +1,7 @@
 """The texts in records (guide, `flatten`)."""
 
 import mmap
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from functools import cache
 from string import Formatter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -98,8 +98,7 @@ def flatten(records: "Dataset", text: str) -> Iterator[list[str]]:
     records, mappings = map_files(records)
     values = records.select_columns([*dict.fromkeys(column for column, _ in places.values())])
     step = max(1, min(RECORDS_AT_ONCE, len(values.data) * BYTES_AT_ONCE // max(values.data.nbytes, 1)))
-    for start in range(0, len(values), step):
-        columns = values[start : start + step]
+    for columns in columns_of(values, step):
         found = {}
         for path, (column, within) in places.items():
             try:
@@ -112,6 +111,28 @@ def flatten(records: "Dataset", text: str) -> Iterator[list[str]]:
         yield from found[text] if template(text) is None else joined(text, found)
         for mapping in mappings:
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def columns_of(records: "Dataset", step: int) -> Iterator[Mapping[str, list[Any]]]:
+    """Yields the values of each column of `step` records at a time.
+
+    `datasets` reads the records of a selection one by one. Where it leaves out few of those in the file, all of them
+    are read at once, and the chosen ones are taken.
+    """
+    from datasets import Dataset
+
+    rows, whole = None, records
+    if records._indices is not None:
+        rows = records._indices.column(0).to_numpy()
+        whole = Dataset(records.data, records.info, fingerprint=records._fingerprint)
+    for start in range(0, len(records), step):
+        chosen = None if rows is None else rows[start : start + step].astype(np.int64)
+        if chosen is not None and (np.diff(chosen) > 0).all() and chosen[-1] - chosen[0] < 2 * len(chosen):
+            columns = whole[int(chosen[0]) : int(chosen[-1]) + 1]
+            taken = (chosen - chosen[0]).tolist()
+            yield {name: [values[number] for number in taken] for name, values in columns.items()}
+        else:
+            yield records[start : start + step]
 
 
 def joined(text: str, found: dict[str, list[list[str]]]) -> Iterator[list[str]]:

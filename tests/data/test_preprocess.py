@@ -312,6 +312,8 @@ def test_flatten_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     records = load_files(str(file)).train
     shuffled = records.train_test_split(test_size=20, seed=3)["train"]
     assert list(flatten(shuffled, "a.b")) == [[f"{i}", "x"] for i in shuffled["c"]]
+    for some in ([*range(49), *range(51, 100)], range(0, 100, 7), [5, 5, 6, 4, 99, 0]):
+        assert list(flatten(records.select(some), "a.b")) == [[f"{i}", "x"] for i in some]
     for kept, files in ((shuffled, 1), (records.select(range(9, 20)), 1), (concatenate_datasets([records] * 2), 2)):
         again, mappings = from_records.map_files(kept)
         assert again[:] == kept[:]
