@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from ..processes import begin, finish, heeding, wait_for
 from ..training.test_kill import content as all_of
 from ..training.test_kill import same
 
+ROOT = Path(__file__).parents[2]
 LONG = [*TINY, "trainer.max_steps=24", "trainer.val_check_interval=8", "trainer.log_every_n_steps=1"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu"]
 SLOW = {"lmlab.training.module.LMModule.training_step": ["slow", 0.1]}
@@ -132,7 +134,9 @@ def test_the_second_signal_ends_a_run_at_once(tmp_path: Path) -> None:
     assert "No checkpoint yet." in out.read_text()
 
 
-def start(*words: object, torchrun: bool = False, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+def start(
+    *words: object, torchrun: bool = False, options: Sequence[str] = (), cwd: Path = ROOT
+) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run"] if torchrun else []
     # A port of their own, as tests run side by side; what comes later in a line counts.
     alone = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -142,9 +146,22 @@ def start(*words: object, torchrun: bool = False, options: Sequence[str] = ()) -
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         preexec_fn=heeding,
     )
+
+
+def on_two_nodes(*words: object, ranks: int, folders: Sequence[Path] = (ROOT, ROOT)) -> None:
+    """Train with so many ranks on each of two nodes, which are two agents of torchrun here, each in a folder."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", f"--nproc-per-node={ranks}", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+    nodes = [start(*words, torchrun=True, options=options, cwd=folder) for folder in folders]
+    for node in nodes:
+        _, errors = node.communicate(timeout=120)
+        assert node.returncode == 0, errors
 
 
 def ranks_of(run: Path) -> list[int]:
@@ -281,6 +298,22 @@ def test_a_rank_with_other_data_is_named(tmp_path: Path) -> None:
     assert "All nodes need the same files" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.long
+def test_nodes_with_caches_of_their_own_prepare_at_once(tmp_path: Path) -> None:
+    """The same path of `cache_dir` is another disk on each node: here, another folder of each agent."""
+    nodes, reading = [tmp_path / "node0", tmp_path / "node1"], tmp_path / "reading"
+    for folder in (*nodes, reading):
+        folder.mkdir()
+    source = ["data._target_=tests.broken_source.read_by_both_ranks_at_once", f"+data.folder={reading}"]
+    words = [*TINY, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+    words += ["cache_dir=cache", "trainer.max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"]
+    on_two_nodes(*words, *source, ranks=1, folders=nodes)
+    caches = [{path.name for path in (node / "cache").glob("*-*") if path.is_dir()} for node in nodes]
+    assert caches[0] == caches[1]
+    assert len([name for name in caches[0] if name.startswith("tokens-")]) == 2
+    assert metrics(tmp_path / "run")[-1]["step"] == 1
 
 
 def read(run: Path) -> Any:

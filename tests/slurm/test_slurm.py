@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from lmlab.data.shards import load_prepared
 from lmlab.runs.status import read_status
 from lmlab.sweeps.points import read_points
-from tests.conftest import TINY, metrics
+from tests.conftest import TINY, metrics, run_verb
 
 ROOT = Path(__file__).parents[2]
 RUN = [
@@ -84,10 +85,10 @@ def train(start: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.Po
 
 @pytest.fixture(scope="module")
 def sbatch(start: Callable[..., subprocess.Popen]) -> Callable[..., str]:
-    """Submit `sweeps/train.sbatch` with options of sbatch and overrides; returns the job's id."""
+    """Submit a file of `sweeps/` with options of sbatch and overrides; returns the job's id."""
 
-    def submit(options: list[str], *words: str) -> str:
-        process = start("sbatch", *SBATCH, *options, str(ROOT / "sweeps" / "train.sbatch"), *words)
+    def submit(options: list[str], *words: str, script: str = "train.sbatch") -> str:
+        process = start("sbatch", *SBATCH, *options, str(ROOT / "sweeps" / script), *words)
         said = process.communicate(timeout=30)[0]
         assert process.returncode == 0, said
         return said.strip()
@@ -210,6 +211,20 @@ def test_array_of_three(array: Path) -> None:
     jobs = {folder.name.rpartition("_")[0] for folder in (array / ".submitit").glob("[0-9]*_*")}
     (job,) = jobs
     until(lambda: states(job) == ["COMPLETED"] * 3, 20)  # the launcher has its answers before SLURM knows
+
+
+def test_tasks_of_an_array_prepare_what_one_process_does(sbatch: Callable[..., str], place: Path) -> None:
+    """Each makes its share of the shards, and the last one the index."""
+    words = ["tokenizer.vocab_size=300", "shards=4"]
+    job = sbatch(["--array=0-1"], *words, "output=by-tasks", script="prepare.sbatch")
+    run_verb("prepare", *words, f"output={place}/by-one")
+    until(lambda: states(job) == ["COMPLETED"] * 2, 60)
+    one, other = (load_prepared(str(place / name)).index for name in ("by-one", "by-tasks"))
+    assert len(one["train"]) == 4
+    assert {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} == {"command"}
+    said = [(place / f"slurm-{job}_{task}.out").read_text() for task in (0, 1)]
+    assert [text.count("-of-00004: ") for text in said] == [4, 4]
+    assert sum("To train: python -m lmlab.train" in text for text in said) >= 1
 
 
 def test_two_nodes_of_two_ranks(ranks: Callable[[int, int], Path], array: Path) -> None:

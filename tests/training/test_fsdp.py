@@ -1,7 +1,6 @@
 """Weights sharded over two real processes: the same run."""
 
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from lmlab.training.checkpoint_io import load_checkpoint, load_weights
 
 from ..conftest import losses, metrics, run_verb, stop_after
-from ..distributed.test_launch import start
+from ..distributed.test_launch import on_two_nodes, start
 from ..processes import begin, wait_for
 from .test_width import DROPOUT_OFF
 
@@ -54,18 +53,6 @@ def test_in_bf16_with_accumulated_batches(train: Callable[..., Path], tmp_path: 
     for name, tolerance in (("train/loss", 1e-3), ("optim/grad_norm", 2e-2), ("val/loss", 1e-3)):
         expected, found = ([line[name] for line in metrics(run) if name in line] for run in (one, two))
         assert found == pytest.approx(expected, rel=tolerance)
-
-
-def on_two_nodes(*words: object, ranks: int) -> None:
-    """Train with so many ranks on each of two nodes, which are two agents of torchrun here."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    options = ["--nnodes=2", f"--nproc-per-node={ranks}", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
-    nodes = [start(*words, torchrun=True, options=options) for _ in range(2)]
-    for node in nodes:
-        _, errors = node.communicate(timeout=120)
-        assert node.returncode == 0, errors
 
 
 @pytest.mark.long
