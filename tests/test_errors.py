@@ -1165,7 +1165,7 @@ EVALUATIONS = {
     "modle=causal": ['no key "modle"', 'Did you mean "model"?'],
     "model=causal data=sample contxt=document": ['Did you mean "context"?'],
     "model=causal data=sample context=documents": [
-        'context="documents": it has to be one of blocks, document, sliding',
+        'context="documents": it has to be one of blocks, document, sliding, rolling, fixed_length',
         '"document"?',
     ],
     "model=causal data=sample score=psuedo": ["it has to be one of labels, pseudo", 'Did you mean "pseudo"?'],
@@ -1185,7 +1185,7 @@ EVALUATIONS = {
     "model=causal data=sample preprocess.block_size=x": ["preprocess.block_size"],
     "model=causal data=sample preprocess.block_size=65": ["64 positions", "preprocess.block_size=64 or less"],
     "model=masked data=sample preprocess.block_size=33": ["32 positions", "preprocess.block_size=32 or less"],
-    "model=causal data=sample stride=4": ["stride is for context=sliding and context=document"],
+    "model=causal data=sample stride=4": ["stride is for context=document, sliding, fixed_length", "context=blocks"],
     "model=causal data=sample context=sliding preprocess.block_size=16 stride=17": ["stride=17", "from 1 to", "16"],
     # The model has 64 positions, which only it can say.
     "model=causal data=sample context=sliding stride=65": ["stride=65", "from 1 to", "64"],
@@ -1195,6 +1195,10 @@ EVALUATIONS = {
     ],
     "model=causal data=sample context=document stride=x": ['stride="x": it has to be a whole number'],
     "model=masked data=sample context=sliding": ["context=sliding is for causal models", "context=document or blocks"],
+    "model=masked data=sample context=rolling": ["context=rolling is for causal models", "context=document or blocks"],
+    "model=causal data=sample context=rolling stride=4": ["windows of context=rolling follow on one another"],
+    "model=causal data=sample score_end=3": ["score_end=3: it has to be true or false"],
+    "model=causal data=sample preprocess.end_of_text=false score_end=false": ["would change nothing", "Leave it out"],
     "model=masked data=sample context=document stride=4": ["stride is for causal models", "Leave it out"],
     "model=masked data=sample context=document preprocess.block_size=2": ["no room", "Use more than 2"],
     "model=causal data=sample score=pseudo": ["score=pseudo hides tokens", "from both sides", "leave it out"],

@@ -265,7 +265,7 @@ def test_a_run_whose_documents_do_not_see_one_another(
         said = refused(capsys, lambda: evaluate(f"model={run}", "context=sliding"))
         assert "context=sliding lets a model see the documents before its own" in said
     said = refused(capsys, lambda: run_verb("compare", apart, whole))
-    assert "document_attention is true in one and null in the other" in said
+    assert "document_attention is true in one and false in the other" in said
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         masks_seed=seed,  # in training the same for runs of all seeds
         pseudo=pseudo,
         elbo=elbo,
+        score_end=cfg.get("score_end", True),
         units=cfg.get("units", "text"),
     )
 

@@ -106,10 +106,13 @@ class Evaluate(Config):
     """A target that returns a corpus; null takes what the run held out."""
     objective: dict[str, Any] | None = None
     """A target that makes examples of windows; null takes what the model was trained with."""
-    context: Literal["blocks", "document", "sliding"] | None = None
-    """The text that a model sees at once: blocks as in training, a document alone, or overlapping windows of all."""
+    context: Literal["blocks", "document", "sliding", "rolling", "fixed_length"] | None = None
+    """The text that a model sees at once: blocks as in training, a document alone, or overlapping windows of all;
+    rolling as lm-evaluation-harness, and fixed_length as the documentation of transformers."""
     stride: Annotated[int, Ge(1)] | None = None
-    """Tokens from one window to the next, of sliding and of long documents; null is half a block."""
+    """Tokens from one window to the next, of sliding, fixed_length and long documents; null is half a block."""
+    score_end: bool = True
+    """Score the end-of-text token after each document."""
     score: Literal["labels", "pseudo", "elbo"] | None = None
     """The scored tokens: labels are those that the objective masks or predicts, pseudo hides each token in turn, elbo
     hides random ones, for an upper bound; null is the objective's own."""

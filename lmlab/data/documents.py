@@ -137,6 +137,11 @@ class Documents:
         flags: np.ndarray = (self.spans[start:end, FLAGS] & CONTINUES) > 0
         return flags
 
+    def ends(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns whether each token is one that ends a document, by the numbers of the tokens: [n] bool."""
+        flags: np.ndarray = (self.spans[tokens, FLAGS] & END) > 0
+        return flags
+
     def stretch_of(self, tokens: np.ndarray) -> np.ndarray:
         """Returns the number of the stretch that each token belongs to, by the numbers of the tokens: [n] int64."""
         stretches: np.ndarray = np.searchsorted(self.stretches, tokens, side="right") - 1

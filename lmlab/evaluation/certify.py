@@ -24,7 +24,7 @@ from lmlab.evaluation.rows import ElboRows, PseudoRows, WindowRows, check_target
 from lmlab.evaluation.scoring import HeldOut, Scorer
 from lmlab.evaluation.surprisal import CORRECTION, words_of
 from lmlab.evaluation.token_scores import TokenScores, white_space
-from lmlab.evaluation.windows import Context, windows
+from lmlab.evaluation.windows import STRIDES, Context, windows
 from lmlab.io import write_beside
 from lmlab.objectives import Objective
 from lmlab.runs.directory import RunDirectory
@@ -40,6 +40,7 @@ def hold_out(
     masks_seed: int = 0,
     pseudo: dict[str, Any] | None = None,
     elbo: dict[str, int] | None = None,
+    score_end: bool = True,
     units: str = "text",
 ) -> HeldOut:
     """Returns the rows in which held-out text is scored, with all that their metrics depend on but the model.
@@ -52,6 +53,7 @@ def hold_out(
         masks_seed: the seed of the masks of a masked objective.
         pseudo: the arguments of `PseudoRows`, to make a row for each token (pseudo-perplexity) and not for each window.
         elbo: the `draws` and the `seed` of `ElboRows`, to score the bound of a masked model in any order instead.
+        score_end: False to leave the end-of-text token after each document out of the targets.
         units: the key of `metrics.WORDS` that says what counts as a word.
 
     Raises:
@@ -66,23 +68,28 @@ def hold_out(
             f"{'within_word' if within_word else 'objective.whole_word'}=true would change nothing: to this tokenizer "
             "no token goes on with the word before it.\nLeave it out."
         )
-    shown = windows(context, documents, data.bounds, objective, tokenizer)
+    if not (score_end or documents.ends(np.arange(len(documents.tokens))).any()):
+        raise UserError(
+            "score_end=false would change nothing: no document has an end-of-text token after it "
+            "(preprocess.end_of_text=false).\nLeave it out."
+        )
+    shown = windows(context, documents, data.bounds, objective, tokenizer, score_end)
     rows: WindowRows | PseudoRows | ElboRows
     if elbo is not None:
-        rows = ElboRows(documents, shown, tokenizer.mask_token_id, **elbo)
+        rows = ElboRows(documents, shown, tokenizer.mask_token_id, **elbo, score_end=score_end)
     elif pseudo is None:
-        rows = WindowRows(documents, shown, objective, masks_seed)
+        rows = WindowRows(documents, shown, objective, masks_seed, score_end)
     else:
         # An unknown token stands for text, and is scored.
         special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        rows = PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo)
+        rows = PseudoRows(documents, shown, tokenizer.mask_token_id, sorted(special), **pseudo, score_end=score_end)
     if not any(len(rows.row(i).tokens) for i in range(len(rows))):
         raise UserError("there is nothing to score: the text has no token that this context lets the model predict.")
     target = {"_target_": f"{type(objective).__module__}.{type(objective).__qualname__}"}
     policy = {
         "context": context.name,
         "block_size": context.block_size,
-        "stride": None if objective.bidirectional or context.name == "blocks" else context.step,
+        "stride": None if objective.bidirectional or context.name not in STRIDES else context.step,
         "drop_remainder_every": choices.drop_remainder_every if context.name == "blocks" else None,
         **{key: getattr(choices, key) for key in ("end_of_text", "special_tokens", "truncation")},
         "objective": None if pseudo or elbo else objective_config or target,
@@ -90,6 +97,7 @@ def hold_out(
         "pseudo": pseudo,
         **({"elbo": elbo} if elbo else {}),
         **({"document_attention": True} if shown.document_attention else {}),
+        **({} if score_end else {"score_end": False}),
     }
     facts = {
         "figure": BOUND if elbo else "pseudo_perplexity" if pseudo else objective.metric,

@@ -21,9 +21,10 @@ OF_GENERATORS = "Each model was scored on tokens of its own generator: compare o
 NATS_PER_UNKNOWN_BYTE = math.log(256)
 """The charge for each byte that an unknown token stands for: 8 bits, in nats."""
 WORDS = {
-    "text": "A word is what stands between white space. The end of a document counts as one, as its nll does.",
-    "words": "A word is what stands between white space. The end of a line, as that of a document, counts as one, as "
-    "its nll does: the count of the literature on PTB and WikiText.",
+    "text": "A word is what stands between white space. The end of a document counts as one where its nll is scored.",
+    "words": "A word is what stands between white space. The end of a line counts as one where its nll is scored, that "
+    "of the line feed or, behind a last line without one, of the end of the document. So counts the literature on PTB "
+    "and WikiText.",
 }
 """The definitions of a word, by the config key `units` (docs/measure.md, "Words")."""
 

@@ -256,6 +256,8 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
         drawn = policy["elbo"]["draws"]
         lines["bound"] = f"of the nll of a text written in random order, from {drawn} random masks of each window"
     lines["scored"] = ", ".join(f"{totals[name]:,} {name}" for name in ("tokens", "bytes", "words"))
+    if certificate.get("units") == "words":
+        lines["scored"] += f" and {totals['lines']:,} ends of lines"
     if unknown:
         lines["unknown tokens"] = (
             f"{unknown:,}, for {totals['unknown_bytes']:,} bytes, which are charged 8 bits each: ≤ is an upper bound"
@@ -270,7 +272,8 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
         lines[f"domain {name}"] = f"{values or 'nothing scored'} ({own['totals']['documents']:,} documents)"
     stride = f", stride {policy['stride']}" if policy["stride"] else ""
     apart = ", documents apart" if policy.get("document_attention") else ""
-    lines["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}{apart}"
+    ends = "" if policy.get("score_end", True) else ", ends of documents not scored"
+    lines["context"] = f"{policy['context']}, {policy['block_size']} positions{stride}{apart}{ends}"
     if "calibration" in certificate:
         of = certificate["calibration"]
         lines["calibration"] = (

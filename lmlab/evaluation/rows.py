@@ -58,6 +58,8 @@ class WindowRows:
     seed: int
     """The seed of the objective's masks. It is not that of a run, so that runs of all seeds are scored on the same
     positions."""
+    score_end: bool = True
+    """False to leave out the targets that end a document."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -86,7 +88,7 @@ class WindowRows:
         if self.objective.auto_class == "AutoModelForSeq2SeqLM":
             example = make_example(self.objective, self.documents.tokens[start:end], (self.seed, EVALUATION, index))
             tokens = targets_in_text(self.objective, example)
-            return Row(
+            row = Row(
                 np.array([*head, *example.inputs, *tail]),
                 example.positions,
                 example.targets,
@@ -94,6 +96,7 @@ class WindowRows:
                 decoder_inputs=example.decoder_inputs,
                 textless=tokens < 0,
             )
+            return self.scored(row)
         if not self.objective.bidirectional and not w.document_attention:
             ids = np.concatenate([np.array(head, np.int32), self.documents.tokens[start:end]])
             continues = np.concatenate([np.zeros(len(head), bool), self.documents.continues(start, end)])
@@ -103,7 +106,8 @@ class WindowRows:
             scored = tokens >= w.scored[index]
             # The last token is a target alone, unless positions before it see it.
             inputs = example.inputs[: max(len(example.inputs) - shift, example.prefix)]
-            return Row(inputs, example.positions[scored], example.targets[scored], tokens[scored], example.prefix)
+            own, targets = example.positions[scored], example.targets[scored]
+            return self.scored(Row(inputs, own, targets, tokens[scored], example.prefix))
         examples, draws = [], list[np.ndarray]()
         for document, first, stop in document_parts(self.documents, start, end):
             key, offset = (self.seed, EVALUATION, document), first - int(self.documents.edges[document])
@@ -118,9 +122,20 @@ class WindowRows:
         prefix = len(ids) if example.prefix else 0
         own = tokens - shift - start + len(head)
         documents = documents_of(w, self.documents, start, end)
-        return Row(
+        row = Row(
             ids, own, targets, tokens, prefix, draws=np.concatenate(draws) if draws else None, documents=documents
         )
+        return self.scored(row)
+
+    def scored(self, row: Row) -> Row:
+        """Returns a row with those of its targets that are scored: all, or without the ends of documents."""
+        if self.score_end:
+            return row
+        kept = ~self.documents.ends(row.tokens)
+        if row.textless is not None:
+            kept |= row.textless
+        of_targets = {name: getattr(row, name) for name in ("positions", "targets", "tokens", "textless", "draws")}
+        return row._replace(**{name: array[kept] for name, array in of_targets.items() if array is not None})
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -212,6 +227,7 @@ class PseudoRows:
         within_word: bool = False,
         sample: float | None = None,
         seed: int | None = None,
+        score_end: bool = True,
     ):
         """Chooses the tokens to score.
 
@@ -221,9 +237,12 @@ class PseudoRows:
             within_word: True to hide the rest of the token's word as well (PLL-word-l2r, Kauf and Ivanova 2023).
             sample: the probability with which each token is scored, drawn from (seed, document, position); None scores
                 all.
+            score_end: False to leave out the tokens that end a document also where the id is none of `special_ids`.
         """
         self.documents, self.windows, self.mask_id, self.within_word = documents, windows, mask_id, within_word
         candidates = ~np.isin(documents.tokens, special_ids)
+        if not score_end:
+            candidates &= ~documents.ends(np.arange(len(candidates)))
         if sample is not None:
             # The fourth word of each position: masks are decided by the others.
             words = (
@@ -284,28 +303,35 @@ class ElboRows:
     half the k are spread evenly over 1 … L. Whatever is drawn is a function of (seed, window, row).
     """
 
-    def __init__(self, documents: Documents, windows: Windows, mask_id: int, draws: int, seed: int):
+    def __init__(
+        self, documents: Documents, windows: Windows, mask_id: int, draws: int, seed: int, score_end: bool = True
+    ):
         """Takes the windows, in which each token is scored.
 
         Args:
             mask_id: the id that hides a token.
             draws: the number of rows for each window; an even one.
+            score_end: False to bound the nll of the text given the tokens that end documents: these are never hidden.
         """
         if draws % 2:
             raise UserError(f"draws={draws}: it has to be an even number, as two halves are compared for the error.")
         self.documents, self.windows, self.mask_id, self.draws, self.seed = documents, windows, mask_id, draws, seed
+        self.score_end = score_end
         self.lengths: np.ndarray = np.tile(windows.lengths, draws)
 
     def row(self, index: int) -> Row:
         """Returns the row of a draw: those of the first draw of all windows come first."""
         w, (draw, window) = self.windows, divmod(index, len(self.windows))
         start, end = int(w.starts[window]), int(w.ends[window])
-        length, (half, stratum) = end - start, divmod(draw, self.draws // 2)
+        own = np.arange(start, end)
+        if not self.score_end:
+            own = own[~self.documents.ends(own)]
+        length, (half, stratum) = len(own), divmod(draw, self.draws // 2)
         # The counter keeps these words apart from those of masks, whose third is 0, and of orders, whose last is.
         stream = np.random.Philox(key=np.array([self.seed, EVALUATION], np.uint64), counter=[0, draw, 1, window + 1])
         random = np.random.Generator(stream)
         hidden = min(length, 1 + int(length * (stratum + random.random()) / (self.draws // 2)))
-        chosen = np.sort(random.permutation(length)[:hidden])
+        chosen = own[np.sort(random.permutation(length)[:hidden])] - start
         ids = np.array(self.documents.tokens[start:end])
         targets = ids[chosen]
         ids[chosen] = self.mask_id
@@ -315,8 +341,8 @@ class ElboRows:
             chosen + len(head),
             targets,
             start + chosen,
-            counted=np.arange(start, end) if draw == 0 else np.zeros(0, np.int64),
-            factor=length / (hidden * self.draws),
+            counted=own if draw == 0 else own[:0],
+            factor=length / (max(1, hidden) * self.draws),
             half=2 * window + half,
             documents=documents_of(w, self.documents, start, end),
         )

@@ -23,6 +23,8 @@ from lmlab.runs.directory import RunDirectory
 
 OF_MASKS = ("objective", "masks_seed", "pseudo", "elbo")
 """The entries of a policy that say which tokens are hidden and scored; where all are scored, they need not agree."""
+DEFAULTS = {"document_attention": False, "score_end": True}
+"""The values of entries that a policy names only where they are others."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def check_comparable(runs: Sequence[Records]) -> None:
         if mixed:
             free.append("stride")  # a model that sees both sides has no overlapping windows
         for key in [key for key in one["policy"] | two["policy"] if key not in free]:
-            here, there = (certificate["policy"].get(key) for certificate in (one, two))
+            here, there = ((DEFAULTS | certificate["policy"]).get(key) for certificate in (one, two))
             if here != there:
                 raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{same}")
         # The tokens that are masked, or sampled, are drawn one by one.

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from lmlab.data.preprocess import Bounds
 
-CONTEXTS = ("blocks", "document", "sliding")
+CONTEXTS = ("blocks", "document", "sliding", "rolling", "fixed_length")
+STRIDES = ("document", "sliding", "fixed_length")
+"""The contexts whose windows overlap by as much as a stride leaves; for models that do not see ahead."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ class Context:
     document: each document on its own, with the tokenizer's special tokens around it; one that is longer than a block
     in several windows.
     sliding: all documents as one text; windows overlap, so that every token is scored, with at least
-    block_size - stride tokens before it if there are so many."""
+    block_size - stride tokens before it if there are so many.
+    rolling: each document on its own, in windows that share no more than a token; the last one of several begins early
+    enough to be full. These are the windows of `loglikelihood_rolling` of lm-evaluation-harness.
+    fixed_length: all documents as one text without a special token before it, whose first token is not scored; windows
+    overlap as in sliding, and end with the last token that they score. These are the windows of "Perplexity of
+    fixed-length models" in the documentation of transformers."""
     block_size: int = 128
     """The number of positions that the model is given at once."""
     stride: int | None = None
@@ -50,12 +57,15 @@ class Context:
             )
         if type(self.block_size) is not int or self.block_size < 2:
             raise UserError(f"preprocess.block_size must be at least 2, not {self.block_size}: 1 token has no context.")
-        if self.name == "blocks" and self.stride is not None:
-            raise UserError("stride is for context=sliding and context=document: blocks do not overlap.")
-        if self.document_attention and self.name == "sliding":
+        if self.name not in STRIDES and self.stride is not None:
             raise UserError(
-                "context=sliding lets a model see the documents before its own, and preprocess.document_attention=true "
-                "does not.\nChoose context=document or blocks, or preprocess.document_attention=false."
+                f"stride is for context={', '.join(STRIDES)}: the windows of context={self.name} follow on one another."
+            )
+        if self.document_attention and self.name in ("sliding", "fixed_length"):
+            raise UserError(
+                f"context={self.name} lets a model see the documents before its own, and "
+                "preprocess.document_attention=true does not.\n"
+                "Choose context=document or blocks, or preprocess.document_attention=false."
             )
         if self.stride is not None and (type(self.stride) is not int or not 1 <= self.stride <= self.block_size):
             raise UserError(
@@ -66,6 +76,8 @@ class Context:
     @property
     def step(self) -> int:
         """The number of tokens from one window to the next."""
+        if self.name == "rolling":
+            return self.block_size
         return self.stride if self.stride is not None else self.block_size // 2
 
 
@@ -104,6 +116,7 @@ def windows(
     bounds: "Bounds",
     objective: Objective,
     tokenizer: "PreTrainedTokenizerBase",
+    score_end: bool = True,
 ) -> Windows:
     """Returns the windows of a context.
 
@@ -111,6 +124,7 @@ def windows(
         bounds: the first token of each block that `group_texts` cuts, and the one after its last.
         objective: the objective; windows overlap only if it does not let the model see the tokens after a position.
         tokenizer: the tokenizer, which has the special tokens that begin and end a text.
+        score_end: False if tokens that end documents are not scored: none needs a place at the end of a window then.
     """
     if context.name == "blocks":
         shift = objective.target_shift
@@ -120,9 +134,9 @@ def windows(
         framed = np.zeros(len(starts), bool)
         return Windows(starts, ends, starts + shift, framed, [], [], context.document_attention)
     if objective.bidirectional:
-        if context.name == "sliding":
+        if context.name != "document":
             raise UserError(
-                "context=sliding is for causal models, and this one sees the tokens after a position.\n"
+                f"context={context.name} is for causal models, and this one sees the tokens after a position.\n"
                 "Choose context=document or blocks."
             )
         if context.stride is not None:
@@ -134,8 +148,13 @@ def windows(
         begins = ("cls", "bos") if objective.auto_class == "AutoModelForSeq2SeqLM" else ("cls", "bos", "eos")
         opening, closing = special_ids(tokenizer, *begins), special_ids(tokenizer, "sep", "eos")
         return disjoint_windows(context.block_size, documents, opening, closing)
-    edges = np.array([0, len(documents.tokens)]) if context.name == "sliding" else documents.edges
-    return overlapping_windows(context, documents.tokens, edges, special_ids(tokenizer, "bos", "eos"))
+    whole = context.name in ("sliding", "fixed_length")
+    edges = np.array([0, len(documents.tokens)]) if whole else documents.edges
+    first, last = edges[:-1], edges[1:]
+    if not score_end:
+        last = last - ((last > first) & documents.ends(last - 1))
+    opening = [] if context.name == "fixed_length" else special_ids(tokenizer, "bos", "eos")
+    return overlapping_windows(context, documents.tokens, first, last, opening)
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase", *names: str) -> list[int]:
@@ -144,7 +163,9 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase", *names: str) -> list[int]:
     return [token for token in ids if token is not None]
 
 
-def overlapping_windows(context: Context, tokens: np.ndarray, edges: np.ndarray, opening: Sequence[int]) -> Windows:
+def overlapping_windows(
+    context: Context, tokens: np.ndarray, first: np.ndarray, last: np.ndarray, opening: Sequence[int]
+) -> Windows:
     """Returns windows within each text for next-token prediction, as with block_size=4 and stride=2 for a text a … g:
 
     ```
@@ -156,23 +177,38 @@ def overlapping_windows(context: Context, tokens: np.ndarray, edges: np.ndarray,
     ```
 
     In brackets are the inputs. The last token of a window is a target only, so that a window of block_size + 1 tokens
-    needs block_size positions.
+    needs block_size positions. Two contexts differ from that, here with block_size=4 and a text a … f:
+
+    ```
+    number      0  1  2  3  4  5  6
+    rolling     S  a  b  c  d  e  f
+    window 0   [S  a  b  c] d                   targets a b c d
+    window 1         [b  c  d  e] f             targets e f: it would begin with d, and have room for two more
+
+    number      0  1  2  3  4  5
+    fixed       a  b  c  d  e  f                stride=2; the last token of a window is one of its block_size tokens
+    window 0   [a  b  c] d                      targets b c d
+    window 1         [c  d  e] f                targets e f
+    ```
 
     Args:
         tokens: the tokens of all texts, end to end.
-        edges: [texts + 1] text i has the tokens edges[i] … edges[i + 1] - 1.
+        first: [texts] the first token of each.
+        last: [texts] the one past its last.
         opening: the special tokens that a text may begin with already; if it begins with none, the first is put there.
     """
-    first, last = edges[:-1], edges[1:]
     framed = (last > first) & ~is_one_of(opening, tokens, first) if opening else np.zeros(len(first), bool)
     length = last - first + framed
-    beyond = np.maximum(0, length - context.block_size - 1)
+    size = context.block_size + (context.name != "fixed_length")  # of a window, with the last target
+    beyond = np.maximum(0, length - size)
     count = np.where(length > 1, 1 + -(-beyond // context.step), 0)
     text, number = numbered(count)
     # Counted from the special token, where there is one.
     start = number * context.step
-    end = np.minimum(start + context.block_size + 1, length[text])
-    scored = np.where(number == 0, 1, start - context.step + context.block_size + 1)
+    end = np.minimum(start + size, length[text])
+    scored = np.where(number == 0, 1, start - context.step + size)
+    if context.name == "rolling":
+        start = np.minimum(start, beyond[text])
     origin = first[text] - framed[text]
     opens = (number == 0) & framed[text]
     return Windows(origin + start + opens, origin + end, origin + scored, opens, list(opening[:1]), [])

@@ -5,7 +5,7 @@ promises, and one forward pass. Nothing of lmlab is imported here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby
 from typing import Any
@@ -29,6 +29,7 @@ class Token:
     lines: int = 0
     unspelled: int = 0
     """Bytes."""
+    scored: bool = True
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Sums:
     unknown_bytes: int = 0
 
     def add(self, token: Token, nll: float) -> None:
+        if not token.scored:
+            return
         self.nll += nll
         self.tokens += 1
         self.bytes += token.bytes
@@ -116,6 +119,11 @@ def tokenized(texts: Sequence[str], tokenizer: Any, end_of_text: bool = True) ->
             tokens.append(Token(end, number, size, len(text.split()), None, True, lines, unspelled=size))
         documents.append(tokens)
     return documents
+
+
+def without_ends(documents: list[list[Token]]) -> list[list[Token]]:
+    """The same tokens, of which those that end a document are context alone."""
+    return [[replace(token, scored=not token.ends_text) for token in tokens] for tokens in documents]
 
 
 def first_of(tokenizer: Any, *names: str) -> list[int]:
