@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def certify(
     num_workers: int = 0,
     chunk_size: int | None = None,
     facts: Mapping[str, Any] | None = None,
+    write: Callable[..., None] = records.write,
 ) -> None:
     """Scores held-out text and writes its records and certificate into a directory; `records.read` reads them.
 
@@ -117,6 +118,7 @@ def certify(
         num_workers: the number of processes that make batches, for each rank.
         chunk_size: the number of scored positions whose logits are in memory at once; None for all.
         facts: further entries of the certificate; by default the name and the hash of the model.
+        write: the function that writes them, with the parameters of `records.write`; a suite has one of its own.
 
     Raises:
         UserError: the model gives a target no finite nll.
@@ -143,7 +145,7 @@ def certify(
     if trainer.is_global_zero:
         path.mkdir(parents=True, exist_ok=True)
         facts = {**held_out.facts, **facts, "precision": precision_of(trainer)}
-        records.write(path, held_out.documents, *scorer.result, facts)
+        write(path, held_out.documents, *scorer.result, facts)
 
 
 def silence_lightning() -> None:
