@@ -62,6 +62,7 @@ def measure(cfg: DictConfig) -> None:
             if not ranks.rank():
                 log_doubts(data.ledger)
             held_out = build.build_held_out(one, data, objective)
+            write = build.build_writer(cfg, held_out)
             build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
         ranks.check_ranks_agree(**hashes)
         certify(
@@ -75,6 +76,7 @@ def measure(cfg: DictConfig) -> None:
             surprisal=tokenizer if cfg.surprisal else None,
             calibration=cfg.calibration,
             facts={"weights_hash": weights, **facts, "run": trained and trained.trained_as(), **run.provenance()},
+            write=write,
         )
 
 
@@ -125,7 +127,8 @@ def held_out_data(cfg: DictConfig, tokenizer: Any, trained: RunDirectory | None)
 
 def check_invariance(cfg: DictConfig) -> None:
     """Measures again at another batch size and number of devices, and refuses totals that differ beyond rounding."""
-    from lmlab.evaluation import records
+    from lmlab.evaluation.records import check_agreement
+    from lmlab.evaluation.suites.certificates import read
 
     again = cfg.copy()
     again.merge_with(evaluated.other_width(cfg), {"run_dir": f"{cfg.run_dir}/check"})
@@ -134,8 +137,8 @@ def check_invariance(cfg: DictConfig) -> None:
         other.start({"masks": cfg.seed})
         compose.write_config(again, other.path)
         on_all_ranks("evaluate", measure, again)
-        first = records.read(run.path)
-        difference = records.check_agreement(first, records.read(other.path))
+        first = read(run.path)
+        difference = check_agreement(first, read(other.path))
     finally:
         shutil.rmtree(other.path, ignore_errors=True)
     widths = {"batch_size": [cfg.batch_size, again.batch_size], "devices": [cfg.trainer.devices, again.trainer.devices]}
@@ -193,7 +196,7 @@ def snapshot_of_unfinished(cfg: DictConfig, trusted: Sequence[str]) -> Iterator[
 
 def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[str]) -> float:
     """Measures on all ranks, checks and shows the result. Metrics whose check failed are not kept."""
-    from lmlab.evaluation import records
+    from lmlab.evaluation.suites.certificates import describe, read
 
     config, given = compose.config_yaml(cfg), compose.overrides_yaml(overrides)
     directories = [RunDirectory(run.path / f"step-{step}") for step in cfg.series] if cfg.series else [run]
@@ -209,20 +212,20 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
                 for file in (directory.certificate, directory.records):
                     file.unlink(missing_ok=True)
             raise
-    certificates = [records.read(directory.path).certificate for directory in directories]
+    certificates = [read(directory.path).certificate for directory in directories]
     tokens, last = sum(certificate["totals"]["tokens"] for certificate in certificates), certificates[-1]
     about = {"speed": f"{tokens / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"}
     if cfg.series:
         about["certificates"] = str(from_here(run.path / "step-…" / run.certificate.name))
         show_series(certificates, about)
     else:
-        show_result(records.describe(last) | about | {"certificate": str(from_here(run.certificate))})
+        show_result(describe(last) | about | {"certificate": str(from_here(run.certificate))})
     return last["figures"][last["figure"]]
 
 
 def show_series(certificates: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> None:
     """Prints the metrics of each model of a series in a table, and below it what is alike for all of them."""
-    from lmlab.evaluation.records import describe
+    from lmlab.evaluation.suites.certificates import describe
 
     texts = [describe(certificate) for certificate in certificates]
     metrics = [title for title in texts[0] if title.replace(" ", "_") in certificates[0]["figures"]]

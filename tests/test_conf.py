@@ -30,13 +30,15 @@ REQUIRED = {
     "data=tokens": ["data.train=x.bin"],
     "tokenizer=prepared": ["data=prepared", "data.path=x"],
     "model=pretrained": ["model.name=me/model"],
+    "suite=minimal_pairs": ["pairs=x.jsonl"],
     "model=scratch": ["model.architecture=gpt2"],
     "tokenizer=pretrained": ["tokenizer.name=me/tokenizer"],
 }
-OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+ALL = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+OPTIONS = [option for option in ALL if not option.startswith("suite=")]  # of evaluations alone
 # A trained model comes with its weights and its tokenizer, and nothing is trained or logged.
 OF_EVALUATION = [
-    option for option in OPTIONS if option.split("=")[0] in ("data", "objective", "preprocess", "trainer")
+    option for option in ALL if option.split("=")[0] in ("data", "objective", "preprocess", "suite", "trainer")
 ] + ["tokenizer=pretrained"]
 
 
@@ -86,7 +88,8 @@ def test_option_composes_and_fits_its_constructor(option: str) -> None:
 @pytest.mark.parametrize("option", OF_EVALUATION)
 def test_option_composes_for_an_evaluation(option: str) -> None:
     group = option.split("=")[0]
-    others = [word for word in ("data=sample", "objective=clm") if not word.startswith(f"{group}=")]
+    own = ("data=", "suite=") if group in ("data", "suite") else f"{group}="  # a suite brings its text
+    others = [word for word in ("data=sample", "objective=clm") if not word.startswith(own)]
     cfg = compose_evaluation(option, *others, *REQUIRED.get(option, []))
     fits(cfg, "evaluate")
     # Whatever else an option brings along, the model is the one that was named, with its own tokenizer.
@@ -141,7 +144,11 @@ def test_sweep_composes(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize("name", ["train", "evaluate", "trainer", "validation", "preprocess"])
 def test_each_key_is_declared_with_its_meaning(name: str) -> None:
     """The schema has the keys of the YAML files, those of its groups included, and says what each of them means."""
-    words = ["data=sample", "objective=clm", "+model.name=x"] if name == "evaluate" else ["distill=teacher"]
+    words = (
+        ["data=sample", "objective=clm", "+model.name=x", "suite=minimal_pairs"]
+        if name == "evaluate"
+        else ["distill=teacher"]
+    )
     cfg = compose(*words, verb="evaluate" if name == "evaluate" else "train")
     block = cfg if name in ("train", "evaluate") else cfg[name]
     declared = schema.DECLARED[name]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from lmlab.config import evaluated
 from lmlab.evaluation import records, scoring
+from lmlab.evaluation.suites import certificates
 from lmlab.models.loss import Scores, score
 
 from .conftest import TINY, TINY_MLM, run_verb
@@ -468,6 +469,73 @@ def test_multirun(causal: Path, masked: Path, text: Path, tmp_path: Path, evalua
         place = tmp_path / "sweep" / str(number)
         assert certificate(place)["model"] == str(run / "model")
         same(place, evaluate(f"model={run}", *files(text)))
+
+
+# --- Minimal pairs ---
+
+PAIRS = (
+    "good,bad,phenomenon\n"
+    "The galaxies are old.,The galaxies is old.,agreement\n"
+    "Why does water boil?,Why do water boil?,agreement\n"
+    "You can see it.,You see can it.,order\n"
+)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[str]:
+    """The words of a command for a file of pairs."""
+    (tmp_path / "pairs.csv").write_text(PAIRS)
+    return ["suite=minimal_pairs", f"pairs={tmp_path / 'pairs.csv'}"]
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_minimal_pairs(
+    kind: str, pairs: list[str], evaluate: Verb, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No batch size moves them."""
+    model = f"model={request.getfixturevalue(kind)}"
+    found = certificates.read(evaluate(model, *pairs))
+    shown = capsys.readouterr().out
+    assert "pairs accuracy" in shown
+    assert "3 pairs" in shown
+    other = certificates.read(evaluate(model, *pairs, "batch_size=1"))
+    np.testing.assert_allclose(found.sums[0], other.sums[0], rtol=1e-6)
+    assert found.certificate["figures"] == other.certificate["figures"]
+    policy = found.certificate["policy"]
+    assert policy["end_of_text"] is False
+    assert (policy["pseudo"] or {}).get("within_word") is (True if kind == "masked" else None)
+
+
+@pytest.mark.long
+def test_minimal_pairs_on_two_devices(causal: Path, masked: Path, evaluate: Verb, pairs: list[str]) -> None:
+    for run in (causal, masked):
+        one = certificates.read(evaluate(f"model={run}", *pairs))
+        two = certificates.read(
+            evaluate(f"model={run}", *pairs, "trainer=ddp", "trainer.accelerator=cpu", "batch_size=2")
+        )
+        np.testing.assert_allclose(one.sums[0], two.sums[0], rtol=1e-6)
+        assert one.certificate["figures"] == two.certificate["figures"]
+        checked = certificates.read(evaluate(f"model={run}", *pairs, "check=true")).certificate["check"]
+        assert checked["devices"] == [1, 2]
+        assert checked["total_moved_by"] <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("suite=minimal_pairs", "suite=minimal_pairs needs pairs: add pairs=FILE"),
+        ("suite=minimal_pairs pairs=none.csv", "pairs=none.csv: no such file"),
+        ("suite=minimal_pairs pairs=x data=sample", "leave data=… out"),
+        ("suite=minimal_pairs pairs=x context=sliding", "leave context, stride and sample out"),
+        ("suite=minimal_pair pairs=x", "minimal_pairs"),
+        ("pairs=x", "pairs"),
+    ],
+)
+def test_minimal_pairs_that_are_refused(
+    words: str, said: str, causal: Path, evaluate: Verb, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert said in refused(capsys, lambda: evaluate(f"model={causal}", *words.split(), run_dir=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 # --- Widths and precisions ---

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,10 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
     score, seed = cfg.get("score") or getattr(objective, "score", "labels"), cfg.seed if "score" in cfg else 0
     pseudo = elbo = None
     if score == "pseudo":
-        pseudo = {"within_word": cfg.within_word, "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
+        documents = data.validation
+        # To some tokenizers no token goes on with a word, and the default of a suite is for all of them.
+        within_word = cfg.within_word and ("suite" not in cfg or documents.continues(0, len(documents.tokens)).any())
+        pseudo = {"within_word": bool(within_word), "sample": cfg.sample, "seed": cfg.seed if cfg.sample else None}
     if score == "elbo":
         elbo = {"draws": cfg.get("draws") or getattr(objective, "draws", DRAWS), "seed": seed}
     choices = preprocessing(cfg)
@@ -134,6 +138,23 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         score_end=cfg.get("score_end", True),
         units=cfg.get("units", "text"),
     )
+
+
+def build_writer(cfg: DictConfig, held_out: "HeldOut") -> Callable[..., None]:
+    """Returns the function that writes what an evaluation came to, see `lmlab.evaluation.certify.certify`.
+
+    Args:
+        held_out: the rows that are scored; those of a suite are checked.
+    """
+    from lmlab.data.pairs import read_pairs
+    from lmlab.evaluation import records
+    from lmlab.evaluation.suites import minimal_pairs
+
+    if "suite" not in cfg:
+        return records.write
+    pairs = read_pairs(cfg.pairs, cfg.phenomenon)
+    minimal_pairs.check(pairs, held_out)
+    return partial(minimal_pairs.write, pairs=pairs)
 
 
 def held_out_objective(cfg: DictConfig, objective: "Objective") -> DictConfig:

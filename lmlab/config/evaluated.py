@@ -39,13 +39,15 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     if "objective" not in cfg:
         cfg.objective = run.objective if run is not None else objective_of(cfg)
         taken += ["objective"] if run is not None else []
-    if "_target_" not in (cfg.get("data") or {}):
+    if "suite" in cfg:
+        take_pairs(cfg)
+    elif "_target_" not in (cfg.get("data") or {}):
         take_data(cfg, run, overrides)
         taken += ["data", "preprocess"]
     if cfg.data._target_ == "lmlab.data.shards.load_prepared" and "tokenizer=prepared" not in overrides:
         cfg.tokenizer = OmegaConf.load(CONF / "tokenizer" / "pretrained.yaml")  # the model's, whatever the text has
     for key in AS_IN_TRAINING:
-        if cfg.preprocess.get(key) is None and run is not None:
+        if cfg.preprocess.get(key) is None and run is not None and "suite" not in cfg:
             cfg.preprocess[key] = run.preprocess.get(key)
     if cfg.preprocess.document_attention is None:
         cfg.preprocess.document_attention = False
@@ -54,7 +56,10 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     cfg.pop("trust")
     trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
     refuse_redacted(secrets.redacted_keys(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
-    own = getattr(target(cfg.objective, "objective"), "score", "labels")
+    objective = target(cfg.objective, "objective")
+    own = getattr(objective, "score", "labels")
+    if "suite" in cfg and objective.auto_class == "AutoModelForMaskedLM":
+        own = "pseudo"
     cfg.score = cfg.score or own
     cfg.context = cfg.context or ("blocks" if cfg.score == own else "document")
     return cfg
@@ -111,6 +116,19 @@ def of_step(cfg: DictConfig, step: int) -> DictConfig:
     one = cfg.copy()
     one.model.name = str(RunDirectory(Path(cfg.model.name).parents[1]).series_at(step))
     return one
+
+
+def take_pairs(cfg: DictConfig) -> None:
+    """Sets the block data to the sentences of the minimal pairs that a command names.
+
+    Raises:
+        UserError: it names none, or other data besides.
+    """
+    if OmegaConf.is_missing(cfg, "pairs") or cfg.pairs is None:
+        raise UserError(f"suite={cfg.suite} needs pairs: add pairs=FILE to the command, or a glob in quotes.")
+    if cfg.get("data"):
+        raise UserError(f"suite={cfg.suite} scores the sentences of pairs=…: leave data=… out.")
+    cfg.data = {"_target_": "lmlab.data.pairs.load_pairs", "pairs": cfg.pairs, "phenomenon": cfg.phenomenon}
 
 
 def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> None:

@@ -128,6 +128,13 @@ class Evaluate(Config):
     """Packages whose code may run where the config of the run names it."""
     series: bool | list[Annotated[int, Ge(0)]] = False
     """Score each model of the run's series, or those of these steps."""
+    suite: Literal["minimal_pairs"] | None = None
+    """Another measure than the nll of held-out text; null measures that."""
+    pairs: str | list[str] | None = None
+    """Files of minimal pairs, by path or glob, with suite=minimal_pairs."""
+    phenomenon: str | None = None
+    """The column that names the phenomenon of a pair; null is phenomenon, linguistics_term or UID, or the file's
+    name."""
     surprisal: bool = False
     """Write the surprisal of each word of the text too."""
     calibration: bool = False
@@ -254,8 +261,14 @@ def check_choices(cfg: DictConfig) -> None:
     from lmlab.evaluation.windows import Context
 
     check_keys(cfg, "evaluate")
-    if cfg.score != "pseudo" and (cfg.within_word or cfg.sample is not None):
+    suite = cfg.get("suite")
+    if cfg.score != "pseudo" and ((cfg.within_word and not suite) or cfg.sample is not None):
         raise UserError("within_word and sample are for score=pseudo.")
+    if suite and (cfg.context != "document" or cfg.stride is not None or cfg.sample is not None):
+        raise UserError(f"suite={suite} scores all of each sentence on its own: leave context, stride and sample out.")
+    other = next((key for key in ("surprisal", "calibration") if cfg[key]), None)
+    if suite and other:
+        raise UserError(f"{other}=true is for held-out text, and suite={suite} scores sentences: leave one of them out.")
     if cfg.series and cfg.check:
         raise UserError("check=true is for one model, and series=… for several: leave one of them out.")
     if "texts" in takes(cfg.tokenizer, "tokenizer"):

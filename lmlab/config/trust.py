@@ -22,7 +22,7 @@ from lmlab.io import read_json
 OWN = {
     "data": (
         "lmlab.data.sources.Corpus | lmlab.data.prepared.Tokenized | lmlab.data.mixture.Mixture",
-        ["lmlab.data.sources", "lmlab.data.shards", "lmlab.data.token_files", "lmlab.data.mixture"],
+        ["lmlab.data.sources", "lmlab.data.pairs", "lmlab.data.shards", "lmlab.data.token_files", "lmlab.data.mixture"],
     ),
     "tokenizer": ("transformers.PreTrainedTokenizerBase", ["lmlab.data.tokenizers"]),
     "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),

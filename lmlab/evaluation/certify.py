@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,7 @@ def certify(
     facts: Mapping[str, Any] | None = None,
     surprisal: PreTrainedTokenizerBase | None = None,
     calibration: bool = False,
+    write: Callable[..., None] = records.write,
 ) -> None:
     """Scores held-out text and writes its records and certificate into a directory; `records.read` reads them.
 
@@ -135,6 +136,7 @@ def certify(
         facts: further entries of the certificate; by default the name and the hash of the model.
         surprisal: the tokenizer, to write the surprisal of each word too; None does without.
         calibration: whether the certificate is to say how confidence and accuracy of the predictions go together.
+        write: the function that writes them, with the parameters of `records.write`; a suite has one of its own.
 
     Raises:
         UserError: the model gives a target no finite nll.
@@ -172,7 +174,7 @@ def certify(
             write_beside(RunDirectory(path).words, lambda beside: pq.write_table(words, beside))
             count = len(words) - words["text"].to_pylist().count("")  # which ends of documents are
             facts["surprisal"] = {"words": count, "correction": CORRECTION if held_out.causal else None}
-        records.write(path, documents, *scorer.result, facts)
+        write(path, documents, *scorer.result, facts)
 
 
 def silence_lightning() -> None:

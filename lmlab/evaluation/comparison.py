@@ -46,7 +46,7 @@ def seed_error(one: Side, other: Side) -> tuple[float, float]:
     variances are involved", Biometrika 34). A side of a single run is taken to vary as the other does. Two such sides
     say nothing about seeds, and give (0, 0).
     """
-    sides = [side.bits_per_byte for side in (one, other)]
+    sides = [side.ratios for side in (one, other)]
     known = [values.var(ddof=1) for values in sides if len(values) > 1]
     if not known or not any(known):
         return 0.0, 0.0
@@ -150,8 +150,8 @@ def compare_sides(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any
             "exact": side.exact,
             "ends": side.runs[0].certificate["totals"].get("ends"),
             "unknown_bytes": max(run.certificate["totals"].get("unknown_bytes", 0) for run in side.runs),
-            "value": float(side.bits_per_byte.mean()),
-            "deviation_of_seeds": float(side.bits_per_byte.std(ddof=1)) if len(side.runs) > 1 else None,
+            "value": float(side.ratios.mean()),
+            "deviation_of_seeds": float(side.ratios.std(ddof=1)) if len(side.runs) > 1 else None,
             **vars(Difference() if number == against else difference(side, sides[against])),
         }
         for number, side in enumerate(sides)

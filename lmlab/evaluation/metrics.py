@@ -46,6 +46,22 @@ def perplexity(nll: float) -> float:
     return float(torch.tensor(nll, dtype=torch.float64).exp())
 
 
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Returns the ends of the 95 % interval of a share (Wilson 1927, "Probable Inference, the Law of Succession, and
+    Statistical Inference", Journal of the American Statistical Association 22).
+
+    It is for few trials too, and lies within 0 to 1 also where all succeed or none.
+
+    Args:
+        successes: their number, in which a tie counts half.
+    """
+    z, share = 1.959964, successes / trials
+    middle = share + z**2 / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / trials) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
 def sum_totals(nll: np.ndarray, counts: np.ndarray, stretches: np.ndarray | None = None) -> dict[str, Any]:
     """Returns the totals of `DocumentSums`, exactly rounded, whatever the order of the rows.
 

@@ -10,7 +10,7 @@ Shapes: S rows, each a stretch.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,8 @@ SCHEMAS = {
     )
     for version in range(1, FORMAT + 1)
 }
+AGAIN = "Evaluate again: python -m lmlab.evaluate model=…"
+"""The last words on an evaluation that can't be read."""
 AT_MOST = "≤ "
 """The sign before a metric that is an upper bound."""
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
@@ -86,8 +88,10 @@ class Records:
         return nll, counts
 
     @property
-    def bits_and_bytes(self) -> np.ndarray:
-        """[S, 2] float64: bits of each row's text, unknown tokens charged, and its bytes."""
+    def terms(self) -> np.ndarray:
+        """[S, 2] float64: of each row the terms of the ratio by which evaluations are compared, bits per byte.
+
+        They are the bits of its text, unknown tokens charged, and its bytes."""
         nll, counts = self.sums
         nats = nll[:, 0] + NATS_PER_UNKNOWN_BYTE * counts[:, COUNTS.index("unknown_bytes")]
         return np.stack([nats / math.log(2), counts[:, COUNTS.index("bytes")].astype(np.float64)], axis=1)
@@ -170,48 +174,77 @@ def read(path: Path) -> Records:
     Raises:
         UserError: there is none, it is of another version, damaged, or does not add up.
     """
-    again = "Evaluate again: python -m lmlab.evaluate model=…"
-    run = RunDirectory(path)
-    for file in (run.certificate, run.records):
-        if not file.is_file():
-            raise UserError(f"{path} holds no evaluation: it has no {file.name}.\n{again}")
-    try:
-        certificate = json.loads(run.certificate.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{run.certificate} can't be read: {first_line(error)}.\n{again}") from error
-    version = certificate.get("format") if isinstance(certificate, dict) else None
-    if version not in SCHEMAS:
-        raise UserError(
-            f"{path} holds records of version {version}, and this lmlab reads versions up to {FORMAT}.\n"
-            "Evaluate again, or use the lmlab that wrote them."
-        )
-    try:
-        table = pq.read_table(run.records)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{run.records} is damaged or cut short: {first_line(error)}\n{again}") from error
-    if not table.schema.equals(SCHEMAS[version], check_metadata=True):
-        raise UserError(f"{run.records} has other columns than records of version {version}.\n{again}")
-    for part, kind in PARTS.items():
-        if not isinstance(certificate.get(part), kind):
-            raise UserError(f"{run.certificate} lacks a part, or has another in its place: {part}.\n{again}")
-    hashed = rows_hash(table)
+    certificate, table = read_files(path, SCHEMAS)
+    version, hashed = certificate["format"], rows_hash(table)
     for name, (_, since) in COLUMNS.items():
         if since > version:
             nothing = [""] * len(table) if name == "domain" else np.zeros(len(table), np.int64)
             table = table.append_column(name, pa.array(nothing))
     records = Records(path, certificate, table)
+    found = metrics_and_totals(*records.sums, table, certificate)
+    since_then = {name for name, (_, since) in COLUMNS.items() if since > version}
+    check_added_up(records, found, hashed, since_then)
+    return records
+
+
+def read_files(path: Path, schemas: Mapping[Any, pa.Schema]) -> tuple[dict[str, Any], pa.Table]:
+    """Reads the certificate and the records in a directory.
+
+    Args:
+        schemas: the columns that records of each version have.
+
+    Raises:
+        UserError: there are none, they are of another version, or damaged.
+    """
+    run = RunDirectory(path)
+    for file in (run.certificate, run.records):
+        if not file.is_file():
+            raise UserError(f"{path} holds no evaluation: it has no {file.name}.\n{AGAIN}")
+    try:
+        certificate = json.loads(run.certificate.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{run.certificate} can't be read: {first_line(error)}.\n{AGAIN}") from error
+    version = certificate.get("format") if isinstance(certificate, dict) else None
+    schema = schemas.get(version)
+    if schema is None:
+        raise UserError(
+            f"{path} holds records of version {version}, and this lmlab reads versions up to {max(schemas)}.\n"
+            "Evaluate again, or use the lmlab that wrote them."
+        )
+    try:
+        table = pq.read_table(run.records)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{run.records} is damaged or cut short: {first_line(error)}\n{AGAIN}") from error
+    if not table.schema.equals(schema, check_metadata=True):
+        raise UserError(f"{run.records} has other columns than records of version {version}.\n{AGAIN}")
+    for part, kind in PARTS.items():
+        if not isinstance(certificate.get(part), kind):
+            raise UserError(f"{run.certificate} lacks a part, or has another in its place: {part}.\n{AGAIN}")
+    return certificate, table
+
+
+def check_added_up(
+    records: Records, found: Mapping[str, Mapping[str, Any]], hashed: str, left_out: Collection[str] = ()
+) -> None:
+    """Refuses records that do not add up to their certificate.
+
+    Args:
+        found: the parts of a certificate that follow from the records.
+        hashed: the hash of the records.
+        left_out: the names in these parts that the version of the records does not have.
+    """
+    certificate = records.certificate
     changed = [
         f"{name}={value}, and the certificate says {certificate.get(part, {}).get(name)}"
-        for part, values in metrics_and_totals(*records.sums, table, certificate).items()
+        for part, values in found.items()
         for name, value in values.items()
         if repr(value) != repr(certificate.get(part, {}).get(name))  # nan is not equal to itself
-        and COLUMNS.get(name, (None, 1))[1] <= version
+        and name not in left_out
     ]
     if not changed and hashed != certificate["records_hash"]:
         changed = [f"the same totals in other rows, {hashed}"]
     if changed:
-        raise UserError(f"{path}: the records add up to {changed[0]}.\nOne of them was changed. {again}")
-    return records
+        raise UserError(f"{records.path}: the records add up to {changed[0]}.\nOne of them was changed. {AGAIN}")
 
 
 def check_agreement(one: Records, other: Records) -> dict[str, float]:
@@ -284,13 +317,17 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
         of = certificate["surprisal"]
         corrected = f", also corrected for their ends ({of['correction']})" if of["correction"] else ""
         lines["surprisal"] = f"of {of['words']:,} words, in words.parquet{corrected}"
-    if "check" in certificate:
-        check = certificate["check"]
-        lines["check"] = (
-            f"passed: batch size {' and '.join(map(str, check['batch_size']))}, "
-            f"devices {' and '.join(map(str, check['devices']))}; the total moved by {check['total_moved_by']:.1e}"
-        )
-    return lines
+    return lines | describe_check(certificate)
+
+
+def describe_check(certificate: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a text on what `check=true` found, by its title; nothing where there was no check."""
+    if "check" not in certificate:
+        return {}
+    check = certificate["check"]
+    widths = {name: " and ".join(map(str, check[name])) for name in ("batch_size", "devices")}
+    moved = f"the total moved by {check['total_moved_by']:.1e}"
+    return {"check": f"passed: batch size {widths['batch_size']}, devices {widths['devices']}; {moved}"}
 
 
 def is_bound(certificate: Mapping[str, Any]) -> bool:

@@ -17,7 +17,8 @@ import numpy as np
 
 from lmlab.errors import UserError, nearest
 from lmlab.evaluation.metrics import BOUND, EXACT
-from lmlab.evaluation.records import Records, is_bound, read
+from lmlab.evaluation.records import Records, is_bound
+from lmlab.evaluation.suites.certificates import read
 from lmlab.runs.choices import as_typed, config_choices
 from lmlab.runs.directory import RunDirectory
 
@@ -38,14 +39,14 @@ class Side:
 
     @cached_property
     def sums(self) -> np.ndarray:
-        """[D, 2]: bits and bytes of each document, as means over the runs."""
-        means: np.ndarray = np.mean([run.bits_and_bytes for run in self.runs], axis=0)
+        """[D, 2]: the `Records.terms` of each document, bits and bytes, as means over the runs."""
+        means: np.ndarray = np.mean([run.terms for run in self.runs], axis=0)
         return means
 
     @cached_property
-    def bits_per_byte(self) -> np.ndarray:
-        """[runs]: bits per byte of each run, over all documents."""
-        return np.array([ratio(run.bits_and_bytes.sum(axis=0)) for run in self.runs])
+    def ratios(self) -> np.ndarray:
+        """[runs]: their ratio over all documents, bits per byte, of each run."""
+        return np.array([ratio(run.terms.sum(axis=0)) for run in self.runs])
 
     def of_domain(self, domain: str) -> "Side":
         """Returns the side with the text of one domain only."""
@@ -105,6 +106,17 @@ def check_comparable(runs: Sequence[Records]) -> None:
     for other in runs[1:]:
         one, two = first.certificate, other.certificate
         both = f"{first.path} and {other.path} can't be compared:"
+        suites = [certificate.get("suite") for certificate in (one, two)]
+        if suites[0] != suites[1]:
+            measures = " and ".join(f"suite={name}" if name else "the nll of held-out text" for name in suites)
+            raise UserError(f"{both} {measures} are not the same measure.\nName evaluations of one of them.")
+        if suites[0]:
+            if one["data_hash"] != two["data_hash"]:
+                raise UserError(
+                    f"{both} their pairs are not the same, or have other phenomena.\n"
+                    f"Evaluate both on the same files: python -m lmlab.evaluate model=… suite={suites[0]} pairs=…"
+                )
+            continue
         figures = {one["figure"], two["figure"]}
         whole = figures <= {EXACT, BOUND}  # every token of the text is scored
         mixed = len(figures) > 1

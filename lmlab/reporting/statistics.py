@@ -82,12 +82,12 @@ def final_metrics(evaluations: Sequence[Records], names: Mapping[Path, str]) -> 
         names: the configuration of each evaluation, by its directory.
     """
     evaluations = align(evaluations)
-    sides = sorted(sides_by_name(evaluations, names), key=lambda side: float(side.bits_per_byte.mean()))
+    sides = sorted(sides_by_name(evaluations, names), key=lambda side: float(side.ratios.mean()))
     return [
         Final(
             side.name,
             [run.path for run in side.runs],
-            (float(side.bits_per_byte.mean()), *of_bits),
+            (float(side.ratios.mean()), *of_bits),
             side.bound,
             row_unit(evaluations),
             (perplexity(float(nll_per_token(side).mean())), *of_perplexity),
@@ -144,7 +144,7 @@ def intervals(sides: Sequence[Side]) -> list[tuple[tuple[float | None, float | N
     for i, side in enumerate(sides):
         runs = len(side.runs)
         if runs > 1:
-            errors = [values.std(ddof=1) / math.sqrt(runs) for values in (side.bits_per_byte, nll_per_token(side))]
+            errors = [values.std(ddof=1) / math.sqrt(runs) for values in (side.ratios, nll_per_token(side))]
             from_seeds[:, i] = random.standard_t(runs - 1, REPLICATES)[:, None] * errors
     ends = interval(ratios(sums.sum(axis=0)), resampled, documents, from_seeds).tolist()  # [2][S][2]
     return [((low[0], high[0]), (perplexity(low[1]), perplexity(high[1]))) for low, high in zip(*ends, strict=True)]
@@ -153,7 +153,7 @@ def intervals(sides: Sequence[Side]) -> list[tuple[tuple[float | None, float | N
 def document_sums(run: Records) -> np.ndarray:
     """Returns bits and bytes, nll in nats and tokens of each document [D, 4]."""
     nll, units = run.sums
-    return np.concatenate([run.bits_and_bytes, nll[:, :1], units[:, :1]], axis=1)
+    return np.concatenate([run.terms, nll[:, :1], units[:, :1]], axis=1)
 
 
 def ratios(sums: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ def simulated(seed: int, gap: float, documents: int, runs: int, of_seeds: float)
             tables.append(np.stack([own * sizes, sizes], axis=1))
         side = Side(name, [None] * runs)  # type: ignore[list-item]
         side.__dict__["sums"] = np.mean(tables, axis=0)
-        side.__dict__["bits_per_byte"] = np.array([ratio(table.sum(axis=0)) for table in tables])
+        side.__dict__["ratios"] = np.array([ratio(table.sum(axis=0)) for table in tables])
         sides.append(side)
     return sides
 
@@ -104,7 +104,7 @@ def test_seeds_that_are_left_out_of_account_would_mislead() -> None:
     found = difference(sides[1], sides[0])
     alone = [Side(side.name, side.runs[:1]) for side in sides]
     for side, whole in zip(alone, sides, strict=True):
-        side.__dict__.update(sums=whole.sums, bits_per_byte=whole.bits_per_byte[:1])
+        side.__dict__.update(sums=whole.sums, ratios=whole.ratios[:1])
     narrow = difference(alone[1], alone[0])
     assert (found.high or 0) - (found.low or 0) > 5 * ((narrow.high or 0) - (narrow.low or 0))
 
@@ -118,7 +118,7 @@ def test_against_the_textbook() -> None:
     sides = [Side("first", [None]), Side("other", [None])]  # type: ignore[list-item]
     for side, own in zip(sides, (bits, bits + gaps), strict=True):
         side.__dict__["sums"] = np.stack([own, np.full(documents, 50.0)], axis=1)
-        side.__dict__["bits_per_byte"] = np.array([own.mean() / 50])
+        side.__dict__["ratios"] = np.array([own.mean() / 50])
     found = difference(sides[1], sides[0])
     error = gaps.std(ddof=1) / math.sqrt(documents)
     assert found.difference == pytest.approx(gaps.mean() / 50)
@@ -255,7 +255,7 @@ def test_from_the_other_side_the_sign_is_all_that_changes(runs: int) -> None:
 def test_a_third_side_moves_no_interval(write: Write) -> None:
     sides = simulated(5, 0.1, 40, 3, 0.05)
     wild = Side("wild", sides[0].runs)
-    wild.__dict__.update(sums=sides[0].sums * [2, 1], bits_per_byte=sides[0].bits_per_byte * np.array([1, 3, 9]))
+    wild.__dict__.update(sums=sides[0].sums * [2, 1], ratios=sides[0].ratios * np.array([1, 3, 9]))
     assert comparison.seed_error(sides[1], sides[0])[1] <= 4
     one, other = difference(sides[1], sides[0]), difference(wild, sides[0])
     assert difference(sides[1], sides[0]) == one != other
