@@ -272,8 +272,8 @@ def test_a_run_whose_documents_do_not_see_one_another(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["objective=hybrid"], "HybridLM needs a mask of its own"),
-        (["objective=span"], "SpanCorruption needs encoder-decoders"),
+        (["objective=hybrid"], "HybridLM needs another mask"),
+        (["objective=span"], "SpanCorruption trains encoder-decoders"),
         (["attention=flash_attention_2"], "takes no mask that keeps documents apart"),
     ],
 )

@@ -268,7 +268,9 @@ def check_choices(cfg: DictConfig) -> None:
         raise UserError(f"suite={suite} scores all of each sentence on its own: leave context, stride and sample out.")
     other = next((key for key in ("surprisal", "calibration") if cfg[key]), None)
     if suite and other:
-        raise UserError(f"{other}=true is for held-out text, and suite={suite} scores sentences: leave one of them out.")
+        raise UserError(
+            f"{other}=true is for held-out text, and suite={suite} scores sentences: leave one of them out."
+        )
     if cfg.series and cfg.check:
         raise UserError("check=true is for one model, and series=… for several: leave one of them out.")
     if "texts" in takes(cfg.tokenizer, "tokenizer"):

@@ -144,7 +144,15 @@ def check_comparable(runs: Sequence[Records]) -> None:
         for key in [key for key in one["policy"] | two["policy"] if key not in free]:
             here, there = ((DEFAULTS | certificate["policy"]).get(key) for certificate in (one, two))
             if here != there:
-                raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{same}")
+                hint = same.replace("context=…", "context=document") if key == "document_attention" else same
+                raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.\n{hint}")
+        # A causal model is not scored on the first token of a document, which is more text in some tokenizers.
+        differs = mixed or one["tokenizer_hash"] != two["tokenizer_hash"]
+        if one["policy"].get("document_attention") and differs and EXACT in figures:
+            raise UserError(
+                f"{both} with document attention the first token of each document is not scored, which is not the "
+                "same text in both.\nEvaluate both document by document: python -m lmlab.evaluate RUN context=document"
+            )
         # The tokens that are masked, or sampled, are drawn one by one.
         drawn = one["policy"]["masks_seed"] is not None or (one["policy"]["pseudo"] or {}).get("sample")
         if drawn and not whole and one["tokenizer_hash"] != two["tokenizer_hash"]:

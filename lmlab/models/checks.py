@@ -164,8 +164,8 @@ def check_document_attention(model: PreTrainedModel, block_size: int, objective:
     """
     name, way = type(objective).__name__, "Leave preprocess.document_attention=true out"
     if getattr(objective, "prefixes", False) or objective.auto_class == "AutoModelForSeq2SeqLM":
-        needs = "encoder-decoders" if objective.auto_class == "AutoModelForSeq2SeqLM" else "a mask of its own"
-        raise UserError(f"{name} needs {needs}, in which documents are not kept apart.\n{way}.")
+        needs = "trains encoder-decoders" if objective.auto_class == "AutoModelForSeq2SeqLM" else "needs another mask"
+        raise UserError(f"{name} {needs}: preprocess.document_attention=true is not for it.\nLeave that out.")
     parts = [model.generator, model.discriminator] if isinstance(model, GeneratorAndDiscriminator) else [model]
     for part in parts:
         first = block_size // 3  # as long as a block, so that layers which see a window of positions show what they do

@@ -89,8 +89,9 @@ class Objective(Protocol):
 
     metric: str
     """The name of exp(mean nll per target), which says what it measures. "perplexity" is that of the text: every token
-    is scored, but for the first of a block, and the model never sees it. "bound_perplexity" is an upper bound of that.
-    Any other name, such as "masked_perplexity", is neither, and compared only with others of its name."""
+    is scored, but for the first of a block (with document attention, of a document), and the model never sees it.
+    "bound_perplexity" is an upper bound of that. Any other name, such as "masked_perplexity", is neither, and compared
+    only with others of its name."""
     auto_class: str
     """The class of transformers that makes its models, such as "AutoModelForCausalLM"."""
     bidirectional: bool

@@ -127,7 +127,8 @@ def describe_documents(batch: Batch, row: int) -> str:
     length = batch.input_ids.shape[1] if batch.attention_mask is None else int(batch.attention_mask[row].sum())
     starts = torch.nonzero(batch.document_positions[row, :length] == 0).flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], length], strict=True)]
-    return f"documents that do not see one another, of {', '.join(map(str, lengths))} tokens"
+    of = ", ".join(map(str, lengths))
+    return f"documents that do not see one another, of {of} tokens" if len(lengths) > 1 else "one document"
 
 
 def show_samples(batch: Batch, tokenizer: Any, shift: int, console: Console, count: int = 3) -> None:

@@ -144,7 +144,7 @@ def test_padding_is_counted_by_no_router() -> None:
     [
         (lambda: small("mamba", True), CausalLM(), "mamba does not keep the documents of a block apart"),
         (lambda: small("deberta-v2", False), MaskedLM(bpe(["some text"], 300)), "deberta-v2 does not keep"),
-        (lambda: small("gpt2", True), PrefixLM(0.2, 0.5, validation_prefix_share=0), "a mask of its own"),
+        (lambda: small("gpt2", True), PrefixLM(0.2, 0.5, validation_prefix_share=0), "PrefixLM needs another mask"),
         (
             lambda: wrap(Recurrent(), bpe(["some text"], 300), "AutoModelForCausalLM"),
             CausalLM(),
