@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from yaml import YAMLError
 
 from lmlab import secrets
@@ -199,6 +199,9 @@ def freeze(cfg: DictConfig, whole: bool = True) -> DictConfig:
         if missing:
             raise UserError(f"{missing[0]} has to be given: add {missing[0]}=… to the command.")
         OmegaConf.resolve(cfg)
+    except InterpolationToMissingValueError as error:
+        key = first_line(error).rpartition(" ")[2]
+        raise UserError(f"{key} has to be given: add {key}=… to the command.") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} does not resolve: {first_line(error)}.") from error
     check_secrets(cfg)

@@ -120,8 +120,13 @@ def in_other_option(key: str, name: str) -> str | None:
 
 def groups_of(name: str) -> set[str]:
     """Returns the groups of which a command chooses options."""
-    listed = OmegaConf.load(CONF / f"{name}.yaml").defaults
-    return {group for entry in listed if isinstance(entry, DictConfig) for group in map(str, entry)}
+    groups: set[str] = set()
+    for entry in OmegaConf.load(CONF / f"{name}.yaml").defaults:
+        if isinstance(entry, DictConfig):
+            groups |= set(map(str, entry))
+        elif entry != "_self_":  # another root config
+            groups |= groups_of(entry)
+    return groups
 
 
 def known_keys(name: str) -> set[str]:

@@ -19,6 +19,7 @@ time. The marks need the signatures of all documents (duplicates.py), which are 
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,8 +91,12 @@ class Preparation:
         """
         if isinstance(self.corpus, Tokenized):
             raise UserError("this data is tokenized already: train from it as it is.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        learned, (_, of_items) = self.tokenizer_key is not None, benchmark_items(self.choices)
+        file, (_, of_items) = self.folder / "preparation.json", benchmark_items(self.choices)
+        if not file.is_file():
+            if self.folder.is_dir() and any(path.name[0] != "." for path in self.folder.iterdir()):
+                raise UserError(f"{self.folder} is not empty, and holds no preparation. Choose another by output=DIR.")
+            next(flatten(self.splits["train"], self.corpus.text))  # what is wrong with the data is said at once
+        learned = self.tokenizer_key is not None
         plan = {
             "format": FORMAT,
             "data": self.corpus.fingerprint,
@@ -104,7 +109,7 @@ class Preparation:
             **({"preprocess.benchmarks": of_items} if of_items else {}),
             **{f"preprocess.{key}": value for key, value in decisive_choices(self.choices).items()},
         }
-        file = self.folder / "preparation.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock"):
             if file.is_file():
                 earlier = read_json(file)
@@ -115,8 +120,6 @@ class Preparation:
                         f"{'is' if len(other) == 1 else 'are'} not of this command.\n"
                         f"Choose another directory by output=DIR, or finish that one: {earlier.get('command')}"
                     )
-            elif any(path.name != ".lock" for path in self.folder.iterdir()):
-                raise UserError(f"{self.folder} is not empty, and holds no preparation. Choose another by output=DIR.")
             else:
                 write_json(file, plan | {"command": self.command})
 
@@ -266,7 +269,8 @@ class Preparation:
         index, held_out = self.folder / "index.json", [name for name in shards if name != "train"]
         with locked(self.folder / ".lock"):
             joined = [self.folder / name for name in held_out]
-            if index.is_file() and not changed and all(each.is_dir() and damaged(each) is None for each in joined):
+            kept = read_index(self.folder) is not None and (self.folder / "tokenizer").is_dir()
+            if kept and not changed and all(each.is_dir() and damaged(each) is None for each in joined):
                 return True
             in_training = {}
             for name in held_out:
@@ -297,6 +301,15 @@ class Preparation:
             for left in self.folder.glob(".*-of-*.lock"):
                 left.unlink(missing_ok=True)
         return True
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """Returns the index of a directory; None where it is not there yet, or is damaged."""
+    try:
+        index = read_json(folder / "index.json")
+    except (UserError, OSError):
+        return None
+    return index if "checksums" in index else None
 
 
 def name_of_domain(domain: str) -> str:
@@ -488,14 +501,16 @@ def load_prepared(path: str) -> PreparedDirectory:
     plan = folder / "preparation.json"
     if not plan.is_file():
         raise UserError(f"data.path={path} is no directory that python -m lmlab.prepare made. Name one.")
-    finish = read_json(plan)
-    if finish["format"] != FORMAT:
+    begun, index = read_json(plan), read_index(folder)
+    if begun.get("format") != FORMAT:
         raise UserError(f"data.path={path} was prepared by another version of lmlab. Prepare it anew, elsewhere.")
-    if not (folder / "index.json").is_file():
-        raise UserError(f"data.path={path} is half prepared. To finish it: {finish['command']}")
-    index = read_json(folder / "index.json")
+    words = [f"output={path}" if word.startswith("output=") else word for word in shlex.split(begun["command"])]
+    finish = command(*words)
+    if index is None:
+        state = "has a damaged index" if (folder / "index.json").exists() else "is half prepared"
+        raise UserError(f"data.path={path} {state}. To finish it: {finish}")
     files = [folder / name for name in index["checksums"]]
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in [folder / "tokenizer", *files] if not file.exists()]
     if not missing:
         found = digests_of(files, folder / "verified.json")
         expected = index["checksums"].values()
@@ -504,6 +519,6 @@ def load_prepared(path: str) -> PreparedDirectory:
         more = f" (and {counted(len(missing) - 1, 'more file')})" if len(missing) > 1 else ""
         raise UserError(
             f"{missing[0]} is not what it was when it was written: it is missing or damaged{more}.\n"
-            f"To make it anew, and no other shard: {finish['command']}"
+            f"To make it anew, and no other shard: {finish}"
         )
     return PreparedDirectory(folder, index)

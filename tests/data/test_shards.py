@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,16 @@ def test_a_damaged_shard_is_made_anew_and_no_other(tmp_path: Path) -> None:
         load_prepared(str(tmp_path))
     assert len(finish(preparation(tmp_path, corpus))) == 1
     same(read(made), whole)
+    # Nor is an index that was cut short, or a tokenizer that is gone, a reason to make a shard.
+    (tmp_path / "index.json").write_text('{"train": [')
+    with pytest.raises(UserError, match=f"has a damaged index. To finish it: {WHERE}"):
+        load_prepared(str(tmp_path))
+    assert finish(preparation(tmp_path, corpus)) == []
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="/tokenizer is not what it was when it was written"):
+        load_prepared(str(tmp_path))
+    assert finish(preparation(tmp_path, corpus)) == []
+    same(read(made), whole)
 
 
 def test_tasks_of_an_array_share_the_shards_out(tmp_path: Path) -> None:
@@ -246,6 +257,14 @@ def test_a_prepared_directory_trains_as_its_data_does(
     (place / "index.json").unlink()
     shown = refused("train", *others, *prepared)
     assert f"half prepared. To finish it: python -m lmlab.prepare {' '.join(words)} output={place} shards=2" in shown
+    moved = place.rename(tmp_path / "moved here")
+    shown = refused("train", *others, "data=prepared", f"data.path={moved}")
+    assert f"lmlab.prepare {' '.join(words)} 'output={moved}' shards=2" in shown
+    assert "data.path has to be given" in refused("train", *others, "data=prepared")
+    wrong = refused("prepare", *words, f"output={place}", "data.text=answers")
+    assert "data.text=answers: no text there" in wrong
+    assert not place.exists()
+    assert 'Did you mean "data.text"?' in refused("prepare", f"output={place}", "data.txt=answers")
     assert "is not empty, and holds no preparation" in refused("prepare", f"output={runs[0]}")
     assert "output has to be given" in refused("prepare")
 
