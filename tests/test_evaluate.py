@@ -246,7 +246,7 @@ def test_bounds_have_no_words(key: str, masked: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("options", [TINY, TINY_MLM], ids=["causal", "masked"])
 def test_a_run_whose_documents_do_not_see_one_another(
-    options: list[str], train: Verb, evaluate: Verb, text: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], train: Verb, evaluate: Verb, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is evaluated as it was trained, on text of its own and on other text, and compared with no other figure."""
     run = train(*options, "preprocess.document_attention=true")
@@ -265,6 +265,9 @@ def test_a_run_whose_documents_do_not_see_one_another(
         assert certificate(evaluate(f"model={run}", *short))["policy"].get("document_attention") is None
         said = refused(capsys, lambda: evaluate(f"model={run}", "context=sliding"))
         assert "context=sliding lets a model see the documents before its own" in said
+        other = train(*TINY, "preprocess.document_attention=true", "tokenizer.vocab_size=310", run_dir=tmp_path / "310")
+        said = refused(capsys, lambda: run_verb("compare", run, other))
+        assert "the first token of each document is not scored, which is not the same text in both" in said
     said = refused(capsys, lambda: run_verb("compare", apart, whole))
     assert "document_attention is true in one and false in the other" in said
 
