@@ -86,7 +86,7 @@ class Documents:
     def __len__(self) -> int:
         return len(self.edges) - 1
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """[documents] int64: the number of tokens of each."""
         return np.diff(self.edges)
@@ -125,12 +125,10 @@ class Documents:
         return slice(int(first), int(stop))
 
     @property
-    def domain_names(self) -> list[str]:
+    def domain_names(self) -> pa.ChunkedArray:
         """[stretches] the name of the domain of each; "" without domains."""
-        names = np.full(len(self.parts), "", object)
-        for domain in self.domains:
-            names[self.stretches_of(domain)] = domain
-        return [*names]
+        parts = {name: self.stretches_of(name) for name in self.domains} or {"": slice(0, len(self.parts))}
+        return pa.chunked_array([pa.repeat(name, part.stop - part.start) for name, part in parts.items()])
 
     def continues(self, start: int, end: int) -> np.ndarray:
         """Returns whether each of the tokens start … end - 1 continues the word of the token before it: [n] bool."""
@@ -449,11 +447,12 @@ def read_documents(folder: Path, name: str) -> Documents:
     with pa.memory_map(str(folder / f"{name}.stretches.arrow")) as file:
         stretches = pa.ipc.open_file(file).read_all()
     edges = running_sums(read_lengths(folder, name))
+    whole = len(stretches) == len(edges) - 1  # each stretch is a document, so that they share an array
     return Documents(
         FlatFile(folder / f"{name}.tokens").read(),
         read_spans(folder, name),
         edges,
-        np.append(stretches["token"].to_numpy(), edges[-1]),
+        edges if whole else np.append(stretches["token"].to_numpy(), edges[-1]),
         stretches["name"],
         stretches["part"],
         stretches["start"],

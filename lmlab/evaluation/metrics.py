@@ -70,10 +70,12 @@ def sum_totals(nll: np.ndarray, counts: np.ndarray, stretches: np.ndarray | None
         counts: [S, 7] int64: the `documents.COUNTS` of each row.
         stretches: [S] the number of each row within its document, from 0; None if each is a whole document.
     """
-    documents = np.arange(len(nll)) if stretches is None else np.cumsum(stretches == 0) - 1
+    scored = counts[:, 0] > 0
+    if stretches is not None:
+        scored = np.logical_or.reduceat(scored, np.flatnonzero(stretches == 0))
     return {
-        "documents": len(np.unique(documents)),
-        "documents_scored": len(np.unique(documents[counts[:, 0] > 0])),
+        "documents": len(scored),
+        "documents_scored": int(scored.sum()),
         "nll": math.fsum(nll[:, 0]),
         "nll_squared": math.fsum(nll[:, 1]),
         **{name: int(column.sum()) for name, column in zip(COUNTS, counts.T, strict=True)},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lmlab import secrets
@@ -55,6 +56,8 @@ SCHEMAS = {
 }
 AGAIN = "Evaluate again: python -m lmlab.evaluate model=…"
 """The last words on an evaluation that can't be read."""
+ROWS_AT_ONCE = 10_000
+"""The number of rows that are hashed at once."""
 AT_MOST = "≤ "
 """The sign before a metric that is an upper bound."""
 ROUNDING = {"32": {"total": 1e-6, "document": 1e-5}, "16": {"total": 1e-3, "document": 3e-2}}
@@ -156,7 +159,7 @@ def metrics_and_totals(
         rows: the records, of which the columns `stretch` and `domain` are read.
         facts: the other entries of the certificate.
     """
-    stretches, domains = rows["stretch"].to_numpy(), rows["domain"].to_numpy()
+    stretches, domains = rows["stretch"].to_numpy(), rows["domain"]
     sample = (facts["policy"].get("pseudo") or {}).get("sample")
 
     def of(some: Any) -> dict[str, dict[str, Any]]:
@@ -164,7 +167,7 @@ def metrics_and_totals(
         units = facts.get("units", "text")
         return {"figures": compute_metrics(totals, facts["figure"], sample, units), "totals": totals}
 
-    named = {str(name): of(domains == name) for name in dict.fromkeys(domains.tolist()) if name}
+    named = {name: of(pc.equal(domains, name).to_numpy()) for name in domains.unique().to_pylist() if name}
     return of(slice(None)) | ({"domains": named} if named else {})
 
 
@@ -342,7 +345,11 @@ def rows_hash(table: pa.Table) -> str:
     """Returns a hash of all values of the records."""
     digest = hashlib.sha256()
     for column in table.columns:
-        digest.update(json.dumps(column.to_pylist()).encode())
+        # As the JSON of the whole column, of which Python's memory has a part at a time.
+        for start in range(0, max(len(column), 1), ROWS_AT_ONCE):
+            part = json.dumps(column.slice(start, ROWS_AT_ONCE).to_pylist())[1:-1]
+            digest.update(f"{', ' if start else '['}{part}".encode())
+        digest.update(b"]")
     return digest.hexdigest()[:32]
 
 

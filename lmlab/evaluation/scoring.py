@@ -163,6 +163,15 @@ class MeanNLL(Metric):
         return self.nll / self.targets
 
 
+def added_up(state: Tensor, group: Any = None) -> list[Tensor]:
+    """Adds a state up over all ranks, in place, as torchmetrics has kept a copy; returns the tensors it has to sum.
+
+    Its own function gathers the states of all ranks on each of them.
+    """
+    torch.distributed.all_reduce(state, group=group)
+    return [state]
+
+
 class DocumentSums(Metric):
     """Sums for each stretch of the documents over batches and ranks: nll in float64, what was scored as integers.
 
@@ -180,23 +189,24 @@ class DocumentSums(Metric):
         Args:
             windows: [W] of `ElboRows`, the stretch in which each window begins; None for other rows.
         """
-        super().__init__()
-        self.windows = windows
-        self.add_state("nll", torch.zeros((stretches, 2), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros((stretches, len(COUNTS)), dtype=torch.int64), dist_reduce_fx="sum")
-        halves = torch.zeros(0 if windows is None else 2 * len(windows), dtype=torch.float64)
-        self.add_state("halves", halves, dist_reduce_fx="sum")
+        super().__init__(dist_sync_fn=added_up)
+        self.stretches, self.windows = stretches, windows
+        # Empty until the first batch of a validation, as torchmetrics keeps a copy of what a state begins with.
+        for name in ("nll", "counts", "halves"):
+            self.add_state(name, torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, batch: ScoringBatch) -> None:
         """Adds the nll [N] of a batch's targets; N may be 0."""
         nll = nll.detach().double()
+        if not len(self.nll):
+            self.nll = nll.new_zeros(self.stretches, 2)
+            self.counts = batch.counts.new_zeros(self.stretches, len(COUNTS))
+            self.halves = nll.new_zeros(0 if self.windows is None else 2 * len(self.windows))
         if batch.factors is not None and batch.halves is not None:
             nll = nll * batch.factors
-            self.halves = self.halves.double().index_add(0, batch.halves, nll)
-        # Not in place: a validation under inference mode may have made the state. In float64: a trainer in
-        # bf16-true casts the empty state with the weights.
-        self.nll = self.nll.double().index_add(0, batch.stretches, torch.stack([nll, nll.square()], dim=1))
-        self.counts = self.counts.index_add(0, batch.counted, batch.counts)
+            self.halves.index_add_(0, batch.halves, nll)
+        self.nll.index_add_(0, batch.stretches, torch.stack([nll, nll.square()], dim=1))
+        self.counts.index_add_(0, batch.counted, batch.counts)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Returns Σ nll and Σ nll² [S, 2] float64, and `documents.COUNTS` of what was scored [S, 7] int64.

@@ -4,6 +4,7 @@ import logging
 from typing import Annotated, Any
 
 import lightning as L
+import numpy as np
 import torch
 from annotated_types import Ge
 from lightning.pytorch.callbacks import Callback
@@ -41,7 +42,7 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: LMModule) -> None:
         documents = trainer.datamodule.held_out.documents
-        long = [number for number, length in enumerate(documents.lengths) if length >= SHORTEST]
+        long = np.flatnonzero(documents.lengths >= SHORTEST)
         self.texts = [documents.tokens[slice(*documents.edges[i : i + 2])].tolist() for i in long[: self.count]]
         if trainer.is_global_zero:
             truncate(self.run.samples, self.size)

@@ -1,5 +1,6 @@
 """Documents by name, which text their tokens stand for, and the records that are kept of them."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -386,6 +387,16 @@ def written(tmp_path: Path) -> Path:
     nll, counts = some_sums()
     records.write(tmp_path, documents_for(nll), nll, counts, FACTS)
     return tmp_path
+
+
+def test_the_hash_of_records_is_that_of_whole_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are in memory at once, as certificates of earlier versions have it."""
+    for rows in (0, 1, 6, 7):
+        table = pa.table({"document": [f"é{row}" for row in range(rows)], "nll": [row / 3 for row in range(rows)]})
+        wanted = hashlib.sha256(b"".join(json.dumps(column.to_pylist()).encode() for column in table.columns))
+        for at_once in (3, 100):
+            monkeypatch.setattr(records, "ROWS_AT_ONCE", at_once)
+            assert records.rows_hash(table) == wanted.hexdigest()[:32]
 
 
 def test_records_come_back_bit_by_bit(tmp_path: Path) -> None:

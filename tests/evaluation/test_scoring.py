@@ -308,6 +308,7 @@ def test_the_scorer(architecture: str, batch_size: int, tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             trainer(tmp_path).validate(scorer, HeldOutData(held_out, batch_size), verbose=False)
         agree(scorer.result, wanted)
+        assert scorer.sums.nll.numel() == scorer.sums.counts.numel() == 0  # between validations they take no memory
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
