@@ -15,6 +15,7 @@ from lmlab.evaluation import comparison
 from lmlab.evaluation.metrics import DETECTION, OF_GENERATORS
 from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.evaluation.sides import (
+    Side,
     align,
     check_comparable,
     differing_choices,
@@ -26,6 +27,9 @@ from lmlab.evaluation.sides import (
 from lmlab.io import from_here, write_out
 from lmlab.reporting.text import interval_text, latex, p_text
 from lmlab.runs.choices import as_typed
+
+OF_COMPARISONS = ("pairs.csv", "pairs.tex", "domains.csv", "domains.tex", "documents.csv")
+"""The files that not every comparison writes."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +68,9 @@ def compare(arguments: argparse.Namespace) -> None:
     """Prints the comparison, and writes it as CSV and LaTeX."""
     runs = read_evaluations(arguments.directories)
     check_comparable(runs)
+    if runs[0].certificate.get("suite"):
+        compare_suite(runs, arguments)
+        return
     runs = align(runs)
     unit = row_unit(runs)
     sides = make_sides(runs)
@@ -97,8 +104,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if pairs:
         files["pairs.csv"] = DataFrame(pairs, dtype=object).to_csv(index=False)
         files["pairs.tex"] = latex(DataFrame(texts["pairs"]), "llrrrr")
-    out = arguments.out or Path(f"comparisons/{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    write_out(out, files.items(), instead_of=("pairs.csv", "pairs.tex", "domains.csv", "domains.tex"))
+    out = write_tables(arguments, files)
 
     scored, of = int((runs[0].sums[1][:, 0] > 0).sum()), runs[0].certificate["totals"]["documents_scored"]
     whole = f" of {counted(of, 'document')}" if unit == "stretches" else ""
@@ -111,11 +117,71 @@ def compare(arguments: argparse.Namespace) -> None:
         print("p (Holm) is corrected for the number of pairs (Holm 1979); p and the intervals are of each pair alone.")
     elif len(rows) > 2:
         print("Each p is of its row alone: of many, some are small by chance. Corrected for their number: --pairs")
+    show_choices(sides)
+    show(f"{unit.capitalize()} that differ most from {reference}", texts["documents"])
+    print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
+
+
+def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
+    """Prints the comparison of evaluations by minimal pairs, and writes it as CSV and LaTeX."""
+    sides = make_sides(runs)
+    against = find_side(sides, arguments.against)
+    rows = comparison.compare_accuracy(sides, against)
+    pairs = comparison.compare_pairs(sides) if arguments.pairs else []
+    texts = [accuracy_texts(row) for row in rows]
+    pairs_texts = [pair_texts(row, "pairs") for row in pairs]
+
+    from pandas import DataFrame  # only here: what is refused need not wait for it
+
+    files = {
+        "comparison.csv": DataFrame(rows, dtype=object).drop(columns="decides").to_csv(index=False),
+        "comparison.tex": latex(DataFrame(texts), "llrrrrr"),
+    }
+    if pairs:
+        files["pairs.csv"] = DataFrame(pairs, dtype=object).drop(columns="decides").to_csv(index=False)
+        files["pairs.tex"] = latex(DataFrame(pairs_texts), "llrrrr")
+    out = write_tables(arguments, files)
+    show(f"Accuracy on {counted(rows[0]['pairs'], 'minimal pair')}", texts, words=2)
+    several = any(row["runs"] > 1 for row in rows)
+    reference = "the first row" if against == 0 else f"row {against + 1}"
+    also = " and seeds" if several else ""
+    print(f"A difference is from {reference} of its phenomenon, and above 0 better.")
+    print(f"The interval holds what other pairs{also} would give; each p is of its row alone.")
+    if pairs:
+        show("All pairs of rows", pairs_texts, words=2)
+    show_choices(sides)
+    print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
+
+
+def accuracy_texts(row: dict[str, Any]) -> dict[str, str]:
+    """Returns a row of the table of accuracies for a person, by its columns."""
+    return {
+        "phenomenon": row["phenomenon"],
+        "": row["side"],
+        "runs": str(row["runs"]),
+        "pairs": f"{row['pairs']:,}",
+        "accuracy": value_text(row),
+        **difference_texts(row, "pairs"),
+    }
+
+
+def value_text(row: dict[str, Any]) -> str:
+    """Returns the value of a row with its deviation over seeds."""
+    return f"{row['value']:.4f}" + ("" if row["deviation_of_seeds"] is None else f" ± {row['deviation_of_seeds']:.4f}")
+
+
+def write_tables(arguments: argparse.Namespace, files: dict[str, str]) -> Path:
+    """Writes the files of a comparison, in place of those of an earlier one, and returns their directory."""
+    out: Path = arguments.out or Path(f"comparisons/{datetime.now():%Y-%m-%d/%H-%M-%S}")
+    write_out(out, files.items(), instead_of=OF_COMPARISONS)
+    return out
+
+
+def show_choices(sides: list[Side]) -> None:
+    """Prints the keys in which the configs of the sides differ, if they do."""
     if keys := differing_choices(sides):
         by_row = ({f"row {i}": as_typed(value) for i, value in enumerate(values, 1)} for values in keys.values())
         show("Configs differ in", [{"key": key} | values for key, values in zip(keys, by_row, strict=True)])
-    show(f"{unit.capitalize()} that differ most from {reference}", texts["documents"])
-    print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
 
 
 def show(title: str, rows: list[dict[str, str]], words: int = 1) -> None:
@@ -166,12 +232,11 @@ def notes(rows: list[dict[str, Any]], runs: list[Records], unit: str, reference:
 
 def side_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
     """Returns a row of the table of sides for a person, by its columns."""
-    deviation = "" if row["deviation_of_seeds"] is None else f" ± {row['deviation_of_seeds']:.4f}"
     return {
         "": row["side"],
         "runs": str(row["runs"]),
         "bytes": f"{row['bytes']:,.0f}",
-        row["figure"]: f"{AT_MOST if row['unknown_bytes'] or not row['exact'] else ''}{row['value']:.4f}{deviation}",
+        row["figure"]: f"{AT_MOST if row['unknown_bytes'] or not row['exact'] else ''}{value_text(row)}",
         **difference_texts(row, unit),
     }
 

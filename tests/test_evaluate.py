@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -491,22 +492,33 @@ def pairs(tmp_path: Path) -> list[str]:
     return ["suite=minimal_pairs", f"pairs={tmp_path / 'pairs.csv'}"]
 
 
-@pytest.mark.parametrize("kind", ["causal", "masked"])
-def test_minimal_pairs(
-    kind: str, pairs: list[str], evaluate: Verb, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+def test_minimal_pairs_are_compared_and_reported(
+    causal: Path, masked: Path, pairs: list[str], evaluate: Verb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No batch size moves them."""
-    model = f"model={request.getfixturevalue(kind)}"
-    found = certificates.read(evaluate(model, *pairs))
-    shown = capsys.readouterr().out
-    assert "pairs accuracy" in shown
-    assert "3 pairs" in shown
-    other = certificates.read(evaluate(model, *pairs, "batch_size=1"))
-    np.testing.assert_allclose(found.sums[0], other.sums[0], rtol=1e-6)
-    assert found.certificate["figures"] == other.certificate["figures"]
-    policy = found.certificate["policy"]
-    assert policy["end_of_text"] is False
-    assert (policy["pseudo"] or {}).get("within_word") is (True if kind == "masked" else None)
+    """By pair, whatever the objectives; not with held-out text, nor with other pairs. No batch size moves an nll."""
+    one, two = evaluate(f"model={causal}", *pairs), evaluate(f"model={masked}", *pairs)
+    assert "3 pairs" in capsys.readouterr().out
+    for place, pseudo in ((one, None), (two, {"within_word": True, "sample": None, "seed": None})):
+        policy = certificates.read(place).certificate["policy"]
+        assert (policy["context"], policy["end_of_text"], policy["pseudo"]) == ("document", False, pseudo)
+    run_verb("compare", one, two, "--out", tmp_path / "compared")
+    assert "Accuracy on 3 minimal pairs" in capsys.readouterr().out
+    rows = pd.read_csv(tmp_path / "compared" / "comparison.csv")
+    accuracy = [certificates.read(place).certificate["figures"]["pairs_accuracy"] for place in (one, two)]
+    assert rows["phenomenon"].tolist() == ["all", "all", "agreement", "agreement", "order", "order"]
+    assert rows["value"][:2].tolist() == accuracy
+    assert rows["difference"][1] == pytest.approx(accuracy[1] - accuracy[0])
+    assert "are not the same measure" in refused(capsys, lambda: run_verb("compare", one, causal))
+    file = Path(pairs[1].removeprefix("pairs="))
+    file.write_text(file.read_text() + "It is.,It are.,agreement\n")
+    other = evaluate(f"model={causal}", *pairs, "batch_size=1")
+    for side in ("nll_good", "nll_bad"):
+        np.testing.assert_allclose(*(certificates.read(place).table[side][:3] for place in (one, other)), rtol=1e-6)
+    assert "their pairs are not the same" in refused(capsys, lambda: run_verb("compare", one, other))
+    run_verb("report", one, two, other, causal, "--out", tmp_path / "report")
+    table = pd.read_csv(tmp_path / "report" / "minimal_pairs.csv")
+    assert table["accuracy"][table["phenomenon"] == "all"].tolist()[:2] == accuracy
+    assert "Minimal pairs" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.long

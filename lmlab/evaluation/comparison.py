@@ -23,7 +23,10 @@ CELLS = 2**20
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of one side from another, in bits per byte. Of a side from itself, every field is None."""
+    """The difference of one side from another, in bits per byte or in accuracy.
+
+    Of a side from itself, every field is None.
+    """
 
     difference: float | None = None
     low: float | None = None
@@ -150,12 +153,42 @@ def compare_sides(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any
             "exact": side.exact,
             "ends": side.runs[0].certificate["totals"].get("ends"),
             "unknown_bytes": max(run.certificate["totals"].get("unknown_bytes", 0) for run in side.runs),
-            "value": float(side.ratios.mean()),
-            "deviation_of_seeds": float(side.ratios.std(ddof=1)) if len(side.runs) > 1 else None,
-            **vars(Difference() if number == against else difference(side, sides[against])),
+            **compare_ratios(sides, number, against),
         }
         for number, side in enumerate(sides)
     ]
+
+
+def compare_accuracy(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
+    """Returns a row for each side, first over all minimal pairs and then over those of each phenomenon.
+
+    A row has the accuracy, its deviation over seeds, and the difference from side `against`, paired by pair.
+    """
+    of_all: list[tuple[str, Sequence[Side]]] = [("all", sides)]
+    of_each: list[tuple[str, Sequence[Side]]] = [
+        (name, [side.of_domain(name) for side in sides]) for name in sides[0].runs[0].domains
+    ]
+    return [
+        {
+            "phenomenon": phenomenon,
+            "side": side.name,
+            "runs": len(side.runs),
+            "pairs": len(side.sums),
+            **compare_ratios(some, number, against),
+        }
+        for phenomenon, some in (of_all + of_each if len(of_each) > 1 else of_all)
+        for number, side in enumerate(some)
+    ]
+
+
+def compare_ratios(sides: Sequence[Side], number: int, against: int) -> dict[str, Any]:
+    """Returns the ratio of a side, its deviation over seeds, and the difference from side `against`."""
+    ratios = sides[number].ratios
+    return {
+        "value": float(ratios.mean()),
+        "deviation_of_seeds": float(ratios.std(ddof=1)) if len(ratios) > 1 else None,
+        **vars(Difference() if number == against else difference(sides[number], sides[against])),
+    }
 
 
 def compare_pairs(sides: Sequence[Side]) -> list[dict[str, Any]]:

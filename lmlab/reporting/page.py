@@ -15,6 +15,7 @@ from markupsafe import Markup
 from lmlab.console import command, counted
 from lmlab.errors import UserError
 from lmlab.io import PARTIAL, from_here, read_json
+from lmlab.reporting.accuracy import shown
 from lmlab.reporting.load import Run, local_time
 from lmlab.reporting.section import Section
 from lmlab.reporting.text import as_text, latex, letter
@@ -31,21 +32,27 @@ CLIP = 2000
 """Characters of a sample that the page shows."""
 
 
-def report_files(sections: Sequence[Section], unread: Sequence[str]) -> Iterator[tuple[str, str | bytes]]:
+def report_files(
+    sections: Sequence[Section], accuracy: pd.DataFrame, unread: Sequence[str]
+) -> Iterator[tuple[str, str | bytes]]:
     """Yields the names and contents of the files of a report; the first lists them all.
 
     Args:
+        accuracy: the table of accuracies on minimal pairs, see `accuracy_table`.
         unread: a line on each thing that could not be read.
     """
     charts = [chart for section in sections for chart in section.charts]
     tables = {name: table for section in sections for name, table in section.csv.items()}
-    tables["runs"] = pd.concat([section.table for section in sections])
+    if sections:
+        tables["runs"] = pd.concat([section.table for section in sections])
+    if len(accuracy):
+        tables["minimal_pairs"] = accuracy
     images = [f"{chart.name}.{kind}" for chart in charts for kind in ("svg", "png")]
     listed = [*images, *(f"{name}.csv" for name in tables), "runs.tex", "report.html"]
     yield LISTED, json.dumps({"files": listed}, indent=2) + "\n"
     yield from ((f"{name}.csv", table.to_csv(index=False)) for name, table in tables.items())
     yield "runs.tex", runs_latex(sections)
-    yield "report.html", html(sections, unread)
+    yield "report.html", html(sections, accuracy, unread)
     for chart in charts:
         svg = vl_convert.vegalite_to_svg(chart.spec)
         yield f"{chart.name}.svg", svg
@@ -76,7 +83,7 @@ def runs_latex(sections: Sequence[Section]) -> str:
     return "\n".join(tables)
 
 
-def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
+def html(sections: Sequence[Section], accuracy: pd.DataFrame, unread: Sequence[str]) -> str:
     """Returns the page, with all that it needs in it."""
     jinja = jinja2.Environment(
         loader=jinja2.PackageLoader("lmlab", "reporting"),
@@ -96,6 +103,7 @@ def html(sections: Sequence[Section], unread: Sequence[str]) -> str:
         script=Markup(script),
         vega=Markup(vega),
         sections=sections,
+        accuracies=[shown(table) for _, table in accuracy.groupby("pairs_hash", sort=False)],
         charts={chart.name: chart.spec for section in sections for chart in section.charts},
         origin=describe_origins(runs),
         statuses=Counter(run.status.name for run in runs),

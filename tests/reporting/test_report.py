@@ -228,7 +228,7 @@ def test_intervals_are_those_of_compare(study: Path) -> None:
     assert other.difference == expected
     for side, found in zip(sides, (best, other), strict=True):
         value, low, high = found.bits_per_byte
-        assert value == pytest.approx(float(side.bits_per_byte.mean()))
+        assert value == pytest.approx(float(side.ratios.mean()))
         assert low is not None
         assert high is not None
         assert low < value < high
