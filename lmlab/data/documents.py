@@ -181,7 +181,9 @@ def join_domains(domains: Mapping[str, Documents]) -> Documents:
 
 def running_sums(counts: np.ndarray) -> np.ndarray:
     """Returns 0 and the sums of the first, the first two, … of counts [n]: [n + 1] int64."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    sums = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
 
 
 def spans(
@@ -246,9 +248,10 @@ def spans(
         np.add.at(depth, own[:, 0], 1)
         np.add.at(depth, own[:, 1], -1)
         unspelled = size * ((np.cumsum(depth)[:-1] == 0) & ~space)
+    edges = np.append(start, ends)
     for column, counts in ((BYTES, size), (WORDS, begins), (LINES, points == ord("\n")), (UNKNOWN, unspelled)):
-        total = running_sums(counts)
-        shares[:, column] = np.diff(total[ends], prepend=total[start])
+        before = running_sums(counts)[edges]
+        np.subtract(before[1:], before[:-1], out=shares[:, column], casting="same_kind")
     return shares
 
 
@@ -292,7 +295,7 @@ def document_spans(
     """
     offsets, words = (None, None) if encoding is None else (encoding.offsets, encoding.word_ids)
     own = spans(text, offsets, words, len(ids), lost, left)
-    for i in np.flatnonzero(np.isin(ids, [*unknown])).tolist():
+    for i in np.flatnonzero(np.isin(ids, [*unknown])).tolist() if unknown else ():
         start, stop = (0, 0) if offsets is None else offsets[i]
         if offsets is None or (start < stop and text[start:stop] != unknown[ids[i]]):
             own[i, UNKNOWN] = own[i, BYTES]
