@@ -397,6 +397,8 @@ def make_shards(
     if step == "make":
         preparation.marks, preparation.tokenizer  # noqa: B018  they would wait for the one that makes it
     os.environ["LMLAB_PARENT"] = str(os.getpid())
+    # Of semaphores that a process which is killed leaves, Python's tracker of them warns, after it has removed them.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, context, begin_worker, (again,))
@@ -409,9 +411,13 @@ def make_shards(
             "a process of the preparation was killed, as the system does when memory runs out.\n"
             f"What is done is kept. To go on: {preparation.command}"
         ) from error
+    except (UserError, OSError):
+        pool.shutdown(cancel_futures=True)  # the shards that others have begun are kept
+        raise
     finally:
         for process in multiprocessing.active_children():
             process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 def begin_worker(make: Callable[[], Preparation]) -> None:
