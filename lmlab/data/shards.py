@@ -389,6 +389,8 @@ def workers(processes: int, again: Callable[[], Preparation]) -> Iterator[Proces
         yield None
         return
     os.environ["LMLAB_PARENT"] = str(os.getpid())
+    # Of semaphores that a process which is killed leaves, Python's tracker of them warns, after it has removed them.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     # The tokenizer has threads of its own: those of all processes together are as many as there are cores.
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin_worker, (again,))
@@ -397,9 +399,13 @@ def workers(processes: int, again: Callable[[], Preparation]) -> Iterator[Proces
             pool.submit(os.getpid)  # a process is started by its first task
         yield pool
         pool.shutdown()
+    except (UserError, OSError):
+        pool.shutdown(cancel_futures=True)  # the shards that others have begun are kept
+        raise
     finally:
         for process in multiprocessing.active_children():
             process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 def make_shards(
