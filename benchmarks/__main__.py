@@ -72,12 +72,12 @@ ROWS = [
     ),
     Row(
         "DistilGPT2-size step across documents of 40 tokens / with document attention",
-        "objectives objective=clm size=distil rounds=5 steps=4 documents=40",
+        "objectives objective=clm size=distil batch_size=2 steps=4 documents=40",
         "≥ 0.91",
     ),
     Row(
         "the same, masked, DistilRoBERTa size",
-        "objectives objective=mlm size=distil rounds=5 steps=4 documents=40",
+        "objectives objective=mlm size=distil batch_size=2 steps=4 documents=40",
         "≥ 0.91",
     ),
     Row("group_texts, 8 M tokens / the guide's", "data task=group_texts", "≥ 100"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import data, evaluate, results, start, train, utilization
+from benchmarks import data, evaluate, minimal_pairs, results, start, train, utilization
 from benchmarks.pairs import ROOT, Side, agreement, in_pairs
 from lmlab.errors import UserError
 
@@ -312,7 +312,19 @@ def test_words_refused(word: str, message: str) -> None:
     assert str(refused.value).startswith(message)
 
 
-@pytest.mark.parametrize("module", [train, evaluate, data, start])
+@pytest.mark.longest
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_minimal_pairs(objective: str) -> None:
+    """minicons gives each sentence the same score."""
+    pytest.importorskip("minicons")
+    words = [f"objective={objective}", "size=tiny", "count=20", "pairs=2"]
+    result = minimal_pairs.compare(minimal_pairs.Settings.parse(words))
+    assert result["void"] is None
+    assert result["agreement"]["largest_relative_difference"] < 1e-5
+    assert result["unit"] == "pairs/s"
+
+
+@pytest.mark.parametrize("module", [train, evaluate, data, minimal_pairs, start])
 def test_words_and_help(module: Any) -> None:
     settings = module.Settings()
     assert settings.words() == []
