@@ -28,7 +28,7 @@ from benchmarks.arguments import Arguments
 from benchmarks.pairs import Side, agreement, outcome, take_turns, workplace
 from benchmarks.results import verb
 from benchmarks.side import Turns, synchronize
-from benchmarks.train import Sized, make_model
+from benchmarks.train import make_model
 from lmlab.errors import UserError
 
 POSITIONS = 256
@@ -36,14 +36,17 @@ TOLERANCE = 1e-5
 
 
 @dataclass
-class Settings(Sized, Arguments):
+class Settings(Arguments):
     objective: Literal["clm", "mlm"] = "clm"
     model: str = ""
     size: Literal["tiny", "small", "distil", "gpt2"] = "small"
     batch_size: int = 64
     count: int = 500
     pairs: int = 3
-    block_size = POSITIONS
+
+    @property
+    def causal(self) -> bool:
+        return self.objective == "clm"
 
 
 def compare(settings: Settings) -> dict[str, Any]:
