@@ -43,7 +43,8 @@ def prepare_directory(values: dict[str, Any], go_on: str) -> None:
         values: the config in plain values.
         go_on: the command that goes on with it.
     """
-    from lmlab.data.shards import load_prepared, make_shards, workers
+    from lmlab.data.preparation import make_shards, workers
+    from lmlab.data.shards import load_prepared
     from lmlab.runs.ledger import show_ledger
 
     again = partial(build.preparation, values, go_on)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.options import Preprocessing
+    from lmlab.data.preparation import Preparation
     from lmlab.data.prepared import Prepared
-    from lmlab.data.shards import Preparation
     from lmlab.evaluation.scoring import HeldOut
     from lmlab.objectives import Objective
     from lmlab.training.module import LMModule
@@ -62,7 +62,7 @@ def preparation(values: dict[str, Any], go_on: str) -> "Preparation":
         values: the config in plain values, as it is handed to other processes.
         go_on: the command that goes on with it.
     """
-    from lmlab.data.shards import Preparation
+    from lmlab.data.preparation import Preparation
 
     cfg = OmegaConf.create(values)
     if sources(cfg.data):

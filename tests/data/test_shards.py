@@ -22,8 +22,9 @@ from lmlab.config.build import prepare_data
 from lmlab.config.files import CONF
 from lmlab.data.documents import FEW
 from lmlab.data.options import Preprocessing
+from lmlab.data.preparation import Preparation
 from lmlab.data.prepared import Prepared, prepare
-from lmlab.data.shards import Preparation, load_prepared
+from lmlab.data.shards import load_prepared
 from lmlab.data.sources import Corpus
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
