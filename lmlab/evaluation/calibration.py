@@ -3,7 +3,7 @@
 Shapes: B bins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,21 +33,19 @@ def calibrate(scores: Mapping[str, np.ndarray], tokens: np.ndarray) -> dict[str,
     frequency = np.bincount(tokens)[tokens[scored]]
     of_frequency = np.log2(frequency).astype(int)
 
-    def means(bins: np.ndarray) -> list[dict[str, Any]]:
+    values = {"confidence": confidence, "accuracy": hits, "nll": nll}
+
+    def means(bins: np.ndarray, ends: Callable[[int], tuple[float, float]]) -> list[dict[str, Any]]:
+        """Returns a row for each bin that holds tokens; `ends` says where one begins and ends, by its number."""
         rows = []
         for number in np.unique(bins).tolist():
-            inside = bins == number
-            values = {"confidence": confidence, "accuracy": hits, "nll": nll}
-            rows.append(
-                {"bin": number, "tokens": int(inside.sum())}
-                | {name: float(value[inside].mean()) for name, value in values.items()}
-            )
+            inside, (low, high) = bins == number, ends(number)
+            of_bin = {name: float(value[inside].mean()) for name, value in values.items()}
+            rows.append({"from": low, "to": high, "tokens": int(inside.sum()), **of_bin})
         return rows
 
-    by_confidence = [{"from": row["bin"] / BINS, "to": (row["bin"] + 1) / BINS, **row} for row in means(of_confidence)]
-    by_frequency = [{"from": 2 ** row["bin"], "to": 2 ** (row["bin"] + 1) - 1, **row} for row in means(of_frequency)]
-    for row in (*by_confidence, *by_frequency):
-        del row["bin"]
+    by_confidence = means(of_confidence, lambda number: (number / BINS, (number + 1) / BINS))
+    by_frequency = means(of_frequency, lambda number: (2**number, 2 ** (number + 1) - 1))
     error = sum(row["tokens"] * abs(row["accuracy"] - row["confidence"]) for row in by_confidence) / len(nll)
     return {
         "expected_calibration_error": error,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from lmlab.data.documents import END, FLAGS, WORDS, Documents
+from lmlab.data.documents import WORDS, Documents
 from lmlab.evaluation.token_scores import WhiteSpace
 
 CORRECTION = "Pimentel and Meister 2024"
@@ -59,7 +59,7 @@ def words_of(
     first[edges] = True
     first, last = first[:-1], first[1:]  # of its document
     blank_before = np.append(False, space.alone[tokens][:-1]) & ~first
-    ends = documents.spans[:, FLAGS] & END > 0
+    ends = documents.ends(np.arange(len(tokens)))
     # A word begins with the white space before it, where there are tokens of that alone.
     begins = first | ((ends | space.alone[tokens] | (documents.spans[:, WORDS] > 0)) & ~blank_before)
     starts = np.flatnonzero(begins)
@@ -74,7 +74,7 @@ def words_of(
     final = last[stops - 1]
     corrected = nll + ended[starts] - np.where(final, 0.0, after)
     # A document without a token for its end does not say that its last word has ended.
-    corrected_known = known & np.where(final, is_end, next_scored > 0) & (causal if len(starts) else False)
+    corrected_known = known & np.where(final, is_end, next_scored > 0) & causal
     ids = [tokens[start:stop].tolist() for start, stop in zip(starts, stops - is_end, strict=True)]
     texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
     names = documents.names.take(np.flatnonzero(np.array(documents.parts) == 0))

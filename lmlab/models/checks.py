@@ -162,14 +162,15 @@ def check_document_attention(model: PreTrainedModel, block_size: int, objective:
     Raises:
         UserError: it does not, or the objective needs another mask.
     """
-    name, way = type(objective).__name__, "Leave preprocess.document_attention=true out"
     if getattr(objective, "prefixes", False) or objective.auto_class == "AutoModelForSeq2SeqLM":
         needs = "trains encoder-decoders" if objective.auto_class == "AutoModelForSeq2SeqLM" else "needs another mask"
-        raise UserError(f"{name} {needs}: preprocess.document_attention=true is not for it.\nLeave that out.")
+        raise UserError(
+            f"{type(objective).__name__} {needs}: preprocess.document_attention=true is not for it.\nLeave that out."
+        )
     parts = [model.generator, model.discriminator] if isinstance(model, GeneratorAndDiscriminator) else [model]
     for part in parts:
-        first = block_size // 3  # as long as a block, so that layers which see a window of positions show what they do
-        lengths = [first, block_size - first] if first else [1, block_size - 1]
+        first = max(1, block_size // 3)
+        lengths = [first, block_size - first]  # of a whole block, so that layers which see a window show what they do
         ids = (torch.arange(block_size, device=part.device) * 7 + 3)[None] % vocabulary(part)
         positions = torch.cat([torch.arange(length, device=part.device) for length in lengths])[None]
         with evaluation_mode(part):
@@ -184,7 +185,8 @@ def check_document_attention(model: PreTrainedModel, block_size: int, objective:
         if not apart:
             raise UserError(
                 f"{part.config.model_type} does not keep the documents of a block apart: what it makes of one depends "
-                f"on the others.\n{way}, or use another architecture, such as gpt2, llama, roberta or modernbert."
+                "on the others.\nLeave preprocess.document_attention=true out, or use another architecture, such as "
+                "gpt2, llama, roberta or modernbert."
             )
 
 
