@@ -30,6 +30,7 @@ from benchmarks.data import write_corpus
 from benchmarks.pairs import ROOT, spread, workplace
 from benchmarks.results import verb
 from benchmarks.side import memory
+from lmlab.errors import UserError
 
 BLOCK, BATCH = 128, 8
 
@@ -65,11 +66,15 @@ def compare(settings: Settings) -> dict[str, Any]:
 
 
 def prepare(folder: Path, processes: int, name: str) -> float:
-    """Returns the seconds of `python -m lmlab.prepare` by some processes of one core each, with empty caches."""
+    """Returns the seconds of `python -m lmlab.prepare` by some processes, with a core for each and empty caches."""
     words = ["data=files", f"data.train={folder}/corpus.jsonl", "data.text=answers.text", "preprocess.test_size=0.01"]
     words += ["tokenizer=pretrained", f"tokenizer.name={folder}/tokenizer", f"output={folder}/{name}", "shards=16"]
     began = time.perf_counter()
-    run(folder / f"caches-{name}", [sys.executable, "-m", "lmlab.prepare", *words, f"processes={processes}"])
+    cores = sorted(os.sched_getaffinity(0))[:processes]
+    if len(cores) < processes:
+        raise UserError(f"there are not {processes} cores for {processes} processes.")
+    command = [sys.executable, "-m", "lmlab.prepare", *words, f"processes={processes}"]
+    run(folder / f"caches-{name}", ["taskset", "--cpu-list", ",".join(map(str, cores)), *command])
     return time.perf_counter() - began
 
 
@@ -82,8 +87,7 @@ def call(folder: Path, function: str, path: Path) -> dict[str, float]:
 
 def run(caches: Path, command: list[str]) -> str:
     places = {"LMLAB_CACHE": f"{caches}/lmlab", "HF_HOME": f"{caches}/hf", "HF_DATASETS_CACHE": f"{caches}/hf/datasets"}
-    one_core = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | places | one_core, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | places, stdout=subprocess.PIPE, check=True)
     return done.stdout.decode()
 
 

@@ -32,7 +32,7 @@ from lmlab.data.texts import flatten, sort_by_file
 from lmlab.data.tokenizers import content_hash
 from lmlab.distributed import launch
 from lmlab.errors import UserError
-from lmlab.io import locked, read_json, replaced, write_json, write_once
+from lmlab.io import locked, read_json, replaced, write_beside, write_json, write_once
 
 if TYPE_CHECKING:
     from datasets import Dataset  # see sources.py
@@ -94,11 +94,22 @@ class Preparation:
                     )
             else:
                 write_json(file, plan | {"command": self.command})
+                if self.parts.drawn is not None:
+                    write_beside(self.drawn, self.parts.drawn.tofile)
 
     @cached_property
     def parts(self) -> Parts:
-        """The records of each split."""
-        return split(self.corpus, self.choices)
+        """The records of each split.
+
+        Which are held out by hash is found once, as all texts have to be read for it.
+        """
+        drawn = np.fromfile(self.drawn, np.int64) if self.drawn.is_file() else None
+        return split(self.corpus, self.choices, drawn)
+
+    @property
+    def drawn(self) -> Path:
+        """The file with the numbers of the records that are held out by hash."""
+        return self.folder / "held_out"
 
     @cached_property
     def splits(self) -> "dict[str, Dataset]":
@@ -326,14 +337,13 @@ def workers(processes: int, again: Callable[[], Preparation]) -> Iterator[Proces
         for _ in range(processes):
             pool.submit(os.getpid)  # a process is started by its first task
         yield pool
-        pool.shutdown()
     except (UserError, OSError):
         pool.shutdown(cancel_futures=True)  # the shards that others have begun are kept
         raise
     finally:
         for process in multiprocessing.active_children():
             process.kill()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def make_shards(

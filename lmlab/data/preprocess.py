@@ -42,6 +42,8 @@ class Parts(NamedTuple):
     """The held-out records of each domain, by its name; the only one of a corpus without domains is called ""."""
     unused: int = 0
     """The number of records that are left out of both, see `Preprocessing.max_test_bytes`."""
+    drawn: np.ndarray | None = None
+    """The numbers of the records that were held out by hash; None if none were."""
 
 
 class Source(NamedTuple):
@@ -60,8 +62,11 @@ def held_out_by(choices: Preprocessing) -> list[Any]:
     return [choices.test_size, choices.split_seed, choices.max_records, *by_hash]
 
 
-def split(corpus: Corpus, choices: Preprocessing) -> Parts:
+def split(corpus: Corpus, choices: Preprocessing, drawn: np.ndarray | None = None) -> Parts:
     """Holds out validation records, unless the source brought some (guide, `train_test_split`).
+
+    Args:
+        drawn: the numbers of the records that are held out by hash, if they have been drawn before.
 
     Raises:
         UserError: there is nothing to train on, or nothing to hold out.
@@ -76,7 +81,8 @@ def split(corpus: Corpus, choices: Preprocessing) -> Parts:
     records, unused = len(train), 0
     if validation is None and records >= 2 and round(records * choices.test_size) >= 1:
         if choices.split_by == "hash":
-            drawn = draw_by_hash(flatten(train, corpus.text), choices)
+            if drawn is None:
+                drawn = draw_by_hash(flatten(train, corpus.text), choices)
             train, test = train.select(np.delete(np.arange(records), drawn)), train.select(drawn)
         else:
             # As `train_test_split` counts, but never all of them.
@@ -100,7 +106,7 @@ def split(corpus: Corpus, choices: Preprocessing) -> Parts:
             f"the validation split is empty: {records} records at preprocess.test_size={choices.test_size}.\n"
             f"To hold some out, {cut}raise preprocess.test_size, or name data.validation."
         )
-    return Parts(train, validation, unused)
+    return Parts(train, validation, unused, drawn)
 
 
 def draw_by_hash(records: Iterable[list[str]], choices: Preprocessing) -> np.ndarray:

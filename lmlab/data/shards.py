@@ -1,6 +1,7 @@
 """A directory of prepared data, made in shards (preparation.py), and read by `data=prepared`.
 
     preparation.json               what the directory is of: it is written first, and other preparations are refused
+    held_out                       the numbers of the records that are held out by hash
     tokenizer/
     train-00000-of-00064/          a shard: `write_split` of a part of the records, whole or not there
       train.tokens train.lengths train.counts.json
