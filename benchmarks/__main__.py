@@ -84,7 +84,7 @@ ROWS = [
     Row("load → blocks, 5,000 ELI5-like records / the guide's", "data", "≥ 1.8"),
     Row("the same, 20,000 records, 50 MB", "data records=20000", "≥ 2.5"),
     Row("the same, 320,000 records, 800 MB", "data records=320000 pairs=1", "≥ 2.0", long=True),
-    Row("memory of preparing, corpus 16 × larger / smaller", "data task=memory", "< 1.3"),
+    Row("memory of preparing, corpus 16 × larger / smaller", "data task=memory", "< 1.2"),
     Row("time of preparing, corpus 16 × larger / smaller", "data task=time", "< 17"),
     Row("preparing by one process / by two, a core each", "scale", "≥ 1.8", long=True),
     Row("second start at 800 MB of text, seconds", "scale task=start", "< 0.5", long=True),
