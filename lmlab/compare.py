@@ -24,6 +24,7 @@ from lmlab.evaluation.sides import (
     read_evaluations,
     row_unit,
 )
+from lmlab.evaluation.suites.suite import SuiteRecords
 from lmlab.io import from_here, write_out
 from lmlab.reporting.text import interval_text, latex, p_text
 from lmlab.runs.choices import as_typed
@@ -123,13 +124,15 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
-    """Prints the comparison of evaluations by minimal pairs, and writes it as CSV and LaTeX."""
+    """Prints the comparison of evaluations by a suite, and writes it as CSV and LaTeX."""
+    kind = runs[0]
+    assert isinstance(kind, SuiteRecords)
     sides = make_sides(runs)
     against = find_side(sides, arguments.against)
-    rows = comparison.compare_accuracy(sides, against)
+    rows = comparison.compare_groups(sides, against)
     pairs = comparison.compare_pairs(sides) if arguments.pairs else []
-    texts = [accuracy_texts(row) for row in rows]
-    pairs_texts = [pair_texts(row, "pairs") for row in pairs]
+    texts = [score_texts(row, kind) for row in rows]
+    pairs_texts = [pair_texts(row, kind.rows) for row in pairs]
 
     from pandas import DataFrame  # only here: what is refused need not wait for it
 
@@ -141,27 +144,27 @@ def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
         files["pairs.csv"] = DataFrame(pairs, dtype=object).drop(columns="decides").to_csv(index=False)
         files["pairs.tex"] = latex(DataFrame(pairs_texts), "llrrrr")
     out = write_tables(arguments, files)
-    show(f"Accuracy on {counted(rows[0]['pairs'], 'minimal pair')}", texts, words=2)
+    show(f"{kind.measure.capitalize()} on {rows[0][kind.rows]:,} {kind.rows}", texts, words=2)
     several = any(row["runs"] > 1 for row in rows)
     reference = "the first row" if against == 0 else f"row {against + 1}"
     also = " and seeds" if several else ""
-    print(f"A difference is from {reference} of its phenomenon, and above 0 better.")
-    print(f"The interval holds what other pairs{also} would give; each p is of its row alone.")
+    print(f"A difference is from {reference} of its {kind.group}, and above 0 {kind.better}.")
+    print(f"The interval holds what other {kind.rows}{also} would give; each p is of its row alone.")
     if pairs:
         show("All pairs of rows", pairs_texts, words=2)
     show_choices(sides)
     print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
 
 
-def accuracy_texts(row: dict[str, Any]) -> dict[str, str]:
-    """Returns a row of the table of accuracies for a person, by its columns."""
+def score_texts(row: dict[str, Any], kind: SuiteRecords) -> dict[str, str]:
+    """Returns a row of the table of scores for a person, by its columns."""
     return {
-        "phenomenon": row["phenomenon"],
+        kind.group: row[kind.group],
         "": row["side"],
         "runs": str(row["runs"]),
-        "pairs": f"{row['pairs']:,}",
-        "accuracy": value_text(row),
-        **difference_texts(row, "pairs"),
+        kind.rows: f"{row[kind.rows]:,}",
+        kind.measure: value_text(row),
+        **difference_texts(row, kind.rows),
     }
 
 

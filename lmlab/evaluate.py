@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, changes, compose, evaluated, models, schema, targets, trust
+from lmlab.config import build, changes, compose, evaluated, measures, models, schema, targets, trust
 from lmlab.config.rank import on_all_ranks, on_rank_zero
 from lmlab.console import command, show_result, show_rows
 from lmlab.distributed import ranks
@@ -37,14 +37,12 @@ def measure(cfg: DictConfig) -> None:
     """
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation import records
-    from lmlab.evaluation.certify import certify
     from lmlab.models.checks import check_tokenizer
-    from lmlab.models.loss import logits_chunk_size
     from lmlab.runs.ledger import log_doubts
 
     run, trained = RunDirectory(cfg.run_dir), trained_run(cfg)
     tokenizer = targets.build(cfg.tokenizer, "tokenizer")
-    held_out = None
+    measure_one = None
     for one, path, facts in models_of(cfg, run, trained):
         objective, model = models.build_model_of_rank(one, tokenizer)
         check_tokenizer(model, tokenizer)
@@ -55,29 +53,17 @@ def measure(cfg: DictConfig) -> None:
         name = f"weights of {path.name}" if cfg.series else "weights"
         weights = ranks.from_rank_zero(name, weights_hash) if schema.shards(cfg.trainer) > 1 else weights_hash()
         hashes = {name: weights}
-        if held_out is None:
-            data = held_out_data(one, tokenizer, trained)
+        if measure_one is None:
+            data = held_out_data(one, tokenizer, trained) if cfg.get("data") else None
             hashes |= {"config": fingerprint(OmegaConf.to_yaml(cfg, sort_keys=True))}
-            hashes |= {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash}
-            if not ranks.rank():
-                log_doubts(data.ledger)
-            held_out = build.build_held_out(one, data, objective)
-            write = build.build_writer(cfg, held_out)
-            build.check_padding(model, held_out.rows.lengths, cfg.batch_size)
+            if data is not None:
+                hashes |= {"data": data.data_fingerprint, "tokenizer": data.tokenizer_hash}
+                if not ranks.rank():
+                    log_doubts(data.ledger)
+            measure_one = measures.build_measure(one, data, objective, tokenizer)
         ranks.check_ranks_agree(**hashes)
-        certify(
-            model,
-            held_out,
-            path,
-            trainer=build.build_evaluation_trainer(cfg),
-            batch_size=cfg.batch_size,
-            num_workers=cfg.num_workers,
-            chunk_size=logits_chunk_size(model, cfg.logits_chunk_size, schema.uses_gpu(cfg.trainer)),
-            surprisal=tokenizer if cfg.surprisal else None,
-            calibration=cfg.calibration,
-            facts={"weights_hash": weights, **facts, "run": trained and trained.trained_as(), **run.provenance()},
-            write=write,
-        )
+        facts = {"weights_hash": weights, **facts, "run": trained and trained.trained_as(), **run.provenance()}
+        measure_one(model, path, trainer=build.build_evaluation_trainer(cfg), facts=facts)
 
 
 def models_of(
@@ -213,8 +199,10 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
                     file.unlink(missing_ok=True)
             raise
     certificates = [read(directory.path).certificate for directory in directories]
-    tokens, last = sum(certificate["totals"]["tokens"] for certificate in certificates), certificates[-1]
-    about = {"speed": f"{tokens / seconds:,.0f} scored tokens/s in {seconds:.1f} s, loading included"}
+    last = certificates[-1]
+    unit = "tokens" if "tokens" in last["totals"] else "examples"
+    count = sum(certificate["totals"][unit] for certificate in certificates)
+    about = {"speed": f"{count / seconds:,.0f} {unit}/s in {seconds:.1f} s, loading included"}
     if cfg.series:
         about["certificates"] = str(from_here(run.path / "step-…" / run.certificate.name))
         show_series(certificates, about)

@@ -40,6 +40,7 @@ def main() -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Writes the report, and prints what it decides and where it is."""
     from lmlab.console import counted, show_rows
+    from lmlab.evaluation.suites.suite import SuiteRecords
     from lmlab.io import from_here, write_out
     from lmlab.reporting.load import load_runs
     from lmlab.reporting.text import letter
@@ -47,15 +48,15 @@ def report(arguments: argparse.Namespace) -> None:
     runs, evaluations, unread = load_runs(arguments.directories)
 
     from lmlab.reporting import page
-    from lmlab.reporting.accuracy import accuracy_table
     from lmlab.reporting.section import make_sections
+    from lmlab.reporting.suites import suites_table
 
-    suites = {name: records for name, records in evaluations.items() if "suite" in records.certificate}
-    others = {name: records for name, records in evaluations.items() if name not in suites}
-    sections, accuracy = make_sections(runs, others, page.POINTS), accuracy_table(suites, runs)
+    of_suites = {name: records for name, records in evaluations.items() if isinstance(records, SuiteRecords)}
+    others = {name: records for name, records in evaluations.items() if name not in of_suites}
+    sections, suites = make_sections(runs, others, page.POINTS), suites_table(of_suites, runs)
     out = arguments.out or Path(f"reports/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     with stopped_with("Nothing of the report is kept."):
-        write_out(out, page.report_files(sections, accuracy, unread), page.earlier_files(out))
+        write_out(out, page.report_files(sections, suites, unread), page.earlier_files(out))
     rows = []
     for section in sections:
         statuses = ", ".join(f"{count} {status}" for status, count in section.statuses.most_common())
@@ -63,8 +64,8 @@ def report(arguments: argparse.Namespace) -> None:
         rows.append([section.title, statuses, "\n".join([*section.verdict, *apart])])
     if rows:
         show_rows("Runs", ["objective", "status", "verdict"], rows, words=3)
-    if len(accuracy):
-        print(f"Minimal pairs: {counted(accuracy['evaluation'].nunique(), 'evaluation')}, by phenomenon.")
+    for name, table in suites.groupby("suite", sort=False):
+        print(f"suite={name}: {counted(table['evaluation'].nunique(), 'evaluation')}, in suites.csv.")
     for line in unread:
         print(f"not read: {line}")
     print(f"Written to {from_here((out / 'report.html').resolve())}, with charts and tables beside it.")

@@ -31,6 +31,7 @@ REQUIRED = {
     "tokenizer=prepared": ["data=prepared", "data.path=x"],
     "model=pretrained": ["model.name=me/model"],
     "suite=minimal_pairs": ["pairs=x.jsonl"],
+    "suite=lm_eval": ["tasks=x"],
     "model=scratch": ["model.architecture=gpt2"],
     "tokenizer=pretrained": ["tokenizer.name=me/tokenizer"],
 }
@@ -88,7 +89,8 @@ def test_option_composes_and_fits_its_constructor(option: str) -> None:
 @pytest.mark.parametrize("option", OF_EVALUATION)
 def test_option_composes_for_an_evaluation(option: str) -> None:
     group = option.split("=")[0]
-    own = ("data=", "suite=") if group in ("data", "suite") else f"{group}="  # a suite brings its text
+    has_text = option in ("suite=minimal_pairs", "suite=lm_eval")
+    own = ("data=", "suite=") if group == "data" or has_text else f"{group}="
     others = [word for word in ("data=sample", "objective=clm") if not word.startswith(own)]
     cfg = compose_evaluation(option, *others, *REQUIRED.get(option, []))
     fits(cfg, "evaluate")
@@ -144,15 +146,15 @@ def test_sweep_composes(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize("name", ["train", "evaluate", "trainer", "validation", "preprocess"])
 def test_each_key_is_declared_with_its_meaning(name: str) -> None:
     """The schema has the keys of the YAML files, those of its groups included, and says what each of them means."""
-    words = (
-        ["data=sample", "objective=clm", "+model.name=x", "suite=minimal_pairs"]
-        if name == "evaluate"
-        else ["distill=teacher"]
-    )
-    cfg = compose(*words, verb="evaluate" if name == "evaluate" else "train")
-    block = cfg if name in ("train", "evaluate") else cfg[name]
+    if name == "evaluate":
+        words = ["data=sample", "objective=clm", "+model.name=x"]
+        suites = [word for word in OF_EVALUATION if word.startswith("suite=")]
+        block = {key for suite in suites for key in compose(*words, suite, verb="evaluate")}
+    else:
+        cfg = compose("distill=teacher")
+        block = {*(cfg if name == "train" else cfg[name])}
     declared = schema.DECLARED[name]
-    assert signatures.parameters(declared).keys() == {*block} - {"_target_"}
+    assert signatures.parameters(declared).keys() == block - {"_target_"}
     assert all(signatures.meanings(declared)[key] for key in signatures.parameters(declared))
 
 

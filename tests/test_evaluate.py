@@ -502,7 +502,7 @@ def test_minimal_pairs_are_compared_and_reported(
         policy = certificates.read(place).certificate["policy"]
         assert (policy["context"], policy["end_of_text"], policy["pseudo"]) == ("document", False, pseudo)
     run_verb("compare", one, two, "--out", tmp_path / "compared")
-    assert "Accuracy on 3 minimal pairs" in capsys.readouterr().out
+    assert "Accuracy on 3 pairs" in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "compared" / "comparison.csv")
     accuracy = [certificates.read(place).certificate["figures"]["pairs_accuracy"] for place in (one, two)]
     assert rows["phenomenon"].tolist() == ["all", "all", "agreement", "agreement", "order", "order"]
@@ -514,11 +514,12 @@ def test_minimal_pairs_are_compared_and_reported(
     other = evaluate(f"model={causal}", *pairs, "batch_size=1")
     for side in ("nll_good", "nll_bad"):
         np.testing.assert_allclose(*(certificates.read(place).table[side][:3] for place in (one, other)), rtol=1e-6)
-    assert "their pairs are not the same" in refused(capsys, lambda: run_verb("compare", one, other))
+    assert "what they measured is not the same" in refused(capsys, lambda: run_verb("compare", one, other))
     run_verb("report", one, two, other, causal, "--out", tmp_path / "report")
-    table = pd.read_csv(tmp_path / "report" / "minimal_pairs.csv")
-    assert table["accuracy"][table["phenomenon"] == "all"].tolist()[:2] == accuracy
-    assert "Minimal pairs" in (tmp_path / "report" / "report.html").read_text()
+    table = pd.read_csv(tmp_path / "report" / "suites.csv")
+    of_all = table[(table["group"] == "all") & (table["metric"] == "pairs_accuracy")]
+    assert of_all["value"].tolist()[:2] == accuracy
+    assert "minimal_pairs" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.long

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,23 +137,6 @@ def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") ->
         score_end=cfg.get("score_end", True),
         units=cfg.get("units", "text"),
     )
-
-
-def build_writer(cfg: DictConfig, held_out: "HeldOut") -> Callable[..., None]:
-    """Returns the function that writes what an evaluation came to, see `lmlab.evaluation.certify.certify`.
-
-    Args:
-        held_out: the rows that are scored; those of a suite are checked.
-    """
-    from lmlab.data.pairs import read_pairs
-    from lmlab.evaluation import records
-    from lmlab.evaluation.suites import minimal_pairs
-
-    if "suite" not in cfg:
-        return records.write
-    pairs = read_pairs(cfg.pairs, cfg.phenomenon)
-    minimal_pairs.check(pairs, held_out)
-    return partial(minimal_pairs.write, pairs=pairs)
 
 
 def held_out_objective(cfg: DictConfig, objective: "Objective") -> DictConfig:
@@ -348,9 +330,8 @@ def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":
     """Returns the Lightning trainer of an evaluation: for its devices and its precision."""
     from lmlab.training.callbacks import ShowScoring
 
-    return lightning_trainer(
-        cfg, callbacks=[ShowScoring()], logger=False, enable_checkpointing=False, val_check_interval=1.0
-    )
+    callbacks = [] if cfg.get("suite") in ("generation", "lm_eval") else [ShowScoring()]  # which score no batches
+    return lightning_trainer(cfg, callbacks=callbacks, logger=False, enable_checkpointing=False, val_check_interval=1.0)
 
 
 def lightning_trainer(cfg: DictConfig, **options: Any) -> "L.Trainer":

@@ -39,26 +39,29 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     if "objective" not in cfg:
         cfg.objective = run.objective if run is not None else objective_of(cfg)
         taken += ["objective"] if run is not None else []
-    if "suite" in cfg:
+    if cfg.get("suite") == "minimal_pairs":
         take_pairs(cfg)
+    elif cfg.get("suite") == "lm_eval":
+        take_tasks(cfg)
     elif "_target_" not in (cfg.get("data") or {}):
         take_data(cfg, run, overrides)
         taken += ["data", "preprocess"]
-    if cfg.data._target_ == "lmlab.data.shards.load_prepared" and "tokenizer=prepared" not in overrides:
+    source = (cfg.get("data") or {}).get("_target_")
+    if source == "lmlab.data.shards.load_prepared" and "tokenizer=prepared" not in overrides:
         cfg.tokenizer = OmegaConf.load(CONF / "tokenizer" / "pretrained.yaml")  # the model's, whatever the text has
     for key in AS_IN_TRAINING:
-        if cfg.preprocess.get(key) is None and run is not None and "suite" not in cfg:
+        if cfg.preprocess.get(key) is None and run is not None and cfg.get("suite") != "minimal_pairs":
             cfg.preprocess[key] = run.preprocess.get(key)
     if cfg.preprocess.document_attention is None:
         cfg.preprocess.document_attention = False
-    if OmegaConf.is_missing(cfg.data, "train"):
+    if cfg.get("data") and OmegaConf.is_missing(cfg.data, "train"):
         cfg.data.train = None
     cfg.pop("trust")
     trust.check_trusted(OmegaConf.masked_copy(cfg, taken), trusted)
     refuse_redacted(secrets.redacted_keys(OmegaConf.to_container(OmegaConf.masked_copy(cfg, taken))), "+")
     objective = target(cfg.objective, "objective")
     own = getattr(objective, "score", "labels")
-    if "suite" in cfg and objective.auto_class == "AutoModelForMaskedLM":
+    if "suite" in cfg and cfg.suite != "generation" and objective.auto_class == "AutoModelForMaskedLM":
         own = "pseudo"
     cfg.score = cfg.score or own
     cfg.context = cfg.context or ("blocks" if cfg.score == own else "document")
@@ -129,6 +132,19 @@ def take_pairs(cfg: DictConfig) -> None:
     if cfg.get("data"):
         raise UserError(f"suite={cfg.suite} scores the sentences of pairs=…: leave data=… out.")
     cfg.data = {"_target_": "lmlab.data.pairs.load_pairs", "pairs": cfg.pairs, "phenomenon": cfg.phenomenon}
+
+
+def take_tasks(cfg: DictConfig) -> None:
+    """Refuses an evaluation by tasks that names none, or names text.
+
+    Raises:
+        UserError: it does.
+    """
+    if OmegaConf.is_missing(cfg, "tasks") or not cfg.tasks:
+        raise UserError(f"suite={cfg.suite} needs tasks: add tasks=NAME to the command, or 'tasks=[NAME,NAME]'.")
+    if cfg.get("data"):
+        raise UserError(f"suite={cfg.suite} has the examples of its tasks: leave data=… out.")
+    cfg.pop("data", None)
 
 
 def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> None:

@@ -33,7 +33,7 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     cfg = config_of(run)
     trust.check_trusted(OmegaConf.masked_copy(cfg, ["model", "objective"]), trusted)
     checkpoints = (cfg.get("callbacks") or {}).get("checkpoints") or {}
-    weights = checkpoint.best_so_far(run, checkpoints.get("mode", "min"))
+    weights = checkpoint.best_so_far(run, checkpoints.get("mode") or checkpoint.mode_of(checkpoints.get("monitor", "")))
     if weights is None or not run.tokenizer.is_dir():
         raise UserError(f"{run.path} has kept no weights yet: it has not come to its first checkpoint.")
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)

@@ -122,6 +122,7 @@ def certify(
     facts: Mapping[str, Any] | None = None,
     surprisal: PreTrainedTokenizerBase | None = None,
     calibration: bool = False,
+    keeps_tokens: bool = False,
     write: Callable[..., None] = records.write,
 ) -> None:
     """Scores held-out text and writes its records and certificate into a directory; `records.read` reads them.
@@ -136,6 +137,7 @@ def certify(
         facts: further entries of the certificate; by default the name and the hash of the model.
         surprisal: the tokenizer, to write the surprisal of each word too; None does without.
         calibration: whether the certificate is to say how confidence and accuracy of the predictions go together.
+        keeps_tokens: whether `write` has a parameter `scores` too, for what `TokenScores` computes.
         write: the function that writes them, with the parameters of `records.write`; a suite has one of its own.
 
     Raises:
@@ -154,7 +156,7 @@ def certify(
     if facts is None:
         facts = {"model": model.name_or_path, "run": None, "weights_hash": records.weights_hash(model.state_dict())}
     documents, token_scores = held_out.documents, None
-    if surprisal is not None or calibration:
+    if surprisal is not None or calibration or keeps_tokens:
         space = None if surprisal is None else white_space(surprisal)
         token_scores = TokenScores(len(documents.tokens), space and torch.from_numpy(space.boundaries))
     scorer = Scorer(model, held_out.sums(), chunk_size, held_out.losses, token_scores)
@@ -174,7 +176,7 @@ def certify(
             write_beside(RunDirectory(path).words, lambda beside: pq.write_table(words, beside))
             count = len(words) - words["text"].to_pylist().count("")  # which ends of documents are
             facts["surprisal"] = {"words": count, "correction": CORRECTION if held_out.causal else None}
-        write(path, documents, *scorer.result, facts)
+        write(path, documents, *scorer.result, facts, **({"scores": scorer.of_tokens} if keeps_tokens else {}))
 
 
 def silence_lightning() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmlab.evaluation.sides import Side, ratio
+from lmlab.evaluation.suites.suite import SuiteRecords
 
 REPLICATES = 10_000
 """The number of random draws of a test: of documents drawn anew, and of sides exchanged."""
@@ -23,7 +24,7 @@ CELLS = 2**20
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of one side from another, in bits per byte or in accuracy.
+    """The difference of one side from another, in bits per byte or in the score of a suite.
 
     Of a side from itself, every field is None.
     """
@@ -159,24 +160,26 @@ def compare_sides(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any
     ]
 
 
-def compare_accuracy(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
-    """Returns a row for each side, first over all minimal pairs and then over those of each phenomenon.
+def compare_groups(sides: Sequence[Side], against: int = 0) -> list[dict[str, Any]]:
+    """Returns a row for each side of evaluations by a suite, first over all their records and then over each group.
 
-    A row has the accuracy, its deviation over seeds, and the difference from side `against`, paired by pair.
+    A row has the mean score, its deviation over seeds, and the difference from side `against`, paired by record.
     """
+    kind = sides[0].runs[0]
+    assert isinstance(kind, SuiteRecords)
     of_all: list[tuple[str, Sequence[Side]]] = [("all", sides)]
     of_each: list[tuple[str, Sequence[Side]]] = [
         (name, [side.of_domain(name) for side in sides]) for name in sides[0].runs[0].domains
     ]
     return [
         {
-            "phenomenon": phenomenon,
+            kind.group: name,
             "side": side.name,
             "runs": len(side.runs),
-            "pairs": len(side.sums),
+            kind.rows: len(side.sums),
             **compare_ratios(some, number, against),
         }
-        for phenomenon, some in (of_all + of_each if len(of_each) > 1 else of_all)
+        for name, some in (of_all + of_each if len(of_each) > 1 else of_all)
         for number, side in enumerate(some)
     ]
 

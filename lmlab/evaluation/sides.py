@@ -24,6 +24,8 @@ from lmlab.runs.directory import RunDirectory
 
 OF_MASKS = ("objective", "masks_seed", "pseudo", "elbo")
 """The entries of a policy that say which tokens are hidden and scored; where all are scored, they need not agree."""
+OF_MASKED_ANSWERS = ("score", "within_word", "draws", "tasks", "task_path")
+"""The settings of a suite that need not agree: how a masked model scores, and names of what is compared by content."""
 DEFAULTS = {"document_attention": False, "score_end": True}
 """The values of entries that a policy names only where they are others."""
 
@@ -113,9 +115,16 @@ def check_comparable(runs: Sequence[Records]) -> None:
         if suites[0]:
             if one["data_hash"] != two["data_hash"]:
                 raise UserError(
-                    f"{both} their pairs are not the same, or have other phenomena.\n"
-                    f"Evaluate both on the same files: python -m lmlab.evaluate model=… suite={suites[0]} pairs=…"
+                    f"{both} what they measured is not the same: other pairs, text or examples, or other groups of "
+                    f"them.\nEvaluate both on the same: python -m lmlab.evaluate model=… suite={suites[0]} …"
                 )
+            settings = [certificate.get("settings", {}) for certificate in (one, two)]
+            for key in [key for key in settings[0] if key not in OF_MASKED_ANSWERS]:
+                here, there = (values.get(key) for values in settings)
+                if here != there:
+                    raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.")
+            if one["figure"] != two["figure"]:
+                raise UserError(f"{both} {one['figure']} is not {two['figure']}.")
             continue
         figures = {one["figure"], two["figure"]}
         whole = figures <= {EXACT, BOUND}  # every token of the text is scored

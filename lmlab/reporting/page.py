@@ -15,9 +15,9 @@ from markupsafe import Markup
 from lmlab.console import command, counted
 from lmlab.errors import UserError
 from lmlab.io import PARTIAL, from_here, read_json
-from lmlab.reporting.accuracy import shown
 from lmlab.reporting.load import Run, local_time
 from lmlab.reporting.section import Section
+from lmlab.reporting.suites import shown
 from lmlab.reporting.text import as_text, latex, letter
 from lmlab.runs.manifest import environment
 from lmlab.secrets import redacted_command
@@ -33,26 +33,26 @@ CLIP = 2000
 
 
 def report_files(
-    sections: Sequence[Section], accuracy: pd.DataFrame, unread: Sequence[str]
+    sections: Sequence[Section], suites: pd.DataFrame, unread: Sequence[str]
 ) -> Iterator[tuple[str, str | bytes]]:
     """Yields the names and contents of the files of a report; the first lists them all.
 
     Args:
-        accuracy: the table of accuracies on minimal pairs, see `accuracy_table`.
+        suites: the metrics of evaluations by suites, see `suites_table`.
         unread: a line on each thing that could not be read.
     """
     charts = [chart for section in sections for chart in section.charts]
     tables = {name: table for section in sections for name, table in section.csv.items()}
     if sections:
         tables["runs"] = pd.concat([section.table for section in sections])
-    if len(accuracy):
-        tables["minimal_pairs"] = accuracy
+    if len(suites):
+        tables["suites"] = suites
     images = [f"{chart.name}.{kind}" for chart in charts for kind in ("svg", "png")]
     listed = [*images, *(f"{name}.csv" for name in tables), "runs.tex", "report.html"]
     yield LISTED, json.dumps({"files": listed}, indent=2) + "\n"
     yield from ((f"{name}.csv", table.to_csv(index=False)) for name, table in tables.items())
     yield "runs.tex", runs_latex(sections)
-    yield "report.html", html(sections, accuracy, unread)
+    yield "report.html", html(sections, suites, unread)
     for chart in charts:
         svg = vl_convert.vegalite_to_svg(chart.spec)
         yield f"{chart.name}.svg", svg
@@ -83,7 +83,7 @@ def runs_latex(sections: Sequence[Section]) -> str:
     return "\n".join(tables)
 
 
-def html(sections: Sequence[Section], accuracy: pd.DataFrame, unread: Sequence[str]) -> str:
+def html(sections: Sequence[Section], suites: pd.DataFrame, unread: Sequence[str]) -> str:
     """Returns the page, with all that it needs in it."""
     jinja = jinja2.Environment(
         loader=jinja2.PackageLoader("lmlab", "reporting"),
@@ -103,7 +103,7 @@ def html(sections: Sequence[Section], accuracy: pd.DataFrame, unread: Sequence[s
         script=Markup(script),
         vega=Markup(vega),
         sections=sections,
-        accuracies=[shown(table) for _, table in accuracy.groupby("pairs_hash", sort=False)],
+        suites=[(name, shown(table)) for (name, _), table in suites.groupby(["suite", "data_hash"], sort=False)],
         charts={chart.name: chart.spec for section in sections for chart in section.charts},
         origin=describe_origins(runs),
         statuses=Counter(run.status.name for run in runs),

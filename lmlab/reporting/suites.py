@@ -1,18 +1,21 @@
-"""The table of a report on minimal pairs: accuracy by evaluation and phenomenon."""
+"""The tables of a report on evaluations by suites: their metrics, by evaluation and group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
-from lmlab.evaluation.records import Records
+from lmlab.evaluation.suites.suite import SuiteRecords
 from lmlab.reporting.load import Run
 from lmlab.reporting.names import name_evaluations
 
-COLUMNS = ("pairs_hash", "evaluation", "phenomenon", "pairs", "accuracy", "low", "high")
+COLUMNS = ("suite", "data_hash", "evaluation", "group", "rows", "metric", "value")
+OF_INTERVALS = ("_low", "_high", "_stderr")
+"""The ends of the names of metrics that say how sure another one is."""
 
 
-def accuracy_table(evaluations: Mapping[str, Records], runs: Sequence[Run]) -> pd.DataFrame:
-    """Returns a row for each evaluation by minimal pairs and each phenomenon, and one for all pairs of each.
+def suites_table(evaluations: Mapping[str, SuiteRecords], runs: Sequence[Run]) -> pd.DataFrame:
+    """Returns a row for each metric of each evaluation by a suite, over all its records and for each group of them.
 
     Args:
         evaluations: by their names in the report.
@@ -20,20 +23,29 @@ def accuracy_table(evaluations: Mapping[str, Records], runs: Sequence[Run]) -> p
     """
     names = name_evaluations(evaluations, runs)
     rows = [
-        (
-            records.certificate["data_hash"],
-            names[records.path],
-            phenomenon,
-            part["totals"]["pairs"],
-            *(part["figures"][name] for name in ("pairs_accuracy", "pairs_accuracy_low", "pairs_accuracy_high")),
-        )
+        (records.suite, records.certificate["data_hash"], names[records.path], group, count, metric, value)
         for records in evaluations.values()
-        for phenomenon, part in {"all": records.certificate, **records.certificate["phenomena"]}.items()
+        for group, count, metrics in metrics_of(records)
+        for metric, value in metrics.items()
     ]
     return pd.DataFrame(rows, columns=[*COLUMNS])
 
 
+def metrics_of(records: SuiteRecords) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """Yields the metrics of all records of an evaluation, and of each group, with the name and the size of it."""
+    certificate = records.certificate
+    for group, part in {"all": certificate, **certificate.get(records.groups, {})}.items():
+        # The harness has metrics of its own for each task, by a name and the filter of the answers.
+        own = certificate.get("results", {}).get(group, {})
+        more = {name.removesuffix(",none"): value for name, value in own.items() if name != "sample_len"}
+        more |= certificate.get("mauve", {}) if group == "all" else {}
+        metrics = {name: value for name, value in {**part["figures"], **more}.items() if type(value) in (int, float)}
+        yield group, part["totals"][records.rows], metrics
+
+
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the rows of one set of pairs for a person: a row for each phenomenon, a column for each evaluation."""
-    wide = table.pivot_table(index=["phenomenon", "pairs"], columns="evaluation", values="accuracy", sort=False)
+    """Returns the rows of one suite and one set of data for a person: a row for each metric of a group, a column for
+    each evaluation."""
+    some = table[~table["metric"].map(lambda name: name.partition(",")[0].endswith(OF_INTERVALS))]
+    wide = some.pivot_table(index=["group", "rows", "metric"], columns="evaluation", values="value", sort=False)
     return wide.rename_axis(columns=None).reset_index()

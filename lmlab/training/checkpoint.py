@@ -57,7 +57,7 @@ class Checkpoints(Checkpoint):
         self,
         run_dir: str,
         monitor: str = "val/loss",
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
         keep_best: Annotated[int, Ge(0)] = 1,
         every_steps: Annotated[int, Ge(1)] | None = None,
         every_minutes: Annotated[float, Gt(0)] | None = 30.0,
@@ -68,7 +68,7 @@ class Checkpoints(Checkpoint):
 
         Args:
             monitor: the metric of a validation that the best weights are chosen by.
-            mode: `min` if the least of it is best, `max` if the most is.
+            mode: `min` if the least of it is best, `max` if the most is; None for what `mode_of` says.
             keep_best: how many of the best weights are kept. With 0, and where the objective says so
                 (`Objective.last_weights`), a run ends with its last weights.
             every_steps: after how many steps a checkpoint is saved also between validations; None for never.
@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
             max_requeues: how often a SLURM job that reaches its time limit is put back in the queue.
         """
         self.run = RunDirectory(run_dir)
-        self.monitor, self.mode, self.keep_best = monitor, mode, keep_best
+        self.monitor, self.mode, self.keep_best = monitor, mode or mode_of(monitor), keep_best
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.background, self.max_requeues = background, max_requeues
         self.best: dict[int, float] = {}
@@ -231,6 +231,11 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         SIGNALS.patient = False
+
+
+def mode_of(monitor: str) -> Literal["min", "max"]:
+    """Returns `max` for an accuracy, of which the most is best, and `min` for any other metric."""
+    return "max" if monitor.endswith("accuracy") else "min"
 
 
 def rank(values: Mapping[int, float], mode: str) -> list[int]:

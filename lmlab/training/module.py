@@ -101,6 +101,8 @@ class LMModule(Scorer):
         """Learning rate of the last step."""
         self.validations: dict[int, dict[str, float]] = {}
         """The metrics of each validation, by its step."""
+        self.suite_metrics: dict[str, float] = {}
+        """The metrics that a callback has measured in the validation under way, which are logged with its own."""
         self.final: dict[str, float] | None = None
         """The metrics on all held-out documents, where validations look at a part of them."""
 
@@ -109,6 +111,7 @@ class LMModule(Scorer):
         names = ["loss", *(name for name in compute_metrics({}, self.metric) if name != "nll_per_token")]
         prefixes = ["", *(f"{domain}/" for domain in self.domains)]
         logged = [f"val/{prefix}{name}" for prefix in prefixes for name in names]
+        logged += [name for each in self.trainer.callbacks for name in getattr(each, "metrics", ())]  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in logged:
@@ -306,6 +309,7 @@ class LMModule(Scorer):
         if final:
             self.final = metrics
             return
+        metrics |= self.suite_metrics
         self.validations[self.global_step] = metrics
         # For callbacks that monitor a metric; the loggers get float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)

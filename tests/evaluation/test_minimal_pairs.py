@@ -70,7 +70,7 @@ def test_a_bigram_model(batch_size: int, tmp_path: Path) -> None:
         assert row["bad"] == text
         assert (row["tokens_good"], row["bytes_bad"]) == (len(pair.good), len(text))
     assert {row["score"] for row in found} >= {0, 1}  # or nothing was tested
-    parts = minimal_pairs.figures_and_totals(pa.Table.from_pylist(found, minimal_pairs.SCHEMA))
+    parts = minimal_pairs.figures_and_totals(pa.Table.from_pylist(found, minimal_pairs.PairRecords.schema), {})
     assert parts["figures"]["pairs_accuracy"] == sum(row["score"] for row in found) / len(PAIRS)
     order = [row["score"] for row in found if row["phenomenon"] == "order"]
     assert parts["phenomena"]["order"]["figures"]["pairs_accuracy"] == sum(order) / 2
@@ -115,7 +115,7 @@ def test_a_tie_counts_half(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "1 of 3 pairs" in caplog.text
     table = minimal_pairs.table_of(pairs, held_out.documents, *sums_of(model, held_out))
     assert table["score"].to_pylist() == [0.5, 0.5, 0.0]
-    totals = minimal_pairs.figures_and_totals(table)["totals"]
+    totals = minimal_pairs.figures_and_totals(table, {})["totals"]
     assert (totals["ties"], totals["equal_tokens"]) == (2, 1)
 
 

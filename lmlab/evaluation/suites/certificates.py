@@ -8,8 +8,17 @@ from typing import Any
 
 from lmlab.evaluation import records
 from lmlab.evaluation.records import Records
-from lmlab.evaluation.suites import minimal_pairs
+from lmlab.evaluation.suites import generation, harness, memorization, minimal_pairs
+from lmlab.evaluation.suites.suite import read_suite
 from lmlab.runs.directory import RunDirectory
+
+SUITES: dict[str, tuple[Any, Any]] = {
+    minimal_pairs.NAME: (minimal_pairs, minimal_pairs.PairRecords),
+    memorization.NAME: (memorization, memorization.MemorizationRecords),
+    generation.NAME: (generation, generation.GenerationRecords),
+    harness.NAME: (harness, harness.TaskRecords),
+}
+"""The module of each suite by its name, with `figures_and_totals` and `describe`, and the class of its records."""
 
 
 def suite_in(path: Path) -> str | None:
@@ -26,10 +35,15 @@ def read(path: Path) -> Records:
     Raises:
         UserError: there is none, it is of another version, damaged, or does not add up.
     """
-    return minimal_pairs.read(path) if suite_in(path) == minimal_pairs.NAME else records.read(path)
+    suite = suite_in(path)
+    if suite not in SUITES:
+        return records.read(path)
+    module, kind = SUITES[suite]
+    return read_suite(path, kind, module.figures_and_totals)
 
 
 def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
     """Returns texts on the metrics of a certificate and on what was scored, by titles."""
-    suite = certificate.get("suite")
-    return minimal_pairs.describe(certificate) if suite == minimal_pairs.NAME else records.describe(certificate)
+    module = SUITES[certificate["suite"]][0] if certificate.get("suite") in SUITES else records
+    lines: dict[str, str] = module.describe(certificate)
+    return lines

@@ -10,24 +10,20 @@ Shapes: P pairs, D sentences, S stretches of them.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lmlab import secrets
 from lmlab.console import counted
 from lmlab.data.documents import Documents
 from lmlab.data.pairs import Pair, pairs_hash
 from lmlab.errors import UserError
 from lmlab.evaluation.metrics import BOUND, EXACT, wilson
-from lmlab.evaluation.records import Records, check_added_up, describe_check, read_files, rows_hash
-from lmlab.io import write_beside, write_json
-from lmlab.runs.directory import RunDirectory
+from lmlab.evaluation.records import describe_check
+from lmlab.evaluation.suites.suite import SuiteRecords, by_group, share_text, write_suite
 
 if TYPE_CHECKING:
     from lmlab.evaluation.scoring import HeldOut  # a comparison and a report need not wait for torch
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 NAME = "minimal_pairs"
 ACCURACY = "pairs_accuracy"
-FORMAT = 1
 COLUMNS = {
     "pair": pa.int64(),  # its number, from 0
     "phenomenon": pa.string(),
@@ -50,13 +45,15 @@ COLUMNS = {
     "equal_tokens": pa.bool_(),  # the tokenizer makes the same tokens of both
     "score": pa.float64(),  # 1: the good one is more probable; 0.5: a tie
 }
-SCHEMA = pa.schema([pa.field(name, kind, False) for name, kind in COLUMNS.items()], {"lmlab_pairs": str(FORMAT)})
 TIE = 1e-6
 """The relative difference of two nll that is a tie: rounding in float32 explains as much."""
 
 
-class PairRecords(Records):
+class PairRecords(SuiteRecords):
     """An evaluation by minimal pairs that was read from its directory, a row for each pair."""
+
+    suite, rows, group, groups, measure = NAME, "pairs", "phenomenon", "phenomena", "accuracy"
+    schema = pa.schema([pa.field(name, kind, False) for name, kind in COLUMNS.items()], {"lmlab_pairs": "1"})
 
     @property
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
@@ -66,22 +63,6 @@ class PairRecords(Records):
             for name in ("nll", "tokens")
         )
         return nll, tokens
-
-    @property
-    def terms(self) -> np.ndarray:
-        """[P, 2] float64: the score of each pair and 1, whose ratio over pairs is the accuracy."""
-        score = self.table["score"].to_numpy()
-        return np.stack([score, np.ones_like(score)], axis=1)
-
-    @property
-    def domains(self) -> list[str]:
-        """The names of the phenomena, in their order."""
-        return [*self.certificate["phenomena"]]
-
-    def of_domain(self, domain: str) -> "PairRecords":
-        """Returns the records of one phenomenon."""
-        table = self.table.filter(self.table["phenomenon"].to_numpy() == domain)
-        return replace(self, table=table, certificate=self.certificate | self.certificate["phenomena"][domain])
 
 
 def check(pairs: Sequence[Pair], held_out: "HeldOut") -> None:
@@ -181,12 +162,11 @@ def table_of(pairs: Sequence[Pair], documents: Documents, nll: np.ndarray, count
                 "score": 0.5 if tie else float(good < bad),
             }
         )
-    return pa.Table.from_pylist(rows, SCHEMA)
+    return pa.Table.from_pylist(rows, PairRecords.schema)
 
 
-def figures_and_totals(table: pa.Table) -> dict[str, dict[str, Any]]:
+def figures_and_totals(table: pa.Table, _: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the parts of a certificate that follow from its records: `figures`, `totals`, and both by phenomenon."""
-    phenomena = table["phenomenon"].to_numpy()
 
     def of(rows: pa.Table) -> dict[str, dict[str, Any]]:
         column = {name: rows[name].to_numpy() for name in COLUMNS if name not in ("good", "bad", "phenomenon")}
@@ -202,8 +182,7 @@ def figures_and_totals(table: pa.Table) -> dict[str, dict[str, Any]]:
         figures = {ACCURACY: float(score.mean()), f"{ACCURACY}_low": low, f"{ACCURACY}_high": high}
         return {"figures": figures, "totals": totals}
 
-    named = {str(name): of(table.filter(phenomena == name)) for name in dict.fromkeys(phenomena.tolist())}
-    return of(table) | {"phenomena": named}
+    return by_group(table, PairRecords, of)
 
 
 def write(
@@ -221,26 +200,9 @@ def write(
         pairs: the pairs whose sentences the documents are.
     """
     table = table_of(pairs, documents, nll, counts)
-    run = RunDirectory(path)
-    write_beside(run.records, lambda beside: pq.write_table(table, beside))
-    own = {"suite": NAME, "figure": ACCURACY, "data_hash": pairs_hash(pairs)}
+    own = {"figure": ACCURACY, "data_hash": pairs_hash(pairs)}
     facts = {name: fact for name, fact in facts.items() if name != "units"} | own
-    write_json(
-        run.certificate,
-        {"format": FORMAT, **figures_and_totals(table), **secrets.redacted(facts), "records_hash": rows_hash(table)},
-    )
-
-
-def read(path: Path) -> PairRecords:
-    """Reads the evaluation by minimal pairs in a directory, and adds it up again.
-
-    Raises:
-        UserError: there is none, it is of another version, damaged, or does not add up.
-    """
-    certificate, table = read_files(path, {FORMAT: SCHEMA})
-    records = PairRecords(path, certificate, table)
-    check_added_up(records, figures_and_totals(table), rows_hash(table))
-    return records
+    write_suite(path, PairRecords, table, facts, figures_and_totals)
 
 
 def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
@@ -263,5 +225,4 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
 
 def accuracy_text(part: Mapping[str, Any]) -> str:
     """Returns the accuracy in the figures of a certificate, or of a phenomenon, with its interval."""
-    value, low, high = (part["figures"][name] for name in (ACCURACY, f"{ACCURACY}_low", f"{ACCURACY}_high"))
-    return f"{value:.4f} ({low:.4f} to {high:.4f}, 95 % interval), {counted(part['totals']['pairs'], 'pair')}"
+    return f"{share_text(part, ACCURACY)}, {counted(part['totals']['pairs'], 'pair')}"

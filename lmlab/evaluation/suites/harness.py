@@ -1,0 +1,233 @@
+"""Tasks of lm-evaluation-harness (`lmlab[eval]`), answered by causal and masked models alike.
+
+The harness loads the tasks, makes the prompts and counts the answers; harness_models.py has the models. A row of the
+records is an example of a task, with the first metric of the task that each example has a number of, or its length-
+normalized accuracy (`acc_norm`) where it has that. All metrics of the harness are in the certificate, as it gives them.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from lmlab.console import counted
+from lmlab.errors import UserError, check_installed, first_line, nearest
+from lmlab.evaluation.suites.suite import SuiteRecords, by_group, write_suite
+from lmlab.hub import go_offline_if_cut_off
+
+if TYPE_CHECKING:  # a comparison and a report need not wait for torch
+    import lightning as L
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NAME = "lm_eval"
+SCORE = "task_score"
+COLUMNS = {
+    "task": pa.string(),
+    "example": pa.int64(),  # its number in the task
+    "example_hash": pa.string(),  # of its content, by the harness
+    "metric": pa.string(),
+    "score": pa.float64(),
+}
+PREFERRED = "acc_norm"
+BOOTSTRAP = 1000
+"""The bootstrap samples of a standard error that has no formula."""
+
+
+class TaskRecords(SuiteRecords):
+    """An evaluation by tasks of the harness that was read from its directory, a row for each example."""
+
+    suite, rows, group, groups, measure = NAME, "examples", "task", "tasks", "score"
+    schema = pa.schema([pa.field(name, kind, False) for name, kind in COLUMNS.items()], {"lmlab_tasks": "1"})
+
+
+def measure(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    path: Path,
+    *,
+    trainer: "L.Trainer",
+    batch_size: int,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Lets a model answer tasks, and writes records and certificate into a directory. Every rank calls this.
+
+    Args:
+        batch_size: the requests of a batch; of a masked model the rows, each with one hidden token.
+        settings: `tasks`, `task_path`, `shots`, `limit` and `seed`; of a masked model also `score`, `within_word` and
+            `draws`.
+        facts: further entries of the certificate.
+
+    Raises:
+        UserError: the harness is not installed; a task is unknown, can't be loaded, or asks a masked model to write.
+    """
+    from lmlab.evaluation.suites.ranks import on_each_rank
+
+    check_installed(f"suite={NAME}", "eval", "lm_eval", "accelerate")
+    for name in ("lm_eval", "lm-eval", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import lm_eval
+
+    from lmlab.evaluation.suites import harness_models
+
+    tasks = load_tasks(settings)
+    masked = settings.get("score") is not None
+    if masked:
+        refuse_writing(tasks, settings)
+    answers = harness_models.masked if masked else harness_models.causal
+
+    def evaluate(placed: "PreTrainedModel") -> Any:
+        with task_errors(settings):
+            return lm_eval.simple_evaluate(
+                model=answers(placed, tokenizer, batch_size, settings),
+                tasks=[*settings["tasks"]],
+                num_fewshot=settings["shots"],
+                limit=settings["limit"],
+                bootstrap_iters=BOOTSTRAP,
+                task_manager=tasks,
+                log_samples=True,
+                random_seed=settings["seed"],
+                numpy_random_seed=settings["seed"],
+                torch_random_seed=settings["seed"],
+                fewshot_random_seed=settings["seed"],
+            )
+
+    found = on_each_rank(trainer, model, evaluate)
+    if not trainer.is_global_zero:
+        return
+    table = table_of(found["samples"])
+    own = {
+        "figure": SCORE,
+        "data_hash": data_hash(table),
+        "policy": {"pseudo": {"within_word": settings["within_word"]} if settings.get("score") == "pseudo" else None},
+        "settings": dict(settings),
+        "results": numbers_of(found["results"] | found.get("groups", {})),
+        "task_versions": {name: str(version) for name, version in found["versions"].items()},
+        "examples_before": found["n-shot"],
+        "lm_eval": lm_eval.__version__,
+    }
+    write_suite(path, TaskRecords, table, {**facts, **own}, figures_and_totals)
+
+
+def load_tasks(settings: Mapping[str, Any]) -> Any:
+    """Returns the harness's index of tasks, with those in the directory `task_path`.
+
+    Raises:
+        UserError: it has no task of a name, or there is no such directory.
+    """
+    from lm_eval.tasks import TaskManager
+
+    path = settings["task_path"]
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"task_path={path}: there is no such directory.")
+    tasks = TaskManager(include_path=path)
+    for name in settings["tasks"]:
+        if not tasks.match_tasks([name]):
+            raise UserError(
+                f"tasks={name}: lm-evaluation-harness has no such task.{nearest(name, tasks.all_tasks)}\n"
+                "It lists them by: lm_eval ls tasks. Tasks of your own: task_path=DIRECTORY"
+            )
+    return tasks
+
+
+def refuse_writing(tasks: Any, settings: Mapping[str, Any]) -> None:
+    """Refuses tasks in which a masked model would have to write.
+
+    Raises:
+        UserError: there is one.
+    """
+    with task_errors(settings):
+        loaded = tasks.load([*settings["tasks"]])["tasks"]
+    for name, task in loaded.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            raise UserError(
+                f"tasks={name} asks the model to write, which a masked model does not: it scores answers that are "
+                "given.\nLeave that task out."
+            )
+
+
+@contextmanager
+def task_errors(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Turns what the harness raises inside about its tasks and their data into a `UserError`."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+
+    go_offline_if_cut_off()
+    try:
+        yield
+    except (OSError, ValueError, HTTPError, DatasetsError, ModuleNotFoundError) as error:
+        if isinstance(error, UserError):
+            raise
+        names = ",".join(settings["tasks"])
+        raise UserError(
+            f"tasks=[{names}]: lm-evaluation-harness could not run them: {first_line(error)}\n"
+            "Their data comes from the Hugging Face hub, or from where the files of task_path=DIRECTORY say."
+        ) from error
+
+
+def table_of(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> pa.Table:
+    """Returns the records of what the harness logged, by task; of several filters of the answers the first counts."""
+    rows = []
+    for task, examples in samples.items():
+        kept = [example for example in examples if example["filter"] == examples[0]["filter"]]
+        names = [name for name in kept[0]["metrics"] if isinstance(kept[0][name], int | float)]
+        if not names:
+            continue
+        metric = PREFERRED if PREFERRED in names else names[0]
+        for example in kept:
+            row = {"task": task, "example": example["doc_id"], "example_hash": example["doc_hash"], "metric": metric}
+            rows.append(row | {"score": float(example[metric])})
+    return pa.Table.from_pylist(rows, TaskRecords.schema)
+
+
+def data_hash(table: pa.Table) -> str:
+    """Returns a hash of the examples of records and of what is measured of them."""
+    from lmlab.data.sources import fingerprint
+
+    return fingerprint("tasks", table.select(["task", "example", "example_hash", "metric"]).to_pydict())
+
+
+def numbers_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns the metrics and standard errors of each task, by the names that the harness gives them."""
+    return {
+        task: {name: float(value) for name, value in values.items() if type(value) in (int, float)}
+        for task, values in results.items()
+    }
+
+
+def figures_and_totals(table: pa.Table, _: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the parts of a certificate that follow from its records: `figures`, `totals`, and both by task."""
+
+    def of(rows: pa.Table) -> dict[str, dict[str, Any]]:
+        score = rows["score"].to_numpy()
+        figures = {SCORE: math.fsum(score) / len(score) if len(score) else None}
+        return {"figures": figures, "totals": {"examples": len(score)}}
+
+    return by_group(table, TaskRecords, of)
+
+
+def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
+    """Returns texts on the metrics of a certificate, by the names of the tasks, and on how they were asked."""
+    settings, lines = certificate["settings"], {}
+    for task, values in certificate["results"].items():
+        texts = []
+        for key, value in values.items():
+            name, _, rest = key.partition(",")
+            error = values.get(f"{name}_stderr,{rest}")
+            if not name.endswith("_stderr") and name != "sample_len":
+                texts.append(f"{name} {value:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}"))
+        lines[task] = ", ".join(texts)
+    shots = sorted({*certificate["examples_before"].values()})
+    lines["examples before"] = ", ".join(map(str, shots))
+    lines["examples"] = counted(certificate["totals"]["examples"], "example")
+    if settings.get("score") == "pseudo":
+        hides = "a token and the rest of its word" if settings["within_word"] else "a token"
+        lines["score"] = f"pseudo-log-likelihood, which hides {hides} at a time"
+    elif settings.get("score"):
+        lines["score"] = f"a bound of the nll, from {settings['draws']} random masks of each answer"
+    lines["lm-evaluation-harness"] = certificate["lm_eval"]
+    return lines
