@@ -202,7 +202,9 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
     last = certificates[-1]
     unit = "tokens" if "tokens" in last["totals"] else "examples"
     count = sum(certificate["totals"][unit] for certificate in certificates)
-    about = {"speed": f"{count / seconds:,.0f} {unit}/s in {seconds:.1f} s, loading included"}
+    scored = "scored " if unit == "tokens" and last.get("suite") != "generation" else ""
+    speed = f"{count / seconds:,.0f}" if count >= 10 * seconds else f"{count / seconds:.2g}"
+    about = {"speed": f"{speed} {scored}{unit}/s in {seconds:.1f} s, loading included"}
     if cfg.series:
         about["certificates"] = str(from_here(run.path / "step-…" / run.certificate.name))
         show_series(certificates, about)

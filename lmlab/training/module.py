@@ -306,10 +306,10 @@ class LMModule(Scorer):
         for domain in self.domains:
             documents = (data.whole if final and data.whole is not None else data.held_out).documents
             metrics |= self.validation_metrics(f"val/{domain}", documents.stretches_of(domain))
+        metrics |= self.suite_metrics
         if final:
             self.final = metrics
             return
-        metrics |= self.suite_metrics
         self.validations[self.global_step] = metrics
         # For callbacks that monitor a metric; the loggers get float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lmlab.data.options import Preprocessing
 from lmlab.data.pairs import load_pairs, read_pairs
@@ -72,7 +71,7 @@ class Suites(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: LMModule) -> None:
         """Measures the accuracy, which the module logs with the metrics of held-out text. All ranks call this."""
-        if self.corpus is None or trainer.state.fn == TrainerFn.VALIDATING:
+        if self.corpus is None:
             return
         nll, counts = self.score(trainer, module)
         parts = minimal_pairs.figures_and_totals(

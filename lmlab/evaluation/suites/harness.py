@@ -7,11 +7,15 @@ normalized accuracy (`acc_norm`) where it has that. All metrics of the harness a
 
 import logging
 import math
+import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from lmlab.console import counted
@@ -74,27 +78,18 @@ def measure(
 
     from lmlab.evaluation.suites import harness_models
 
-    tasks = load_tasks(settings)
+    shown = trainer.is_global_zero and sys.stderr.isatty()  # the harness's own progress
+    with nullcontext() if shown else redirect_stderr(StringIO()):
+        tasks = load_tasks(settings)
     masked = settings.get("score") is not None
     if masked:
-        refuse_writing(tasks, settings)
+        refuse_writing(tasks["tasks"])
     answers = harness_models.masked if masked else harness_models.causal
 
     def evaluate(placed: "PreTrainedModel") -> Any:
-        with task_errors(settings):
-            return lm_eval.simple_evaluate(
-                model=answers(placed, tokenizer, batch_size, settings),
-                tasks=[*settings["tasks"]],
-                num_fewshot=settings["shots"],
-                limit=settings["limit"],
-                bootstrap_iters=BOOTSTRAP,
-                task_manager=tasks,
-                log_samples=True,
-                random_seed=settings["seed"],
-                numpy_random_seed=settings["seed"],
-                torch_random_seed=settings["seed"],
-                fewshot_random_seed=settings["seed"],
-            )
+        lm = answers(placed, tokenizer, batch_size, settings)
+        with task_errors(settings), nullcontext() if shown else redirect_stderr(StringIO()):
+            return lm_eval.evaluate(lm, tasks, settings["limit"], bootstrap_iters=BOOTSTRAP)
 
     found = on_each_rank(trainer, model, evaluate)
     if not trainer.is_global_zero:
@@ -114,10 +109,10 @@ def measure(
 
 
 def load_tasks(settings: Mapping[str, Any]) -> Any:
-    """Returns the harness's index of tasks, with those in the directory `task_path`.
+    """Returns the tasks of an evaluation as the harness's `evaluate` takes them, with their data.
 
     Raises:
-        UserError: it has no task of a name, or there is no such directory.
+        UserError: there is no task of a name, its data can't be loaded, or there is no directory `task_path`.
     """
     from lm_eval.tasks import TaskManager
 
@@ -131,18 +126,25 @@ def load_tasks(settings: Mapping[str, Any]) -> Any:
                 f"tasks={name}: lm-evaluation-harness has no such task.{nearest(name, tasks.all_tasks)}\n"
                 "It lists them by: lm_eval ls tasks. Tasks of your own: task_path=DIRECTORY"
             )
-    return tasks
+    random.seed(settings["seed"])  # as the harness does, for tasks that draw
+    np.random.seed(settings["seed"])
+    with task_errors(settings):
+        loaded = tasks.load([*settings["tasks"]])
+    for task in loaded["tasks"].values():
+        own, given = task.get_config("num_fewshot"), settings["shots"]
+        if own is None or (given is not None and own != 0):  # a task without examples has none, as the harness has it
+            task.set_config(key="num_fewshot", value=given or 0)
+        task.set_fewshot_seed(seed=settings["seed"])
+    return loaded
 
 
-def refuse_writing(tasks: Any, settings: Mapping[str, Any]) -> None:
+def refuse_writing(tasks: Mapping[str, Any]) -> None:
     """Refuses tasks in which a masked model would have to write.
 
     Raises:
         UserError: there is one.
     """
-    with task_errors(settings):
-        loaded = tasks.load([*settings["tasks"]])["tasks"]
-    for name, task in loaded.items():
+    for name, task in tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
             raise UserError(
                 f"tasks={name} asks the model to write, which a masked model does not: it scores answers that are "

@@ -36,11 +36,11 @@ class CausalRequests(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         answer = super()._loglikelihood_tokens
-        return shared_out(requests, lambda some: answer(some, True, override_bs) if some else [])
+        return shared_out(requests, lambda some: answer(some, disable_tqdm, override_bs) if some else [])
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         answer = super().generate_until
-        return shared_out(requests, lambda some: answer(some, True) if some else [])
+        return shared_out(requests, lambda some: answer(some, disable_tqdm) if some else [])
 
 
 class Answer(NamedTuple):
