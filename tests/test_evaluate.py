@@ -522,18 +522,49 @@ def test_minimal_pairs_are_compared_and_reported(
     assert "minimal_pairs" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_memorization_and_generation(
+    causal: Path, masked: Path, evaluate: Verb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the run's own held-out text: measured, compared with themselves, and shown in a report."""
+    memory = ["suite=memorization", "prefix=4", "continuation=2"]
+    one, other = evaluate(f"model={causal}", *memory), evaluate(f"model={causal}", *memory, "batch_size=3")
+    texts = evaluate(f"model={causal}", "suite=generation", "prompts=3", "prefix=4", "continuation=28")
+    for place, figure in ((one, "verbatim_share"), (texts, "distinct_2")):
+        found = certificates.read(place).certificate
+        assert found["figure"] == figure
+        assert found["figures"][figure] is not None
+    np.testing.assert_allclose(*(certificates.read(place).table["min_k_nll"] for place in (one, other)), rtol=1e-5)
+    capsys.readouterr()
+    run_verb("compare", one, other, "--out", tmp_path / "compared")
+    assert "Verbatim share on " in capsys.readouterr().out
+    deeper = evaluate(f"model={causal}", *memory[:2], "continuation=3")
+    assert "continuation is 2 in one and 3 in the other" in refused(capsys, lambda: run_verb("compare", one, deeper))
+    run_verb("report", one, texts, causal, "--out", tmp_path / "report")
+    table = pd.read_csv(tmp_path / "report" / "suites.csv")
+    assert {*table["suite"]} == {"memorization", "generation"}
+    assert {"verbatim_share", "min_k_nll", "distinct_1", "reference_repetition_4"} <= {*table["metric"]}
+    said = refused(capsys, lambda: evaluate(f"model={masked}", "suite=generation"))
+    assert "suite=generation is for causal models" in said
+
+
+@pytest.mark.long
+def test_generation_on_two_devices(causal: Path, evaluate: Verb) -> None:
+    words = [f"model={causal}", "suite=generation", "prompts=5", "prefix=4", "continuation=6"]
+    one, two = evaluate(*words), evaluate(*words, "trainer=ddp", "trainer.accelerator=cpu", "batch_size=2")
+    assert certificates.read(one).table == certificates.read(two).table
+
+
 @pytest.mark.long
 def test_minimal_pairs_on_two_devices(causal: Path, masked: Path, evaluate: Verb, pairs: list[str]) -> None:
-    for run in (causal, masked):
-        one = certificates.read(evaluate(f"model={run}", *pairs))
-        two = certificates.read(
-            evaluate(f"model={run}", *pairs, "trainer=ddp", "trainer.accelerator=cpu", "batch_size=2")
-        )
-        np.testing.assert_allclose(one.sums[0], two.sums[0], rtol=1e-6)
-        assert one.certificate["figures"] == two.certificate["figures"]
-        checked = certificates.read(evaluate(f"model={run}", *pairs, "check=true")).certificate["check"]
-        assert checked["devices"] == [1, 2]
-        assert checked["total_moved_by"] <= 1e-6
+    one = certificates.read(evaluate(f"model={masked}", *pairs))
+    two = certificates.read(
+        evaluate(f"model={masked}", *pairs, "trainer=ddp", "trainer.accelerator=cpu", "batch_size=2")
+    )
+    np.testing.assert_allclose(one.sums[0], two.sums[0], rtol=1e-6)
+    assert one.certificate["figures"] == two.certificate["figures"]
+    checked = certificates.read(evaluate(f"model={causal}", *pairs, "check=true")).certificate["check"]
+    assert checked["devices"] == [1, 2]
+    assert checked["total_moved_by"] <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def failure_charts(tables: Mapping[str, pd.DataFrame], slug: str) -> list[Chart]
             spec = base.encode(
                 x=alt.X("from:Q").title(x).scale(type="log", base=2).axis(**AXIS),
                 y=alt.Y("bits:Q").title(y).scale(zero=False),
-                color=alt.Color("evaluation:N").title(None),
+                color=alt.Color("evaluation:N", sort=None).title(None),
                 tooltip=["evaluation", "from", "to", "rows", "bits"],
             )
             charts.append(Chart(f"{slug}_by_{view}", title, render(spec), f"{slug}_by_{view}"))
@@ -99,7 +99,7 @@ def failure_charts(tables: Mapping[str, pd.DataFrame], slug: str) -> list[Chart]
         found = found.encode(
             x=alt.X("confidence:Q", scale=unit).title("confidence"),
             y=alt.Y("accuracy:Q", scale=unit).title("accuracy"),
-            color=alt.Color("evaluation:N").title(None),
+            color=alt.Color("evaluation:N", sort=None).title(None),
             tooltip=["evaluation", "tokens", "confidence", "accuracy"],
         )
         name = f"{slug}_by_calibration"

@@ -80,7 +80,7 @@ class Section:
         tokenizers = {records.certificate["tokenizer_hash"] for kind in self.kinds for records in kind}
         self.charted = bits_name(self.metric) if len(tokenizers) > 1 else self.metric
         """The metric that charts show."""
-        self.failure_tables = failure_tables(evaluations)
+        self.failure_tables = failure_tables(evaluations | self.models_of_series())
         """What evaluations say of where models fail, see `failures.py`."""
         self.failures = failure_charts(self.failure_tables, slug)
         """The charts of that."""
@@ -210,6 +210,13 @@ class Section:
         for name in ("bits_per_byte", "perplexity"):
             names[f"{name}, 95 %"] = f"{names[name]}, 95 %"
         return data.rename(columns=names)
+
+    def models_of_series(self) -> dict[str, Records]:
+        """Returns the evaluations of models of a series in the order of their steps, which their names say."""
+        names = name_series(self.series, self.runs)
+        steps = {name: records.certificate["series"]["step"] for name, records in self.series.items()}
+        ordered = sorted(self.series, key=lambda name: (names[name], steps[name]))
+        return {f"{names[name]}, step {steps[name]:,}": self.series[name] for name in ordered}
 
     @cached_property
     def series_data(self) -> pd.DataFrame:

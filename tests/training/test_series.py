@@ -95,7 +95,7 @@ def test_evaluated(
     run: Path, evaluate: Callable[..., Path], refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The certificate of the last model is that of the run, whose best weights it has; its text is prepared once."""
-    place = evaluate(run, "series=true")
+    place = evaluate(run, "series=true", "calibration=true")
     shown = capsys.readouterr().out
     certificates = [records.read(place / f"step-{step}").certificate for step in steps(run)]
     own = records.read(run).certificate
@@ -112,6 +112,9 @@ def test_evaluated(
     assert [int(row["step"]) for row in rows] == steps(run)
     assert [float(row["perplexity"]) for row in rows] == perplexities
     assert len(list(csv.DictReader((tmp_path / "report" / "clm_finals.csv").open()))) == 1  # the run alone is ranked
+    of_each = list(csv.DictReader((tmp_path / "report" / "clm_by_calibration.csv").open()))
+    names = [*dict.fromkeys(row["evaluation"] for row in of_each)]
+    assert [name.rpartition(", ")[2] for name in names] == [f"step {step}" for step in (0, 1, 2, 4, 6)]
     drawn = (tmp_path / "report" / "clm_series_bits_per_byte.svg").read_text()
     assert drawn.count('aria-roledescription="point"') == 4  # all but step 0, as steps double
     stop_after(run, 4, tmp_path / "stopped")
