@@ -558,7 +558,7 @@ COMMANDS = {
     "+callbacks.early_stoping.patience=1": ["callbacks.early_stoping", "misspelt"],
     "modle=gpt2": ['no key "modle"', 'Did you mean "model"?'],
     "model=gtp2": ["model=gtp2", 'Did you mean "gpt2"?', "roberta_small"],
-    "optim=sgd": ["Options: adamw", "optim._target_", "lmlab/optim.py"],
+    "optim=sgd": ["Options: adamw", "optim._target_", "lmlab/optim/adamw.py"],
     "logger=[nope]": ["logger=nope: no such option", "Options: csv, default, file"],
     "model.config={n_embdd:1}": ["gpt2", 'Did you mean "n_embd"?'],
     "callbacks.checkpoints={every_stps:1}": [

@@ -213,7 +213,7 @@ def build_training(
     from lmlab.models.efficiency import check_flex_attention, check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
-    from lmlab.optim import AdamW
+    from lmlab.optim import Muon, Scheduled
     from lmlab.training.module import LMModule
 
     assert data.train is not None
@@ -226,8 +226,15 @@ def build_training(
     check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
-    # AdamW keeps two moments; what another optimizer keeps is not known.
-    tensors = 3 if isinstance(optimizer, AdamW) else 1
+    if isinstance(optimizer, Scheduled):
+        optimizer.freeze(model)
+    if isinstance(optimizer, Muon) and shards(trainer) > 1:
+        raise UserError(
+            "optim=muon works on whole matrices, which a sharded model has not.\n"
+            "Use trainer.strategy=ddp, or optim=adamw."
+        )
+    # AdamW keeps two moments, and Muon no more; what another optimizer keeps is not known.
+    tensors = 3 if isinstance(optimizer, Scheduled) else 1
     half = str(trainer.precision) in ("bf16-true", "16-true")
     device = torch.device("cuda" if gpu else "cpu")
     has_room = check_training(model, tensors, half, device, trainer.devices, shards(trainer))

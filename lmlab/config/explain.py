@@ -81,7 +81,7 @@ def no_option(missing: str, options: list[str] | None, name: str) -> str:
     message = f"{group}={option}: no such option.{nearest(option, options)} Options: {', '.join(sorted(options))}."
     hint = suggest(group, option, "data.validation" if name == "evaluate" else "data.train") or ""
     if group == "optim":
-        hint = "Another optimizer is a class of yours, optim._target_=…: see lmlab/optim.py."
+        hint = "Another optimizer is a class of yours, optim._target_=…: see lmlab/optim/adamw.py."
     return f"{message}\n{hint}".rstrip()
 
 

@@ -203,7 +203,7 @@ def check_optimizer(block: DictConfig) -> None:
     called = not inspect.isclass(made) or any("__call__" in vars(base) for base in made.__mro__)
     if not called or {"model", "steps"} <= inspect.signature(made).parameters.keys():
         raise UserError(
-            f"optim._target_={block._target_}: it has to make something that, {OPTIMIZES}.\nSee lmlab/optim.py."
+            f"optim._target_={block._target_}: it has to make something that, {OPTIMIZES}.\nSee lmlab/optim/adamw.py."
         )
 
 

@@ -11,7 +11,7 @@ from lmlab.data.datamodule import Batch
 from lmlab.models import memory
 from lmlab.models.efficiency import layers
 from lmlab.models.electra import GeneratorAndDiscriminator
-from lmlab.optim import AdamW
+from lmlab.optim import Scheduled
 
 GPUS = (24, 40, 80, 141)
 """Sizes of GPUs that clusters have, in GB (10⁹ bytes)."""
@@ -43,7 +43,10 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     # The first samples may be short ones.
     samples, positions = len(first.input_ids), schema.preprocessing(cfg).block_size
     tokens = samples * positions
-    known = isinstance(targets.build(cfg.optim, "optim"), AdamW)
+    optimizer = targets.build(cfg.optim, "optim")
+    known = isinstance(optimizer, Scheduled)
+    if known:
+        optimizer.freeze(model)
     estimate = memory.estimate_training(
         model,
         tensors=3 if known else 1,

@@ -51,6 +51,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "packing": "concatenated",
         "document_attention": False,
     },
+    "lmlab.optim.AdamW": {"final_ratio": 0.0, "groups": None},
     "lmlab.data.sources.load_hub": {"keep_raw": True},
     "lmlab.data.tokenizers.bpe": {"extra_tokens": None},
     "lmlab.data.tokenizers.char": {"extra_tokens": None},

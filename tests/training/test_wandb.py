@@ -294,8 +294,9 @@ def test_two_processes_are_one_run(home: dict[str, str], tmp_path: Path) -> None
         assert {sample["step"] for sample in samples(tmp_path / "run")} == {0, 2, 4, 6}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["lr.yaml", pytest.param("lr_mlm.yaml", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("lr.yaml", marks=pytest.mark.long), pytest.param("lr_mlm.yaml", marks=pytest.mark.longest)]
+)
 def test_what_the_agent_of_a_sweep_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """W&B's agent makes the command of the sweep file's template; its run has the id that the agent knows it by."""
     from wandb import wandb_agent

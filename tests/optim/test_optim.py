@@ -1,0 +1,129 @@
+"""Optimizers against torch's own, parameter groups, and schedules."""
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lmlab.errors import UserError
+from lmlab.optim import SCHEDULES, AdamW, Muon
+from lmlab.optim.muon import layer_matrices
+from tests.conftest import TINY, losses, run_verb, stop_after
+
+Train = Callable[..., Path]
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+
+
+def step(model: nn.Module, *optimizers: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest() -> None:
+    ours, theirs = gpt2(), gpt2()
+    optimizer, schedule = Muon(lr=0.01, weight_decay=0.1, schedule="constant")(ours, 9)
+    matrices = [p for name, p in theirs.named_parameters() if ".h." in name and p.ndim == 2]
+    embeddings = [theirs.transformer.wte.weight, theirs.transformer.wpe.weight]
+    vectors = [p for p in theirs.parameters() if p.ndim == 1]
+    assert len(layer_matrices(ours)) == len(matrices) == 8
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.01)
+    for seed in range(4):
+        step(ours, optimizer, seed=seed)
+        schedule.step()
+        step(theirs, muon, adamw, seed=seed)
+        assert same(ours, theirs)
+    # What is kept is loaded again, into another model, bit for bit.
+    again = gpt2()
+    again.load_state_dict(ours.state_dict())
+    loaded, _ = Muon(lr=0.01, weight_decay=0.1, schedule="constant")(again, 9)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(ours, optimizer, seed=5)
+    step(again, loaded, seed=5)
+    assert same(ours, again)
+
+
+def test_a_model_without_matrices() -> None:
+    with pytest.raises(UserError, match="optim=muon is for the matrices of layers"):
+        Muon()(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)), 2)
+
+
+@pytest.mark.long
+def test_a_run_with_muon_goes_on_bit_for_bit(train: Train, tmp_path: Path) -> None:
+    words = ["optim=muon", "optim.groups={*.wte.*: {lr: 1e-4}}", "trainer.val_check_interval=2"]
+    run = train(*TINY, *words)
+    stop_after(run, 2, tmp_path / "stopped")
+    run_verb("resume", tmp_path / "stopped")
+    assert losses(run) == losses(tmp_path / "stopped")
+    weights = [load_file(place / "model" / "model.safetensors") for place in (run, tmp_path / "stopped")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def rates_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_groups(kind: Any) -> None:
+    model = gpt2()
+    settings = {"*.wte.*": {"lr": 1e-4}, "*ln_1*": {"weight_decay": 0.3}, "*.h.1.mlp.*": {"freeze": True}}
+    optim = kind(lr=0.01, weight_decay=0.1, schedule="constant", groups=settings)
+    optim.freeze(model)
+    optimizer, _ = optim(model, 5)
+    found = rates_of(optimizer, model)
+    assert found["transformer.wte.weight"] == (1e-4, 0.1)
+    assert found["transformer.h.0.ln_1.bias"] == (0.01, 0.3)
+    assert found["transformer.h.0.ln_2.bias"] == (0.01, 0.0)
+    assert found["transformer.h.1.attn.c_attn.weight"] == (0.01, 0.1)
+    assert found.keys() == {name for name, _ in model.named_parameters() if ".h.1.mlp." not in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"*.wtee.*": {"lr": 1}}, "matches no parameter"),
+        ({"*.wte.*": {"lr": 1}, "*wte*": {"lr": 2}}, "is matched by"),
+        ({"*.wte.*": {"lrr": 1}}, 'Did you mean "lr"'),
+        ({"*.wte.*": {"freeze": 1}}, "true or false, not 1"),
+        ({"*.wte.*": {"lr": -1}}, "0 or more, not -1"),
+        ({"*": {"freeze": True}}, "nothing to train"),
+    ],
+)
+def test_groups_that_can_not_be(settings: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        AdamW(groups=settings).freeze(gpt2())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_ends_at_its_floor(name: str) -> None:
+    optim = AdamW(lr=1.0, schedule=name, final_ratio=0.1, warmup_steps=10)
+    factors = [optim.factor(step, 110) for step in range(111)]
+    assert (factors[0], factors[5], factors[10]) == (0, 0.5, 1)
+    assert factors[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
+    assert all(later <= factor + 1e-6 for factor, later in pairwise(factors[10:]))
+    if name == "one_minus_sqrt":  # the last fifth of the 100 steps after warm-up
+        assert factors[90] == pytest.approx(1)
+        assert factors[95] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(5 / 20)))
