@@ -113,7 +113,7 @@ def test_evaluate_command(
     # What stands in for the run that the command names, which the reader has.
     cfg = OmegaConf.merge({"data": {"_target_": "lmlab.data.sources.load_sample"}, "objective": {}}, cfg)
     cfg.series = False
-    if "suite" in cfg:  # which brings its text
+    if cfg.get("suite") in ("minimal_pairs", "lm_eval"):  # which bring their text
         cfg.pop("data")
     if not cfg.objective:
         hides = cfg.score in ("pseudo", "elbo")

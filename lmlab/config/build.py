@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lmlab.config.budget import steps_of_budget
 from lmlab.config.compose import without_secrets
 from lmlab.config.models import build_teacher, check_example
 from lmlab.config.schema import preprocessing, shards, training_steps, uses_gpu, world
@@ -88,13 +89,18 @@ def build_corpus(cfg: DictConfig) -> "Any":
     return build(cfg.data, "data", corpora=corpora)
 
 
-def training_length(cfg: DictConfig, data: "Prepared") -> tuple[int, int]:
-    """Returns the optimizer steps of a run, and those from one of its validations to the next."""
+def training_length(cfg: DictConfig, data: "Prepared", model: "PreTrainedModel | None" = None) -> tuple[int, int]:
+    """Returns the optimizer steps of a run, and those from one of its validations to the next.
+
+    Args:
+        model: the model of the run, if it has been made.
+    """
     from lmlab.data.mixture import MixedBlocks
 
     assert data.train is not None
     epoch = data.train.epoch if isinstance(data.train, MixedBlocks) else len(data.train)
-    return training_steps(cfg.trainer, epoch, cfg.batch_size)
+    budget = steps_of_budget(cfg, data, model)
+    return training_steps(cfg.trainer, epoch, cfg.batch_size, budget and budget[0])
 
 
 def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "HeldOut":
@@ -222,7 +228,7 @@ def build_training(
         check_sharding(model)
     if cfg.attention == "flex_attention":
         check_flex_attention(model, gpu)
-    steps, interval = training_length(cfg, data)
+    steps, interval = training_length(cfg, data, model)
     check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")

@@ -55,6 +55,8 @@ class Train(Config):
     """Targets that return Lightning callbacks, by a name for each."""
     logger: dict[str, Any] | None = None
     """Targets that return Lightning loggers, by a name for each; and the keys of `Push`."""
+    budget: dict[str, Any] | None = None
+    """The length of a run in tokens or computation, see `Budget`."""
     validation: dict[str, Any] | None = None
     """The held-out text that validations during training score, see `Validation`."""
     compile: bool = False
@@ -183,6 +185,18 @@ class Validation:
 
     max_documents: Annotated[int, Ge(1)] | None = None
     """Held-out documents that validations look at, always the same; null takes all. The last one looks at all."""
+
+
+@dataclass
+class Budget:
+    """The keys of the block budget, one of which may say how long a run trains."""
+
+    tokens: Annotated[float, Gt(0)] | None = None
+    """Training tokens."""
+    tokens_per_parameter: Annotated[float, Gt(0)] | None = None
+    """Training tokens for each parameter of the model, embeddings included."""
+    flops: Annotated[float, Gt(0)] | None = None
+    """Floating-point operations of forward and backward passes."""
 
 
 @dataclass

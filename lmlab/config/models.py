@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config.compose import without_secrets
 from lmlab.config.schema import preprocessing, shards
-from lmlab.config.targets import build
+from lmlab.config.targets import build, takes
 from lmlab.distributed import ranks
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
@@ -177,3 +177,20 @@ def build_teacher(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", objecti
     given = {"tokenizer": tokenizer, "objective": objective, "block_size": cfg.preprocess.block_size}
     teacher: Teacher = build(block, "distill", **given, document_attention=within_documents(cfg))
     return teacher
+
+
+def model_without_weights(
+    block: DictConfig, tokenizer: "PreTrainedTokenizerBase", auto_class: str
+) -> "PreTrainedModel | None":
+    """Returns the model of a config on torch's meta device; None if its target makes no models without weights.
+
+    Raises:
+        UserError: no model can be made of the config.
+    """
+    from transformers.utils.logging import set_verbosity_error
+
+    if "empty" not in takes(block, "model") or "module" in block:
+        return None
+    set_verbosity_error()
+    model: PreTrainedModel = build(block, "model", tokenizer=tokenizer, auto_class=auto_class, empty=True)
+    return model

@@ -30,6 +30,7 @@ DECLARED = {
     "evaluate": "lmlab.config.keys.Evaluate",
     "trainer": "lmlab.config.keys.Trainer",
     "validation": "lmlab.config.keys.Validation",
+    "budget": "lmlab.config.keys.Budget",
     "push": "lmlab.config.keys.Push",
     "preprocess": "lmlab.data.options.Preprocessing",
 }
@@ -159,6 +160,7 @@ def check_keys(cfg: DictConfig, name: str) -> None:
         raise UserError(f"trainer.{limits[0]}: {LIMITS}")
     check_trainer(cfg.trainer)
     arguments(cfg.get("validation") or OmegaConf.create(), "validation", DECLARED["validation"])
+    arguments(cfg.get("budget") or OmegaConf.create(), "budget", DECLARED["budget"])
     pushes = OmegaConf.masked_copy(cfg.get("logger") or OmegaConf.create(), [*PUSH])
     arguments(pushes, "logger", DECLARED["push"])
     for key, block in blocks(cfg):
@@ -268,13 +270,16 @@ def best_precision(trainer: DictConfig) -> str:
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
-def training_steps(trainer: DictConfig, blocks: int, batch_size: int) -> tuple[int, int]:
+def training_steps(trainer: DictConfig, blocks: int, batch_size: int, of_budget: int | None = None) -> tuple[int, int]:
     """Returns the optimizer steps of a run, and those from one validation to the next.
 
     Epochs run on into one another: a batch may hold the end of one and the start of the next, so n epochs are
     ⌈n · blocks / batch_size⌉ full steps.
+
+    Args:
+        of_budget: the steps that a budget pays for, if the run has one.
     """
-    steps = trainer.max_steps
+    steps = trainer.max_steps if of_budget is None else of_budget
     if steps is None or steps == -1:
         if trainer.max_epochs is None or trainer.max_epochs <= 0:
             raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")

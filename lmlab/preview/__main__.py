@@ -54,8 +54,8 @@ def preview(plan: Plan) -> None:
             raise
         missing = first_line(error)
 
-    from lmlab.config import build, changes, models
-    from lmlab.console import console
+    from lmlab.config import budget, build, changes, models
+    from lmlab.console import console, counted
     from lmlab.data.mixture import with_draws
     from lmlab.preview import batch, estimate, job, memory
     from lmlab.preview.measure import Measurement, measure
@@ -67,6 +67,8 @@ def preview(plan: Plan) -> None:
     models.check_example(cfg, data, objective)
     assert data.train is not None
     steps, interval = build.training_length(cfg, data)
+    if paid := budget.steps_of_budget(cfg, data):
+        print(f"Budget: {paid[1]}: {counted(steps, 'step')}.")
     show_ledger(with_draws(data.ledger, data.train, steps * cfg.batch_size))
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)

@@ -2,10 +2,10 @@
 
 import torch
 from omegaconf import DictConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import set_verbosity_error
+from transformers import PreTrainedTokenizerBase
 
 from lmlab.config import schema, targets
+from lmlab.config.models import model_without_weights
 from lmlab.console import counted, show_result
 from lmlab.data.datamodule import Batch
 from lmlab.models import memory
@@ -94,18 +94,3 @@ def comparison(needed: int) -> str:
         return f"The GPU here has {size_text(there)}, which is {'enough' if needed < there else 'too little'}."
     enough = next((size for size in GPUS if needed < size * 10**9), None)
     return f"No GPU of up to {GPUS[-1]} GB has room for it." if enough is None else f"It fits a GPU of {enough} GB."
-
-
-def model_without_weights(
-    block: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class: str
-) -> PreTrainedModel | None:
-    """Returns the model of a config on torch's meta device; None if its target makes no models without weights.
-
-    Raises:
-        UserError: no model can be made of the config.
-    """
-    if "empty" not in targets.takes(block, "model") or "module" in block:
-        return None
-    set_verbosity_error()
-    model: PreTrainedModel = targets.build(block, "model", tokenizer=tokenizer, auto_class=auto_class, empty=True)
-    return model

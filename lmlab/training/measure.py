@@ -131,6 +131,8 @@ class Measure(Callback):
         }
         if auxiliary_targets:
             self.latest["train/aux_loss"] = auxiliary / auxiliary_targets
+        if self.flops:
+            self.latest["perf/flops_total"] = self.total["flops_of_all"]
         if self.peak_flops:
             self.latest["perf/mfu"] = flops / seconds / self.peak_flops
         for logger in trainer.loggers:

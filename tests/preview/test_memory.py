@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from benchmarks import train
 from benchmarks.trace import Settings
+from lmlab.config.models import model_without_weights
 from lmlab.models import loading, memory
 from lmlab.models.efficiency import layers
 from lmlab.preview import memory as on_paper
@@ -92,7 +93,7 @@ def test_models_on_paper_are_those_that_are_made(block: Any, auto_class: str, tm
     made.save_pretrained(tmp_path)
     loaded = OmegaConf.create({"_target_": f"{loading.__name__}.pretrained", "name": str(tmp_path), "config": {}})
     for each in (block, loaded):
-        model = on_paper.model_without_weights(each, tokenizer, auto_class)
+        model = model_without_weights(each, tokenizer, auto_class)
         assert model is not None
         assert model.device.type == "meta"
         assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
@@ -100,9 +101,7 @@ def test_models_on_paper_are_those_that_are_made(block: Any, auto_class: str, tm
 
 
 def llama(**config: Any) -> Any:
-    return on_paper.model_without_weights(
-        scratch("llama", **LLAMA | config), train.make_tokenizer(300), "AutoModelForCausalLM"
-    )
+    return model_without_weights(scratch("llama", **LLAMA | config), train.make_tokenizer(300), "AutoModelForCausalLM")
 
 
 def test_parts_follow_from_strategy_and_precision() -> None:
@@ -133,14 +132,12 @@ def test_layers_of_other_shapes() -> None:
 
     assert taken(llama()) == 12 * 64 + 2 * 160 + 6 * 64 + 6 * 160 + 16 * 64
     assert taken(llama()) - taken(llama(num_key_value_heads=1)) == 2 * 2 * 48  # keys and values of 16 rather than 64
-    gpt2 = on_paper.model_without_weights(
+    gpt2 = model_without_weights(
         scratch("gpt2", n_embd=64, n_head=2), train.make_tokenizer(300), "AutoModelForCausalLM"
     )
     assert taken(gpt2) == 38 * 64
     config = LLAMA | {"num_key_value_heads": 4}
-    mixture = on_paper.model_without_weights(
-        scratch("mixtral", **config), train.make_tokenizer(300), "AutoModelForCausalLM"
-    )
+    mixture = model_without_weights(scratch("mixtral", **config), train.make_tokenizer(300), "AutoModelForCausalLM")
     assert [memory.is_plain(layers(model)[0]) for model in (llama(), gpt2, mixture)] == [True, True, False]
 
 

@@ -1,0 +1,93 @@
+"""The number of optimizer steps that a budget of tokens or of computation pays for."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lmlab.config.models import build_objective, make_model, model_without_weights
+from lmlab.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lmlab.data.prepared import Prepared
+
+
+def budget_of(cfg: DictConfig) -> tuple[str, float] | None:
+    """Returns the key of the budget of a run, and its value; None if the run has none.
+
+    Raises:
+        UserError: there are several, or steps beside it.
+    """
+    given = {key: value for key, value in (cfg.get("budget") or {}).items() if value is not None}
+    if len(given) > 1:
+        raise UserError(f"budget.{' and budget.'.join(given)} are two lengths of one run: leave one of them out.")
+    for key, value in given.items():
+        if cfg.trainer.max_steps not in (None, -1):
+            raise UserError(f"budget.{key} and trainer.max_steps are two lengths of one run: leave one of them out.")
+        return str(key), float(value)
+    return None
+
+
+def check_lengths(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses a budget beside another length of the run.
+
+    Args:
+        overrides: of the command line, as the number of epochs has a default.
+
+    Raises:
+        UserError: there is one.
+    """
+    budget = budget_of(cfg)
+    if budget and any(word.startswith("trainer.max_epochs=") for word in overrides):
+        raise UserError(f"budget.{budget[0]} and trainer.max_epochs are two lengths of one run: leave one of them out.")
+
+
+def steps_of_budget(
+    cfg: DictConfig, data: "Prepared", model: "PreTrainedModel | None" = None
+) -> tuple[int, str] | None:
+    """Returns the steps that the budget of a run pays for, and how they follow from it; None without a budget.
+
+    A step has `batch_size` blocks of `block_size` tokens. The computation is that of forward and backward pass, as
+    `lmlab.models.flops.Flops` counts it.
+
+    Args:
+        model: the model of the run, if it has been made.
+
+    Raises:
+        UserError: as of `budget_of`; or the computation of the model is not counted.
+    """
+    budget = budget_of(cfg)
+    if budget is None:
+        return None
+    key, value = budget
+    tokens = cfg.batch_size * cfg.preprocess.block_size
+    if key == "tokens":
+        steps = math.ceil(value / tokens)
+        return steps, f"{value:,.0f} tokens in steps of {tokens:,}"
+
+    from lmlab.models.flops import Flops
+    from lmlab.models.memory import count_parameters
+    from lmlab.objectives import make_example
+
+    objective = build_objective(cfg, data.tokenizer)
+    made = {"tokenizer": data.tokenizer, "auto_class": objective.auto_class}
+    if key == "tokens_per_parameter":
+        model = model or model_without_weights(cfg.model, **made) or make_model(cfg.model, **made, empty=False)
+        parameters, _ = count_parameters(model)
+        steps = math.ceil(value * parameters / tokens)
+        return steps, f"{value:g} tokens for each of {parameters:,} parameters, in steps of {tokens:,} tokens"
+    model = model or make_model(cfg.model, **made, empty=False)
+    flops = Flops.from_model(model)  # which tries the model out, and so needs its weights
+    if flops is None:
+        raise UserError(
+            f"budget.flops: the computation of {model.config.model_type} is not counted. Use budget.tokens."
+        )
+    assert data.train is not None
+    given: dict[str, Any] = {"continues": data.train.continues(0), "documents": data.train.documents(0)}
+    example = make_example(objective, data.train[0], (cfg.seed, 0, 0), progress=0.0, **given)
+    targets = round(tokens * len(example.targets) / len(example.inputs))
+    per_step = flops.step(tokens, targets, cfg.preprocess.block_size)
+    return math.ceil(value / per_step), f"{value:.3g} FLOPs in steps of {per_step:.3g}"

@@ -1,0 +1,48 @@
+"""A run whose length is a budget of tokens or of computation."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import TINY
+
+Train = Callable[..., Path]
+WORDS = [word for word in TINY if not word.startswith("trainer.max_steps")]
+PER_STEP = 8 * 32  # tokens
+
+
+@pytest.mark.parametrize("key", ["tokens", "tokens_per_parameter", "flops"])
+def test_the_steps_that_a_budget_pays_for(key: str, train: Train) -> None:
+    value = {"tokens": 1000, "tokens_per_parameter": 0.05, "flops": 1e8}[key]
+    run = train(*WORDS, f"budget.{key}={value}")
+    summary = json.loads((run / "summary.json").read_text())
+    if key == "flops":
+        per_step = summary["flops"] / summary["steps"]
+        assert value <= summary["flops"] * 1.02
+        assert summary["flops"] < value + 1.1 * per_step
+    else:
+        parameters = AutoModelForCausalLM.from_pretrained(run / "model").num_parameters()
+        tokens = value * (parameters if key == "tokens_per_parameter" else 1)
+        assert summary["steps"] == math.ceil(tokens / PER_STEP)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("budget.tokens=1e4 trainer.max_steps=5", "budget.tokens and trainer.max_steps are two lengths of one run"),
+        ("budget.tokens=1e4 trainer.max_epochs=5", "budget.tokens and trainer.max_epochs are two lengths of one run"),
+        ("budget.tokens=1e4 budget.flops=1e9", "budget.tokens and budget.flops are two lengths of one run"),
+        ("budget.flops=-1", "budget.flops=-1: it has to be a number, more than 0"),
+    ],
+)
+def test_what_is_no_budget(
+    words: str, said: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train(*WORDS, *words.split())
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
