@@ -4,6 +4,7 @@ Takes ordinary arguments. Each directory is a run or an evaluation, or holds sev
 """
 
 import argparse
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from lmlab.console import counted, show_rows
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, shown_plainly
-from lmlab.evaluation import comparison
+from lmlab.evaluation import comparison, power
 from lmlab.evaluation.metrics import DETECTION, OF_GENERATORS
 from lmlab.evaluation.records import AT_MOST, Records
 from lmlab.evaluation.sides import (
@@ -29,7 +30,7 @@ from lmlab.io import from_here, write_out
 from lmlab.reporting.text import interval_text, latex, p_text
 from lmlab.runs.choices import as_typed
 
-OF_COMPARISONS = ("pairs.csv", "pairs.tex", "domains.csv", "domains.tex", "documents.csv")
+OF_COMPARISONS = ("pairs.csv", "pairs.tex", "domains.csv", "domains.tex", "documents.csv", "power.csv")
 """The files that not every comparison writes."""
 
 
@@ -47,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
         "--against", default="1", metavar="ROW", help="what the others are compared with, by its number or name (1)"
     )
     p.add_argument("--pairs", action="store_true", help="also compare all rows with each other, p corrected for that")
+    p.add_argument(
+        "--power", metavar="DIFFERENCE", help="how many documents and seeds would show such a difference: 0.5%% or 0.01"
+    )
     p.add_argument("--documents", type=count, default=5, help="how many of those that differ most are shown (5)")
     p.add_argument("--out", type=Path, help="where the CSV and LaTeX files go (comparisons/DATE/TIME)")
     return p
@@ -78,6 +82,8 @@ def compare(arguments: argparse.Namespace) -> None:
     against = find_side(sides, arguments.against)
     reference = "the first row" if against == 0 else f"row {against + 1}"
     rows = comparison.compare_sides(sides, against)
+    wanted = None if arguments.power is None else power.read_difference(arguments.power, sides[against])
+    powers = power.power_rows(sides, against, wanted or 1.0)
     domains = [
         {"domain": domain} | row
         for domain in runs[0].domains
@@ -99,6 +105,8 @@ def compare(arguments: argparse.Namespace) -> None:
         "comparison.tex": latex(DataFrame(texts["comparison"])),
         "documents.csv": DataFrame(documents, dtype=object).to_csv(index=False),
     }
+    if wanted is not None:
+        files["power.csv"] = DataFrame(powers, dtype=object).to_csv(index=False)
     if domains:
         files["domains.csv"] = DataFrame(domains, dtype=object).to_csv(index=False)
         files["domains.tex"] = latex(DataFrame(texts["domains"]))
@@ -111,6 +119,9 @@ def compare(arguments: argparse.Namespace) -> None:
     whole = f" of {counted(of, 'document')}" if unit == "stretches" else ""
     show(f"Paired over {scored:,} {unit}{whole}", texts["comparison"])
     print("\n".join(notes(rows, runs, unit, reference)))
+    print(power_text(powers, unit))
+    if wanted is not None:
+        show(f"What would show a difference of {wanted:.4f}", [power_texts(row, unit) for row in powers])
     if domains:
         show("By domain", texts["domains"], words=2)
     if pairs:
@@ -257,6 +268,25 @@ def difference_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
     interval = interval_text(row["low"], row["high"]) or f"too few {unit}"
     p = p_text(row["p"]) if row["decides"] else "undecided"
     return {"difference": f"{row['difference']:+.4f}", "95 % interval": interval, "p": p}
+
+
+def power_text(rows: list[dict[str, Any]], unit: str) -> str:
+    """Returns the line on the differences that a comparison could have shown."""
+    known = [row["shows"] for row in rows if not math.isnan(row["shows"])]
+    if not known:
+        return f"So few {unit} show no difference."
+    least, most = f"{min(known):.4f}", f"{max(known):.4f}"
+    values = least if least == most else f"{least} to {most}"
+    seeds = " and seeds" if any(row["error_of_seeds"] for row in rows) else ""
+    return f"With these {unit}{seeds} a difference of {values} would be found 8 times in 10 (p < 0.05)."
+
+
+def power_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
+    """Returns a row of the table of what would show a difference for a person, by its columns."""
+    documents, runs = (f"{row[key]:,}" if row[key] else "no number" for key in ("documents", "runs_a_side"))
+    if row["error_of_seeds"] is None:
+        runs = "not known from one run a side"
+    return {"": row["side"], f"{unit}, with these runs": documents, f"runs a side, with these {unit}": runs}
 
 
 def document_texts(row: dict[str, Any], reference: str) -> dict[str, str]:
