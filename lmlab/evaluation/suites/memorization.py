@@ -54,7 +54,7 @@ class MemorizationRecords(SuiteRecords):
 
     @property
     def verbatim(self) -> bool:
-        """Whether the verbatim share is compared; of a masked model, which continues no text, it is min-k."""
+        """True if the verbatim share is compared; of a masked model, which continues no text, it is min-k."""
         return bool(self.certificate["figure"] == VERBATIM)
 
     @property
