@@ -161,6 +161,9 @@ def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
     also = " and seeds" if several else ""
     print(f"A difference is from {reference} of its {kind.group}, and above 0 {kind.better}.")
     print(f"The interval holds what other {kind.rows}{also} would give; each p is of its row alone.")
+    tokenizers = {run.certificate["tokenizer_hash"] for run in runs}
+    if "prefix" in kind.certificate.get("settings", {}) and len(tokenizers) > 1:
+        print("The tokenizers differ: as many tokens of prefix and continuation are not the same text.")
     if pairs:
         show("All pairs of rows", pairs_texts, words=2)
     show_choices(sides)

@@ -29,6 +29,9 @@ from lmlab.runs.directory import RunDirectory
 if TYPE_CHECKING:
     from lmlab.data.prepared import Prepared
 
+COLUMNS = 8
+"""The most metrics of a series that are shown side by side; the certificates have all."""
+
 
 def measure(cfg: DictConfig) -> None:
     """Scores held-out text with the model of a config, and writes records and certificate. Every rank calls this.
@@ -214,17 +217,19 @@ def evaluate_on_all_ranks(cfg: DictConfig, run: RunDirectory, overrides: list[st
 
 
 def show_series(certificates: Sequence[Mapping[str, Any]], about: Mapping[str, str]) -> None:
-    """Prints the metrics of each model of a series in a table, and below it what is alike for all of them."""
+    """Prints the metrics of each model of a series in a table, as many as fit, and below it what is alike for all."""
     from lmlab.evaluation.suites.certificates import describe
 
     texts = [describe(certificate) for certificate in certificates]
-    metrics = [title for title in texts[0] if title.replace(" ", "_") in certificates[0]["figures"]]
+    alike = {title: text for title, text in texts[0].items() if all(each[title] == text for each in texts)}
+    figures = certificates[0]["figures"]
+    metrics = [title for title in texts[0] if title not in alike or title.replace(" ", "_") in figures][:COLUMNS]
     rows = [
         [f"{certificate['series'][key]:,}" for key in ("step", "tokens")] + [text[title] for title in metrics]
         for certificate, text in zip(certificates, texts, strict=True)
     ]
     show_rows("Series", ["step", "tokens seen", *metrics], rows, words=0)
-    alike = {title: text for title, text in texts[0].items() if title not in metrics}
+    alike = {title: text for title, text in alike.items() if title not in metrics}
     show_result({**alike, **about}, "Evaluation")
 
 

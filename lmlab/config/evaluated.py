@@ -64,7 +64,8 @@ def completed(cfg: DictConfig, overrides: list[str], trusted: Collection[str] = 
     if "suite" in cfg and cfg.suite != "generation" and objective.auto_class == "AutoModelForMaskedLM":
         own = "pseudo"
     cfg.score = cfg.score or own
-    cfg.context = cfg.context or ("blocks" if cfg.score == own else "document")
+    blocks = cfg.score == own or cfg.get("suite") == "lm_eval"
+    cfg.context = cfg.context or ("blocks" if blocks else "document")
     return cfg
 
 

@@ -127,6 +127,8 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise UserError(f"suite={suite} needs the whole model on each device: use trainer.strategy=ddp.")
     if suite == "lm_eval" and objective.auto_class not in ("AutoModelForCausalLM", "AutoModelForMaskedLM"):
         raise UserError(f"suite={suite} is for causal and masked models, and {objective.__name__} makes neither.")
+    if suite == "lm_eval" and cfg.score == "labels" and objective.bidirectional:
+        raise UserError(f"suite={suite} scores whole answers: leave score=labels out, or add score=elbo.")
     if cfg.score != "labels" and objective.auto_class in ("AutoModelForSeq2SeqLM", "AutoModelForPreTraining"):
         raise UserError(f"score={cfg.score} hides tokens behind a mask, which is for masked models. Leave it out.")
     if cfg.score != "labels" and (not objective.bidirectional or objective.target_shift):

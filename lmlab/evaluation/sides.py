@@ -125,6 +125,8 @@ def check_comparable(runs: Sequence[Records]) -> None:
                     raise UserError(f"{both} {key} is {as_typed(here)} in one and {as_typed(there)} in the other.")
             if one["figure"] != two["figure"]:
                 raise UserError(f"{both} {one['figure']} is not {two['figure']}.")
+            if not len(first.table):
+                raise UserError(f"{both} no example has a score of its own. Their metrics are in a report.")
             continue
         figures = {one["figure"], two["figure"]}
         whole = figures <= {EXACT, BOUND}  # every token of the text is scored

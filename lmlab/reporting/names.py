@@ -114,7 +114,8 @@ def name_evaluations(evaluations: Mapping[str, Records], runs: Sequence[Run]) ->
         settings = records.certificate.get("settings")
         run_id = (records.certificate["run"] or {}).get("run_id")
         evaluated = trained.get(run_id) or (Path(model).name if Path(model).is_absolute() else model)
-        alike = repr([policy, settings, sorted((run_choices(records) | {"seed": None}).items())])
+        step = (records.certificate.get("series") or {}).get("step")
+        alike = repr([policy, settings, step, sorted((run_choices(records) | {"seed": None}).items())])
         text = f"{shorten(evaluated, LABEL // 2)}, evaluated in {shorten(name, LABEL // 2)}"
         found[records.path] = names.setdefault(alike, text)
     return found

@@ -34,13 +34,17 @@ def suites_table(evaluations: Mapping[str, SuiteRecords], runs: Sequence[Run]) -
 def metrics_of(records: SuiteRecords) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
     """Yields the metrics of all records of an evaluation, and of each group, with the name and the size of it."""
     certificate = records.certificate
-    for group, part in {"all": certificate, **certificate.get(records.groups, {})}.items():
-        # The harness has metrics of its own for each task, by a name and the filter of the answers.
-        own = certificate.get("results", {}).get(group, {})
+    # The harness has metrics of its own, by a name and the filter of the answers, of groups of tasks and of tasks
+    # without records too.
+    groups, results = certificate.get(records.groups, {}), certificate.get("results", {})
+    for group in ("all", *dict.fromkeys([*groups, *results])):
+        part, own = certificate if group == "all" else groups.get(group), results.get(group, {})
         more = {name.removesuffix(",none"): value for name, value in own.items() if name != "sample_len"}
-        more |= certificate.get("mauve", {}) if group == "all" else {}
-        metrics = {name: value for name, value in {**part["figures"], **more}.items() if type(value) in (int, float)}
-        yield group, part["totals"][records.rows], metrics
+        if group == "all" and "mauve" in certificate:
+            more["mauve"] = certificate["mauve"]["mauve"]
+        found = {**(part["figures"] if part else {}), **more}
+        metrics = {name: value for name, value in found.items() if type(value) in (int, float)}
+        yield group, part["totals"][records.rows] if part else int(own["sample_len"]), metrics
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:

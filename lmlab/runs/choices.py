@@ -19,6 +19,7 @@ MACHINERY = (
     "callbacks.progress",
     "callbacks.samples",
     "callbacks.series",
+    "callbacks.suites",
     "callbacks.pruning",
     "callbacks.checkpoints.every_steps",
     "callbacks.checkpoints.every_minutes",

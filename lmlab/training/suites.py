@@ -58,7 +58,9 @@ class Suites(Callback):
         if self.corpus is None:
             return
         data = trainer.datamodule
-        objective, tokenizer, block_size = data.batches.objective, data.tokenizer, module.block_size
+        tokenizer, block_size = data.tokenizer, module.block_size
+        # Held-out text may be scored by another objective than the one that is trained.
+        objective = getattr(data.held_out.rows, "objective", data.batches.objective)
         choices = Preprocessing(block_size=block_size, end_of_text=False)
         prepared = prepare_validation(self.corpus, choices, tokenizer, self.cache)
         pseudo = None

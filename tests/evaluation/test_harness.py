@@ -1,6 +1,8 @@
 """Tasks of lm-evaluation-harness, with data in local files: causal models as by its own class, masked ones by hand."""
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 
 from lmlab.errors import UserError
 from lmlab.evaluation.suites import certificates, harness
+from lmlab.reporting.suites import suites_table
 
 from .test_closed_form import Table
 from .test_scoring import model_for, tokenizer_named
@@ -39,15 +42,27 @@ def write_tasks(folder: Path) -> None:
     rolling = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
     rolling += "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n"
     (folder / "roll.yaml").write_text(f"task: roll_here\n{data}{rolling}")
+    likely = "output_type: loglikelihood\ndoc_to_text: '{{q}}'\ndoc_to_target: ' {{choices[answer]}}'\nmetric_list:\n"
+    likely += "- {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n- {metric: acc}\n"
+    (folder / "continue.yaml").write_text(f"task: continue_here\n{data}fewshot_split: test\n{likely}")
+    (folder / "broken.yaml").write_text(
+        f"task: broken_here\n{data.replace('test_split: test', 'test_split: x')}{choice}"
+    )
     until = "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{text}}'\n"
     until += "generation_kwargs: {max_gen_toks: 4, do_sample: false}\nmetric_list: [{metric: exact_match}]\n"
     (folder / "write.yaml").write_text(f"task: write_here\n{data}{until}")
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> dict[str, Any]:
-    write_tasks(tmp_path / "tasks")
-    return SETTINGS | {"task_path": str(tmp_path / "tasks")}
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("harness") / "tasks"
+    write_tasks(folder)
+    from lm_eval.tasks import TaskManager
+
+    with pytest.MonkeyPatch.context() as patch:
+        # It reads thousands of files each time that it is made.
+        patch.setattr("lm_eval.tasks.TaskManager", cache(TaskManager))
+        yield SETTINGS | {"task_path": str(folder)}
 
 
 def measured(model: Any, tokenizer: Any, path: Path, settings: dict[str, Any]) -> Any:
@@ -64,22 +79,28 @@ def test_a_causal_model_answers_as_the_harness_has_it(tasks: dict[str, Any], tmp
     from lm_eval.tasks import TaskManager
 
     tokenizer, model = tokenizer_named("bpe"), model_for("bpe", "gpt2")
-    names = ["choose_here", "roll_here", "write_here"]
-    found = measured(model, tokenizer, tmp_path / "out", tasks | {"tasks": names, "score": None})
+    names = ["choose_here", "continue_here", "roll_here", "write_here"]
+    settings = tasks | {"tasks": names, "score": None, "shots": 1, "seed": 1234}
+    found = measured(model, tokenizer, tmp_path / "out", settings)
     theirs = lm_eval.simple_evaluate(
         model=HFLM(model, tokenizer=tokenizer, max_length=64, backend="causal"),
         tasks=names,
         task_manager=TaskManager(include_path=tasks["task_path"]),
+        num_fewshot=1,
         bootstrap_iters=0,
     )
-    for task, values in found.certificate["results"].items():
+    for task, values in theirs["results"].items():
         for name, value in values.items():
-            if "stderr" not in name:
-                assert value == pytest.approx(theirs["results"][task][name], rel=1e-5)
+            if "stderr" not in name and not isinstance(value, str):
+                assert found.certificate["results"][task][name] == pytest.approx(value, rel=1e-5)
     of_choose = found.of_domain("choose_here").table
     assert of_choose["metric"].to_pylist() == ["acc_norm"] * 3
     assert of_choose["score"].to_pylist() == [each["acc_norm"] for each in theirs["samples"]["choose_here"]]
-    assert found.domains == ["choose_here", "write_here"]  # a perplexity is no mean over examples
+    assert found.domains == ["choose_here", "continue_here", "write_here"]  # a perplexity is no mean over examples
+    assert {*found.of_domain("continue_here").table["metric"].to_pylist()} == {"acc"}
+    reported = suites_table({"out": found}, [])
+    reported = {*zip(reported["group"], reported["rows"], reported["metric"], strict=True)}
+    assert {("roll_here", 3, "bits_per_byte"), ("write_here", 3, "exact_match")} <= reported
 
 
 @pytest.mark.parametrize("within_word", [False, True])
@@ -142,4 +163,6 @@ def test_a_masked_model_in_tasks(tasks: dict[str, Any], tmp_path: Path) -> None:
         measured(model, tokenizer, tmp_path / "none", settings | {"tasks": ["write_here"]})
     with pytest.raises(UserError, match=r"has no such task.*choose_here"):
         measured(model, tokenizer, tmp_path / "none", settings | {"tasks": ["chose_here"]})
+    with pytest.raises(UserError, match=r"could not run them \(KeyError: 'x'\)"):
+        measured(model, tokenizer, tmp_path / "none", settings | {"tasks": ["broken_here"]})
     assert not (tmp_path / "none").exists()

@@ -36,7 +36,7 @@ def test_so_many_documents_and_seeds_show_it() -> None:
     assert runs > 40
     for count, each in ((documents, 40), (60, runs)):
         shown = [power.shown_difference(*simulated(seed, 0.0, count, each, 0.01)) for seed in range(40)]
-        assert 0.7 * wanted < np.mean(shown) < 1.02 * wanted
+        assert 0.7 * wanted < np.mean(shown) < 1.15 * wanted
     assert power.needed(*simulated(0, 0.0, 60, 6, 0.05), 0.001) == (None, None)
     assert power.needed(*simulated(0, 0.0, 60, 1, 0.0), wanted)[1] is None  # one run a side says nothing of seeds
 

@@ -157,6 +157,14 @@ def test_no_batch_size_changes_what_is_written() -> None:
     assert greedy[0] == ((tokens[: tokens.index(end)], True) if end in tokens else (tokens, False))
 
 
+def test_nothing_that_comes_with_a_model_changes_what_is_written() -> None:
+    tokenizer = char(["abc "])
+    model, other = gpt2(tokenizer), gpt2(tokenizer)
+    other.generation_config.update(repetition_penalty=9.0, do_sample=True, num_beams=2)
+    prompts = [[2, 3, 4, 2]] * 3
+    assert written(other, tokenizer, prompts, 3) == written(model, tokenizer, prompts, 3)
+
+
 def test_a_token_is_drawn_with_its_probability() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     numbers = range(4000)
@@ -197,6 +205,10 @@ def test_records_of_what_is_written(tmp_path: Path) -> None:
     found = certificates.read(tmp_path / "out")
     rows = found.table.to_pylist()
     assert [row["prompt"] + row["reference"] for row in rows] == [text[:10] for text in texts if len(text) > 4]
+    opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prompt = [opening, *tokenizer(rows[0]["prompt"], add_special_tokens=False).input_ids]
+    ((first, _),) = written(model, tokenizer, [prompt], 1)
+    assert tokenizer.decode(first, skip_special_tokens=True) == rows[0]["text"]
     assert all(row["tokens"] <= 6 and (row["ended"] or row["tokens"] == 6) for row in rows)
     figures = found.certificate["figures"]
     assert figures["distinct_1"] == generation.distinct([row["text"] for row in rows], 1)

@@ -10,14 +10,18 @@ Each of `prompts` documents is continued from its first `prefix` tokens on, and 
 
 A token is sampled by adding Gumbel noise to the logits and taking the largest, which gives each token its probability
 (Gumbel 1954; Maddison et al. 2014). The noise is a function of (seed, prompt, step), so neither the batch size nor the
-number of devices changes what is drawn. All prompts have the same length, so that none is padded.
+number of devices changes what is drawn. All prompts have the same length, so that none is padded; each begins with the
+token that opens a text, if the tokenizer has one.
 
 Shapes: B prompts of a batch, P positions of a prompt, V vocabulary.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +86,19 @@ def measure(
     Raises:
         UserError: the model writes no text, or has no positions for so much; no document is long enough.
     """
+    from lmlab.data.sources import fingerprint
     from lmlab.evaluation.suites.ranks import on_each_rank, shared_out
+    from lmlab.evaluation.windows import is_one_of, special_ids
 
     check(model, settings)
     chosen = choose(documents, settings)
-    sequences = [documents.tokens[slice(*documents.edges[i : i + 2])].tolist() for i in chosen]
-    prefix, lengths = settings["prefix"], text_lengths(documents)[chosen].tolist()
-    prompts = [(number, sequence[:prefix]) for number, sequence in enumerate(sequences)]
+    opening = special_ids(tokenizer, "bos", "eos")
+    # A document may begin with such a token already.
+    starts = documents.edges[chosen] + is_one_of(opening, documents.tokens, documents.edges[chosen])
+    ends = documents.edges[chosen] + text_lengths(documents)[chosen]
+    sequences = [documents.tokens[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
+    prefix = settings["prefix"]
+    prompts = [(number, [*opening[:1], *sequence[:prefix]]) for number, sequence in enumerate(sequences)]
     write_some = partial(continued, tokenizer=tokenizer, batch_size=batch_size, settings=settings)
     written = on_each_rank(trainer, model, lambda placed: shared_out(prompts, lambda some: write_some(placed, some)))
     if not trainer.is_global_zero:
@@ -98,13 +108,14 @@ def measure(
     rows = []
     for number, sequence in enumerate(sequences):
         tokens, ended = written[number]
-        reference = sequence[prefix : min(lengths[number], prefix + settings["continuation"])]
+        reference = sequence[prefix : prefix + settings["continuation"]]
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (sequence[:prefix], tokens, reference)]
         prompt, text, known = texts
         row = {"document": names[number], "domain": domains[number], "prompt": prompt, "text": text}
         row |= {"reference": known, "tokens": len(tokens), "ended": ended}
         rows.append(row | {"score": repetition(text), "reference_score": repetition(known)})
-    own = {"figure": f"distinct_{DISTINCT[1]}", "data_hash": documents.hash, "settings": dict(settings)}
+    own = {"figure": f"distinct_{DISTINCT[1]}", "settings": dict(settings)}
+    own["data_hash"] = fingerprint("texts", documents.hash, names)
     own["policy"] = {"continues": "left to right"}
     if settings["mauve"]:
         own["mauve"] = mauve(rows, settings)
@@ -117,7 +128,7 @@ def check(model: "PreTrainedModel", settings: Mapping[str, Any]) -> None:
     from lmlab.models.checks import max_positions
     from lmlab.models.generation import way_of_writing
 
-    if way_of_writing(model) != "generate":
+    if way_of_writing(model) != "generate" or not model.can_generate():
         raise UserError(f"suite={NAME} is for causal models, which continue a text; {type(model).__name__} does not.")
     longest, needed = max_positions(model), settings["prefix"] + settings["continuation"]
     if longest is not None and needed > longest:
@@ -126,7 +137,18 @@ def check(model: "PreTrainedModel", settings: Mapping[str, Any]) -> None:
             "Lower prefix=… or continuation=…"
         )
     if settings["mauve"]:
-        check_installed("mauve=…", "mauve", "mauve")
+        check_featurizer(settings["mauve"])
+
+
+def check_featurizer(name: str) -> None:
+    """Refuses a model by which MAUVE can't be measured, before anything is written."""
+    from transformers import AutoConfig
+
+    check_installed("mauve=…", "mauve", "mauve")
+    if not any(kind in name for kind in ("gpt2", "bert")):
+        raise UserError(f'mauve={name}: its library takes models with "gpt2" or "bert" in their name, and no other.')
+    with from_hub("model", name, "mauve"):
+        AutoConfig.from_pretrained(name)
 
 
 def choose(documents: Documents, settings: Mapping[str, Any]) -> np.ndarray:
@@ -165,8 +187,13 @@ def continued(
 
     ends = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
     pad = ends[0] if ends else 0
-    config = GenerationConfig(
-        max_new_tokens=settings["continuation"], do_sample=False, eos_token_id=ends or None, pad_token_id=pad
+    # In place of the model's own, whose choices, such as a penalty on repetition, `generate` would add.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=settings["continuation"],
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        use_cache=model.generation_config.use_cache,
     )
     found: list[tuple[list[int], bool]] = []
     for first in range(0, len(prompts), batch_size):
@@ -179,9 +206,7 @@ def continued(
             processors.append(partial(add_noise, seed=settings["seed"], numbers=numbers, prefix=len(ids[0])))
         batch = torch.tensor(ids, device=model.device)
         with torch.no_grad():
-            out = model.generate(
-                batch, attention_mask=torch.ones_like(batch), generation_config=config, logits_processor=processors
-            )
+            out = model.generate(batch, attention_mask=torch.ones_like(batch), logits_processor=processors)
         for sequence in out[:, batch.shape[1] :].tolist():
             length = next((i for i, token in enumerate(sequence) if token in ends), len(sequence))
             found.append((sequence[:length], length < len(sequence)))
@@ -228,7 +253,8 @@ def mauve(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dic
     import torch
 
     people, models = ([row["prompt"] + row[key] for row in rows] for key in ("reference", "text"))
-    with from_hub("model", settings["mauve"], "mauve"):
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress
+    with quiet, from_hub("model", settings["mauve"], "mauve"):
         found = library.compute_mauve(
             p_text=people,
             q_text=models,

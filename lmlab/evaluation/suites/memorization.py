@@ -49,15 +49,27 @@ COLUMNS = {
 class MemorizationRecords(SuiteRecords):
     """An evaluation of memorization that was read from its directory, a row for each document."""
 
-    suite, rows, group, groups, measure, better = NAME, "documents", "domain", "domains", "verbatim share", "more"
+    suite, rows, group, groups = NAME, "documents", "domain", "domains"
     schema = pa.schema([pa.field(name, kind, False) for name, kind in COLUMNS.items()], {"lmlab_memorization": "1"})
+
+    @property
+    def verbatim(self) -> bool:
+        """True if the verbatim share is compared; of a masked model, which continues no text, it is min-k."""
+        return bool(self.certificate["figure"] == VERBATIM)
+
+    @property
+    def measure(self) -> str:  # type: ignore[override]
+        return "verbatim share" if self.verbatim else "min-k nll"
+
+    @property
+    def better(self) -> str:  # type: ignore[override]
+        return "more" if self.verbatim else "less probable"
 
     @property
     def terms(self) -> np.ndarray:
         """[D, 2] float64: whether each document is continued verbatim, and whether it is long enough for that; of a
         masked model the nll of its least probable tokens, and whether it has any."""
-        causal = self.certificate["figure"] == VERBATIM
-        columns = ("score", "long_enough") if causal else (MIN_K, "tokens")
+        columns = ("score", "long_enough") if self.verbatim else (MIN_K, "tokens")
         value, counts = (self.table[name].to_numpy() for name in columns)
         return np.stack([value, (counts > 0).astype(np.float64)], axis=1)
 
@@ -164,8 +176,10 @@ def figures_and_totals(table: pa.Table, facts: Mapping[str, Any]) -> dict[str, d
 
     parts = by_group(table, MemorizationRecords, of)
     if len(parts.get("domains", ())) == 2:
-        of_domains = (table.filter(table["domain"].to_numpy() == name) for name in parts["domains"])
-        parts["figures"]["min_k_auroc"] = auroc(*(rows[MIN_K].to_numpy() for rows in of_domains))
+        domain, value, some = (table[name].to_numpy() for name in ("domain", MIN_K, "tokens"))
+        lower, higher = (value[(domain == name) & (some > 0)] for name in parts["domains"])
+        if len(lower) and len(higher):
+            parts["figures"]["min_k_auroc"] = auroc(lower, higher)
     return parts
 
 
@@ -201,7 +215,8 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
     lines = {}
     if certificate["figure"] == VERBATIM:
         lines = {name or "verbatim share": verbatim_text(own) for name, own in named.items()}
-        lines["verbatim"] = f"{settings['continuation']} tokens after the first {settings['prefix']} of a document"
+        tokens = counted(settings["continuation"], "token")
+        lines["verbatim"] = f"{tokens} after the first {settings['prefix']} of a document"
         lines["continued"] = f"{figures['continued_tokens']:.1f} tokens on average"
     share = f"{100 * settings['min_k']:g} %"
     for name, own in named.items():

@@ -78,7 +78,7 @@ def check(pairs: Sequence[Pair], held_out: "HeldOut") -> None:
     if figure not in (EXACT, BOUND, "pseudo_perplexity"):
         raise UserError(
             f"suite={NAME} is for causal and masked models: {figure} is not of the whole sentence.\n"
-            "Leave score=… out; of other models the suite can't be had."
+            "Leave score=… or callbacks.suites.pairs=… out; of other models the suite can't be had."
         )
     sentences = [sentence for pair in pairs for sentence in pair.sentences]
     document = np.searchsorted(documents.edges, held_out.rows.windows.starts, side="right") - 1
