@@ -74,6 +74,7 @@ def measured(model: Any, tokenizer: Any, path: Path, settings: dict[str, Any]) -
     return certificates.read(path)
 
 
+@pytest.mark.long
 def test_a_causal_model_answers_as_the_harness_has_it(tasks: dict[str, Any], tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

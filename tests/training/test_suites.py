@@ -19,7 +19,7 @@ def pairs(tmp_path: Path) -> str:
     return str(tmp_path / "pairs.csv")
 
 
-@pytest.mark.parametrize("tiny", [TINY, TINY_MLM], ids=["causal", "masked"])
+@pytest.mark.parametrize("tiny", [TINY, pytest.param(TINY_MLM, marks=pytest.mark.long)], ids=["causal", "masked"])
 def test_the_best_weights_by_accuracy(tiny: list[str], train: Train, pairs: str, tmp_path: Path) -> None:
     """Logged is what an evaluation of the exported weights measures; the steps are those of a run without it."""
     words = [*tiny, "trainer.val_check_interval=1", "optim.lr=0.1"]
