@@ -76,6 +76,7 @@ def draw_curve(
         .agg(
             tokens=("tokens", "mean"),
             time=("time", "mean"),
+            flops=("flops", "mean"),
             mean=(y[0], "mean"),
             low=(y[0], "min"),
             high=(y[0], "max"),
@@ -93,6 +94,7 @@ def draw_curve(
     room: dict[str, Any] = {"nice": False, "padding": 6} if dots else {}
 
     titles = {"tokens": "tokens seen in training", "step": "optimizer steps", "time": f"time ({time[1]})"}
+    titles["flops"] = "floating-point operations"
     against = alt.param(name="against", value="tokens", bind=alt.BindDirect(element=select, event="change"))
     x = alt.X("x:Q").title(None).scale(zero=False, **room).axis(**AXIS)
     base = (
@@ -108,7 +110,7 @@ def draw_curve(
         zoom="wheel![event.shiftKey]",
         translate="[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!",
     )
-    shown = ["configuration", "tokens", "step", "time", "mean", *(["runs", "low", "high"] if several else [])]
+    shown = ["configuration", "tokens", "step", "time", "flops", "mean", *(["runs", "low", "high"] if several else [])]
     means = base.encode(
         y=alt.Y("mean:Q").title(y[1]).scale(**{"zero": y[0] == "speed", "nice": False} | room).axis(**AXIS),
         tooltip=[tooltip(field, titles.get(field)) for field in shown],

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with libyaml
 SPLITS = {"validation": "val/loss", "training": "train/loss"}
 COUNTS = ("parameters", "trainable_parameters", "flops")
-POINTS = {"step": "step", "data/tokens_seen": "tokens", "seconds": "seconds", "perf/tokens_per_s": "speed"}
+POINTS = {
+    "step": "step",
+    "data/tokens_seen": "tokens",
+    "seconds": "seconds",
+    "perf/flops_total": "flops",
+    "perf/tokens_per_s": "speed",
+}
 """The columns of metrics that a curve has, and their names there."""
 METRICS = {*SPLITS.values(), *POINTS, "tokens_per_s", *COUNTS}
 """The metrics and parts of summaries that a report shows, beside those that begin with val/."""
@@ -124,7 +130,7 @@ class Run:
         return self.summary.get("tokens_per_s", self.metrics["perf/tokens_per_s"].median())
 
     def curves(self) -> "pd.DataFrame":
-        """Returns a row for each point of a curve: run, split, step, tokens, seconds, loss and speed."""
+        """Returns a row for each point of a curve: run, split, step, tokens, seconds, FLOPs, loss and speed."""
         import pandas as pd
 
         points = [
@@ -264,6 +270,10 @@ def read_metrics(run: RunDirectory, manifest: Mapping[str, Any], faults: list[st
     )
     metrics = pd.DataFrame(logged)
     metrics = metrics.reindex(columns=metrics.columns.union([*SPLITS.values(), *POINTS, "time"], sort=False))
+    counted = metrics["perf/flops_total"].notna()  # with the metrics of training, and not of validations
+    if counted.any():
+        steps, flops = [0, *metrics["step"][counted]], [0.0, *metrics["perf/flops_total"][counted]]
+        metrics["perf/flops_total"] = np.interp(metrics["step"], steps, flops)
     times = metrics["time"].to_numpy(float)
     resumed = sorted(datetime.fromisoformat(attempt["time"]).timestamp() for attempt in manifest.get("went_on", ()))
     attempts = np.array([-np.inf, *resumed])[np.searchsorted(resumed, times, side="right")]

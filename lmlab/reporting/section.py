@@ -165,7 +165,7 @@ class Section:
         """The curves of the runs, a row for each point of each."""
         frames = [run.curves() for run in self.runs if len(run.metrics)]
         if not frames:
-            return pd.DataFrame(columns=["run", "configuration", "split", "step", "speed", "loss"], dtype=float)
+            return pd.DataFrame(columns=["run", "configuration", "split", "step", "flops", "speed", "loss"], dtype=float)
         curves = pd.concat(frames)
         names = {run.name: self.configurations[run.path] for run in self.runs}
         curves.insert(1, "configuration", curves["run"].map(names))
@@ -246,6 +246,11 @@ class Section:
             tables["effects"] = self.done.drop(columns="configuration").rename(columns={"final": self.charted})
         tables |= {f"by_{view}": table for view, table in self.failure_tables.items()}
         return {f"{self.slug}_{name}": table for name, table in tables.items() if len(table)}
+
+    @property
+    def counts_flops(self) -> bool:
+        """True if the computation of some run was counted, so that its curve can be drawn against it."""
+        return bool(self.curve_data["flops"].notna().any())
 
     @property
     def thinned(self) -> bool:

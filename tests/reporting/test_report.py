@@ -578,6 +578,8 @@ def test_sorting_finding_and_the_axis_of_curves(report: Path, opened: Callable[.
     assert "tokens seen in training" in chart.inner_text()
     section.get_by_label("against").select_option("time")
     chart.get_by_text("time (s)").wait_for()
+    section.get_by_label("against").select_option("flops")
+    chart.get_by_text("floating-point operations").wait_for()
     assert page.said == [f"file://{report / 'report.html'}"]
 
 
