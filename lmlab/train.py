@@ -82,9 +82,9 @@ def train_job(cfg: DictConfig) -> float:
     if made != Path(cfg.run_dir):
         made.rmdir()  # Hydra's, for this attempt of torchrun
     apart = swept and not slurm.submits(hydra.launcher._target_)
-    overrides = list(hydra.overrides.task)
+    cfg, overrides = compose.freeze(cfg), list(hydra.overrides.task)
     budget.check_lengths(cfg, overrides)
-    return attempt(train, compose.freeze(cfg), overrides, swept, apart)
+    return attempt(train, cfg, overrides, swept, apart)
 
 
 @on_rank_zero(others=train_rank)

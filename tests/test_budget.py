@@ -36,6 +36,9 @@ def test_the_steps_that_a_budget_pays_for(key: str, train: Train) -> None:
         ("budget.tokens=1e4 trainer.max_steps=5", "budget.tokens and trainer.max_steps are two lengths of one run"),
         ("budget.tokens=1e4 trainer.max_epochs=5", "budget.tokens and trainer.max_epochs are two lengths of one run"),
         ("budget.tokens=1e4 budget.flops=1e9", "budget.tokens and budget.flops are two lengths of one run"),
+        ("budget.tokens=1e4 ++trainer.max_epochs=5", "budget.tokens and trainer.max_epochs are two lengths of one run"),
+        ("budget=3", "budget=3: it has to be a mapping"),
+        ("budget.flops=inf", "it has to be a number, more than 0"),
         ("budget.flops=-1", "budget.flops=-1: it has to be a number, more than 0"),
     ],
 )

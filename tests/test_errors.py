@@ -590,7 +590,7 @@ COMMANDS = {
     "callbacks.checkpoints.monitor=val/los": ["val/los", "val/loss"],
     # Words that are no override.
     "optim.lr": ["optim.lr"],
-    "optim=1": ["optim=1: it has to be the name of an option. Options: adamw."],
+    "optim=1": ["optim=1: it has to be the name of an option. Options: adamw, muon."],
     "callbacks=null": ["callbacks=null: it has to be the name of an option. Options: default, early_stopping."],
     "--optim.lr=1": ["--optim.lr"],
     "optim.lr=1,2": ["optim.lr=1,2", "-m"],
@@ -634,7 +634,7 @@ COMMANDS = {
     # What bash makes of braces that no quotes are around.
     "model.config=n_head:1": ['model.config="n_head:1": it has to be a mapping', "'model.config={KEY: VALUE}'"],
     "objective._target_=nothing_there.Objective": ["can't be imported: ModuleNotFoundError: No module named"],
-    "optim._target_=torch.optim.SGD": ["called with (model, steps)", "an optimizer and a schedule", "optim.py"],
+    "optim._target_=torch.optim.SGD": ["called with (model, steps)", "an optimizer and a schedule", "optim/adamw.py"],
     "compile=maybe": ['compile="maybe": it has to be true or false'],
     "activation_checkpointing=1": ["activation_checkpointing=1: it has to be true or false, or selective"],
     "profile=x": ['profile="x": it has to be true or false'],

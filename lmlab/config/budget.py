@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from lmlab.config.models import build_objective, make_model, model_without_weights
 from lmlab.errors import UserError
+from lmlab.secrets import override_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,39 +20,41 @@ def budget_of(cfg: DictConfig) -> tuple[str, float] | None:
     """Returns the key of the budget of a run, and its value; None if the run has none.
 
     Raises:
-        UserError: there are several, or steps beside it.
+        UserError: there are several budgets, or a number of steps beside one.
     """
-    given = {key: value for key, value in (cfg.get("budget") or {}).items() if value is not None}
-    if len(given) > 1:
-        raise UserError(f"budget.{' and budget.'.join(given)} are two lengths of one run: leave one of them out.")
-    for key, value in given.items():
-        if cfg.trainer.max_steps not in (None, -1):
-            raise UserError(f"budget.{key} and trainer.max_steps are two lengths of one run: leave one of them out.")
-        return str(key), float(value)
-    return None
+    block = cfg.get("budget")
+    if not isinstance(block, DictConfig):  # null, or a value that the check of all keys refuses
+        return None
+    given = {str(key): value for key, value in block.items() if value is not None}
+    lengths = [f"budget.{key}" for key in given]
+    if cfg.trainer.max_steps not in (None, -1):
+        lengths.append("trainer.max_steps")
+    if given and len(lengths) > 1:
+        raise UserError(f"{lengths[0]} and {lengths[1]} are two lengths of one run: leave one of them out.")
+    return next(iter(given.items()), None)
 
 
 def check_lengths(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Refuses a budget beside another length of the run.
 
     Args:
-        overrides: of the command line, as the number of epochs has a default.
+        overrides: those of the command. They tell a number of epochs that was asked for from the default one.
 
     Raises:
-        UserError: there is one.
+        UserError: there is another length.
     """
     budget = budget_of(cfg)
-    if budget and any(word.startswith("trainer.max_epochs=") for word in overrides):
+    if budget and cfg.trainer.max_epochs is not None and "trainer.max_epochs" in map(override_key, overrides):
         raise UserError(f"budget.{budget[0]} and trainer.max_epochs are two lengths of one run: leave one of them out.")
 
 
 def steps_of_budget(
     cfg: DictConfig, data: "Prepared", model: "PreTrainedModel | None" = None
 ) -> tuple[int, str] | None:
-    """Returns the steps that the budget of a run pays for, and how they follow from it; None without a budget.
+    """Returns the steps that the budget of a run pays for, and a text on how they are counted; None without a budget.
 
-    A step has `batch_size` blocks of `block_size` tokens. The computation is that of forward and backward pass, as
-    `lmlab.models.flops.Flops` counts it.
+    A step has `batch_size` blocks of `block_size` tokens. The computation is that of forward and backward passes, as
+    `lmlab.models.flops.Flops` counts it, with as many targets in each block as in the first one of training.
 
     Args:
         model: the model of the run, if it has been made.

@@ -118,9 +118,9 @@ class Evaluate(Config):
     """The column that names the phenomenon of a pair; null is phenomenon, linguistics_term or UID, or the file's
     name."""
     prefix: Annotated[int, Ge(1)] = 50
-    """The first tokens of a document, which the model goes on from, with suite=memorization or generation."""
+    """Tokens at the beginning of a document that the model continues, with suite=memorization or generation."""
     continuation: Annotated[int, Ge(1)] = 50
-    """The tokens that are to follow verbatim, or that are written at most."""
+    """Tokens after them: those that are to follow verbatim, or the most that are written."""
     min_k: Annotated[float, Gt(0), Le(1)] = 0.2
     """The share of a document's tokens that are the least probable, with suite=memorization."""
     prompts: Annotated[int, Ge(1)] = 200
@@ -189,14 +189,14 @@ class Validation:
 
 @dataclass
 class Budget:
-    """The keys of the block budget, one of which may say how long a run trains."""
+    """The keys of the block budget, at most one of which says how long a run trains."""
 
-    tokens: Annotated[float, Gt(0)] | None = None
-    """Training tokens."""
-    tokens_per_parameter: Annotated[float, Gt(0)] | None = None
-    """Training tokens for each parameter of the model, embeddings included."""
-    flops: Annotated[float, Gt(0)] | None = None
-    """Floating-point operations of forward and backward passes."""
+    tokens: Annotated[float, Gt(0), Lt(1e30)] | None = None
+    """Tokens that the model is trained on; those of later epochs count again."""
+    tokens_per_parameter: Annotated[float, Gt(0), Lt(1e30)] | None = None
+    """Such tokens for each parameter of the model, embeddings included."""
+    flops: Annotated[float, Gt(0), Lt(1e30)] | None = None
+    """Floating-point operations of all forward and backward passes."""
 
 
 @dataclass

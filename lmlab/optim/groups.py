@@ -1,5 +1,6 @@
 """Parameter groups: the learning rate and the weight decay of parameters by the patterns of their names."""
 
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,64 +10,64 @@ from torch import nn
 from lmlab.errors import UserError, nearest
 
 Settings = Mapping[str, Mapping[str, Any]]
-"""What holds for the parameters whose names match a pattern, such as `*.wte.*`: lr, weight_decay, freeze."""
+"""The lr, weight_decay or freeze of the parameters whose names match a pattern such as `*.wte.*`, by the patterns."""
 KEYS = {"lr": (int, float), "weight_decay": (int, float), "freeze": (bool,)}
-"""The keys of each pattern, and their types."""
+"""The keys that a pattern can have, and the types of their values."""
 
 
-def check_settings(settings: Settings) -> None:
-    """Refuses keys that are none, and values that they can't have.
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses unknown keys, and values that a key can't have.
 
     Raises:
         UserError: there is one.
     """
     for pattern, own in settings.items():
+        if not isinstance(own, Mapping):
+            raise UserError(
+                f'optim.groups: "{pattern}" has to be a mapping of {", ".join(KEYS)}, not {own!r}.\n'
+                f"In a shell: 'optim.groups={{{pattern}: {{lr: 1e-4}}}}'"
+            )
         for key, value in own.items():
             if key not in KEYS:
                 raise UserError(
                     f'optim.groups: "{pattern}" has no key {key}.{nearest(key, KEYS)} Keys: {", ".join(KEYS)}.'
                 )
-            if type(value) not in KEYS[key] or value < 0:
+            if type(value) not in KEYS[key] or not 0 <= value < math.inf:
                 kind = "true or false" if key == "freeze" else "a number, 0 or more"
-                raise UserError(f'optim.groups: {key} of "{pattern}" is {kind}, not {value!r}.')
+                raise UserError(f'optim.groups: {key} of "{pattern}" has to be {kind}, not {value!r}.')
 
 
 def match(model: nn.Module, settings: Settings) -> dict[str, str | None]:
-    """Returns the pattern of each parameter by its name, None where none matches.
+    """Returns the pattern that the name of each parameter matches, by this name; None if it matches none.
 
     Raises:
-        UserError: a pattern matches nothing, or two match the same parameter.
+        UserError: a pattern matches no parameter, or two match the same one.
     """
-    names = [name_of(name) for name, _ in model.named_parameters()]
-    patterns = {name: [pattern for pattern in settings if fnmatchcase(name, pattern)] for name in names}
+    names = [name for name, _ in model.named_parameters()]
+    found = {name: [pattern for pattern in settings if fnmatchcase(name, pattern)] for name in names}
     for pattern in settings:
-        if not any(pattern in found for found in patterns.values()):
+        if not any(pattern in patterns for patterns in found.values()):
             raise UserError(
                 f'optim.groups: "{pattern}" matches no parameter.{nearest(pattern.strip("*."), names)}\n'
                 f"Parameters are named like {names[0]} and {names[-1]}; * stands for any characters."
             )
-    for name, found in patterns.items():
-        if len(found) > 1:
-            raise UserError(f'optim.groups: {name} is matched by "{found[0]}" and by "{found[1]}". Let one match it.')
-    return {name: found[0] if found else None for name, found in patterns.items()}
-
-
-def name_of(name: str) -> str:
-    """Returns the name of a parameter without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "")
+    for name, patterns in found.items():
+        if len(patterns) > 1:
+            raise UserError(
+                f'optim.groups: both "{patterns[0]}" and "{patterns[1]}" match {name}. Let one of them match it.'
+            )
+    return {name: patterns[0] if patterns else None for name, patterns in found.items()}
 
 
 def freeze(model: nn.Module, settings: Settings) -> None:
-    """Takes the parameters that are to stay as they are out of training.
+    """Takes the parameters that a pattern freezes out of training.
 
     Raises:
-        UserError: as of `match`; or no parameter is left.
+        UserError: as `match` does; or no parameter is left to train.
     """
-    pattern_of = match(model, settings)
-    for name, parameter in model.named_parameters():
-        pattern = pattern_of[name_of(name)]
+    for name, pattern in match(model, settings).items():
         if pattern is not None and settings[pattern].get("freeze"):
-            parameter.requires_grad_(False)
+            model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("optim.groups freezes all parameters, so that there is nothing to train.")
 
@@ -74,8 +75,8 @@ def freeze(model: nn.Module, settings: Settings) -> None:
 def make_groups(model: nn.Module, lr: float, weight_decay: float, settings: Settings) -> list[dict[str, Any]]:
     """Returns the groups of the trained parameters, as torch's optimizers take them.
 
-    First come matrices and embeddings, then norms and biases, which are the vectors and do not decay, and then both of
-    each pattern.
+    The parameters that no pattern matches come first, and then those of each pattern. Of either, matrices and
+    embeddings come before vectors (norms and biases), which do not decay unless their pattern says so.
     """
     pattern_of = match(model, settings)
     groups: dict[tuple[str | None, bool], dict[str, Any]] = {}
@@ -86,5 +87,6 @@ def make_groups(model: nn.Module, lr: float, weight_decay: float, settings: Sett
             groups[pattern, is_vector] = {"params": [], "lr": own.get("lr", lr), "weight_decay": decay}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[pattern_of[name_of(name)], parameter.ndim < 2]["params"].append(parameter)
+            groups[pattern_of[name], parameter.ndim < 2]["params"].append(parameter)
+    # The first two are kept even if they are empty, as checkpoints of runs without patterns have both.
     return [group for (pattern, _), group in groups.items() if group["params"] or pattern is None]

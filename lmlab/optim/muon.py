@@ -15,8 +15,9 @@ from lmlab.optim.schedule import Scheduled
 
 @dataclass(config={"strict": True})
 class Muon(Scheduled):
-    """Builds Muon (Jordan et al. 2024) for the matrices of a model's layers, and AdamW for embeddings, head, norms and
-    biases.
+    """Builds Muon (Jordan et al. 2024) for the matrices of a model's layers, and AdamW for all else.
+
+    That is embeddings, head, norms, biases, and weights of more than two dimensions, such as those of convolutions.
 
     An update of a matrix is its momentum with all singular values near 1, scaled such that its root mean square is that
     of an AdamW update (Liu et al. 2025, section 2.2), so that a learning rate for AdamW suits both.
@@ -31,22 +32,27 @@ class Muon(Scheduled):
     eps: Annotated[float, Ge(0)] = 1e-8
     """The term added to the denominator of AdamW's update, for numerical stability."""
 
-    def make(self, model: nn.Module, groups: list[dict[str, Any]]) -> "MuonAndAdamW":
-        """Returns the optimizer.
+    def freeze(self, model: nn.Module) -> None:
+        """Takes the parameters that `groups` freezes out of training.
 
         Raises:
-            UserError: the layers of the model have no matrices that are trained.
+            UserError: as of `Scheduled.freeze`; or the layers of the model have no matrices that are trained.
         """
+        super().freeze(model)
+        matrices = layer_matrices(model)
+        if not any(p.requires_grad for p in model.parameters() if id(p) in matrices):
+            raise UserError(
+                "optim=muon is for the matrices of layers, and this model has none that are trained.\nUse optim=adamw."
+            )
+
+    def make(self, model: nn.Module, groups: list[dict[str, Any]]) -> "MuonAndAdamW":
+        """Returns Muon and AdamW as one optimizer."""
         matrices = layer_matrices(model)
         split = [
             group | {"params": [p for p in group["params"] if (id(p) in matrices) is of_muon], "muon": of_muon}
             for group in groups
             for of_muon in (True, False)
         ]
-        if not any(group["params"] for group in split if group["muon"]):
-            raise UserError(
-                "optim=muon is for the matrices of layers, and none of this model's are trained: optim=adamw."
-            )
         options = {"momentum": self.momentum, "ns_steps": self.newton_schulz_steps, "adjust_lr_fn": "match_rms_adamw"}
         adamw = {"betas": (self.betas[0], self.betas[1]), "eps": self.eps}
         return MuonAndAdamW([group for group in split if group["params"]], options, adamw)
@@ -62,11 +68,12 @@ def layer_matrices(model: nn.Module) -> set[int]:
 
 
 class MuonAndAdamW(Optimizer):
-    """An optimizer whose groups go to Muon where they have `muon`, and to AdamW otherwise."""
+    """Updates the groups whose key `muon` is true by Muon, and the others by AdamW."""
 
     def __init__(self, groups: list[dict[str, Any]], muon: dict[str, Any], adamw: dict[str, Any]):
         super().__init__(groups, {})
-        # Each of them sees its groups and the common state, whatever has been loaded in the meantime.
+        # The optimizer of each kind gets its groups and the common state anew in each step, as `load_state_dict`
+        # replaces both.
         self.parts: list[tuple[bool, Optimizer]] = []
         for of_muon, kind, options in ((True, torch.optim.Muon, muon), (False, torch.optim.AdamW, adamw)):
             own = [group for group in self.param_groups if group["muon"] is of_muon]
@@ -78,7 +85,7 @@ class MuonAndAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Makes a step, before which `closure` may compute the loss again."""
+        """Makes a step; `closure`, if there is one, computes the loss before it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

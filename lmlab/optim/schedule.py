@@ -1,4 +1,4 @@
-"""The schedules of the learning rate, and what all optimizers of lmlab take."""
+"""The schedules of the learning rate, and the arguments that all optimizers of lmlab share."""
 
 import logging
 import math
@@ -53,10 +53,10 @@ SCHEDULES: dict[str, Schedule] = {
 
 @dataclass(config={"strict": True})
 class Scheduled:
-    """Holds what all optimizers of lmlab take: the learning rate, its schedule, weight decay and parameter groups.
+    """Holds the arguments that all optimizers of lmlab share, and makes their schedule.
 
-    An instance is called with a model and the number of steps, and returns the optimizer and its schedule, which is
-    stepped once per optimizer step.
+    An instance is called with a model, after `freeze`, and the number of steps. It returns the optimizer and its
+    schedule, which is stepped once per optimizer step.
     """
 
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -74,8 +74,8 @@ class Scheduled:
     """The share of all steps that go from 0 up to lr, where warmup_steps is null."""
     decay_ratio: Annotated[float, Ge(0), Le(1)] = 0.2
     """The share of the steps after warm-up over which warmup_stable_decay and one_minus_sqrt decay."""
-    groups: dict[str, dict[str, Any]] | None = None
-    """The lr, weight_decay or freeze=true of the parameters whose names match a pattern, by the patterns."""
+    groups: dict[str, Any] | None = None
+    """The lr, weight_decay or freeze of the parameters whose names match a pattern (`*.wte.*`), by the patterns."""
 
     def __post_init__(self) -> None:
         check_settings(self.groups or {})
@@ -96,7 +96,11 @@ class Scheduled:
 
     @abstractmethod
     def make(self, model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
-        """Returns the optimizer of a model, whose parameters are in these groups."""
+        """Returns the optimizer of a model.
+
+        Args:
+            groups: the trained parameters of the model, see `make_groups`.
+        """
 
     def __call__(self, model: nn.Module, steps: int) -> tuple[Optimizer, LambdaLR]:
         if self.warmup(steps) >= steps:
@@ -105,7 +109,11 @@ class Scheduled:
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
     def freeze(self, model: nn.Module) -> None:
-        """Takes the parameters that `groups` freezes out of training."""
+        """Takes the parameters that `groups` freezes out of training.
+
+        Raises:
+            UserError: as of `lmlab.optim.groups.freeze`.
+        """
         freeze(model, self.groups or {})
 
     def warmup(self, steps: int) -> int:
@@ -113,7 +121,7 @@ class Scheduled:
         return self.warmup_steps if self.warmup_steps is not None else round(self.warmup_ratio * steps)
 
     def factor(self, step: int, steps: int) -> float:
-        """Returns the factor of lr at `step` of `steps`."""
+        """Returns the factor of the learning rate at `step` of `steps`."""
         warmup = self.warmup(steps)
         if step < warmup:
             return step / warmup

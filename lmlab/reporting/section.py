@@ -165,7 +165,9 @@ class Section:
         """The curves of the runs, a row for each point of each."""
         frames = [run.curves() for run in self.runs if len(run.metrics)]
         if not frames:
-            return pd.DataFrame(columns=["run", "configuration", "split", "step", "flops", "speed", "loss"], dtype=float)
+            return pd.DataFrame(
+                columns=["run", "configuration", "split", "step", "flops", "speed", "loss"], dtype=float
+            )
         curves = pd.concat(frames)
         names = {run.name: self.configurations[run.path] for run in self.runs}
         curves.insert(1, "configuration", curves["run"].map(names))

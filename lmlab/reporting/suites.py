@@ -11,7 +11,7 @@ from lmlab.reporting.names import name_evaluations
 
 COLUMNS = ("suite", "data_hash", "evaluation", "group", "rows", "metric", "value")
 OF_INTERVALS = ("_low", "_high", "_stderr")
-"""The ends of the names of metrics that say how sure another one is."""
+"""The ends of the names of metrics that say how uncertain another one is."""
 
 
 def suites_table(evaluations: Mapping[str, SuiteRecords], runs: Sequence[Run]) -> pd.DataFrame:
@@ -32,10 +32,10 @@ def suites_table(evaluations: Mapping[str, SuiteRecords], runs: Sequence[Run]) -
 
 
 def metrics_of(records: SuiteRecords) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """Yields the metrics of all records of an evaluation, and of each group, with the name and the size of it."""
+    """Yields name, number of rows and metrics of all records of an evaluation, and of each group of them."""
     certificate = records.certificate
-    # The harness has metrics of its own, by a name and the filter of the answers, of groups of tasks and of tasks
-    # without records too.
+    # lm-evaluation-harness names its metrics of a task "metric,filter of the answers", mostly "metric,none". It has some
+    # of groups of tasks and of tasks without records too.
     groups, results = certificate.get(records.groups, {}), certificate.get("results", {})
     for group in ("all", *dict.fromkeys([*groups, *results])):
         part, own = certificate if group == "all" else groups.get(group), results.get(group, {})
@@ -48,8 +48,10 @@ def metrics_of(records: SuiteRecords) -> Iterator[tuple[str, int, Mapping[str, A
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the rows of one suite and one set of data for a person: a row for each metric of a group, a column for
-    each evaluation."""
+    """Returns the rows of one suite and one set of data as a person reads them.
+
+    There is a row for each metric of a group, and a column for each evaluation.
+    """
     some = table[~table["metric"].map(lambda name: name.partition(",")[0].endswith(OF_INTERVALS))]
     wide = some.pivot_table(index=["group", "rows", "metric"], columns="evaluation", values="value", sort=False)
     return wide.rename_axis(columns=None).reset_index()

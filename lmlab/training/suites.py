@@ -84,7 +84,7 @@ class Suites(Callback):
 
     @torch.no_grad()
     def score(self, trainer: L.Trainer, module: LMModule) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what `DocumentSums` computes of the sentences, over all ranks."""
+        """Returns the nll [S, 2] and the counts [S, 7] of the sentences over all ranks, as `DocumentSums` has them."""
         sums = self.held_out.sums().to(module.device)
         for indices in EvaluationSampler(len(self.held_out), self.batch_size, trainer.global_rank, trainer.world_size):
             batch = trainer.strategy.batch_to_device(self.held_out[indices], module.device)

@@ -65,7 +65,7 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest() -> None:
 
 def test_a_model_without_matrices() -> None:
     with pytest.raises(UserError, match="optim=muon is for the matrices of layers"):
-        Muon()(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)), 2)
+        Muon().freeze(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
 
 
 @pytest.mark.long
@@ -105,10 +105,12 @@ def test_groups(kind: Any) -> None:
     ("settings", "said"),
     [
         ({"*.wtee.*": {"lr": 1}}, "matches no parameter"),
-        ({"*.wte.*": {"lr": 1}, "*wte*": {"lr": 2}}, "is matched by"),
+        ({"*.wte.*": {"lr": 1}, "*wte*": {"lr": 2}}, "match transformer.wte.weight"),
         ({"*.wte.*": {"lrr": 1}}, 'Did you mean "lr"'),
         ({"*.wte.*": {"freeze": 1}}, "true or false, not 1"),
         ({"*.wte.*": {"lr": -1}}, "0 or more, not -1"),
+        ({"*.wte.*": {"lr": math.nan}}, "0 or more, not nan"),
+        ({"*.wte.*": 3}, "has to be a mapping of lr, weight_decay, freeze, not 3"),
         ({"*": {"freeze": True}}, "nothing to train"),
     ],
 )
