@@ -132,7 +132,7 @@ def redacted_match(match: re.Match[str]) -> str:
 
 def redacted_literal(literal: str, kind: str | None) -> str:
     """Redacts a value as it is typed in an override or a text, and keeps the quotes that may stand around it."""
-    if NUMBER.fullmatch(literal):
+    if NUMBER.fullmatch(literal.rstrip(":")):  # as "=0: it has to be" of a message
         return MARK if kind == "password" else literal
     if literal.lower() in ("null", "true", "false"):
         return literal

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import budget, build, compose, models
+from lmlab.config import build, compose, models
 from lmlab.config.attempt import attempt
 from lmlab.config.rank import on_rank_zero
 from lmlab.distributed import ranks, slurm
@@ -82,9 +82,7 @@ def train_job(cfg: DictConfig) -> float:
     if made != Path(cfg.run_dir):
         made.rmdir()  # Hydra's, for this attempt of torchrun
     apart = swept and not slurm.submits(hydra.launcher._target_)
-    cfg, overrides = compose.freeze(cfg), list(hydra.overrides.task)
-    budget.check_lengths(cfg, overrides)
-    return attempt(train, cfg, overrides, swept, apart)
+    return attempt(train, compose.freeze(cfg), list(hydra.overrides.task), swept, apart)
 
 
 @on_rank_zero(others=train_rank)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, changes, compose
+from lmlab.config.budget import check_lengths
 from lmlab.config.rank import on_all_ranks
 from lmlab.config.schema import world
 from lmlab.console import command
@@ -44,6 +45,7 @@ def attempt(
     with lifecycle.failure_recorded(run, in_sweep):
         previous = compose.config_of(run) if run.begun() else None
         changes.check(cfg, previous, run)
+        check_lengths(cfg, overrides)
         destination = destination_of(cfg)
         if previous is not None and run.finished() and not changes.lengthens(cfg, previous, run):
             if run.unsent.exists():

@@ -26,7 +26,8 @@ from lmlab.runs.choices import MACHINERY, as_typed, flatten, is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import MARK
 
-CHANGEABLE = (*MACHINERY, "callbacks", "trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval")
+LENGTH = ("trainer.max_epochs", "trainer.max_steps", "budget.tokens", "budget.tokens_per_parameter", "budget.flops")
+CHANGEABLE = (*MACHINERY, "callbacks", *LENGTH, "trainer.val_check_interval")
 """Keys and blocks that a run that goes on may change: how it runs, its length, and its callbacks."""
 LOCATED = ("data", "tokenizer.name", "model.name", "distill.model")
 """Keys and blocks that name files, which may move: hashes in the manifest tell whether data, tokenizer and teacher are
@@ -307,6 +308,6 @@ def lengthens(cfg: DictConfig, previous: DictConfig, run: RunDirectory) -> bool:
     return not 0 < (cfg.trainer.max_steps or 0) <= run.read_summary()["steps"]
 
 
-def length(cfg: DictConfig) -> tuple[float | None, int | None]:
-    """Returns the epochs and the steps that a config asks for."""
-    return cfg.trainer.max_epochs, cfg.trainer.max_steps
+def length(cfg: DictConfig) -> tuple[float | None, ...]:
+    """Returns the epochs, the steps and the budgets that a config asks for."""
+    return tuple(OmegaConf.select(cfg, key) for key in LENGTH)

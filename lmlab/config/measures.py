@@ -54,11 +54,10 @@ def build_measure(
 
         def write(model: "PreTrainedModel", path: Path, trainer: "L.Trainer", facts: dict[str, Any]) -> None:
             facts = facts | {"tokenizer_hash": data.tokenizer_hash, "precision": precision_of(trainer)}
-            documents = data.validation
             generation.measure(
                 model,
                 tokenizer,
-                documents,
+                data.validation,
                 path,
                 trainer=trainer,
                 batch_size=batch_size,

@@ -34,8 +34,8 @@ def suites_table(evaluations: Mapping[str, SuiteRecords], runs: Sequence[Run]) -
 def metrics_of(records: SuiteRecords) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
     """Yields name, number of rows and metrics of all records of an evaluation, and of each group of them."""
     certificate = records.certificate
-    # lm-evaluation-harness names its metrics of a task "metric,filter of the answers", mostly "metric,none". It has some
-    # of groups of tasks and of tasks without records too.
+    # lm-evaluation-harness names its metrics of a task "metric,filter of the answers", mostly "metric,none". It has
+    # some of groups of tasks and of tasks without records too.
     groups, results = certificate.get(records.groups, {}), certificate.get("results", {})
     for group in ("all", *dict.fromkeys([*groups, *results])):
         part, own = certificate if group == "all" else groups.get(group), results.get(group, {})

@@ -7,9 +7,8 @@ from lmlab.errors import UserError, first_line
 from lmlab.evaluation.certify import precision_of
 from lmlab.io import from_here, write_json
 from lmlab.runs.directory import RunDirectory
+from lmlab.training import suites
 from lmlab.training.measure import Measure
-
-PAIRS = "val/pairs/accuracy"
 
 if TYPE_CHECKING:
     from lmlab.training.module import LMModule
@@ -61,7 +60,7 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
         f"{title(metric)} after": f"{summary[metric]:,.2f}   ({'best' if best else 'last'} weights, "
         f"{f'all {documents}' if part else 'held-out text'})",
         **{title(name): f"{value:.4f}" for name, value in summary.items() if name.endswith("bits_per_byte")},
-        **({"pairs accuracy": f"{summary[PAIRS]:.4f}"} if PAIRS in summary else {}),
+        **({"pairs accuracy": f"{summary[suites.METRIC]:.4f}"} if suites.METRIC in summary else {}),
         "parameters": parameters_text(summary["parameters"], summary["trainable_parameters"]),
         "tokens": f"{summary['tokens']:,} trained on in {summary['seconds']:.1f} s",
     }

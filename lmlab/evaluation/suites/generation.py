@@ -9,9 +9,9 @@ Each of `prompts` documents is continued from its first `prefix` tokens on, and 
 - MAUVE: how close the distributions of both kinds of texts are (Pillutla et al. 2021), by its authors' library.
 
 A token is sampled by adding Gumbel noise to the logits and taking the largest, which gives each token its probability
-(Gumbel 1954; Maddison et al. 2014). The noise is a function of (seed, prompt, step), so neither the batch size nor the
-number of devices changes what is drawn. All prompts have the same length, so that none is padded; each begins with the
-token that opens a text, if the tokenizer has one.
+(Gumbel 1954; Maddison et al. 2014). The noise is a function of the seed, the number of the prompt among those that are
+drawn, and the step, so neither the batch size nor the number of devices changes what is drawn. All prompts have the
+same length, so that none is padded; each begins with the token that opens a text, if the tokenizer has one.
 
 Shapes: B prompts of a batch, P positions of a prompt, V vocabulary.
 """
