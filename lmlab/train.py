@@ -50,6 +50,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         if trainer.is_global_zero:
             vocab_size, show = cfg.tokenizer.get("vocab_size"), checkpoint is None
             lifecycle.write_data(run, data, module.steps, cfg.batch_size, vocab_size, show)
+            if groups := build.parameter_groups(cfg, model):
+                run.update_manifest(parameter_groups=groups)
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         if checkpoints.rescoring_due(trainer):
             checkpoints.score_best_weights(trainer, module)

@@ -281,6 +281,14 @@ def build_training(
     return module, datamodule
 
 
+def parameter_groups(cfg: DictConfig, model: "PreTrainedModel") -> list[dict[str, Any]]:
+    """Returns what holds for the parameters of each pattern of `optim.groups`, and for all others; none without it."""
+    from lmlab.optim import Scheduled
+
+    optimizer = build(cfg.optim, "optim")
+    return optimizer.describe_groups(model) if isinstance(optimizer, Scheduled) else []
+
+
 def build_trainer(cfg: DictConfig, interval: int, run_id: str) -> "L.Trainer":
     """Returns the Lightning trainer of a run, with its callbacks and loggers.
 

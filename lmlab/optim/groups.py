@@ -90,3 +90,15 @@ def make_groups(model: nn.Module, lr: float, weight_decay: float, settings: Sett
             groups[pattern_of[name], parameter.ndim < 2]["params"].append(parameter)
     # The first two are kept even if they are empty, as checkpoints of runs without patterns have both.
     return [group for (pattern, _), group in groups.items() if group["params"] or pattern is None]
+
+
+def describe_groups(model: nn.Module, lr: float, weight_decay: float, settings: Settings) -> list[dict[str, Any]]:
+    """Returns what holds for the parameters of each pattern, and for all others, whose pattern is ""."""
+    pattern_of, rows = match(model, settings), []
+    for pattern in (*settings, None):
+        own: Mapping[str, Any] = {} if pattern is None else settings[pattern]
+        row: dict[str, Any] = {"pattern": pattern or ""}
+        row["parameters"] = sum(p.numel() for name, p in model.named_parameters() if pattern_of[name] == pattern)
+        row.update({"lr": lr, "weight_decay": weight_decay, "freeze": False, **own})
+        rows.append(row)
+    return rows

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lmlab.errors import UserError, nearest
-from lmlab.optim.groups import check_settings, freeze, make_groups
+from lmlab.optim.groups import check_settings, describe_groups, freeze, make_groups
 
 LOG = logging.getLogger(__name__)
 Schedule = Callable[[float, float], float]
@@ -115,6 +115,10 @@ class Scheduled:
             UserError: as of `lmlab.optim.groups.freeze`.
         """
         freeze(model, self.groups or {})
+
+    def describe_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Returns what holds for the parameters of each pattern of `groups`, and for all others; none without any."""
+        return describe_groups(model, self.lr, self.weight_decay, self.groups) if self.groups else []
 
     def warmup(self, steps: int) -> int:
         """Returns the number of steps from 0 up to lr, of `steps`."""

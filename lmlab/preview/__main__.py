@@ -58,6 +58,7 @@ def preview(plan: Plan) -> None:
     from lmlab.console import console, counted
     from lmlab.data.mixture import with_draws
     from lmlab.preview import batch, estimate, job, memory
+    from lmlab.preview.groups import show_groups
     from lmlab.preview.measure import Measurement, measure
     from lmlab.runs.ledger import show_ledger
 
@@ -69,6 +70,7 @@ def preview(plan: Plan) -> None:
     steps, interval = build.training_length(cfg, data)
     if paid := budget.steps_of_budget(cfg, data):
         print(f"Budget: {paid[1]}: {counted(steps, 'step')}.")
+    show_groups(cfg, data.tokenizer, objective.auto_class)
     show_ledger(with_draws(data.ledger, data.train, steps * cfg.batch_size))
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)

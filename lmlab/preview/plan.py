@@ -9,6 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import changes
+from lmlab.config.budget import check_lengths
 from lmlab.config.compose import create_hydra, job_config, name_directory, refuse_sweep_overrides
 from lmlab.config.files import CONF
 from lmlab.console import console, counted
@@ -71,7 +72,9 @@ def plan_command(given: Namespace) -> Plan:
         name_directory(cfg, swept)
         launcher = cast(dict[str, Any], OmegaConf.to_container(command.hydra.launcher, resolve=True))
         default = loader.load_configuration("train", [], RunMode.RUN)
-        return Plan(job_config(cfg), job_config(default), points, first, trials_at_once, launcher)
+        plan = Plan(job_config(cfg), job_config(default), points, first, trials_at_once, launcher)
+        check_lengths(plan.cfg, given.overrides)
+        return plan
 
 
 def first_value(override: Override) -> str:

@@ -99,6 +99,10 @@ def test_groups(kind: Any) -> None:
     assert found["transformer.h.0.ln_2.bias"] == (0.01, 0.0)
     assert found["transformer.h.1.attn.c_attn.weight"] == (0.01, 0.1)
     assert found.keys() == {name for name, _ in model.named_parameters() if ".h.1.mlp." not in name}
+    rows = optim.describe_groups(model)
+    assert [row["pattern"] for row in rows] == [*settings, ""]
+    assert sum(row["parameters"] for row in rows) == model.num_parameters()
+    assert rows[0] == {"pattern": "*.wte.*", "parameters": 160, "lr": 1e-4, "weight_decay": 0.1, "freeze": False}
 
 
 @pytest.mark.parametrize(
