@@ -139,7 +139,7 @@ GROUP = {"good": "A b.", "bad": ["B a.", "A, b."]}
     ("name", "content", "expected"),
     [
         ("adjuncts.jsonl", lines(BLIMP), Pair("A b.", ("B a.",), "term")),
-        ("adjuncts.jsonl.gz", gzip.compress(lines(BLIMP)), Pair("A b.", ("B a.",), "term")),
+        ("adjuncts.jsonl.gz", gzip.compress(lines(BLIMP), mtime=0), Pair("A b.", ("B a.",), "term")),
         ("groups.json", json.dumps([GROUP]).encode(), Pair("A b.", ("B a.", "A, b."), "groups")),
         ("t.csv", b"\xef\xbb\xbfgood;bad\nA, b.;B a.\n", Pair("A, b.", ("B a.",), "t")),
         ("t.tsv", b'bad\tgood\tphenomenon\n"B\na."\tA b.\tx\n', Pair("A b.", ("B\na.",), "x")),
