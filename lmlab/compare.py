@@ -83,7 +83,7 @@ def compare(arguments: argparse.Namespace) -> None:
     reference = "the first row" if against == 0 else f"row {against + 1}"
     rows = comparison.compare_sides(sides, against)
     wanted = None if arguments.power is None else power.read_difference(arguments.power, sides[against])
-    powers = power.power_rows(sides, against, wanted or 1.0)
+    powers = power.power_rows(sides, against, wanted)
     domains = [
         {"domain": domain} | row
         for domain in runs[0].domains

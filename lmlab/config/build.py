@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config.budget import steps_of_budget
 from lmlab.config.compose import without_secrets
 from lmlab.config.models import build_teacher, check_example
-from lmlab.config.schema import preprocessing, shards, training_steps, uses_gpu, world
+from lmlab.config.schema import WITHOUT_ROWS, preprocessing, shards, training_steps, uses_gpu, world
 from lmlab.config.targets import arguments, blocks, build, sources, takes
 from lmlab.errors import UserError, first_line, naming_source
 from lmlab.runs.choices import without_added
@@ -89,8 +89,12 @@ def build_corpus(cfg: DictConfig) -> "Any":
     return build(cfg.data, "data", corpora=corpora)
 
 
-def training_length(cfg: DictConfig, data: "Prepared", model: "PreTrainedModel | None" = None) -> tuple[int, int]:
-    """Returns the optimizer steps of a run, and those from one of its validations to the next.
+def training_length(
+    cfg: DictConfig, data: "Prepared", model: "PreTrainedModel | None" = None
+) -> tuple[int, int, str | None]:
+    """Returns the optimizer steps of a run, those from one of its validations to the next, and a text on its budget.
+
+    The text is None for a run without a budget.
 
     Args:
         model: the model of the run, if it has been made.
@@ -99,8 +103,8 @@ def training_length(cfg: DictConfig, data: "Prepared", model: "PreTrainedModel |
 
     assert data.train is not None
     epoch = data.train.epoch if isinstance(data.train, MixedBlocks) else len(data.train)
-    budget = steps_of_budget(cfg, data, model)
-    return training_steps(cfg.trainer, epoch, cfg.batch_size, budget and budget[0])
+    of_budget, text = steps_of_budget(cfg, data, model) or (None, None)
+    return *training_steps(cfg.trainer, epoch, cfg.batch_size, of_budget), text
 
 
 def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "HeldOut":
@@ -228,7 +232,7 @@ def build_training(
         check_sharding(model)
     if cfg.attention == "flex_attention":
         check_flex_attention(model, gpu)
-    steps, interval = training_length(cfg, data, model)
+    steps, interval, _ = training_length(cfg, data, model)
     check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
@@ -351,7 +355,7 @@ def build_evaluation_trainer(cfg: DictConfig) -> "L.Trainer":
     """Returns the Lightning trainer of an evaluation: for its devices and its precision."""
     from lmlab.training.callbacks import ShowScoring
 
-    callbacks = [] if cfg.get("suite") in ("generation", "lm_eval") else [ShowScoring()]  # which score no batches
+    callbacks = [] if cfg.get("suite") in WITHOUT_ROWS else [ShowScoring()]
     return lightning_trainer(cfg, callbacks=callbacks, logger=False, enable_checkpointing=False, val_check_interval=1.0)
 
 

@@ -221,7 +221,7 @@ def check_data(cfg: DictConfig, previous: DictConfig, run: RunDirectory, checkpo
             )
     if checkpoint is None:
         return
-    steps, _ = build.training_length(cfg, data)
+    steps, *_ = build.training_length(cfg, data)
     if any(share.get("final_weight") is not None for _, share in sources(cfg.data).values()) and steps != manifest.get(
         "steps", steps
     ):

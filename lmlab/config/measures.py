@@ -29,8 +29,7 @@ def build_measure(
         data: the text of the evaluation; None for a suite that has its own.
     """
     from lmlab.data.pairs import read_pairs
-    from lmlab.data.tokenizers import content_hash
-    from lmlab.evaluation.certify import certify, precision_of
+    from lmlab.evaluation.certify import certify
     from lmlab.evaluation.suites import generation, harness, memorization, minimal_pairs
     from lmlab.models.loss import logits_chunk_size
 
@@ -40,32 +39,11 @@ def build_measure(
         settings["tasks"] = [cfg.tasks] if isinstance(cfg.tasks, str) else [*cfg.tasks]
         settings["score"] = cfg.score if objective.bidirectional else None
         settings["draws"] = cfg.draws or getattr(objective, "draws", DRAWS)
-
-        def answer(model: "PreTrainedModel", path: Path, trainer: "L.Trainer", facts: dict[str, Any]) -> None:
-            facts = facts | {"tokenizer_hash": content_hash(tokenizer), "precision": precision_of(trainer)}
-            harness.measure(
-                model, tokenizer, path, trainer=trainer, batch_size=batch_size, settings=settings, facts=facts
-            )
-
-        return answer
+        return without_rows(harness.measure, cfg, tokenizer, settings)
     assert data is not None
     if suite == generation.NAME:
         settings = {key: cfg[key] for key in generation.SETTINGS}
-
-        def write(model: "PreTrainedModel", path: Path, trainer: "L.Trainer", facts: dict[str, Any]) -> None:
-            facts = facts | {"tokenizer_hash": data.tokenizer_hash, "precision": precision_of(trainer)}
-            generation.measure(
-                model,
-                tokenizer,
-                data.validation,
-                path,
-                trainer=trainer,
-                batch_size=batch_size,
-                settings=settings,
-                facts=facts,
-            )
-
-        return write
+        return without_rows(partial(generation.measure, documents=data.validation), cfg, tokenizer, settings)
     held_out, options = build_held_out(cfg, data, objective), dict[str, Any]()
     if suite == minimal_pairs.NAME:
         pairs = read_pairs(cfg.pairs, cfg.phenomenon)
@@ -94,3 +72,22 @@ def build_measure(
         )
 
     return score
+
+
+def without_rows(
+    measure: Callable[..., None], cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", settings: dict[str, Any]
+) -> Callable[..., None]:
+    """Returns what `build_measure` does for a suite that scores no rows of held-out text.
+
+    Args:
+        measure: the function of the suite.
+        settings: the values by which it measures.
+    """
+    from lmlab.data.tokenizers import content_hash
+    from lmlab.evaluation.certify import precision_of
+
+    def measure_model(model: "PreTrainedModel", path: Path, trainer: "L.Trainer", facts: dict[str, Any]) -> None:
+        facts = facts | {"tokenizer_hash": content_hash(tokenizer), "precision": precision_of(trainer)}
+        measure(model, tokenizer, path, trainer=trainer, batch_size=cfg.batch_size, settings=settings, facts=facts)
+
+    return measure_model

@@ -64,6 +64,8 @@ EXTRAS = ("tensorboard", "mlflow", "trackio")
 """Libraries of loggers that are not installed with lmlab, by the names of its extras."""
 DESTINATION = ("save_dir", "version", "tracking_uri", "experiment", "entity", "project")
 """The keys of a logger that say where it writes."""
+WITHOUT_ROWS = ("generation", "lm_eval")
+"""The suites that score no rows of held-out text."""
 OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.optim.AdamW does"
 
 
@@ -94,7 +96,7 @@ def check_choices(cfg: DictConfig) -> None:
     suite = cfg.get("suite")
     if cfg.score != "pseudo" and ((cfg.within_word and not suite) or cfg.sample is not None):
         raise UserError("within_word and sample are for score=pseudo.")
-    contexts = (None, "blocks") if suite in ("generation", "lm_eval") else ("document",)
+    contexts = (None, "blocks") if suite in WITHOUT_ROWS else ("document",)
     if suite and (cfg.context not in contexts or cfg.stride is not None or cfg.sample is not None):
         raise UserError(f"suite={suite} decides what the model sees: leave context, stride and sample out.")
     other = next((key for key in ("surprisal", "calibration") if cfg[key]), None)
@@ -102,7 +104,7 @@ def check_choices(cfg: DictConfig) -> None:
         raise UserError(
             f"{other}=true is for the nll of held-out text, and suite={suite} measures another thing: leave one out."
         )
-    if cfg.check and suite in ("generation", "lm_eval"):
+    if cfg.check and suite in WITHOUT_ROWS:
         raise UserError(f"check=true is for the nll of text, which suite={suite} does not add up. Leave it out.")
     if cfg.series and cfg.check:
         raise UserError("check=true is for one model, and series=… for several: leave one of them out.")
@@ -123,7 +125,7 @@ def check_evaluation(cfg: DictConfig) -> None:
     check_choices(cfg)
     check_devices(cfg.trainer)
     objective, suite = target(cfg.objective, "objective"), cfg.get("suite")
-    if suite in ("generation", "lm_eval") and shards(cfg.trainer) > 1:
+    if suite in WITHOUT_ROWS and shards(cfg.trainer) > 1:
         raise UserError(f"suite={suite} needs the whole model on each device: use trainer.strategy=ddp.")
     if suite == "lm_eval" and objective.auto_class not in ("AutoModelForCausalLM", "AutoModelForMaskedLM"):
         raise UserError(f"suite={suite} is for causal and masked models, and {objective.__name__} makes neither.")

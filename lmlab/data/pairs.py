@@ -40,7 +40,12 @@ class Pair(NamedTuple):
 
 def load_pairs(pairs: str | Sequence[str], phenomenon: str | None = None) -> Corpus:
     """Loads the sentences of minimal pairs as a corpus of held-out text, each of them a document; see `read_pairs`."""
-    return load_texts([sentence for pair in read_pairs(pairs, phenomenon) for sentence in pair.sentences])
+    return corpus_of(read_pairs(pairs, phenomenon))
+
+
+def corpus_of(pairs: Sequence[Pair]) -> Corpus:
+    """Returns the sentences of pairs as a corpus of held-out text, each of them a document."""
+    return load_texts([sentence for pair in pairs for sentence in pair.sentences])
 
 
 def pairs_hash(pairs: Sequence[Pair]) -> str:

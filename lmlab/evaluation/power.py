@@ -76,12 +76,12 @@ def read_difference(text: str, reference: Side) -> float:
     return value / 100 * float(reference.ratios.mean()) if percent else value
 
 
-def power_rows(sides: Sequence[Side], against: int, difference: float) -> list[dict[str, Any]]:
-    """Returns for each side what it can show against side `against`, and what would show a given difference."""
+def power_rows(sides: Sequence[Side], against: int, difference: float | None) -> list[dict[str, Any]]:
+    """Returns for each side what it can show against side `against`, and what would show a difference that is given."""
     reference, rows = sides[against], []
     for side in sides:
         if side is not reference:
-            documents, runs = needed(side, reference, difference)
+            documents, runs = (None, None) if difference is None else needed(side, reference, difference)
             shown = shown_difference(side, reference)
             seeds, _ = seed_error(side, reference)
             row = {"side": side.name, "shows": shown, "documents": documents, "runs_a_side": runs}

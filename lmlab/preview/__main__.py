@@ -54,7 +54,7 @@ def preview(plan: Plan) -> None:
             raise
         missing = first_line(error)
 
-    from lmlab.config import budget, build, changes, models
+    from lmlab.config import build, changes, models
     from lmlab.console import console, counted
     from lmlab.data.mixture import with_draws
     from lmlab.preview import batch, estimate, job, memory
@@ -67,9 +67,9 @@ def preview(plan: Plan) -> None:
     objective = models.build_objective(cfg, data.tokenizer)
     models.check_example(cfg, data, objective)
     assert data.train is not None
-    steps, interval = build.training_length(cfg, data)
-    if paid := budget.steps_of_budget(cfg, data):
-        print(f"Budget: {paid[1]}: {counted(steps, 'step')}.")
+    steps, interval, budget = build.training_length(cfg, data)
+    if budget:
+        print(f"Budget: {budget}: {counted(steps, 'step')}.")
     show_groups(cfg, data.tokenizer, objective.auto_class)
     show_ledger(with_draws(data.ledger, data.train, steps * cfg.batch_size))
     held_out, whole = build.build_validation(cfg, data, objective)

@@ -93,8 +93,12 @@ def draw_curve(
     dots = bool(curves["alone"].any())
     room: dict[str, Any] = {"nice": False, "padding": 6} if dots else {}
 
-    titles = {"tokens": "tokens seen in training", "step": "optimizer steps", "time": f"time ({time[1]})"}
-    titles["flops"] = "floating-point operations"
+    titles = {
+        "tokens": "tokens seen in training",
+        "step": "optimizer steps",
+        "time": f"time ({time[1]})",
+        "flops": "floating-point operations",
+    }
     against = alt.param(name="against", value="tokens", bind=alt.BindDirect(element=select, event="change"))
     x = alt.X("x:Q").title(None).scale(zero=False, **room).axis(**AXIS)
     base = (

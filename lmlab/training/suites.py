@@ -11,7 +11,7 @@ from annotated_types import Ge
 from lightning.pytorch.callbacks import Callback
 
 from lmlab.data.options import Preprocessing
-from lmlab.data.pairs import load_pairs, read_pairs
+from lmlab.data.pairs import corpus_of, read_pairs
 from lmlab.data.prepared import prepare_validation
 from lmlab.data.sampler import EvaluationSampler
 from lmlab.evaluation.certify import hold_out
@@ -48,21 +48,20 @@ class Suites(Callback):
             UserError: as of `read_pairs`.
         """
         self.pairs = [] if pairs is None else read_pairs(pairs, phenomenon)
-        self.corpus = None if pairs is None else load_pairs(pairs, phenomenon)
         self.batch_size, self.cache = batch_size, Path(cache_dir).expanduser()
         names = dict.fromkeys(pair.phenomenon for pair in self.pairs)
         self.metrics = [METRIC, *(f"val/pairs/{name}/accuracy" for name in names)] if self.pairs else []
         """The names of the metrics that are logged."""
 
     def setup(self, trainer: L.Trainer, module: LMModule, stage: str) -> None:
-        if self.corpus is None:
+        if not self.pairs or stage != "fit":  # the sentences of a validation after training are the same
             return
         data = trainer.datamodule
         tokenizer, block_size = data.tokenizer, module.block_size
         # Held-out text may be scored by another objective than the one that is trained.
         objective = getattr(data.held_out.rows, "objective", data.batches.objective)
         choices = Preprocessing(block_size=block_size, end_of_text=False)
-        prepared = prepare_validation(self.corpus, choices, tokenizer, self.cache)
+        prepared = prepare_validation(corpus_of(self.pairs), choices, tokenizer, self.cache)
         pseudo = None
         if objective.auto_class == "AutoModelForMaskedLM":
             documents = prepared.validation
@@ -73,7 +72,7 @@ class Suites(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: LMModule) -> None:
         """Measures the accuracy, which the module logs with the metrics of held-out text. All ranks call this."""
-        if self.corpus is None:
+        if not self.pairs:
             return
         nll, counts = self.score(trainer, module)
         parts = minimal_pairs.figures_and_totals(

@@ -195,8 +195,8 @@ def test_records_of_what_is_written(tmp_path: Path) -> None:
     generation.measure(
         model,
         tokenizer,
-        data.validation,
         tmp_path / "out",
+        documents=data.validation,
         trainer=trainer,
         batch_size=2,
         settings=WRITING | {"mauve": None},

@@ -69,9 +69,9 @@ class GenerationRecords(SuiteRecords):
 def measure(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    documents: Documents,
     path: Path,
     *,
+    documents: Documents,
     trainer: "L.Trainer",
     batch_size: int,
     settings: Mapping[str, Any],

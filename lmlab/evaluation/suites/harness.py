@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from lmlab.console import counted
 from lmlab.errors import UserError, check_installed, first_line, nearest, out_of_memory
-from lmlab.evaluation.suites.suite import SuiteRecords, by_group, write_suite
+from lmlab.evaluation.suites.suite import SuiteRecords, by_group, pseudo_text, write_suite
 from lmlab.hub import go_offline_if_cut_off
 
 if TYPE_CHECKING:  # a comparison and a report need not wait for torch
@@ -253,8 +253,7 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
     lines["examples before"] = ", ".join(map(str, shots))
     lines["examples"] = f"{counted(certificate['totals']['examples'], 'example')} with a score of their own"
     if settings.get("score") == "pseudo":
-        hides = "a token and the rest of its word" if settings["within_word"] else "a token"
-        lines["score"] = f"pseudo-log-likelihood, which hides {hides} at a time"
+        lines["score"] = pseudo_text(settings["within_word"])
     elif settings.get("score"):
         lines["score"] = f"a bound of the nll, from {settings['draws']} random masks of each answer"
     lines["lm-evaluation-harness"] = certificate["lm_eval"]

@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lmlab.data.datamodule import padded
 from lmlab.data.documents import continued, numbered
 from lmlab.errors import UserError
 from lmlab.evaluation.suites.ranks import shared_out
@@ -57,10 +58,12 @@ class Hidden(NamedTuple):
 
     answer: int
     """The number of the answer."""
-    ids: list[int]
-    positions: list[int]
-    """The positions of the tokens that are scored."""
-    targets: list[int]
+    inputs: np.ndarray
+    """[T] ids."""
+    positions: np.ndarray
+    """[n] the positions of the tokens that are scored."""
+    targets: np.ndarray
+    """[n] these tokens."""
     factor: float
     """The factor of their nll."""
 
@@ -159,7 +162,7 @@ class MaskedRequests(TemplateLM):  # type: ignore[misc]
         """Returns the log-likelihood of each answer, and whether all its hidden tokens are the most probable ones."""
         make = self.pseudo_rows if self.score == "pseudo" else self.bound_rows
         rows = [row for number, answer in enumerate(answers) for row in make(number, answer)]
-        rows.sort(key=lambda row: -len(row.ids))
+        rows.sort(key=lambda row: -len(row.inputs))
         nll, hits = np.zeros(len(answers)), np.ones(len(answers), bool)
         for first in range(0, len(rows), self.rows_at_once):
             batch = rows[first : first + self.rows_at_once]
@@ -196,28 +199,24 @@ class MaskedRequests(TemplateLM):  # type: ignore[misc]
 
     def hide(self, number: int, answer: Answer, hidden: list[int], scored: list[int], factor: float) -> Hidden:
         """Returns the row of an answer with the tokens at some positions hidden, of which some are scored."""
-        ids = [*self.head, *answer.question, *answer.answer, *self.tail]
-        targets = [ids[position] for position in scored]
-        for position in hidden:
-            ids[position] = self.tokenizer.mask_token_id
-        return Hidden(number, ids, scored, targets, factor)
+        ids = np.array([*self.head, *answer.question, *answer.answer, *self.tail])
+        targets = ids[scored]
+        ids[hidden] = self.tokenizer.mask_token_id
+        return Hidden(number, ids, np.array(scored), targets, factor)
 
     def score_rows(self, rows: Sequence[Hidden]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the nll of the scored tokens of rows, times the factors, [N] float64; and which are the most probable
         ones."""
-        width, pad = max(len(row.ids) for row in rows), self.tokenizer.pad_token_id
-        ids = np.full((len(rows), width), self.tail[0] if pad is None and self.tail else pad or 0)
-        attended = np.zeros((len(rows), width), np.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.ids)], attended[i, : len(row.ids)] = row.ids, 1
+        pad_ids = (self.tokenizer.pad_token_id, *self.tail, 0)
+        ids, mask = padded([row.inputs for row in rows], next(token for token in pad_ids if token is not None))
+        positions = np.concatenate([i * ids.shape[1] + row.positions for i, row in enumerate(rows)])
         device, best = self.model.device, list[torch.Tensor]()
-        positions = [i * width + position for i, row in enumerate(rows) for position in row.positions]
-        targets = torch.tensor([target for row in rows for target in row.targets], device=device)
+        targets = torch.from_numpy(np.concatenate([row.targets for row in rows])).to(device)
         nll = score(
             self.model,
-            torch.tensor(ids, device=device),
-            None if attended.all() else torch.tensor(attended, device=device),
-            torch.tensor(positions, device=device),
+            torch.from_numpy(ids).to(device),
+            None if mask.all() else torch.from_numpy(mask).to(device),
+            torch.from_numpy(positions).to(device),
             targets,
             observe=lambda _, logits: best.append(logits.argmax(1)),
         ).nll

@@ -204,8 +204,7 @@ def write(
     """Writes the records and their certificate into a directory, each whole or not at all, as `records.write` does."""
     table = table_of(held_out, scores, settings)
     own = {"figure": VERBATIM if held_out.causal else MIN_K, "settings": dict(settings)}
-    facts = {name: fact for name, fact in facts.items() if name != "units"} | own
-    write_suite(path, MemorizationRecords, table, facts, figures_and_totals)
+    write_suite(path, MemorizationRecords, table, {**facts, **own}, figures_and_totals)
 
 
 def describe(certificate: Mapping[str, Any]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from lmlab.data.pairs import Pair, pairs_hash
 from lmlab.errors import UserError
 from lmlab.evaluation.metrics import BOUND, EXACT, wilson
 from lmlab.evaluation.records import describe_check
-from lmlab.evaluation.suites.suite import SuiteRecords, by_group, share_text, write_suite
+from lmlab.evaluation.suites.suite import SuiteRecords, by_group, pseudo_text, share_text, write_suite
 
 if TYPE_CHECKING:
     from lmlab.evaluation.scoring import HeldOut  # a comparison and a report need not wait for torch
@@ -201,8 +201,7 @@ def write(
     """
     table = table_of(pairs, documents, nll, counts)
     own = {"figure": ACCURACY, "data_hash": pairs_hash(pairs)}
-    facts = {name: fact for name, fact in facts.items() if name != "units"} | own
-    write_suite(path, PairRecords, table, facts, figures_and_totals)
+    write_suite(path, PairRecords, table, {**facts, **own}, figures_and_totals)
 
 
 def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
@@ -214,8 +213,7 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, str]:
     lines["ties"] = f"{totals['ties']:,}{equal}"
     lines["scored"] = f"{totals['tokens']:,} tokens, {totals['bytes']:,} bytes"
     if policy["pseudo"]:
-        hides = "a token and the rest of its word" if policy["pseudo"]["within_word"] else "a token"
-        lines["score"] = f"pseudo-log-likelihood, which hides {hides} at a time"
+        lines["score"] = pseudo_text(policy["pseudo"]["within_word"])
     elif policy.get("elbo"):
         lines["score"] = f"a bound of the nll, from {policy['elbo']['draws']} random masks of each sentence"
     else:

@@ -74,7 +74,8 @@ def write_suite(path: Path, kind: type[SuiteRecords], table: pa.Table, facts: Ma
     run = RunDirectory(path)
     path.mkdir(parents=True, exist_ok=True)
     write_beside(run.records, lambda beside: pq.write_table(table, beside))
-    facts = {"suite": kind.suite, **facts}
+    # Words are units of an nll, which a suite does not divide.
+    facts = {"suite": kind.suite, **{name: fact for name, fact in facts.items() if name != "units"}}
     content = {"format": version_of(kind), **parts(table, facts), **secrets.redacted(facts)}
     write_json(run.certificate, content | {"records_hash": rows_hash(table)})
 
@@ -100,6 +101,12 @@ def share_text(part: Mapping[str, Any], name: str) -> str:
     """Returns a share in the figures of a certificate or of a group, with its interval."""
     value, low, high = (part["figures"][key] for key in (name, f"{name}_low", f"{name}_high"))
     return f"{value:.4f} ({low:.4f} to {high:.4f}, 95 % interval)"
+
+
+def pseudo_text(within_word: bool) -> str:
+    """Returns a text on how the score of a masked model hides tokens."""
+    hides = "a token and the rest of its word" if within_word else "a token"
+    return f"pseudo-log-likelihood, which hides {hides} at a time"
 
 
 def text_lengths(documents: Documents) -> np.ndarray:
