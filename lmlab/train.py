@@ -62,7 +62,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
             else:  # a shard can't take whole weights
                 module.model = unsharded(module.model, models.build_model(cfg, data.tokenizer, empty=True)[1], weights)
             checkpoints.export(module.model, data.tokenizer, run.model)
-            summary = summarize(run, trainer, module, None if best is None else best["global_step"])
+            summary = summarize(run, trainer, module, best)
             show_summary(run, summary, module, datamodule, best is not None)
 
 

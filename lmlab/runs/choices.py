@@ -45,6 +45,14 @@ RENAMED = errors.RENAMED | {
 """Keys and targets in configs of lmlab 0.1, and their names since."""
 ADDED: dict[str, dict[str, Any]] = {
     "": {"float32_matmul_precision": "highest"},
+    "callbacks": {
+        "averages": {
+            "_target_": "lmlab.training.averages.Averages",
+            "ema": None,
+            "last": None,
+            "every_steps": None,
+        }
+    },
     "preprocess": {
         "split_by": "shuffle",
         "max_test_bytes": None,

@@ -57,6 +57,8 @@ class WriteCertificate(Callback):
             "run": self.run.trained_as(),
             **self.run.provenance(),
         }
+        if best is not None and best.get("average"):
+            facts["average"] = best["average"]
         records.write(self.run.path, held_out.documents, nll, units, facts)
 
 

@@ -163,12 +163,15 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if trainer.state.fn != TrainerFn.FITTING or step == 0:  # the weights that a run began with are no result of it
             return
-        values = {**self.best, step: module.validations[step][self.monitor]}
+        candidates = module.candidates(self.monitor)
+        kind = min(candidates, key=lambda name: candidates[name] * (1 if self.mode == "min" else -1))
+        values = {**self.best, step: candidates[kind]}
         objective = trainer.datamodule.batches.objective  # type: ignore[attr-defined]
         keep = 0 if getattr(objective, "last_weights", False) else self.keep_best
         best = rank(values, self.mode)[:keep]
         if step in best:
-            trainer.save_checkpoint(self.run.best_at(step), weights_only=True)
+            with module.with_average(kind):
+                trainer.save_checkpoint(self.run.best_at(step), weights_only=True)
             # Without room for its file, it is not one of the best.
             if trainer.strategy.broadcast(self.io.thread is not None or self.run.best_at(step).exists()):
                 self.best = {at: values[at] for at in sorted(best)}

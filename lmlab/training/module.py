@@ -4,8 +4,9 @@ Shapes: B rows of a batch, T positions, N scored positions of the batch.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +19,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import Batch
+from lmlab.data.documents import Documents
 from lmlab.data.sampler import draws
 from lmlab.errors import UserError, nearest
 from lmlab.evaluation.metrics import compute_metrics, sum_totals
-from lmlab.evaluation.scoring import DocumentSums, MeanNLL, Scorer
+from lmlab.evaluation.scoring import DocumentSums, MeanNLL, Scorer, ScoringBatch
 from lmlab.models.efficiency import share_tied_gradient
 from lmlab.models.loss import Scores
 from lmlab.models.teacher import Teacher
+
+if TYPE_CHECKING:
+    from lmlab.training.averages import Average
 
 NEVER = torch.iinfo(torch.int64).max
 """The number of the first batch with a loss that is not finite, as long as there was none."""
@@ -105,12 +110,21 @@ class LMModule(Scorer):
         """The metrics that a callback has measured in the validation under way, which are logged with its own."""
         self.final: dict[str, float] | None = None
         """The metrics on all held-out documents, where validations look at a part of them."""
+        self.averages: Sequence[Average] = ()
+        """Averages of the weights that validations score too; a callback sets them."""
+        self.average: Average | None = None
+        """The one of them that is in place of the weights."""
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the metrics of the held-out text and of its domains, as validations log them."""
+        names = ["loss", *(name for name in compute_metrics({}, self.metric) if name != "nll_per_token")]
+        prefixes = ["", *(f"{domain}/" for domain in self.domains)]
+        return [f"val/{prefix}{name}" for prefix in prefixes for name in names]
 
     def setup(self, stage: str) -> None:
         """Refuses a callback that monitors a metric that is never logged, before any step is made."""
-        names = ["loss", *(name for name in compute_metrics({}, self.metric) if name != "nll_per_token")]
-        prefixes = ["", *(f"{domain}/" for domain in self.domains)]
-        logged = [f"val/{prefix}{name}" for prefix in prefixes for name in names]
+        logged = self.metric_names
         logged += [name for each in self.trainer.callbacks for name in getattr(each, "metrics", ())]  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
@@ -291,11 +305,19 @@ class LMModule(Scorer):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.check_finite()
 
+    def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            for average in self.averages:
+                with average.in_place():
+                    average.sums.update(self.score(batch, self.held_out_losses).nll, batch)
+
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         final = self.trainer.state.fn == TrainerFn.VALIDATING
-        metrics = self.validation_metrics("val", slice(None))
+        documents = (data.whole if final and data.whole is not None else data.held_out).documents
+        metrics = self.validation_metrics(self.result, documents)
         loss = metrics.get("val/loss")
         if loss is None or not math.isfinite(loss):
             raise UserError(
@@ -303,13 +325,15 @@ class LMModule(Scorer):
                 "or the validation text is too short to hold anything to score (raise preprocess.test_size).",
                 "non-finite loss",
             )
-        for domain in self.domains:
-            documents = (data.whole if final and data.whole is not None else data.held_out).documents
-            metrics |= self.validation_metrics(f"val/{domain}", documents.stretches_of(domain))
         metrics |= self.suite_metrics
         if final:
             self.final = metrics
             return
+        for average in self.averages:
+            average.result = tuple(sums.cpu().numpy() for sums in average.sums.compute())
+            average.sums.reset()
+            of_weights = self.validation_metrics(average.result, documents)
+            metrics |= {of_average(name, average.name): value for name, value in of_weights.items()}
         self.validations[self.global_step] = metrics
         # For callbacks that monitor a metric; the loggers get float64 below, not Lightning's float32 copy.
         self.log_dict(metrics, logger=False, batch_size=1)
@@ -317,13 +341,42 @@ class LMModule(Scorer):
         for logger in self.loggers:
             logger.log_metrics({**metrics, **counts, "data/tokens_seen": int(self.tokens)}, self.global_step)
 
-    def validation_metrics(self, prefix: str, stretches: slice) -> dict[str, float]:
-        """Returns the metrics of the last validation over some stretches of the documents, by their names in full."""
-        nll, counts = self.result
-        values = compute_metrics(sum_totals(nll[stretches], counts[stretches]), self.metric)
-        # Those per word and per byte are None for a text without any.
-        logged = {name: v for name, v in values.items() if v is not None and not name.endswith("_standard_error")}
-        return {f"{prefix}/{name.replace('nll_per_token', 'loss')}": value for name, value in logged.items()}
+    def validation_metrics(self, result: tuple[np.ndarray, np.ndarray], documents: Documents) -> dict[str, float]:
+        """Returns the metrics of a validation over all documents and those of each domain, by their names in full.
+
+        Args:
+            result: what was summed up, as of `Scorer.result`.
+        """
+        nll, counts = result
+        parts = {"val": slice(None)} | {f"val/{domain}": documents.stretches_of(domain) for domain in self.domains}
+        metrics: dict[str, float] = {}
+        for prefix, stretches in parts.items():
+            values = compute_metrics(sum_totals(nll[stretches], counts[stretches]), self.metric)
+            # Those per word and per byte are None for a text without any.
+            logged = {name: v for name, v in values.items() if v is not None and not name.endswith("_standard_error")}
+            metrics |= {f"{prefix}/{name.replace('nll_per_token', 'loss')}": value for name, value in logged.items()}
+        return metrics
+
+    def candidates(self, monitor: str) -> dict[str, float]:
+        """Returns a monitored metric of the last validation: that of the weights by "", of averages by their names."""
+        metrics = self.validations[self.global_step]
+        for average in self.averages:
+            if monitor.rpartition("/")[2].startswith(f"{average.name}_"):  # it is the average's own
+                return {average.name: metrics[monitor]}
+        of_averages = {average.name: metrics.get(of_average(monitor, average.name)) for average in self.averages}
+        return {"": metrics[monitor]} | {name: value for name, value in of_averages.items() if value is not None}
+
+    @contextmanager
+    def with_average(self, name: str) -> Iterator[None]:
+        """Puts an average and the sums of its validation in place of the weights and theirs; "" changes nothing."""
+        self.average = next((average for average in self.averages if average.name == name), None)
+        if self.average is None:
+            yield
+            return
+        own, self.result = self.result, self.average.result
+        with self.average.in_place():
+            yield
+        self.result, self.average = own, None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what does not follow from the step: validations, and the sums since the last report."""
@@ -334,6 +387,7 @@ class LMModule(Scorer):
             pairs = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [name_parameters(state, optimizer, names) for state, optimizer in pairs]
         checkpoint["validations"] = self.validations
+        checkpoint["average"] = None if self.average is None else self.average.facts()
         if hasattr(self, "result"):
             # The sums of the last validation lie with the weights they are of, for their certificate.
             nll, counts = self.result
@@ -371,6 +425,12 @@ class LMModule(Scorer):
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
         for count in ("ready", "started", "processed", "completed"):
             setattr(loop.batch_progress.total, count, steps * self.trainer.accumulate_grad_batches)
+
+
+def of_average(metric: str, name: str) -> str:
+    """Returns the name of a metric of an average: `val/ema_loss` of `val/loss`."""
+    folder, _, last = metric.rpartition("/")
+    return f"{folder}/{name}_{last}"
 
 
 def name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:

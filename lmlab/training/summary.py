@@ -9,16 +9,17 @@ from lmlab.io import from_here, write_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import suites
 from lmlab.training.measure import Measure
+from lmlab.training.module import of_average
 
 if TYPE_CHECKING:
     from lmlab.training.module import LMModule
 
 
-def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best_step: int | None) -> dict[str, Any]:
+def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best: dict[str, Any] | None) -> dict[str, Any]:
     """Writes the summary of a run, which finishes it, and returns it.
 
     Args:
-        best_step: the step of the exported weights; None for the last ones.
+        best: the checkpoint of the exported weights; None for the last ones.
 
     Returns:
         the metrics of the exported weights on held-out text, those before training, and what training took.
@@ -26,8 +27,14 @@ def summarize(run: RunDirectory, trainer: Any, module: "LMModule", best_step: in
     measure = next(callback for callback in trainer.callbacks if isinstance(callback, Measure))
     pruned = [step for callback in trainer.callbacks if (step := getattr(callback, "pruned", None)) is not None]
     metric = f"val/{module.metric}"
+    average = best and best.get("average")
+    metrics = module.validations[trainer.global_step if best is None else best["global_step"]]
+    if average:  # what else was measured, was of the weights themselves
+        names = {name: of_average(name, average["kind"]) for name in module.metric_names}
+        metrics = {name: metrics[own] for name, own in names.items() if own in metrics}
     summary = {
-        **(module.final or module.validations[trainer.global_step if best_step is None else best_step]),
+        **(module.final or metrics),
+        **({"average": average} if average else {}),
         f"{metric}_before": module.validations[0][metric],
         "steps": trainer.global_step,
         **measure.result(),
@@ -57,7 +64,8 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
         text, generated = "…", f"(nothing: {first_line(error)})"
     rows = {
         f"{title(metric)} before": f"{before[metric]:,.2f}{part}",
-        f"{title(metric)} after": f"{summary[metric]:,.2f}   ({'best' if best else 'last'} weights, "
+        f"{title(metric)} after": f"{summary[metric]:,.2f}   ({'best' if best else 'last'} weights"
+        f"{f', {average_text(summary)}' if 'average' in summary else ''}, "
         f"{f'all {documents}' if part else 'held-out text'})",
         **{title(name): f"{value:.4f}" for name, value in summary.items() if name.endswith("bits_per_byte")},
         **({"pairs accuracy": f"{summary[suites.METRIC]:.4f}"} if suites.METRIC in summary else {}),
@@ -74,6 +82,14 @@ def show_summary(run: RunDirectory, summary: dict[str, Any], module: "LMModule",
     rows |= {"run directory": str(path), "model": str(path / run.model.name), "generated": generated}
     show_result(rows)
     print("Next:", command("python", "-m", "lmlab.predict", path, text))
+
+
+def average_text(summary: dict[str, Any]) -> str:
+    """Returns what the exported weights of a run are an average of."""
+    average = summary["average"]
+    if average["kind"] == "ema":
+        return f"their moving average by {average['decay']:g}"
+    return f"the mean of the last {average['weights']}"
 
 
 def parameters_text(count: int, trainable: int) -> str:
