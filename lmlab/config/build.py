@@ -223,7 +223,7 @@ def build_training(
     from lmlab.models.efficiency import check_flex_attention, check_sharding
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
-    from lmlab.optim import Muon, Scheduled
+    from lmlab.optim import Muon, Scheduled, ScheduleFree
     from lmlab.training.module import LMModule
 
     assert data.train is not None
@@ -238,9 +238,10 @@ def build_training(
     optimizer = build(cfg.optim, "optim")
     if isinstance(optimizer, Scheduled):
         optimizer.freeze(model)
-    if isinstance(optimizer, Muon) and shards(trainer) > 1:
+    if isinstance(optimizer, Muon | ScheduleFree) and shards(trainer) > 1:
+        name = "muon" if isinstance(optimizer, Muon) else "schedule_free"
         raise UserError(
-            "optim=muon works on whole matrices, which a sharded model has not.\n"
+            f"optim={name} works on whole weights, which a sharded model has not.\n"
             "Use trainer.strategy=ddp, or optim=adamw."
         )
     # AdamW keeps two moments, and Muon no more; what another optimizer keeps is not known.

@@ -93,15 +93,21 @@ def meanings(target: str) -> dict[str, str]:
 
 
 def fields_of(target: str) -> Iterator[tuple[ast.AnnAssign, str]]:
-    """Yields the fields of a dataclass, those of its bases in the same module first, each with the text below it."""
-    node = definition(target)
+    """Yields the fields of a dataclass, those of its bases first, each with the text below it.
+
+    A field that a base has too has the place of that, as in the constructor of the class.
+    """
+    node, fields = definition(target), dict[str, tuple[ast.AnnAssign, str]]()
     if isinstance(node, ast.ClassDef):
         for base in node.bases:
-            yield from fields_of(f"{target.rpartition('.')[0]}.{ast.unparse(base)}")
+            of_base = fields_of(f"{target.rpartition('.')[0]}.{ast.unparse(base)}")
+            fields |= {ast.unparse(line.target): (line, text) for line, text in of_base}
         for line, below in pairwise([*node.body, ast.Pass()]):
             if isinstance(line, ast.AnnAssign):
-                text = below.value if isinstance(below, ast.Expr) else None
-                yield line, " ".join(str(text.value).split()) if isinstance(text, ast.Constant) else ""
+                value = below.value if isinstance(below, ast.Expr) else None
+                text = " ".join(str(value.value).split()) if isinstance(value, ast.Constant) else ""
+                fields[ast.unparse(line.target)] = line, text
+    yield from fields.values()
 
 
 def definition(target: str) -> ast.stmt | None:

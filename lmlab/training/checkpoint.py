@@ -185,6 +185,7 @@ class Checkpoints(Checkpoint):
         if step == 0:  # nothing to lose; and to save an optimizer that has not stepped, FSDP would step it
             return
         module.check_finite()
+        module.use_trained_weights()
         best_at_save = {**self.best_at_save, step: self.best}
         last = sorted(best_at_save)[-3:]
         self.best_at_save = {

@@ -114,6 +114,8 @@ class LMModule(Scorer):
         """Averages of the weights that validations score too; a callback sets them."""
         self.average: Average | None = None
         """The one of them that is in place of the weights."""
+        self.kept_aside: list[Tensor] | None = None
+        """The weights that are trained, while those that are evaluated are in their place."""
 
     @property
     def metric_names(self) -> list[str]:
@@ -156,6 +158,28 @@ class LMModule(Scorer):
         share_tied_gradient(self.model)
         if self.teacher is not None:  # Lightning does not know of it
             self.teacher.model.to(self.device, next(self.model.parameters()).dtype)
+
+    def use_evaluated_weights(self) -> None:
+        """Puts the weights in place that are evaluated, where an optimizer has others than those that it trains.
+
+        Such an optimizer is schedule-free; it exchanges them by its methods `eval` and `train`.
+        """
+        optimizer: Any = self.trainer.optimizers[0]
+        if hasattr(optimizer, "eval") and self.kept_aside is None:
+            self.kept_aside = [parameter.detach().clone() for parameter in self.model.parameters()]
+            optimizer.eval()
+
+    def use_trained_weights(self) -> None:
+        """Puts the weights that are trained back in their place, bit for bit."""
+        if self.kept_aside is not None:
+            optimizer: Any = self.trainer.optimizers[0]
+            optimizer.train()
+            with torch.no_grad():
+                torch._foreach_copy_([*self.model.parameters()], self.kept_aside)
+            self.kept_aside = None
+
+    def on_train_end(self) -> None:
+        self.use_evaluated_weights()  # which are exported
 
     def on_train_start(self) -> None:
         # A loaded optimizer has the rate that its last step had by the schedule of the run's length at that time.
@@ -304,6 +328,11 @@ class LMModule(Scorer):
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.check_finite()
+            self.use_evaluated_weights()
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.use_trained_weights()
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)

@@ -99,7 +99,9 @@ class Series(Callback):
         assert isinstance(io, AtomicCheckpointIO)
         if io.thread:
             io.wait(left=1)  # two copies of the weights at most
+        module.use_evaluated_weights()
         weights = copy_weights(trainer, module, DTYPES[self.dtype])
+        module.use_trained_weights()
         self.last = step
         if trainer.is_global_zero:
             model = {"step": step, "tokens": int(module.tokens), "path": f"step-{step}", "dtype": self.dtype}

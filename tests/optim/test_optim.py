@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lmlab.errors import UserError
-from lmlab.optim import SCHEDULES, AdamW, Muon
+from lmlab.evaluation import records
+from lmlab.optim import SCHEDULES, AdamW, Muon, ScheduleFree
 from lmlab.optim.muon import layer_matrices
-from tests.conftest import TINY, losses, run_verb, stop_after
+from tests.conftest import TINY, losses, metrics, run_verb, stop_after
 
 Train = Callable[..., Path]
 
@@ -68,9 +70,43 @@ def test_a_model_without_matrices() -> None:
         Muon().freeze(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
 
 
+def test_schedule_free_is_that_of_its_package() -> None:
+    ours, theirs = gpt2(), gpt2()
+    optimizer, schedule = ScheduleFree(lr=0.01, weight_decay=0.1)(ours, 9)
+    matrices, vectors = ([p for p in theirs.parameters() if (p.ndim == 1) is v] for v in (False, True))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    expected = AdamWScheduleFree(groups, lr=0.01)
+    expected.train()
+    for seed in range(4):
+        step(ours, optimizer, seed=seed)
+        schedule.step()
+        step(theirs, expected, seed=seed)
+    expected.eval()
+    assert not same(ours, theirs)
+    optimizer.eval()  # type: ignore[attr-defined]
+    assert same(ours, theirs)
+
+
+def test_a_run_by_schedule_free_exports_what_it_validates(train: Train, tmp_path: Path) -> None:
+    """And validations, for which its weights are exchanged, leave those that are trained as they are."""
+    runs = [
+        train(*TINY, "optim=schedule_free", f"trainer.val_check_interval={n}", run_dir=tmp_path / f"{n}")
+        for n in (1, 4)
+    ]
+    assert [row["train/loss"] for row in metrics(runs[0]) if "train/loss" in row] == [
+        row["train/loss"] for row in metrics(runs[1]) if "train/loss" in row
+    ]
+    weights = [load_file(run / "model" / "model.safetensors") for run in runs]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    run_verb("evaluate", f"model={runs[1]}", f"hydra.run.dir={tmp_path / 'evaluation'}")
+    totals = [records.read(place).certificate["totals"]["nll"] for place in (runs[1], tmp_path / "evaluation")]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-6)
+
+
 @pytest.mark.long
-def test_a_run_with_muon_goes_on_bit_for_bit(train: Train, tmp_path: Path) -> None:
-    words = ["optim=muon", "optim.groups={*.wte.*: {lr: 1e-4}}", "trainer.val_check_interval=2"]
+@pytest.mark.parametrize("name", ["muon", "schedule_free"])
+def test_a_run_goes_on_bit_for_bit(name: str, train: Train, tmp_path: Path) -> None:
+    words = [f"optim={name}", "optim.groups={*.wte.*: {lr: 1e-4}}", "trainer.val_check_interval=2"]
     run = train(*TINY, *words)
     stop_after(run, 2, tmp_path / "stopped")
     run_verb("resume", tmp_path / "stopped")

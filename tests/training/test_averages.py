@@ -43,7 +43,11 @@ def mean(run: Path, count: int) -> dict[str, Tensor]:
     ids=["ema", "last"],
 )
 def test_an_average_is_exported_and_certified(
-    words: list[str], kind: dict[str, object], expected: Callable[[Path], dict[str, Tensor]], train: Train, tmp_path: Path
+    words: list[str],
+    kind: dict[str, object],
+    expected: Callable[[Path], dict[str, Tensor]],
+    train: Train,
+    tmp_path: Path,
 ) -> None:
     run = train(*TINY, *EVERY_STEP, *words, f"callbacks.checkpoints.monitor=val/{kind['kind']}_loss")
     rows = {row["step"]: row for row in metrics(run) if "val/loss" in row}
