@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from lmlab.config import build, changes, compose, schema, trust
+from lmlab.config import build, changes, compose, cooldown, schema, trust
 from lmlab.config.attempt import attempt
 from lmlab.config.rank import on_rank_zero
 from lmlab.console import command
@@ -25,6 +25,7 @@ EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer.max_steps=2000    longer
   python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer=ddp trainer.devices=2
   python -m lmlab.resume outputs/2026-01-31/12-00-00 --fresh                   again from the start, in a new directory
+  python -m lmlab.resume outputs/2026-01-31/12-00-00 --cooldown 500            on to a decayed rate, in a new directory
 """
 
 
@@ -43,7 +44,14 @@ def parser() -> argparse.ArgumentParser:
         help="changes to how, or how far, it goes; trust=PACKAGE lets code run that is not lmlab's",
     )
     p.add_argument("--fresh", action="store_true", help="run it again from the start, and compare")
-    p.add_argument("--into", type=Path, metavar="DIR", help="directory of the run that --fresh begins")
+    p.add_argument(
+        "--cooldown",
+        type=int,
+        metavar="STEPS",
+        help="go on in a new directory, for so many steps over which the learning rate decays",
+    )
+    p.add_argument("--step", type=int, metavar="N", help="the step that --cooldown goes on from (the last checkpoint)")
+    p.add_argument("--into", type=Path, metavar="DIR", help="directory of the run that --fresh or --cooldown begins")
     p.add_argument("--config-dir", "-cd", type=Path, metavar="DIR", help="folder with more options of the groups")
     return p
 
@@ -57,10 +65,10 @@ def main() -> None:
             raise UserError(f"{given.run} is a sweep. To go on with it: {resume_command(run.path)}")
         if not run.begun():
             raise UserError(f"{given.run} is no run: there is no manifest in it. Name a run's directory.")
-        if given.into and not given.fresh:
-            raise UserError("--into is for --fresh: a run goes on in its own directory.")
+        check_options(given)
+        begins = given.fresh or given.cooldown is not None
         directory = run.path
-        if given.fresh:
+        if begins:
             directory = (given.into or Path("outputs") / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").resolve()
             if RunDirectory(directory).begun():
                 raise UserError(f"{directory} holds a run or an evaluation already. Choose another: --into DIR")
@@ -69,21 +77,32 @@ def main() -> None:
         cfg = changes.apply_overrides(previous, directory, overrides, given.config_dir)
         trust.check_trusted(cfg, trusted)
         compose.check_secrets(cfg)
+        named = any(word.lstrip("+").startswith("logger.push=") for word in overrides)
+        if begins and OmegaConf.select(cfg, "logger.push") and not named:
+            cfg.logger.push = None  # whose repository holds the other run
         if given.fresh:
             repeat(run, cfg, previous, overrides)
             return
+        if given.cooldown is not None:
+            cfg = cooldown.begin(run, previous, cfg, given.cooldown, given.step, overrides)
+            print(f"The cooldown of {given.run} is in {from_here(Path(cfg.run_dir))}.")
         attempt(train, cfg, overrides)
 
 
-def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: list[str]) -> None:
-    """Runs an experiment again in the directory of `cfg`; prints what differs from `run` before, and in the end.
+def check_options(given: argparse.Namespace) -> None:
+    """Refuses options that do not go together."""
+    if given.fresh and given.cooldown is not None:
+        raise UserError("--fresh begins again, and --cooldown goes on: leave one of them out.")
+    if given.into and not given.fresh and given.cooldown is None:
+        raise UserError("--into is for --fresh and --cooldown: a run goes on in its own directory.")
+    if given.step is not None and given.cooldown is None:
+        raise UserError("--step is for --cooldown: a run goes on from its last checkpoint.")
+    if given.cooldown is not None and given.cooldown < 1:
+        raise UserError(f"--cooldown {given.cooldown}: it has to be a number of steps, 1 or more.")
 
-    It is not pushed to the repository of `run`, which holds that run, but to one that `overrides` name.
-    """
-    if OmegaConf.select(cfg, "logger.push") and not any(
-        word.lstrip("+").startswith("logger.push=") for word in overrides
-    ):
-        cfg.logger.push = None
+
+def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: list[str]) -> None:
+    """Runs an experiment again in the directory of `cfg`; prints what differs from `run` before, and in the end."""
     schema.check_run(cfg)
     manifest, path = run.read_manifest(), from_here(run.path)
     again = command("python", "-m", "lmlab.resume", path, "--fresh")

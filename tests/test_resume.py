@@ -810,3 +810,34 @@ def test_wandb_is_one_run_without_gap_or_overlap(tmp_path: Path) -> None:
     assert folder.name.endswith(identity)
     assert earlier.name.endswith(identity)
     assert wandb_rows(earlier) == expected[: len(wandb_rows(earlier))]
+
+
+@pytest.mark.long
+def test_a_cooldown_ends_as_a_run_from_the_start(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It begins at any step that is kept, and leaves the run that it is of as it was."""
+    words = ["optim.schedule=constant", "optim.warmup_steps=2", "trainer.val_check_interval=2"]
+    run = train(*TINY, *words, "trainer.max_steps=8", "callbacks.checkpoints.keep_every=2")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    run_verb("resume", run, "--cooldown", 3, "--step", 4, "--into", tmp_path / "cooled")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    whole = [*words[1:], "optim.schedule=one_minus_sqrt", "optim.decay_steps=3", "trainer.max_steps=7"]
+    whole_run = train(*TINY, *whole, run_dir=tmp_path / "whole")
+    assert losses(tmp_path / "cooled") == losses(whole_run)
+    weights = [load_file(place / "model" / "model.safetensors") for place in (tmp_path / "cooled", whole_run)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    manifest = json.loads((tmp_path / "cooled" / "manifest.json").read_text())
+    assert manifest["cooldown"]["step"] == 4
+    assert manifest["cooldown"]["run_id"] != manifest["run_id"]
+    capsys.readouterr()
+    for place, options, said in (
+        (run, ["--cooldown", 3, "--step", 5], "no whole checkpoint of step 5. There are those of 2, 4, 6, 8."),
+        (tmp_path / "cooled", ["--cooldown", 3], "at step 7 the learning rate is 0 of the full one"),
+        (run, ["--cooldown", 3, "optim.schedule=linear"], "optim.schedule=linear does not decay over the last 3 steps"),
+        (run, ["--cooldown", 3, "optim.lr=1"], "can't go on with optim.lr=1"),
+        (run, ["--cooldown", 3, "--fresh"], "leave one of them out"),
+    ):
+        with pytest.raises(SystemExit):
+            run_verb("resume", place, *options)
+        assert said in capsys.readouterr().err

@@ -74,6 +74,8 @@ class Scheduled:
     """The share of all steps that go from 0 up to lr, where warmup_steps is null."""
     decay_ratio: Annotated[float, Ge(0), Le(1)] = 0.2
     """The share of the steps after warm-up over which warmup_stable_decay and one_minus_sqrt decay."""
+    decay_steps: Annotated[int, Ge(1)] | None = None
+    """The number of steps of that decay; null leaves it to decay_ratio."""
     groups: dict[str, Any] | None = None
     """The lr, weight_decay or freeze of the parameters whose names match a pattern (`*.wte.*`), by the patterns."""
 
@@ -129,5 +131,7 @@ class Scheduled:
         warmup = self.warmup(steps)
         if step < warmup:
             return step / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return self.final_ratio + (1.0 - self.final_ratio) * self.shape(done, self.decay_ratio)
+        after = max(1, steps - warmup)
+        done = min(1.0, (step - warmup) / after)
+        decay_ratio = self.decay_ratio if self.decay_steps is None else min(1.0, self.decay_steps / after)
+        return self.final_ratio + (1.0 - self.final_ratio) * self.shape(done, decay_ratio)

@@ -61,6 +61,7 @@ class Checkpoints(Checkpoint):
         keep_best: Annotated[int, Ge(0)] = 1,
         every_steps: Annotated[int, Ge(1)] | None = None,
         every_minutes: Annotated[float, Gt(0)] | None = 30.0,
+        keep_every: Annotated[int, Ge(1)] | None = None,
         background: bool | None = None,
         max_requeues: Annotated[int, Ge(0)] = 100,
     ):
@@ -73,12 +74,13 @@ class Checkpoints(Checkpoint):
                 (`Objective.last_weights`), a run ends with its last weights.
             every_steps: after how many steps a checkpoint is saved also between validations; None for never.
             every_minutes: the same in minutes.
+            keep_every: a checkpoint is also saved every so many steps, and stays; None keeps the last two alone.
             background: whether training goes on while files are written; None for on GPUs only.
             max_requeues: how often a SLURM job that reaches its time limit is put back in the queue.
         """
         self.run = RunDirectory(run_dir)
         self.monitor, self.mode, self.keep_best = monitor, mode or mode_of(monitor), keep_best
-        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.every_steps, self.every_minutes, self.keep_every = every_steps, every_minutes, keep_every
         self.background, self.max_requeues = background, max_requeues
         self.best: dict[int, float] = {}
         """The metric of the best weights, by their steps."""
@@ -148,7 +150,8 @@ class Checkpoints(Checkpoint):
         signal, intervals = self.poll()
         if signal:
             self.stop(trainer, module, signal)
-        due = intervals > self.intervals or (self.every_steps and self.step % self.every_steps == 0)
+        spacings = [every for every in (self.every_steps, self.keep_every) if every is not None]
+        due = intervals > self.intervals or any(self.step % every == 0 for every in spacings)
         self.intervals = max(intervals, self.intervals)
         if due and not module.validation_due():  # which saves a checkpoint at its end
             self.save(trainer, module)
@@ -198,10 +201,12 @@ class Checkpoints(Checkpoint):
     def remove_old(self, best_at_save: dict[int, dict[int, float]], best: dict[int, float]) -> None:
         """Removes all but the last two checkpoints, and all weights that are not among the best, now or at theirs.
 
-        The last two are those on the disk: there may have been no room for the newest one.
+        The last two are those on the disk: there may have been no room for the newest one. Others stay where
+        `keep_every` says so.
         """
         for path in self.run.checkpoint_files()[:-2]:
-            remove(path)
+            if self.keep_every is None or self.run.step_of(path) % self.keep_every:
+                remove(path)
         left = map(self.run.step_of, self.run.checkpoint_files())
         needed = {*best, *(at for step in left for at in best_at_save.get(step, {}))}
         for path in self.run.best_files():
