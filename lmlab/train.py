@@ -49,7 +49,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     with closed_at_the_end(trainer.loggers, run):
         if trainer.is_global_zero:
             vocab_size, show = cfg.tokenizer.get("vocab_size"), checkpoint is None
-            lifecycle.write_data(run, data, module.steps, cfg.batch_size, vocab_size, show)
+            samples = datamodule.sizes.before(module.steps)
+            lifecycle.write_data(run, data, module.steps, samples, vocab_size, show)
             if groups := build.parameter_groups(cfg, model):
                 run.update_manifest(parameter_groups=groups)
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from lmlab.config.models import build_objective, make_model, model_without_weights
+from lmlab.config.schema import batch_sizes, warmup
 from lmlab.errors import UserError
 from lmlab.secrets import override_key
 
@@ -31,6 +32,8 @@ def budget_of(cfg: DictConfig) -> tuple[str, float] | None:
         lengths.append("trainer.max_steps")
     if given and len(lengths) > 1:
         raise UserError(f"{lengths[0]} and {lengths[1]} are two lengths of one run: leave one of them out.")
+    if "flops" in given and warmup(cfg, "block_warmup"):
+        raise UserError("budget.flops is for blocks of one length: use budget.tokens, or leave block_warmup out.")
     return next(iter(given.items()), None)
 
 
@@ -53,8 +56,9 @@ def steps_of_budget(
 ) -> tuple[int, str] | None:
     """Returns the steps that the budget of a run pays for, and a text on how they are counted; None without a budget.
 
-    A step has `batch_size` blocks of `block_size` tokens. The computation is that of forward and backward passes, as
-    `lmlab.models.flops.Flops` counts it, with as many targets in each block as in the first one of training.
+    A step has `batch_size` blocks of `block_size` tokens, or fewer while batches grow. The computation is that of
+    forward and backward passes, as `lmlab.models.flops.Flops` counts it, with as many targets in each block as in the
+    first one of training.
 
     Args:
         model: the model of the run, if it has been made.
@@ -66,9 +70,10 @@ def steps_of_budget(
     if budget is None:
         return None
     key, value = budget
-    tokens = cfg.batch_size * cfg.preprocess.block_size
+    sizes, block_size = batch_sizes(cfg), cfg.preprocess.block_size
+    tokens = cfg.batch_size * block_size
     if key == "tokens":
-        steps = math.ceil(value / tokens)
+        steps = sizes.steps_for(math.ceil(value / block_size))
         return steps, f"{value:,.0f} tokens in steps of {tokens:,}"
 
     from lmlab.models.flops import Flops
@@ -80,7 +85,7 @@ def steps_of_budget(
     if key == "tokens_per_parameter":
         model = model or model_without_weights(cfg.model, **made) or make_model(cfg.model, **made, empty=False)
         parameters, _ = count_parameters(model)
-        steps = math.ceil(value * parameters / tokens)
+        steps = sizes.steps_for(math.ceil(value * parameters / block_size))
         return steps, f"{value:g} tokens for each of {parameters:,} parameters, in steps of {tokens:,} tokens"
     model = model or make_model(cfg.model, **made, empty=False)
     flops = Flops.from_model(model)  # which tries the model out, and so needs its weights
@@ -92,5 +97,7 @@ def steps_of_budget(
     given: dict[str, Any] = {"continues": data.train.continues(0), "documents": data.train.documents(0)}
     example = make_example(objective, data.train[0], (cfg.seed, 0, 0), progress=0.0, **given)
     targets = round(tokens * len(example.targets) / len(example.inputs))
-    per_step = flops.step(tokens, targets, cfg.preprocess.block_size)
-    return math.ceil(value / per_step), f"{value:.3g} FLOPs in steps of {per_step:.3g}"
+    per_step = flops.step(tokens, targets, block_size)
+    return sizes.steps_for(
+        math.ceil(value / per_step * cfg.batch_size)
+    ), f"{value:.3g} FLOPs in steps of {per_step:.3g}"

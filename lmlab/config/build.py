@@ -10,7 +10,16 @@ from omegaconf import DictConfig, OmegaConf
 from lmlab.config.budget import steps_of_budget
 from lmlab.config.compose import without_secrets
 from lmlab.config.models import build_teacher, check_example
-from lmlab.config.schema import WITHOUT_ROWS, preprocessing, shards, training_steps, uses_gpu, world
+from lmlab.config.schema import (
+    WITHOUT_ROWS,
+    batch_sizes,
+    block_lengths,
+    preprocessing,
+    shards,
+    training_steps,
+    uses_gpu,
+    world,
+)
 from lmlab.config.targets import arguments, blocks, build, sources, takes
 from lmlab.errors import UserError, first_line, naming_source
 from lmlab.runs.choices import without_added
@@ -104,7 +113,7 @@ def training_length(
     assert data.train is not None
     epoch = data.train.epoch if isinstance(data.train, MixedBlocks) else len(data.train)
     of_budget, text = steps_of_budget(cfg, data, model) or (None, None)
-    return *training_steps(cfg.trainer, epoch, cfg.batch_size, of_budget), text
+    return *training_steps(cfg.trainer, epoch, batch_sizes(cfg), of_budget), text
 
 
 def build_held_out(cfg: DictConfig, data: "Prepared", objective: "Objective") -> "HeldOut":
@@ -282,6 +291,8 @@ def build_training(
         num_workers=cfg.num_workers,
         tokenizer=data.tokenizer,
         whole=whole,
+        sizes=batch_sizes(cfg),
+        lengths=block_lengths(cfg),
     )
     return module, datamodule
 

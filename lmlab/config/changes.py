@@ -289,14 +289,16 @@ def fit_to_machine(cfg: DictConfig, previous: DictConfig | None = None) -> None:
     if trainer.accumulate_grad_batches != previous.trainer.accumulate_grad_batches:  # the command sets it
         return
     largest = cfg.batch_size // (world(previous.trainer) * previous.trainer.accumulate_grad_batches)
-    for accumulate in range(1, cfg.batch_size + 1):
-        micro_batch, rest = divmod(cfg.batch_size, world(trainer) * accumulate)
-        if not rest and micro_batch <= largest:
+    unit = schema.batch_sizes(cfg).initial  # all batches are multiples of it
+    for accumulate in range(1, unit + 1):
+        micro_batches = world(trainer) * accumulate
+        if unit % micro_batches == 0 and cfg.batch_size // micro_batches <= largest:
             trainer.accumulate_grad_batches = accumulate
             return
-    divisors = [str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
+    divisors = [str(n) for n in range(1, unit + 1) if unit % n == 0]
+    name = "batch_size" if unit == cfg.batch_size else "batch_warmup.initial"
     raise UserError(
-        f"batch_size={cfg.batch_size} does not divide over {world(trainer)} ranks.\n"
+        f"{name}={unit} does not divide over {world(trainer)} ranks.\n"
         f"This run can go on with {', '.join(divisors[:-1])} or {divisors[-1]} of them."
     )
 

@@ -57,6 +57,10 @@ class Train(Config):
     """Targets that return Lightning loggers, by a name for each; and the keys of `Push`."""
     budget: dict[str, Any] | None = None
     """The length of a run in tokens or computation, see `Budget`."""
+    batch_warmup: dict[str, Any] | None = None
+    """Smaller batches in the first steps, see `Warmup`."""
+    block_warmup: dict[str, Any] | None = None
+    """Shorter texts in the first steps, see `Warmup`."""
     validation: dict[str, Any] | None = None
     """The held-out text that validations during training score, see `Validation`."""
     compile: bool = False
@@ -197,6 +201,17 @@ class Budget:
     """Such tokens for each parameter of the model, embeddings included."""
     flops: Annotated[float, Gt(0), Lt(1e30)] | None = None
     """Floating-point operations of all forward and backward passes."""
+
+
+@dataclass
+class Warmup:
+    """The keys of the blocks batch_warmup and block_warmup, which go together."""
+
+    initial: Annotated[int, Ge(1)] | None = None
+    """The blocks of the first step, which grow to batch_size; or the tokens of its rows, which grow to
+    preprocess.block_size."""
+    steps: Annotated[int, Ge(1)] | None = None
+    """The number of steps of the warm-up."""
 
 
 @dataclass

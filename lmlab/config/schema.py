@@ -22,6 +22,7 @@ from lmlab.io import from_here
 
 if TYPE_CHECKING:
     from lmlab.data.options import Preprocessing
+    from lmlab.data.warmup import BatchSizes, BlockLengths
 
 
 DECLARED = {
@@ -31,6 +32,7 @@ DECLARED = {
     "trainer": "lmlab.config.keys.Trainer",
     "validation": "lmlab.config.keys.Validation",
     "budget": "lmlab.config.keys.Budget",
+    "warmup": "lmlab.config.keys.Warmup",
     "push": "lmlab.config.keys.Push",
     "preprocess": "lmlab.data.options.Preprocessing",
 }
@@ -85,7 +87,11 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
 
     from lmlab.data.sampler import micro_batch_size
 
-    micro_batch_size(cfg.batch_size, world(cfg.trainer), cfg.trainer.accumulate_grad_batches)
+    sizes = batch_sizes(cfg)
+    key = "batch_size" if sizes.initial == sizes.batch_size else "batch_warmup.initial"
+    micro_batch_size(sizes.initial, world(cfg.trainer), cfg.trainer.accumulate_grad_batches, key)
+    if cfg.preprocess.block_size is not None:
+        block_lengths(cfg)
 
 
 def check_choices(cfg: DictConfig) -> None:
@@ -165,6 +171,8 @@ def check_keys(cfg: DictConfig, name: str) -> None:
     check_trainer(cfg.trainer)
     arguments(cfg.get("validation") or OmegaConf.create(), "validation", DECLARED["validation"])
     arguments(cfg.get("budget") or OmegaConf.create(), "budget", DECLARED["budget"])
+    for key in ("batch_warmup", "block_warmup"):
+        arguments(cfg.get(key) or OmegaConf.create(), key, DECLARED["warmup"])
     pushes = OmegaConf.masked_copy(cfg.get("logger") or OmegaConf.create(), [*PUSH])
     arguments(pushes, "logger", DECLARED["push"])
     for key, block in blocks(cfg):
@@ -274,23 +282,55 @@ def best_precision(trainer: DictConfig) -> str:
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
-def training_steps(trainer: DictConfig, blocks: int, batch_size: int, of_budget: int | None = None) -> tuple[int, int]:
+def warmup(cfg: DictConfig, key: str) -> dict[str, int]:
+    """Returns what a config says of the warm-up of its batches or blocks; nothing where they have none.
+
+    Raises:
+        UserError: one of its two keys is missing.
+    """
+    block = cfg.get(key) or {}
+    given = {name: block[name] for name in ("initial", "steps") if block.get(name) is not None}
+    if len(given) == 1:
+        present, missing = ("initial", "steps") if "initial" in given else ("steps", "initial")
+        raise UserError(f"{key}.{present}={given[present]}: a warm-up has both. Set {key}.{missing} too.")
+    return given
+
+
+def batch_sizes(cfg: DictConfig) -> "BatchSizes":
+    """Returns the samples of each step of a run."""
+    from lmlab.data.warmup import BatchSizes
+
+    return BatchSizes(cfg.batch_size, **warmup(cfg, "batch_warmup"))
+
+
+def block_lengths(cfg: DictConfig) -> "BlockLengths | None":
+    """Returns the length of the rows of each step of a run; None where its blocks are never cut."""
+    from lmlab.data.warmup import BlockLengths
+
+    given = warmup(cfg, "block_warmup")
+    return BlockLengths(cfg.preprocess.block_size, **given) if given else None
+
+
+def training_steps(
+    trainer: DictConfig, blocks: int, sizes: "BatchSizes", of_budget: int | None = None
+) -> tuple[int, int]:
     """Returns the optimizer steps of a run, and those from one validation to the next.
 
     Epochs run on into one another: a batch may hold the end of one and the start of the next, so n epochs are
     ⌈n · blocks / batch_size⌉ full steps.
 
     Args:
+        sizes: the samples of each step.
         of_budget: the steps that a budget pays for, if the run has one.
     """
     steps = trainer.max_steps if of_budget is None else of_budget
     if steps is None or steps == -1:
         if trainer.max_epochs is None or trainer.max_epochs <= 0:
             raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
-        steps = math.ceil(trainer.max_epochs * blocks / batch_size)
+        steps = sizes.steps_for(math.ceil(trainer.max_epochs * blocks))
     interval = trainer.val_check_interval
     if isinstance(interval, float):
-        interval = max(1, round(interval * blocks / batch_size))
+        interval = max(1, round(interval * blocks / sizes.batch_size))
     return steps, min(interval, steps)
 
 

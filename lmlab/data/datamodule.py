@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lmlab.data.blocks import Blocks
 from lmlab.data.mixture import MixedBlocks, order_of
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, micro_batch_size
+from lmlab.data.warmup import BatchSizes, BlockLengths
 from lmlab.distributed.signals import signals_blocked
 from lmlab.objectives import Objective, make_example
 
@@ -57,21 +58,31 @@ class Batches(Dataset[Batch]):
     """The data set whose items are whole batches, each made in the worker process that draws it."""
 
     def __init__(
-        self, blocks: Blocks | MixedBlocks, objective: Objective, seed: int, pad_id: int, steps: int, accumulate: int
+        self,
+        blocks: Blocks | MixedBlocks,
+        objective: Objective,
+        seed: int,
+        pad_id: int,
+        steps: int,
+        accumulate: int,
+        lengths: BlockLengths | None = None,
     ):
         """Takes the blocks, the objective, and what its draws depend on.
 
         Args:
             steps: the number of optimizer steps of the whole run.
             accumulate: the number of micro batches of an optimizer step.
+            lengths: the length of the rows of each step, where blocks are cut; None leaves them whole.
         """
+        self.lengths = lengths
         self.blocks, self.objective, self.seed, self.pad_id = blocks, objective, seed, pad_id
         self.steps, self.accumulate = steps, accumulate
 
     def __getitem__(self, item: tuple[int, list[Draw]]) -> Batch:
         number, draws = item
-        progress = number // self.accumulate / self.steps
-        return collate(self.blocks, draws, self.objective, self.seed, self.pad_id, number, progress)
+        step = number // self.accumulate
+        length = None if self.lengths is None else self.lengths.of(step)
+        return collate(self.blocks, draws, self.objective, self.seed, self.pad_id, number, step / self.steps, length)
 
 
 def collate(
@@ -82,6 +93,7 @@ def collate(
     pad_id: int,
     number: int = 0,
     progress: float = 0.0,
+    length: int | None = None,
 ) -> Batch:
     """Makes a batch of the drawn blocks: the objective decides the targets, and only then rows are padded.
 
@@ -103,13 +115,19 @@ def collate(
     Args:
         number: the number of micro batches of this rank before this one in the whole run.
         progress: the share of the optimizer steps of the run that were made before.
+        length: the longest text of a row, of which a block has several; None for whole blocks.
     """
     rows = []
     for draw in draws:
-        given: dict[str, Any] = {"progress": progress, "number": draw.number}
+        ids, continues, documents = blocks[draw.block], None, None
         if isinstance(blocks, Blocks | MixedBlocks):
-            given |= {"continues": blocks.continues(draw.block), "documents": blocks.documents(draw.block)}
-        rows.append(make_example(objective, blocks[draw.block], (seed, draw.epoch, draw.block), **given))
+            continues, documents = blocks.continues(draw.block), blocks.documents(draw.block)
+        for start in range(0, len(ids), length or len(ids)):
+            part = slice(start, start + (length or len(ids)))
+            given: dict[str, Any] = {"progress": progress, "number": draw.number, "first": start}
+            given["continues"] = None if continues is None else continues[part]
+            given["documents"] = None if documents is None else lengths_within(documents, part)
+            rows.append(make_example(objective, ids[part], (seed, draw.epoch, draw.block), **given))
     weights = None
     if any(row.weights is not None for row in rows):
         ones = (np.ones(len(row.targets)) if row.weights is None else row.weights for row in rows)
@@ -119,6 +137,13 @@ def collate(
     padded = pad_rows(rows, pad_id)
     others = prefix_of(rows), decoder_ids_of(rows, pad_id), document_positions_of(rows), *draws_of(rows)
     return Batch(*padded, tokens, number, divisor, weights, *others)
+
+
+def lengths_within(documents: np.ndarray, part: slice) -> np.ndarray:
+    """Returns the number of tokens of each document [D] that a part of their text has, without those that have none."""
+    edges = np.concatenate([[0], np.cumsum(documents)]).clip(part.start, part.stop)
+    lengths: np.ndarray = np.diff(edges)
+    return lengths[lengths > 0]
 
 
 class Unpadded(Protocol):
@@ -271,6 +296,8 @@ class BlocksDataModule(HeldOutData):
         accumulate: the number of micro batches of an optimizer step.
         tokenizer: the tokenizer for callbacks that read or generate text.
         whole: all held-out rows, if `held_out` is a part of them; they are scored once, after training.
+        sizes: the samples of each step, where they grow to `batch_size`.
+        lengths: the length of the rows of each step, where blocks are cut; None leaves them whole.
     """
 
     def __init__(
@@ -287,12 +314,15 @@ class BlocksDataModule(HeldOutData):
         num_workers: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         whole: Rows | None = None,
+        sizes: BatchSizes | None = None,
+        lengths: BlockLengths | None = None,
     ):
         super().__init__(held_out, batch_size, num_workers)
         self.train, self.tokenizer, self.whole = train, tokenizer, whole
-        self.batches = Batches(train, objective, seed, pad_id, steps, accumulate)
+        self.sizes = sizes or BatchSizes(batch_size)
+        self.batches = Batches(train, objective, seed, pad_id, steps, accumulate, lengths)
         self.batch_size, self.steps, self.seed, self.accumulate = batch_size, steps, seed, accumulate
-        self.order = order_of(train, steps * batch_size)
+        self.order = order_of(train, self.sizes.before(steps))
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
@@ -312,6 +342,7 @@ class BlocksDataModule(HeldOutData):
                 self.trainer.world_size,
                 self.accumulate,
                 start=self.trainer.global_step * self.accumulate,
+                sizes=self.sizes,
             ),
         )
         return self.training_loader

@@ -1,8 +1,9 @@
 """The order of training samples: a pure function of (seed, step) that nothing remembers (promise 1).
 
-A run is one endless row of samples: epoch after epoch, each epoch a permutation of the blocks that is drawn from
-(seed, epoch). Step t takes the samples t·B … (t+1)·B - 1 of that row, B being the global batch; ranks and accumulated
-micro batches are slices of it. Starting at step t therefore costs no more than starting at 0.
+A run is one endless row of samples: epoch after epoch, each epoch a permutation of the blocks that is drawn from (seed,
+epoch). Step t takes the samples t·B … (t+1)·B - 1 of that row, B being the global batch, or as many after those of the
+steps before it as `BatchSizes` says; ranks and accumulated micro batches are slices of it. Starting at step t therefore
+costs no more than starting at 0.
 
     blocks 0 … 4, global batch 4      epoch 0     epoch 1
     row of samples                    3 0 4 1 2 | 2 4 0 3 1 …
@@ -16,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from lmlab.data.warmup import BatchSizes
 from lmlab.errors import UserError
 
 EVALUATION = 2**63
@@ -137,8 +139,11 @@ def draws(seed: int, first: int, count: int, size: int | Order) -> list[Draw]:
     return drawn
 
 
-def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
+def micro_batch_size(batch_size: int, world_size: int, accumulate: int, key: str = "batch_size") -> int:
     """Returns the number of samples in a micro batch of one rank, at `batch_size` samples per optimizer step.
+
+    Args:
+        key: that of the config which gives the batch size.
 
     Raises:
         UserError: the global batch does not divide over ranks and accumulated batches.
@@ -146,7 +151,7 @@ def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
     shares = world_size * accumulate
     if batch_size % shares:
         raise UserError(
-            f"batch_size={batch_size} does not divide over {world_size} devices × "
+            f"{key}={batch_size} does not divide over {world_size} devices × "
             f"{accumulate} accumulated batches: it must be a multiple of {shares}."
         )
     return batch_size // shares
@@ -172,9 +177,12 @@ class TrainSampler:
     """The number of micro batches of an optimizer step."""
     start: int = 0
     """The number of the first micro batch."""
+    sizes: BatchSizes | None = None
+    """The samples of each step, where they grow to `batch_size`."""
 
     def __post_init__(self) -> None:
-        self.micro_batch_size = micro_batch_size(self.batch_size, self.world_size, self.accumulate)
+        self.samples = self.sizes or BatchSizes(self.batch_size)
+        micro_batch_size(self.samples.initial, self.world_size, self.accumulate)
 
     def __len__(self) -> int:
         # Of the whole run, wherever it starts: Lightning counts from the first batch of the epoch.
@@ -183,8 +191,9 @@ class TrainSampler:
     def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
         for number in range(self.start, len(self)):
             step, part = divmod(number, self.accumulate)
-            first = step * self.batch_size + (part * self.world_size + self.rank) * self.micro_batch_size
-            yield number, draws(self.seed, first, self.micro_batch_size, self.size)
+            micro_batch = self.samples.of(step) // (self.world_size * self.accumulate)
+            first = self.samples.before(step) + (part * self.world_size + self.rank) * micro_batch
+            yield number, draws(self.seed, first, micro_batch, self.size)
 
 
 @dataclass(eq=False)

@@ -71,7 +71,7 @@ def preview(plan: Plan) -> None:
     if budget:
         print(f"Budget: {budget}: {counted(steps, 'step')}.")
     show_groups(cfg, data.tokenizer, objective.auto_class)
-    show_ledger(with_draws(data.ledger, data.train, steps * cfg.batch_size))
+    show_ledger(with_draws(data.ledger, data.train, schema.batch_sizes(cfg).before(steps)))
     held_out, whole = build.build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
     batch.show_samples(first, data.tokenizer, objective.target_shift, console())

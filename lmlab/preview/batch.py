@@ -38,10 +38,13 @@ Piece = tuple[str, str]
 def first_batch(cfg: DictConfig, data: Any, objective: Any, steps: int, pad_id: int) -> Batch:
     """Returns the batch that rank 0 trains on first."""
     world, accumulate = schema.world(cfg.trainer), cfg.trainer.accumulate_grad_batches
-    order = order_of(data.train, steps * cfg.batch_size)
-    sampler = TrainSampler(order, cfg.batch_size, steps, cfg.seed, 0, world, accumulate)
+    sizes, lengths = schema.batch_sizes(cfg), schema.block_lengths(cfg)
+    order = order_of(data.train, sizes.before(steps))
+    sampler = TrainSampler(order, cfg.batch_size, steps, cfg.seed, 0, world, accumulate, sizes=sizes)
     number, draws = next(iter(sampler))
-    return collate(data.train, draws, objective, cfg.seed, pad_id, number)
+    return collate(
+        data.train, draws, objective, cfg.seed, pad_id, number, length=None if lengths is None else lengths.of(0)
+    )
 
 
 def sample_pieces(batch: Batch, row: int, tokenizer: Any, shift: int) -> list[Piece]:

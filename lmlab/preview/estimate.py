@@ -69,7 +69,7 @@ def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, 
     parts = [
         ("start: imports, data, model", 1, measured.start),
         ("first step", 1, measured.steps[0]),
-        ("steps", steps - 1, measured.step),
+        ("steps", math.ceil(schema.batch_sizes(plan.cfg).before(steps) / batch_size) - 1, measured.step),
         ("validation batches", (1 + validations) * batches + batches_at_end, measured.validation_batch),
     ]
     if measured.checkpoint is not None:

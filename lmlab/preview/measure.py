@@ -106,7 +106,7 @@ def short_run(cfg: DictConfig, steps: int, folder: Path) -> DictConfig:
     short = changes.with_run_dir(cfg, folder)
     short.batch_size //= schema.world(cfg.trainer)
     length = min(steps, STEPS)
-    short.budget = None
+    short.budget = short.batch_warmup = short.block_warmup = None
     short.trainer.update(TRAINER | {"max_steps": length, "val_check_interval": length})
     short.callbacks, short.profile = {}, False
     short.logger = {"metrics_file": {"_target_": "lmlab.training.loggers.MetricsFile"}}

@@ -46,14 +46,7 @@ RENAMED = errors.RENAMED | {
 """Keys and targets in configs of lmlab 0.1, and their names since."""
 ADDED: dict[str, dict[str, Any]] = {
     "": {"float32_matmul_precision": "highest"},
-    "callbacks": {
-        "averages": {
-            "_target_": "lmlab.training.averages.Averages",
-            "ema": None,
-            "last": None,
-            "every_steps": None,
-        }
-    },
+    "callbacks": {"averages": {"_target_": "lmlab.training.averages.Averages"}},
     "preprocess": {
         "split_by": "shuffle",
         "max_test_bytes": None,
@@ -61,8 +54,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "packing": "concatenated",
         "document_attention": False,
     },
-    "lmlab.optim.AdamW": {"final_ratio": 0.0, "decay_steps": None, "groups": None},
-    "lmlab.optim.Muon": {"decay_steps": None},
+    "lmlab.optim.AdamW": {"final_ratio": 0.0, "groups": None},
     "lmlab.data.sources.load_hub": {"keep_raw": True},
     "lmlab.data.tokenizers.bpe": {"extra_tokens": None},
     "lmlab.data.tokenizers.char": {"extra_tokens": None},

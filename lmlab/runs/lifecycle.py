@@ -149,13 +149,13 @@ def describe_finished(run: RunDirectory) -> str:
 
 
 def write_data(
-    run: RunDirectory, data: "Prepared", steps: int, batch_size: int, vocab_size: int | None, show: bool
+    run: RunDirectory, data: "Prepared", steps: int, samples: int, vocab_size: int | None, show: bool
 ) -> None:
     """Writes what a run trains on: the hashes into its manifest, its tokenizer, and its ledger.
 
     Args:
         steps: optimizer steps of the run.
-        batch_size: samples of a step.
+        samples: those of all steps.
         vocab_size: tokens that the config asks of a tokenizer which learns them from the text.
         show: print the ledger, and warn of a smaller vocabulary.
     """
@@ -164,7 +164,7 @@ def write_data(
         replaced(run.tokenizer, data.tokenizer.save_pretrained)
     from lmlab.data.mixture import with_draws
 
-    ledger = with_draws(data.ledger, data.train, steps * batch_size)
+    ledger = with_draws(data.ledger, data.train, samples)
     write_json(run.ledger, {split: asdict(counts) for split, counts in ledger.items()})
     if show:
         show_ledger(ledger)

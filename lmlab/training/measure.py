@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lmlab.data.warmup import BlockLengths
 from lmlab.evaluation.metrics import perplexity
 from lmlab.models.flops import Flops
 from lmlab.models.memory import count_parameters
@@ -114,7 +115,12 @@ class Measure(Callback):
             losses = {"train/loss": module.teacher.loss(loss, mean), "train/nll": loss, "train/kl": mean}
         tokens, wait = int(tokens_seen[0]), max(waits)
         new_tokens = tokens - self.tokens_then
-        flops_of_all = self.flops.step(new_tokens, int(targets), module.block_size) if self.flops else 0
+        flops_of_all = 0
+        if self.flops:  # each step has as many tokens, in rows of its own length
+            lengths = trainer.datamodule.batches.lengths or BlockLengths(module.block_size)
+            steps = range(self.step, trainer.global_step)
+            of_steps = [self.flops.step(new_tokens, int(targets), lengths.of(step)) for step in steps]
+            flops_of_all = sum(of_steps) // len(of_steps)
         flops = flops_of_all / trainer.world_size
         new = {"seconds": seconds, "waited": wait, "tokens": new_tokens, "flops": flops, "flops_of_all": flops_of_all}
         self.total = {name: total + new[name] for name, total in self.total.items()}

@@ -310,7 +310,8 @@ class LMModule(Scorer):
             return
         step = first // self.trainer.accumulate_grad_batches
         order = self.trainer.datamodule.order  # type: ignore[attr-defined]
-        blocks = [draw.block for draw in draws(self.seed, step * self.batch_size, self.batch_size, order)]
+        sizes = self.trainer.datamodule.sizes  # type: ignore[attr-defined]
+        blocks = [draw.block for draw in draws(self.seed, sizes.before(step), sizes.of(step), order)]
         raise UserError(
             f"the loss or its gradient is not finite at step {step + 1}. "
             f"Blocks of that step's global batch: {blocks}.\n"
