@@ -4,7 +4,6 @@ Takes ordinary arguments. Each directory is a run or an evaluation, or holds sev
 """
 
 import argparse
-import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -141,6 +140,8 @@ def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
     sides = make_sides(runs)
     against = find_side(sides, arguments.against)
     rows = comparison.compare_groups(sides, against)
+    wanted = None if arguments.power is None else power.read_difference(arguments.power, sides[against])
+    powers = power.power_rows(sides, against, wanted)
     pairs = comparison.compare_pairs(sides) if arguments.pairs else []
     texts = [score_texts(row, kind) for row in rows]
     pairs_texts = [pair_texts(row, kind.rows) for row in pairs]
@@ -151,6 +152,8 @@ def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
         "comparison.csv": DataFrame(rows, dtype=object).drop(columns="decides").to_csv(index=False),
         "comparison.tex": latex(DataFrame(texts), "llrrrrr"),
     }
+    if wanted is not None:
+        files["power.csv"] = DataFrame(powers, dtype=object).to_csv(index=False)
     if pairs:
         files["pairs.csv"] = DataFrame(pairs, dtype=object).drop(columns="decides").to_csv(index=False)
         files["pairs.tex"] = latex(DataFrame(pairs_texts), "llrrrr")
@@ -161,6 +164,9 @@ def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
     also = " and seeds" if several else ""
     print(f"A difference is from {reference} of its {kind.group}, and above 0 {kind.better}.")
     print(f"The interval holds what other {kind.rows}{also} would give; each p is of its row alone.")
+    print(power_text(powers, kind.rows))
+    if wanted is not None:
+        show(f"What would show a difference of {wanted:.4f}", [power_texts(row, kind.rows) for row in powers])
     tokenizers = {run.certificate["tokenizer_hash"] for run in runs}
     if "prefix" in kind.certificate.get("settings", {}) and len(tokenizers) > 1:
         print("The tokenizers differ: as many tokens of prefix and continuation are not the same text.")
@@ -275,7 +281,7 @@ def difference_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
 
 def power_text(rows: list[dict[str, Any]], unit: str) -> str:
     """Returns the line on the differences that a comparison could have shown."""
-    known = [row["shows"] for row in rows if not math.isnan(row["shows"])]
+    known = [row["shows"] for row in rows if row["shows"] > 0]  # nor nan, of a single document
     if not known:
         return f"So few {unit} show no difference."
     least, most = f"{min(known):.4f}", f"{max(known):.4f}"

@@ -501,8 +501,10 @@ def test_minimal_pairs_are_compared_and_reported(
     for place, pseudo in ((one, None), (two, {"within_word": True, "sample": None, "seed": None})):
         policy = certificates.read(place).certificate["policy"]
         assert (policy["context"], policy["end_of_text"], policy["pseudo"]) == ("document", False, pseudo)
-    run_verb("compare", one, two, "--out", tmp_path / "compared")
-    assert "Accuracy on 3 pairs" in capsys.readouterr().out
+    run_verb("compare", one, two, "--power", "10%", "--out", tmp_path / "compared")
+    said = capsys.readouterr().out
+    assert "Accuracy on 3 pairs" in said
+    assert "What would show a difference of" in said
     rows = pd.read_csv(tmp_path / "compared" / "comparison.csv")
     accuracy = [certificates.read(place).certificate["figures"]["pairs_accuracy"] for place in (one, two)]
     assert rows["phenomenon"].tolist() == ["all", "all", "agreement", "agreement", "order", "order"]

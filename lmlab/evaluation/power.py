@@ -61,7 +61,7 @@ def needed(side: Side, other: Side, difference: float) -> tuple[int | None, int 
 
 
 def read_difference(text: str, reference: Side) -> float:
-    """Returns a difference in bits per byte, which is given as a number or as a percentage of those of a side.
+    """Returns a difference that is given as a number, or as a percentage of the metric of a side.
 
     Raises:
         UserError: it is neither, or not above 0.
@@ -72,7 +72,7 @@ def read_difference(text: str, reference: Side) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise UserError(f"--power {text}: it has to be a difference above 0, such as 0.01 (bits per byte) or 0.5%.")
+        raise UserError(f"--power {text}: it has to be a difference above 0, such as 0.01 or 0.5%.")
     return value / 100 * float(reference.ratios.mean()) if percent else value
 
 
