@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, changes, compose, cooldown, schema, trust
 from lmlab.config.attempt import attempt
+from lmlab.config.budget import STEPS
 from lmlab.config.rank import on_rank_zero
 from lmlab.console import command
 from lmlab.distributed.signals import SIGNALS
@@ -121,7 +122,9 @@ def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: 
     if not differences:
         print(f"Code, versions, data and tokenizer are those of {path}.")
     repeats = {"run_id": manifest["run_id"], "path": str(run.path), "differs": differences}
-    attempt(train, cfg, overrides, repeats=repeats)
+    # As many steps as before, where hours were asked for, so that the curves can be compared.
+    hours = {STEPS: manifest[STEPS]} if STEPS in manifest else {}
+    attempt(train, cfg, overrides, repeats=repeats, **hours)
     print(compare_curves(loss_curve(run), loss_curve(RunDirectory(cfg.run_dir))))
 
 

@@ -1,15 +1,16 @@
 """An attempt at a run: it begins in its directory, or goes on there, on all of its ranks."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, changes, compose
-from lmlab.config.budget import check_lengths
+from lmlab.config.budget import STEPS, check_lengths
 from lmlab.config.rank import on_all_ranks
 from lmlab.config.schema import world
-from lmlab.console import command
+from lmlab.console import command, duration
 from lmlab.distributed import ranks
 from lmlab.errors import UserError, first_line
 from lmlab.io import from_here
@@ -19,6 +20,8 @@ from lmlab.runs.log import log_to
 
 if TYPE_CHECKING:
     from lmlab.sharing.push import Destination
+
+LOG = logging.getLogger(__name__)
 
 
 def attempt(
@@ -61,6 +64,7 @@ def attempt(
         with log_to(run.log), lifecycle.stop_reported(run):
             config, checkpoint = compose.config_yaml(cfg), None
             if previous is None:
+                facts = facts if STEPS in facts else measured_budget(cfg) | facts
                 seeds = {"run": cfg.seed, "split": cfg.preprocess.split_seed}
                 this = lifecycle.new(run, config, compose.overrides_yaml(overrides), seeds, **facts)
             else:
@@ -85,6 +89,25 @@ def attempt(
     if destination is not None:
         push_finished(run, destination)
     return run.read_summary()["val/loss"]
+
+
+def measured_budget(cfg: DictConfig) -> dict[str, int]:
+    """Returns the steps that the `budget.hours` of a new run come to, as its manifest keeps them; {} without hours.
+
+    Raises:
+        UserError: the hours are too few for a step; or as the run would.
+    """
+    hours = OmegaConf.select(cfg, "budget.hours")
+    if hours is None:
+        return {}
+    from lmlab.config.short_run import SHORT, measure, steps_of_hours
+
+    measured = measure(cfg, SHORT)
+    if measured.out_of_memory:
+        raise UserError(measured.out_of_memory)
+    steps = steps_of_hours(cfg, build.prepare_data(cfg), measured, hours)
+    LOG.info("budget.hours=%g: %s steps, each of %s in a short run.", hours, f"{steps:,}", duration(measured.step))
+    return {STEPS: steps}
 
 
 def destination_of(cfg: DictConfig) -> "Destination | None":

@@ -9,12 +9,17 @@ from omegaconf import DictConfig
 from lmlab.config.models import build_objective, make_model, model_without_weights
 from lmlab.config.schema import batch_sizes, warmup
 from lmlab.errors import UserError
+from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import override_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lmlab.data.prepared import Prepared
+
+
+STEPS = "budget_steps"
+"""The entry of the manifest that says how many steps `budget.hours` came to."""
 
 
 def budget_of(cfg: DictConfig) -> tuple[str, float] | None:
@@ -56,6 +61,8 @@ def steps_of_budget(
 ) -> tuple[int, str] | None:
     """Returns the steps that the budget of a run pays for, and a text on how they are counted; None without a budget.
 
+    Those of `budget.hours` are in the manifest of the run, as they were measured when it began.
+
     A step has `batch_size` blocks of `block_size` tokens, or fewer while batches grow. The computation is that of
     forward and backward passes, as `lmlab.models.flops.Flops` counts it, with as many targets in each block as in the
     first one of training.
@@ -72,6 +79,8 @@ def steps_of_budget(
     key, value = budget
     sizes, block_size = batch_sizes(cfg), cfg.preprocess.block_size
     tokens = cfg.batch_size * block_size
+    if key == "hours":
+        return RunDirectory(cfg.run_dir).read_manifest()[STEPS], f"{value:g} hours at the speed of a short run"
     if key == "tokens":
         steps = sizes.steps_for(math.ceil(value / block_size))
         return steps, f"{value:,.0f} tokens in steps of {tokens:,}"

@@ -99,7 +99,7 @@ def build_corpus(cfg: DictConfig) -> "Any":
 
 
 def training_length(
-    cfg: DictConfig, data: "Prepared", model: "PreTrainedModel | None" = None
+    cfg: DictConfig, data: "Prepared", model: "PreTrainedModel | None" = None, steps: int | None = None
 ) -> tuple[int, int, str | None]:
     """Returns the optimizer steps of a run, those from one of its validations to the next, and a text on its budget.
 
@@ -107,12 +107,13 @@ def training_length(
 
     Args:
         model: the model of the run, if it has been made.
+        steps: those that its budget pays for, if they are known.
     """
     from lmlab.data.mixture import MixedBlocks
 
     assert data.train is not None
     epoch = data.train.epoch if isinstance(data.train, MixedBlocks) else len(data.train)
-    of_budget, text = steps_of_budget(cfg, data, model) or (None, None)
+    of_budget, text = (steps, None) if steps else steps_of_budget(cfg, data, model) or (None, None)
     return *training_steps(cfg.trainer, epoch, batch_sizes(cfg), of_budget), text
 
 

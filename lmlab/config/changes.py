@@ -26,7 +26,8 @@ from lmlab.runs.choices import MACHINERY, as_typed, flatten, is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import MARK
 
-LENGTH = ("trainer.max_epochs", "trainer.max_steps", "budget.tokens", "budget.tokens_per_parameter", "budget.flops")
+BUDGETS = ("budget.tokens", "budget.tokens_per_parameter", "budget.flops", "budget.hours")
+LENGTH = ("trainer.max_epochs", "trainer.max_steps", *BUDGETS)
 CHANGEABLE = (*MACHINERY, "callbacks", *LENGTH, "trainer.val_check_interval")
 """Keys and blocks that a run that goes on may change: how it runs, its length, and its callbacks."""
 LOCATED = ("data", "tokenizer.name", "model.name", "distill.model")
@@ -188,6 +189,18 @@ def check(cfg: DictConfig, previous: DictConfig | None, run: RunDirectory) -> No
     if previous is not None:
         # What LOCATED names may move once a checkpoint is there: before it, the manifest may have no hashes yet.
         check_same(cfg, previous, (*CHANGEABLE, *LOCATED) if run.checkpoint_files() else CHANGEABLE)
+        check_hours(cfg, previous, run)
+
+
+def check_hours(cfg: DictConfig, previous: DictConfig, run: RunDirectory) -> None:
+    """Refuses other hours of a run that has begun: its schedule goes by the steps that they came to then."""
+    now, then = (OmegaConf.select(one, "budget.hours") for one in (cfg, previous))
+    if now is not None and now != then:
+        steps = run.read_manifest()["steps"]
+        raise UserError(
+            f"budget.hours={now:g}: {cfg.run_dir} was begun with {steps} steps, and goes on at the speed that it has.\n"
+            "To train it longer: budget.hours=null trainer.max_steps=…"
+        )
 
 
 def check_same(cfg: DictConfig, previous: DictConfig, free: tuple[str, ...]) -> None:

@@ -201,6 +201,8 @@ class Budget:
     """Such tokens for each parameter of the model, embeddings included."""
     flops: Annotated[float, Gt(0), Lt(1e30)] | None = None
     """Floating-point operations of all forward and backward passes."""
+    hours: Annotated[float, Gt(0), Lt(1e6)] | None = None
+    """Hours of the whole run, validations included, at the speed of a short run before it."""
 
 
 @dataclass

@@ -55,11 +55,11 @@ def preview(plan: Plan) -> None:
         missing = first_line(error)
 
     from lmlab.config import build, changes, models
+    from lmlab.config.short_run import SHORT, Measurement, measure, steps_of_hours
     from lmlab.console import console, counted
     from lmlab.data.mixture import with_draws
     from lmlab.preview import batch, estimate, job, memory
     from lmlab.preview.groups import show_groups
-    from lmlab.preview.measure import Measurement, measure
     from lmlab.runs.ledger import show_ledger
 
     show_config(plan)
@@ -67,7 +67,15 @@ def preview(plan: Plan) -> None:
     objective = models.build_objective(cfg, data.tokenizer)
     models.check_example(cfg, data, objective)
     assert data.train is not None
-    steps, interval, budget = build.training_length(cfg, data)
+    hours, measured, steps_of_budget = (cfg.get("budget") or {}).get("hours"), None, None
+    if hours is not None:
+        if missing:
+            raise UserError(f"budget.hours={hours:g} can't be worked out here. {missing}")
+        changes.fit_to_machine(cfg)
+        measured = measure(cfg, SHORT)
+        steps_of_budget = steps_of_hours(cfg, data, measured, hours)
+        print(f"Budget: {hours:g} hours at the speed of a short run: {counted(steps_of_budget, 'step')}.")
+    steps, interval, budget = build.training_length(cfg, data, steps=steps_of_budget)
     if budget:
         print(f"Budget: {budget}: {counted(steps, 'step')}.")
     show_groups(cfg, data.tokenizer, objective.auto_class)
@@ -81,7 +89,7 @@ def preview(plan: Plan) -> None:
     changes.fit_to_machine(cfg)
     if missing:
         print(f"Nothing was measured. {missing}")
-    measured = Measurement() if missing else measure(cfg, steps)
+    measured = measured or (Measurement() if missing else measure(cfg, steps))
     seconds = None
     if measured.parameters:
         estimate.show_measured(cfg, measured)

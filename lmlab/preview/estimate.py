@@ -6,10 +6,9 @@ from datetime import datetime, timedelta
 from omegaconf import DictConfig
 
 from lmlab.config import schema
+from lmlab.config.short_run import Measurement, time_parts
 from lmlab.config.targets import build
 from lmlab.console import counted, duration, show_result, show_rows
-from lmlab.data.sampler import EvaluationSampler, micro_batch_size
-from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan
 from lmlab.training.series import DTYPES, Series, is_due
 from lmlab.training.summary import parameters_text
@@ -61,19 +60,7 @@ def show_estimate(plan: Plan, measured: Measurement, steps: int, interval: int, 
     Returns:
         the seconds of a run.
     """
-    trainer, batch_size = plan.cfg.trainer, plan.cfg.batch_size
-    world = schema.world(trainer)
-    share = micro_batch_size(batch_size, world, trainer.accumulate_grad_batches)
-    validations = math.ceil(steps / interval)  # after the one before training
-    batches, batches_at_end = (len(EvaluationSampler(rows, share, 0, world)) for rows in (held_out, whole))
-    parts = [
-        ("start: imports, data, model", 1, measured.start),
-        ("first step", 1, measured.steps[0]),
-        ("steps", math.ceil(schema.batch_sizes(plan.cfg).before(steps) / batch_size) - 1, measured.step),
-        ("validation batches", (1 + validations) * batches + batches_at_end, measured.validation_batch),
-    ]
-    if measured.checkpoint is not None:
-        parts.append(("checkpoints written", validations, measured.checkpoint))
+    parts = time_parts(plan.cfg, measured, steps, interval, held_out, whole)
     total = sum(count * each for _, count, each in parts)
     rows = [(name, f"{count:,}", duration(each), duration(count * each)) for name, count, each in parts]
     show_rows("Time", ("", "count", "each", "in all"), [*rows, ("a run", "", "", duration(total))])

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lmlab.config.short_run import Measurement
 from lmlab.console import counted, duration
-from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan
 
 OF_LAUNCHER = ("_target_", "submitit_folder", "max_num_timeout")  # keys that are not parameters of the script

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lmlab.config import build, files, targets
+from lmlab.config.short_run import Measurement
 from lmlab.console import duration
 from lmlab.data.datamodule import Batch, collate
 from lmlab.data.sampler import Draw
@@ -31,7 +32,6 @@ from lmlab.models import loading
 from lmlab.objectives import Example
 from lmlab.preview import batch as batches
 from lmlab.preview import job
-from lmlab.preview.measure import Measurement
 from lmlab.preview.plan import Plan, plan_command
 from lmlab.training.module import LMModule
 from tests.conftest import TINY, TINY_MLM, run_verb

@@ -1,13 +1,16 @@
 """A short real run of a config, in a process of its own, for the memory and the time that a whole one takes."""
 
+import math
 import os
 import shutil
 import signal
 import sys
 import time
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.callbacks import Timer
@@ -15,6 +18,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lmlab.config import build, changes, compose, models, schema
+from lmlab.console import duration
+from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 from lmlab.distributed import launch
 from lmlab.errors import UserError, plainly, shown_plainly
 from lmlab.io import read_json, rows, write_json
@@ -24,7 +29,10 @@ from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import redacted_text
 from lmlab.training.measure import Measure, peak_memory
 
-STEPS = 31  # at most: the first one allocates
+if TYPE_CHECKING:
+    from lmlab.data.prepared import Prepared
+
+SHORT = 31  # at most: the first one allocates
 TRAINER = {
     "devices": 1,
     "num_nodes": 1,
@@ -101,11 +109,61 @@ def measure(cfg: DictConfig, steps: int) -> Measurement:
     return measured
 
 
+def time_parts(
+    cfg: DictConfig, measured: Measurement, steps: int, interval: int, held_out: int, whole: int
+) -> list[tuple[str, int, float]]:
+    """Returns what the time of a run goes into: the name of each part, how often it is there, and its seconds.
+
+    Args:
+        interval: steps between two validations.
+        held_out: rows of a validation.
+        whole: rows that are scored once more when training has ended.
+    """
+    world = schema.world(cfg.trainer)
+    share = micro_batch_size(cfg.batch_size, world, cfg.trainer.accumulate_grad_batches)
+    validations = math.ceil(steps / interval)  # after the one before training
+    batches, batches_at_end = (len(EvaluationSampler(rows, share, 0, world)) for rows in (held_out, whole))
+    parts = [
+        ("start: imports, data, model", 1, measured.start),
+        ("first step", 1, measured.steps[0]),
+        ("steps", math.ceil(schema.batch_sizes(cfg).before(steps) / cfg.batch_size) - 1, measured.step),
+        ("validation batches", (1 + validations) * batches + batches_at_end, measured.validation_batch),
+    ]
+    if measured.checkpoint is not None:
+        parts.append(("checkpoints written", validations, measured.checkpoint))
+    return parts
+
+
+def steps_of_hours(cfg: DictConfig, data: "Prepared", measured: Measurement, hours: float) -> int:
+    """Returns the optimizer steps for which a run takes no more than some hours, validations and checkpoints included.
+
+    Raises:
+        UserError: one step takes longer.
+    """
+    held_out, whole = build.build_validation(cfg, data, models.build_objective(cfg, data.tokenizer))
+
+    def seconds(steps: int) -> float:
+        _, interval, _ = build.training_length(cfg, data, steps=steps)
+        parts = time_parts(cfg, measured, steps, interval, len(held_out), len(whole or ()))
+        return sum(count * each for _, count, each in parts)
+
+    if not measured.steps or seconds(1) > 3600 * hours:
+        raise UserError(
+            f"budget.hours={hours:g} is too short for this run, whose start, first step and validations take "
+            f"{duration(seconds(1)) if measured.steps else 'longer'}."
+        )
+    most = 1
+    while seconds(2 * most) <= 3600 * hours:
+        most *= 2
+    # Between `most`, which fits, and twice as many, which do not.
+    return most + bisect_right(range(most + 1, 2 * most), 3600 * hours, key=seconds)
+
+
 def short_run(cfg: DictConfig, steps: int, folder: Path) -> DictConfig:
     """Returns the config of a short run in a folder, without what watches and keeps a run of `steps`."""
     short = changes.with_run_dir(cfg, folder)
     short.batch_size //= schema.world(cfg.trainer)
-    length = min(steps, STEPS)
+    length = min(steps, SHORT)
     short.budget = short.batch_warmup = short.block_warmup = None
     short.trainer.update(TRAINER | {"max_steps": length, "val_check_interval": length})
     short.callbacks, short.profile = {}, False
