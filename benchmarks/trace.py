@@ -245,7 +245,9 @@ class Watch(TorchDispatchMode):
         work.flops[kind] += flops
         work.seconds[kind] += max(moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND["bf16" if half else "float32"])
 
-    def compiled_nll_and_slope(self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any, scale: Any) -> Any:
+    def compiled_nll_and_slope(
+        self, logits: torch.Tensor, targets: torch.Tensor, dtype: Any, scale: Any, z_loss: float = 0.0
+    ) -> Any:
         """Stands in for the compiled function, which no trace sees into: it reads the logits twice, and writes once."""
         if self.work:
             moved = (2 + (dtype is not None)) * logits.numel() * logits.element_size()

@@ -172,6 +172,7 @@ def held_out_objective(cfg: DictConfig, objective: "Objective") -> DictConfig:
     if other is not None:
         return OmegaConf.create({"_target_": f"{other.__module__}.{other.__qualname__}"})
     block: dict[str, Any] = OmegaConf.to_container(cfg.objective)  # type: ignore[assignment]
+    block.pop("z_loss", None)  # which is of training alone
     for schedule in [key for key in block if key.endswith("_schedule")]:
         prefix = schedule.removesuffix("schedule")
         for name in [key for key in block if key.startswith(prefix) and f"final_{key}" in block]:
@@ -259,7 +260,9 @@ def build_training(
     half = str(trainer.precision) in ("bf16-true", "16-true")
     device = torch.device("cuda" if gpu else "cpu")
     has_room = check_training(model, tensors, half, device, trainer.devices, shards(trainer))
-    teacher = build_teacher(cfg, data.tokenizer, objective)
+    teacher, z_loss = build_teacher(cfg, data.tokenizer, objective), getattr(objective, "z_loss", 0.0)
+    if z_loss and teacher is not None:
+        raise UserError("objective.z_loss is for training without a teacher: leave one of them out.")
     module = LMModule(
         model,
         optimizer,
@@ -276,6 +279,7 @@ def build_training(
         losses=getattr(objective, "losses", None),
         held_out_losses=held_out.losses,
         domains=tuple(held_out.documents.domains),
+        z_loss=z_loss,
     )
     lengths = np.concatenate([data.train.lengths, (whole or held_out).rows.lengths])
     for one in [model] if teacher is None else [model, teacher.model]:

@@ -261,10 +261,11 @@ class Scorer(L.LightningModule):
         scale: Tensor | None = None,
         teacher: Teacher | None = None,
         observe: Callable[[slice, Tensor], None] | None = None,
+        z_loss: float = 0.0,
     ) -> Scores:
         """Returns the losses of a batch's targets, by an objective's own `losses` or by `lmlab.models.loss.score`.
 
-        For `scale`, `teacher` and `observe` see that.
+        For `scale`, `teacher`, `observe` and `z_loss` see that.
         """
         if losses is not None:
             return losses(self.model, batch, self.chunk_size, scale)
@@ -282,6 +283,7 @@ class Scorer(L.LightningModule):
             batch.decoder_ids,
             batch.document_positions,
             observe,
+            z_loss,
         )
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:

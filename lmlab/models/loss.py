@@ -49,8 +49,8 @@ class Scores(NamedTuple):
     None where there is none."""
     loss: Tensor | None = None
     """[N] the loss that is trained by, where it is not the nll: that of a student, (1 - weight) · nll + weight ·
-    temperature² · kl of each target, times the target's own weight, or a multiple of the nll. The nll is then without
-    gradient."""
+    temperature² · kl of each target, times the target's own weight, a multiple of the nll, or the nll and the z-loss.
+    The nll is then without gradient."""
     kl: Tensor | None = None
     """[N] KL(teacher ‖ student) of the distributions softened by the temperature, in nats, times the target's weight.
     None without a teacher."""
@@ -70,6 +70,7 @@ def score(
     decoder_ids: Tensor | None = None,
     document_positions: Tensor | None = None,
     observe: Callable[[slice, Tensor], None] | None = None,
+    z_loss: float = 0.0,
 ) -> Scores:
     """Computes the nll of each target of a batch.
 
@@ -101,6 +102,8 @@ def score(
             None where each row is one text.
         observe: called with the logits [R, V] of some of the scored positions, and which these are, while they are in
             memory.
+        z_loss: the coefficient of log² Z, Z being the sum of the exponentials of the logits of a position, which keeps
+            them from drifting (Chowdhery et al. 2022, section 5); without a teacher.
     """
     shown = input_ids, attention_mask, positions, prefix, decoder_ids, document_positions
     taught = None if teacher is None else teacher.read(*shown)
@@ -109,16 +112,23 @@ def score(
     if chunk_size is None:
         if observe is not None:
             observe(slice(None), rows.detach())
-        if torch.is_grad_enabled():
+        if z_loss:
+            nll = F.cross_entropy(rows.float(), targets, reduction="none")
+            losses = torch.stack([nll + z_loss * rows.float().logsumexp(1).square(), nll.detach()])
+        elif torch.is_grad_enabled():
             nll = F.cross_entropy(rows.float(), targets, reduction="none")  # of logits [N, V]
         else:  # on a CPU the former is up to 2e-6 too small at 50,000 tokens, as it sums one after the other
             nll, _ = nll_and_slope(rows, targets, None)
-        losses = nll if taught is None else torch.stack(taught.losses(rows, nll))
+        if not z_loss:
+            losses = nll if taught is None else torch.stack(taught.losses(rows, nll))
         losses = losses if weights is None else losses * weights
     else:
         head, train = model.get_output_embeddings(), torch.is_grad_enabled()
-        inputs = rows, head.weight, head.bias, targets, chunk_size, train, scale, weights, taught, observe
+        inputs = rows, head.weight, head.bias, targets, chunk_size, train, scale, weights, taught, observe, z_loss
         losses = ChunkedNLL.apply(*inputs)  # type: ignore[no-untyped-call]
+    if z_loss:
+        loss, nll = losses
+        return Scores(nll.detach(), auxiliary, loss)
     if taught is None:
         return Scores(losses, auxiliary)
     loss, nll, kl = losses
@@ -229,8 +239,10 @@ class ChunkedNLL(torch.autograd.Function):
         weights: Tensor | None = None,
         taught: "TeacherOutput | None" = None,
         observe: Callable[[slice, Tensor], None] | None = None,
+        z_loss: float = 0.0,
     ) -> Any:
-        """Returns the nll [N], times its weights; with a teacher loss, nll and kl, [N] each (see `Scores`).
+        """Returns the nll [N], times its weights; with a z-loss, loss and nll, and with a teacher loss, nll and kl, [N]
+        each (see `Scores`).
 
         Args:
             hidden: [N, H].
@@ -244,6 +256,7 @@ class ChunkedNLL(torch.autograd.Function):
             weights: [N].
             taught: what a teacher says of these rows. The loss alone can then be differentiated.
             observe: called with each part and its logits [R, V].
+            z_loss: the coefficient of the z-loss. The loss alone can then be differentiated.
         """
         device = hidden.device.type
         dtype = product_dtype(hidden, train and scale is None)
@@ -253,7 +266,8 @@ class ChunkedNLL(torch.autograd.Function):
         b = None if bias is None else pad_vocabulary(bias, dtype)
         factors = scale if weights is None else (weights if scale is None else weights * scale)[:, None]
         vocabulary = len(weight)
-        losses = torch.empty((1 if taught is None else 3, len(h)), dtype=torch.float32, device=h.device)
+        kinds = 3 if taught is not None else 2 if z_loss else 1
+        losses = torch.empty((kinds, len(h)), dtype=torch.float32, device=h.device)
         if train:
             d_hidden = torch.empty_like(h)
             d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
@@ -271,7 +285,7 @@ class ChunkedNLL(torch.autograd.Function):
                     observe(part, logits[:, :vocabulary])
                 of_part = factors[part] if factors is not None and factors.dim() else factors
                 rest = targets[part], dtype if train else None, of_part
-                *values, slope = step(logits, *rest) if taught is None else taught.distill(part, logits, *rest)
+                *values, slope = step(logits, *rest, z_loss) if taught is None else taught.distill(part, logits, *rest)
                 for row, value in zip(losses, values, strict=True):
                     row[part] = value
                 if slope is None:
@@ -291,11 +305,11 @@ class ChunkedNLL(torch.autograd.Function):
             # Not saved as autograd saves: the backward pass may write into them.
             ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
             ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
-        if taught is None:
+        if kinds == 1:
             return losses[0]
-        loss, nll, kl = losses
-        ctx.mark_non_differentiable(nll, kl)
-        return loss, nll, kl
+        loss, *others = losses
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -312,7 +326,7 @@ class ChunkedNLL(torch.autograd.Function):
         types = (hidden_type, weight_type, weight_type)
         return (
             *(None if d is None else d.to(t) for d, t in zip(scaled, types, strict=True)),
-            *[None] * 7,
+            *[None] * 8,
         )
 
 
@@ -328,28 +342,33 @@ def pad_vocabulary(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nll_and_slope(
-    logits: Tensor, targets: Tensor, dtype: torch.dtype | None, factors: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor, targets: Tensor, dtype: torch.dtype | None, factors: Tensor | None = None, z_loss: float = 0.0
+) -> tuple[Any, ...]:
     """Returns the nll [R] of targets [R] under logits [R, V], and its derivative by the logits, in a dtype.
 
     The derivative, None without a dtype, is the probabilities less 1 for the target, times factors, a scalar or [R, 1],
-    if there are any. It may overwrite the logits.
+    if there are any. It may overwrite the logits. With a z-loss (see `score`), the loss [R] comes before the nll, and
+    the derivative is that of the loss.
     """
     logits = logits.float()
     # As logsumexp does it, but written out: torch.compile then makes maximum and sum in one pass rather than two.
     largest = logits.amax(1, keepdim=True)
     norm = (logits - largest).exp_().sum(1, keepdim=True).log_().add_(largest)
     nll = (norm - logits.gather(1, targets[:, None]))[:, 0]
+    losses = (nll + z_loss * norm[:, 0].square(), nll) if z_loss else (nll,)
     if dtype is None:
-        return nll, None
+        return *losses, None
     slope, of_target = logits.sub_(norm).exp_(), (-nll).expm1()[:, None]
+    if z_loss:
+        of_z = 2 * z_loss * norm
+        slope, of_target = slope.mul_(1 + of_z), of_target + of_z * (-nll).exp()[:, None]
     if factors is not None:
         slope, of_target = slope.mul_(factors), of_target * factors
-    return nll, slope.to(dtype).scatter_(1, targets[:, None], of_target.to(dtype))
+    return *losses, slope.to(dtype).scatter_(1, targets[:, None], of_target.to(dtype))
 
 
 @cache
-def compiled_nll_and_slope(device: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def compiled_nll_and_slope(device: str) -> Callable[..., tuple[Any, ...]]:
     """Returns `nll_and_slope` compiled for a kind of device: in two passes over the logits rather than ten.
 
     It is returned as it is, and a warning logged, where it can't be compiled: Triton needs a C compiler, Python's

@@ -117,6 +117,8 @@ class Objective(Protocol):
     """The method by which the output of a model becomes losses: (model, batch, chunk_size, scale) → Scores, whose nll
     [N] is that of each target. `batch` is a `lmlab.data.datamodule.Batch` in training and a `ScoringBatch` for held-out
     text; the others are arguments of `lmlab.models.loss.score`, which is what None stands for."""
+    z_loss: float = 0.0
+    """The coefficient of the z-loss of training, see `lmlab.models.loss.score`; not with `losses` of its own."""
     writes: Literal["generate", "fill_mask", "unmask", "infill", "detect"] | None = None
     """The function of `lmlab.models.generation` by which its models write; None is the one that suits their class."""
 

@@ -3,9 +3,10 @@
 Shapes: T positions of one text, N = T - 1 scored positions.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+from annotated_types import Ge
 
 from lmlab.objectives import Example
 
@@ -24,6 +25,11 @@ class CausalLM:
     auto_class = "AutoModelForCausalLM"
     bidirectional = False
     target_shift = 1
+    z_loss = 0.0
+
+    def __init__(self, z_loss: Annotated[float, Ge(0)] = 0.0):
+        """Takes the coefficient of the z-loss (`lmlab.models.loss.score`), which is added to the loss of training."""
+        self.z_loss = z_loss
 
     def __call__(self, ids: np.ndarray, key: tuple[int, int, int], first: int = 0) -> Example:
         """Returns the example of a text: see `Objective`. Nothing is drawn at random."""

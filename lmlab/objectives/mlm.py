@@ -9,7 +9,7 @@ from functools import cache
 from typing import Annotated, Literal
 
 import numpy as np
-from annotated_types import Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lmlab.errors import UserError
@@ -53,6 +53,7 @@ class MaskedLM:
         final_mask_probability: Annotated[float, Gt(0), Le(1)] | None = None,
         whole_word: bool = False,
         span_length: Annotated[float, Gt(1), Lt(5.5)] | None = None,
+        z_loss: Annotated[float, Ge(0)] = 0.0,
     ):
         """Checks the shares and the tokenizer.
 
@@ -70,6 +71,7 @@ class MaskedLM:
             whole_word: True to choose whole words; words are what the tokenizer's own pre-tokenizer cuts a text into.
             span_length: mean number of tokens, or words, of the spans that are chosen; SpanBERT's is 3.8. None: no
                 spans.
+            z_loss: the coefficient of the z-loss (`lmlab.models.loss.score`), which is added to the loss of training.
         """
         if min(replace_mask, replace_random) < 0 or replace_mask + replace_random > 1:
             raise UserError(
@@ -94,7 +96,7 @@ class MaskedLM:
         self.final_mask_probability = mask_probability if final_mask_probability is None else final_mask_probability
         self.mask_schedule = mask_schedule
         self.whole_word, self.span_length = whole_word, span_length
-        self.replace_mask = replace_mask
+        self.z_loss, self.replace_mask = z_loss, replace_mask
         self.replace_random = replace_random
         self.mask_id = mask_id(tokenizer)
         self.vocab_size = len(tokenizer)

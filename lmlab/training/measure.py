@@ -104,7 +104,7 @@ class Measure(Callback):
         by_rank = module.by_rank(torch.cat([on_host.to(module.device), on_device, sums])).T.tolist()
         seconds = self.watch.seconds
         waits, memories, tokens_seen, norms, bad_batches, *others = by_rank
-        nll, targets, auxiliary, auxiliary_targets, kl, kl_targets = map(math.fsum, others)
+        nll, targets, auxiliary, auxiliary_targets, kl, kl_targets, z_loss, z_targets = map(math.fsum, others)
         module.refuse_bad_batch(int(min(bad_batches)))
         for metric in module.train_metrics:
             metric.reset()
@@ -137,6 +137,8 @@ class Measure(Callback):
         }
         if auxiliary_targets:
             self.latest["train/aux_loss"] = auxiliary / auxiliary_targets
+        if z_targets:
+            self.latest["train/z_loss"] = z_loss / z_targets
         if self.flops:
             self.latest["perf/flops_total"] = self.total["flops_of_all"]
         if self.peak_flops:

@@ -69,6 +69,7 @@ class LMModule(Scorer):
         losses: Callable[..., Scores] | None = None,
         held_out_losses: Callable[..., Scores] | None = None,
         domains: Sequence[str] = (),
+        z_loss: float = 0.0,
     ):
         """Takes a model, and how it is trained.
 
@@ -88,17 +89,20 @@ class LMModule(Scorer):
             losses: how a training batch is scored: see `Objective.losses`.
             held_out_losses: how held-out rows are scored: see `HeldOut.losses`.
             domains: the names of the parts of the held-out text that are validated on their own too.
+            z_loss: the coefficient of the z-loss of training, see `lmlab.models.loss.score`.
         """
         super().__init__(model, sums, logits_chunk_size, held_out_losses)
         self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
         self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
         self.reduces_once, self.teacher, self.losses, self.domains = reduces_once, teacher, losses, domains
-        self.nominal_targets = batch_size * block_size
+        self.z_loss, self.nominal_targets = z_loss, batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
         """The auxiliary loss, per target as the nll."""
         self.train_kl = MeanNLL()
         """The KL divergence of the teacher from the model, per target."""
+        self.train_z_loss = MeanNLL()
+        """The z-loss, per target."""
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.grad_norm: Tensor | None = None
         """Norm of the gradient of the last step, before clipping."""
@@ -222,11 +226,13 @@ class LMModule(Scorer):
         # DDP takes the mean over ranks and Lightning over accumulated batches; this makes them sums.
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / self.nominal_targets
         scale = None if self.scaler is None else self.scaler.scale(torch.full((), factor, device=self.device))
-        nll, auxiliary, own_loss, kl = self.score(batch, self.losses, scale, self.teacher)
+        nll, auxiliary, own_loss, kl = self.score(batch, self.losses, scale, self.teacher, z_loss=self.z_loss)
         loss = (nll if own_loss is None else own_loss).sum()
         self.train_nll.update(nll, batch.divisor)
         if kl is not None:
             self.train_kl.update(kl, batch.divisor)
+        if self.z_loss and own_loss is not None:
+            self.train_z_loss.update(own_loss.detach() - nll, batch.divisor)
         if auxiliary is not None:
             # Weighted by the number of targets, as the nll of the batch is.
             loss = loss + auxiliary * batch.divisor
@@ -425,13 +431,13 @@ class LMModule(Scorer):
         checkpoint["train_nll"] = self.by_rank(self.sums_since_report()).cpu()
 
     def sums_since_report(self) -> Tensor:
-        """Returns the sums of this rank since the last report [6]: of each of `train_metrics`, and its targets."""
+        """Returns the sums of this rank since the last report [8]: of each of `train_metrics`, and its targets."""
         return torch.stack([s for metric in self.train_metrics for s in (metric.nll, metric.targets.double())])
 
     @property
     def train_metrics(self) -> tuple[MeanNLL, ...]:
         """The means over the training targets since the last report."""
-        return self.train_nll, self.train_auxiliary, self.train_kl
+        return self.train_nll, self.train_auxiliary, self.train_kl, self.train_z_loss
 
     def by_rank(self, values: Tensor) -> Tensor:
         """Returns the values [n] of all ranks, [world size, n]; each of them has to call it."""
@@ -446,7 +452,7 @@ class LMModule(Scorer):
             self.result = checkpoint["validation"]["nll"].numpy(), checkpoint["validation"]["units"].numpy()
         # At the same world size, each rank gets its own sums again.
         sums = checkpoint["train_nll"][self.global_rank :: self.trainer.world_size].sum(0).to(self.device)
-        # lmlab 0.1 saved fewer.
+        # Earlier versions saved fewer.
         for metric, (nll, targets) in zip(self.train_metrics, sums.view(-1, 2), strict=False):
             metric.nll, metric.targets = nll, targets.long()
             metric._update_count = 1  # else torchmetrics warns that it was computed before any update

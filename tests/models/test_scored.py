@@ -298,3 +298,23 @@ def test_a_model_is_looked_at_as_who_builds_it_left_it() -> None:
     model = from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1})
     model.get_output_embeddings().register_forward_hook(lambda module, args, logits: logits.tanh())
     assert logits_chunk_size(model, None, False) is None
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [None, 6])
+def test_a_z_loss_against_autograd(rows: int | None, weighted: bool) -> None:
+    """The loss has it and its gradient, the nll has neither."""
+    model = small("gpt2", True)
+    ids, positions, weights = torch.randint(2, 90, (4, 16)), torch.arange(60), torch.rand(60) * 2 if weighted else None
+    targets = positions % 90
+    logits = model(ids).logits.flatten(0, 1)[positions]
+    nll = F.cross_entropy(logits, targets, reduction="none") * (1 if weights is None else weights)
+    z = 0.1 * logits.logsumexp(1).square() * (1 if weights is None else weights)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad((nll + z).sum(), parameters)
+    scores = score(model, ids, None, positions, targets, rows, weights=weights, z_loss=0.1)
+    assert scores.loss is not None
+    torch.testing.assert_close(scores.nll, nll.detach())
+    torch.testing.assert_close(scores.loss.detach(), (nll + z).detach())
+    found = torch.autograd.grad(scores.loss.sum(), parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

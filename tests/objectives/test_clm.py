@@ -1,11 +1,16 @@
 """A causal model's labels are the tokens themselves, one place on."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lmlab.objectives.clm import CausalLM
+from tests.conftest import TINY, metrics
 
 EOS = 3
 KEY = (0, 0, 0)
@@ -48,3 +53,15 @@ def test_as_transformers_shifts() -> None:
         logits = model(torch.from_numpy(inputs)[None]).logits[0, torch.from_numpy(positions)]
     ours = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets))
     torch.testing.assert_close(ours, output.loss)
+
+
+def test_a_z_loss_is_of_training_alone(train: Callable[..., Path], tmp_path: Path) -> None:
+    """The nll is logged as without it, and the certificate is of the same policy."""
+    words = [*TINY, "trainer.max_steps=1"]
+    runs = [train(*words, f"objective.z_loss={z}", run_dir=tmp_path / f"{z}") for z in (0.0, 0.01)]
+    first, second = (next(row for row in metrics(run) if "train/loss" in row) for run in runs)
+    assert first["train/loss"] == pytest.approx(second["train/loss"], rel=1e-6)
+    assert "train/z_loss" not in first
+    assert 0.01 * 5.5**2 < second["train/z_loss"] < 0.01 * 6**2  # of 300 tokens: ln 300 is 5.7
+    policies = [json.loads((run / "certificate.json").read_text())["policy"] for run in runs]
+    assert policies[0] == policies[1]
