@@ -1,5 +1,6 @@
 """Averages of the weights over the steps of training, which are validated beside the weights themselves."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from lmlab.errors import UserError
 from lmlab.evaluation.scoring import DocumentSums
-from lmlab.training.module import LMModule, of_average
+from lmlab.training.module import LMModule
+from lmlab.training.validation import of_average
 
 
 class Averages(Callback):
@@ -93,7 +95,7 @@ class Averages(Callback):
                 average.update(self.step)
 
 
-class Average:
+class Average(ABC):
     """An average of the weights of several steps, which validations score."""
 
     name: str
@@ -105,25 +107,25 @@ class Average:
         """Takes the weights that are trained."""
         self.weights: list[Tensor] = list(weights)
 
+    @abstractmethod
     def update(self, step: int) -> None:
         """Takes the weights of a step in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self) -> list[Tensor]:
         """Returns the average of each of the weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Returns what a certificate says of the average."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> Any:
         """Returns what a checkpoint keeps of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, state: Any) -> None:
         """Takes up what a checkpoint kept."""
-        raise NotImplementedError
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -3,10 +3,8 @@
 Shapes: B rows of a batch, T positions, N scored positions of the batch.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +17,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lmlab.data.datamodule import Batch
-from lmlab.data.documents import Documents
 from lmlab.data.sampler import draws
-from lmlab.errors import UserError, nearest
-from lmlab.evaluation.metrics import compute_metrics, sum_totals
-from lmlab.evaluation.scoring import DocumentSums, MeanNLL, Scorer, ScoringBatch
+from lmlab.errors import UserError
+from lmlab.evaluation.scoring import DocumentSums, MeanNLL
 from lmlab.models.efficiency import share_tied_gradient
 from lmlab.models.loss import Scores
 from lmlab.models.teacher import Teacher
-
-if TYPE_CHECKING:
-    from lmlab.training.averages import Average
+from lmlab.training.validation import ValidatedModule
 
 NEVER = torch.iinfo(torch.int64).max
 """The number of the first batch with a loss that is not finite, as long as there was none."""
 
 
-class LMModule(Scorer):
-    """Trains one model, and scores held-out documents exactly as an evaluation does.
+class LMModule(ValidatedModule):
+    """Trains one model, and validates it.
 
     The loss of an optimizer step is Σ nll / Σ targets over the *global* batch: all ranks and all accumulated
     batches. An objective may weigh the nll, and divide by another number: see `Example`. What is divided by is known
@@ -46,8 +40,6 @@ class LMModule(Scorer):
 
     step_counts: Tensor
     """[2] int64: the sums of `Batch.divisor` and of tokens of this rank in the step under way."""
-    tokens: Tensor
-    """int64 scalar: tokens seen in the whole run, by all ranks."""
     first_bad_batch: Tensor
     """int64 scalar: the number of this rank's first batch whose loss or gradient was not finite, or `NEVER`."""
 
@@ -91,10 +83,10 @@ class LMModule(Scorer):
             domains: the names of the parts of the held-out text that are validated on their own too.
             z_loss: the coefficient of the z-loss of training, see `lmlab.models.loss.score`.
         """
-        super().__init__(model, sums, logits_chunk_size, held_out_losses)
-        self.optimizer, self.steps, self.val_interval = optimizer, steps, val_interval or steps
-        self.batch_size, self.block_size, self.seed, self.metric = batch_size, block_size, seed, metric
-        self.reduces_once, self.teacher, self.losses, self.domains = reduces_once, teacher, losses, domains
+        validated: dict[str, Any] = {"steps": steps, "val_interval": val_interval, "metric": metric, "domains": domains}
+        super().__init__(model, sums, logits_chunk_size, held_out_losses, **validated)
+        self.optimizer, self.batch_size, self.block_size, self.seed = optimizer, batch_size, block_size, seed
+        self.reduces_once, self.teacher, self.losses = reduces_once, teacher, losses
         self.z_loss, self.nominal_targets = z_loss, batch_size * block_size
         self.train_nll = MeanNLL()
         self.train_auxiliary = MeanNLL()
@@ -108,38 +100,6 @@ class LMModule(Scorer):
         """Norm of the gradient of the last step, before clipping."""
         self.lr = 0.0
         """Learning rate of the last step."""
-        self.validations: dict[int, dict[str, float]] = {}
-        """The metrics of each validation, by its step."""
-        self.suite_metrics: dict[str, float] = {}
-        """The metrics that a callback has measured in the validation under way, which are logged with its own."""
-        self.final: dict[str, float] | None = None
-        """The metrics on all held-out documents, where validations look at a part of them."""
-        self.averages: Sequence[Average] = ()
-        """Averages of the weights that validations score too; a callback sets them."""
-        self.average: Average | None = None
-        """The one of them that is in place of the weights."""
-        self.kept_aside: list[Tensor] | None = None
-        """The weights that are trained, while those that are evaluated are in their place."""
-
-    @property
-    def metric_names(self) -> list[str]:
-        """The names of the metrics of the held-out text and of its domains, as validations log them."""
-        names = ["loss", *(name for name in compute_metrics({}, self.metric) if name != "nll_per_token")]
-        prefixes = ["", *(f"{domain}/" for domain in self.domains)]
-        return [f"val/{prefix}{name}" for prefix in prefixes for name in names]
-
-    def setup(self, stage: str) -> None:
-        """Refuses a callback that monitors a metric that is never logged, before any step is made."""
-        logged = self.metric_names
-        logged += [name for each in self.trainer.callbacks for name in getattr(each, "metrics", ())]  # type: ignore[attr-defined]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if monitor is not None and monitor not in logged:
-                raise UserError(
-                    f'a {type(callback).__name__} monitors "{monitor}", which is not there.'
-                    f"{nearest(monitor, logged)} There are: {', '.join(logged)}.",
-                    "bad config",
-                )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = self.optimizer(self.model, self.steps)
@@ -163,25 +123,6 @@ class LMModule(Scorer):
         if self.teacher is not None:  # Lightning does not know of it
             self.teacher.model.to(self.device, next(self.model.parameters()).dtype)
 
-    def use_evaluated_weights(self) -> None:
-        """Puts the weights in place that are evaluated, where an optimizer has others than those that it trains.
-
-        Such an optimizer is schedule-free; it exchanges them by its methods `eval` and `train`.
-        """
-        optimizer: Any = self.trainer.optimizers[0]
-        if hasattr(optimizer, "eval") and self.kept_aside is None:
-            self.kept_aside = [parameter.detach().clone() for parameter in self.model.parameters()]
-            optimizer.eval()
-
-    def use_trained_weights(self) -> None:
-        """Puts the weights that are trained back in their place, bit for bit."""
-        if self.kept_aside is not None:
-            optimizer: Any = self.trainer.optimizers[0]
-            optimizer.train()
-            with torch.no_grad():
-                torch._foreach_copy_([*self.model.parameters()], self.kept_aside)
-            self.kept_aside = None
-
     def on_train_end(self) -> None:
         self.use_evaluated_weights()  # which are exported
 
@@ -200,12 +141,6 @@ class LMModule(Scorer):
             self.trainer.training = True
         if self.global_step >= self.steps:
             self.trainer.should_stop = True
-
-    def validation_due(self) -> bool:
-        """Returns whether the weights of this step are to be validated and have not been yet."""
-        step = self.global_step
-        due = step % self.val_interval == 0 or step >= self.steps or self.trainer.should_stop
-        return due and step not in self.validations
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so that resuming needs no generator state (promise 1).
@@ -335,84 +270,7 @@ class LMModule(Scorer):
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.check_finite()
-            self.use_evaluated_weights()
-
-    def on_validation_end(self) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.use_trained_weights()
-
-    def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            for average in self.averages:
-                with average.in_place():
-                    average.sums.update(self.score(batch, self.held_out_losses).nll, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        final = self.trainer.state.fn == TrainerFn.VALIDATING
-        documents = (data.whole if final and data.whole is not None else data.held_out).documents
-        metrics = self.validation_metrics(self.result, documents)
-        loss = metrics.get("val/loss")
-        if loss is None or not math.isfinite(loss):
-            raise UserError(
-                f"val/loss is {loss} at step {self.global_step}: the weights have diverged (lower optim.lr),\n"
-                "or the validation text is too short to hold anything to score (raise preprocess.test_size).",
-                "non-finite loss",
-            )
-        metrics |= self.suite_metrics
-        if final:
-            self.final = metrics
-            return
-        for average in self.averages:
-            average.result = tuple(sums.cpu().numpy() for sums in average.sums.compute())
-            average.sums.reset()
-            of_weights = self.validation_metrics(average.result, documents)
-            metrics |= {of_average(name, average.name): value for name, value in of_weights.items()}
-        self.validations[self.global_step] = metrics
-        # For callbacks that monitor a metric; the loggers get float64 below, not Lightning's float32 copy.
-        self.log_dict(metrics, logger=False, batch_size=1)
-        counts = {"val/documents": len(data.held_out.documents)} if data.whole is not None else {}
-        for logger in self.loggers:
-            logger.log_metrics({**metrics, **counts, "data/tokens_seen": int(self.tokens)}, self.global_step)
-
-    def validation_metrics(self, result: tuple[np.ndarray, np.ndarray], documents: Documents) -> dict[str, float]:
-        """Returns the metrics of a validation over all documents and those of each domain, by their names in full.
-
-        Args:
-            result: what was summed up, as of `Scorer.result`.
-        """
-        nll, counts = result
-        parts = {"val": slice(None)} | {f"val/{domain}": documents.stretches_of(domain) for domain in self.domains}
-        metrics: dict[str, float] = {}
-        for prefix, stretches in parts.items():
-            values = compute_metrics(sum_totals(nll[stretches], counts[stretches]), self.metric)
-            # Those per word and per byte are None for a text without any.
-            logged = {name: v for name, v in values.items() if v is not None and not name.endswith("_standard_error")}
-            metrics |= {f"{prefix}/{name.replace('nll_per_token', 'loss')}": value for name, value in logged.items()}
-        return metrics
-
-    def candidates(self, monitor: str) -> dict[str, float]:
-        """Returns a monitored metric of the last validation: that of the weights by "", of averages by their names."""
-        metrics = self.validations[self.global_step]
-        for average in self.averages:
-            if monitor.rpartition("/")[2].startswith(f"{average.name}_"):  # it is the average's own
-                return {average.name: metrics[monitor]}
-        of_averages = {average.name: metrics.get(of_average(monitor, average.name)) for average in self.averages}
-        return {"": metrics[monitor]} | {name: value for name, value in of_averages.items() if value is not None}
-
-    @contextmanager
-    def with_average(self, name: str) -> Iterator[None]:
-        """Puts an average and the sums of its validation in place of the weights and theirs; "" changes nothing."""
-        self.average = next((average for average in self.averages if average.name == name), None)
-        if self.average is None:
-            yield
-            return
-        own, self.result = self.result, self.average.result
-        with self.average.in_place():
-            yield
-        self.result, self.average = own, None
+        super().on_validation_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what does not follow from the step: validations, and the sums since the last report."""
@@ -461,12 +319,6 @@ class LMModule(Scorer):
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
         for count in ("ready", "started", "processed", "completed"):
             setattr(loop.batch_progress.total, count, steps * self.trainer.accumulate_grad_batches)
-
-
-def of_average(metric: str, name: str) -> str:
-    """Returns the name of a metric of an average: `val/ema_loss` of `val/loss`."""
-    folder, _, last = metric.rpartition("/")
-    return f"{folder}/{name}_{last}"
 
 
 def name_parameters(state: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:

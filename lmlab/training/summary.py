@@ -9,7 +9,7 @@ from lmlab.io import from_here, write_json
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import suites
 from lmlab.training.measure import Measure
-from lmlab.training.module import of_average
+from lmlab.training.validation import of_average
 
 if TYPE_CHECKING:
     from lmlab.training.module import LMModule
