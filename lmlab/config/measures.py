@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lmlab.config.build import DRAWS, build_held_out, check_padding
+from lmlab.config.build import check_padding
+from lmlab.config.held_out import DRAWS, build_held_out
 from lmlab.config.schema import uses_gpu
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lmlab.config import build, changes, compose, models, schema
+from lmlab.config.held_out import build_validation
 from lmlab.console import duration
 from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 from lmlab.distributed import launch
@@ -140,7 +141,7 @@ def steps_of_hours(cfg: DictConfig, data: "Prepared", measured: Measurement, hou
     Raises:
         UserError: one step takes longer.
     """
-    held_out, whole = build.build_validation(cfg, data, models.build_objective(cfg, data.tokenizer))
+    held_out, whole = build_validation(cfg, data, models.build_objective(cfg, data.tokenizer))
 
     def seconds(steps: int) -> float:
         _, interval, _ = build.training_length(cfg, data, steps=steps)

@@ -109,7 +109,7 @@ class Objective(Protocol):
     """True if its examples may have a `prefix`: models that can't attend so are then refused before a run begins."""
     held_out: type | None = None
     """The class of the objective by which held-out text is scored, made without keys of the config; None is its own,
-    with the keys of the config but for `validation_…` and schedules (`lmlab.config.build.held_out_objective`)."""
+    with the keys of the config but for `validation_…` and schedules (`lmlab.config.held_out.held_out_objective`)."""
     last_weights: bool = False
     """True if a run ends with its last weights, and not with those that score held-out text best: where the text gets
     harder to score while the model learns, these are early ones."""

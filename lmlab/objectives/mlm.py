@@ -62,7 +62,7 @@ class MaskedLM:
             mask_probability: share of the tokens that are targets, at the beginning of a run.
             replace_mask: share of the targets that become the mask token.
             replace_random: share of the targets that become a random token.
-            validation_mask_probability: the share of held-out text that is a target (config/build.py builds another
+            validation_mask_probability: the share of held-out text that is a target (config/held_out.py builds another
                 objective with it), so that runs which train with different ones can be compared. None: that of the end
                 of training.
             mask_schedule: the way from `mask_probability` to `final_mask_probability` over the steps of a run: constant

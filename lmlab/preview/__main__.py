@@ -55,6 +55,7 @@ def preview(plan: Plan) -> None:
         missing = first_line(error)
 
     from lmlab.config import build, changes, models
+    from lmlab.config.held_out import build_validation
     from lmlab.config.short_run import SHORT, Measurement, measure, steps_of_hours
     from lmlab.console import console, counted
     from lmlab.data.mixture import with_draws
@@ -80,7 +81,7 @@ def preview(plan: Plan) -> None:
         print(f"Budget: {budget}: {counted(steps, 'step')}.")
     show_groups(cfg, data.tokenizer, objective.auto_class)
     show_ledger(with_draws(data.ledger, data.train, schema.batch_sizes(cfg).before(steps)))
-    held_out, whole = build.build_validation(cfg, data, objective)
+    held_out, whole = build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
     batch.show_samples(first, data.tokenizer, objective.target_shift, console())
 

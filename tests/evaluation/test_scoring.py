@@ -27,7 +27,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from lmlab.config.build import build_held_out
+from lmlab.config.held_out import build_held_out
 from lmlab.data.datamodule import HeldOutData
 from lmlab.data.documents import COUNTS
 from lmlab.data.options import Preprocessing
