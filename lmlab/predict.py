@@ -148,12 +148,14 @@ def load(arguments: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedT
     name = str(run.model) if run.model.is_dir() else arguments.model
     check_directory("model", name, "the first argument")
     unfinished = run.unfinished()
-    if not unfinished and Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
 
     from transformers.utils import logging
 
-    from lmlab.models import generation
+    from lmlab.models import adapters, generation
+
+    known = Path(name, "config.json").is_file() or adapters.is_adapter(name)
+    if not unfinished and Path(name).is_dir() and not known:
+        raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
 
     logging.disable_progress_bar()
     if not unfinished:

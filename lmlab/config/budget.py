@@ -78,11 +78,11 @@ def steps_of_budget(
     objective = build_objective(cfg, data.tokenizer)
     made = {"tokenizer": data.tokenizer, "auto_class": objective.auto_class}
     if key == "tokens_per_parameter":
-        model = model or model_without_weights(cfg.model, **made) or make_model(cfg.model, **made, empty=False)
+        model = model or model_without_weights(cfg, **made) or make_model(cfg, **made, empty=False)
         parameters, _ = count_parameters(model)
         steps = math.ceil(value * parameters / tokens)
         return steps, f"{value:g} tokens for each of {parameters:,} parameters, in steps of {tokens:,} tokens"
-    model = model or make_model(cfg.model, **made, empty=False)
+    model = model or make_model(cfg, **made, empty=False)
     flops = Flops.from_model(model)  # which tries the model out, and so needs its weights
     if flops is None:
         raise UserError(

@@ -254,10 +254,14 @@ class ChunkedNLL(torch.autograd.Function):
         factors = scale if weights is None else (weights if scale is None else weights * scale)[:, None]
         vocabulary = len(weight)
         losses = torch.empty((1 if taught is None else 3, len(h)), dtype=torch.float32, device=h.device)
+        d_hidden = d_weight = d_bias = None
         if train:
+            _, trains_weight, trains_bias, *_ = ctx.needs_input_grad  # a frozen head has no gradient
             d_hidden = torch.empty_like(h)
-            d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-            d_bias = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=w.device)
+            if trains_weight:
+                d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+            if b is not None and trains_bias:
+                d_bias = torch.zeros(b.shape, dtype=torch.float32, device=w.device)
         step = compiled_nll_and_slope(device) if device == "cuda" else nll_and_slope
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), chunk_size):
@@ -274,11 +278,13 @@ class ChunkedNLL(torch.autograd.Function):
                 *values, slope = step(logits, *rest) if taught is None else taught.distill(part, logits, *rest)
                 for row, value in zip(losses, values, strict=True):
                     row[part] = value
-                if slope is None:
+                if slope is None or d_hidden is None:
                     continue
                 if d_bias is not None:
                     d_bias += slope.sum(0, dtype=torch.float32)
                 torch.mm(slope, w, out=d_hidden[part])
+                if d_weight is None:
+                    continue
                 if dtype == torch.float32:
                     d_weight.addmm_(slope.t(), h[part])
                 elif device == "cuda":  # CPUs have no product that adds 16 bits to 32
@@ -289,7 +295,7 @@ class ChunkedNLL(torch.autograd.Function):
             losses.mul_(weights)
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
-            ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
+            ctx.gradients = d_hidden, *(None if d is None else d[:vocabulary] for d in (d_weight, d_bias))
             ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
         if taught is None:
             return losses[0]

@@ -258,4 +258,5 @@ def logits_bytes(head: torch.Tensor, targets: int, precision: str, chunk_size: i
     rows = min(targets, chunk_size or chunk_of(vocabulary, on_gpu=True))
     # A chunk and its derivative, both still there as the next one is made.
     size = 4 if precision == "32-true" else 2
-    return size * (2 * rows + min(rows, targets - rows)) * vocabulary + 4 * head.numel()
+    gradient = 4 * head.numel() if head.requires_grad else 0
+    return size * (2 * rows + min(rows, targets - rows)) * vocabulary + gradient

@@ -27,7 +27,7 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     Raises:
         UserError: no model can be made of the config.
     """
-    model = model_without_weights(cfg.model, tokenizer, auto_class)
+    model = model_without_weights(cfg, tokenizer, auto_class)
     if model is None:
         print(f"The memory of each GPU is not estimated: {cfg.model._target_} may make any model.")
         return
