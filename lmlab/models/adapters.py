@@ -99,6 +99,11 @@ def lora(
     if isinstance(model, TorchModule | GeneratorAndDiscriminator):
         kind = "a torch module" if isinstance(model, TorchModule) else "a generator and a discriminator"
         raise UserError(f"adapter is for models of transformers, and the model is {kind}. Leave adapter out.")
+    if random := getattr(model, "began_at_random", None):
+        raise UserError(
+            f"{base} holds no weights for {random}: beside an adapter they would stay random.\n"
+            "Use a model that has them, or leave adapter out."
+        )
     if base is not None:
         base, revision = split_revision(base, revision)
         base = str(Path(base).resolve()) if Path(base).exists() else base
@@ -137,7 +142,7 @@ def find_targets(model: PreTrainedModel, targets: str | list[str] | None) -> lis
             if not found:
                 ends = sorted({name.rpartition(".")[2] for name in linear})
                 other = next((type(m).__name__ for n, m in modules.items() if f".{n}".endswith(f".{target}")), None)
-                why = f"is a {other}, and no linear layer" if other else "is no layer of the model"
+                why = f"is of the type {other}, and no linear layer" if other else "is no layer of the model"
                 raise UserError(
                     f"adapter.targets: {target} {why}.{nearest(target, ends)}\nLinear layers: {', '.join(ends)}."
                 )

@@ -75,6 +75,7 @@ def pretrained(
         if is_gguf(name):  # which holds all of a model
             raise UserError(f"{name} is damaged: it holds no weights for {missing}. Name another as model.name.")
         logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
+        model.began_at_random = missing
     if auto_class == "AutoModelForPreTraining":
         return with_generator(model, name, revision, generator)
     if generator is not None:

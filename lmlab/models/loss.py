@@ -404,9 +404,17 @@ def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: boo
                 "that they can't be made a few at a time.\nLeave it out."
             )
         return None
-    return requested or chunk_of(model.get_output_embeddings().out_features, on_gpu)
+    return requested or chunk_of(model.get_output_embeddings().weight, on_gpu)
 
 
-def chunk_of(vocabulary: int, on_gpu: bool) -> int:
-    """Returns the number of scored positions whose logits `LOGITS_BYTES` hold."""
-    return max(1, LOGITS_BYTES["gpu" if on_gpu else "cpu"] // (4 * vocabulary))
+def chunk_of(head: Tensor, on_gpu: bool) -> int:
+    """Returns the number of scored positions whose logits `LOGITS_BYTES` hold.
+
+    It is half as many where the head is frozen: no chunk then adds to a gradient of the size of the head, which takes
+    as long for few rows as for many.
+
+    Args:
+        head: [V, H] its matrix.
+    """
+    share = 1 if head.requires_grad else 2
+    return max(1, LOGITS_BYTES["gpu" if on_gpu else "cpu"] // (4 * len(head) * share))

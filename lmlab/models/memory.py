@@ -255,7 +255,7 @@ def logits_bytes(head: torch.Tensor, targets: int, precision: str, chunk_size: i
         chunk_size: the config's `logits_chunk_size`; None for what `loss.logits_chunk_size` chooses on a GPU.
     """
     vocabulary = len(head)
-    rows = min(targets, chunk_size or chunk_of(vocabulary, on_gpu=True))
+    rows = min(targets, chunk_size or chunk_of(head, on_gpu=True))
     # A chunk and its derivative, both still there as the next one is made.
     size = 4 if precision == "32-true" else 2
     gradient = 4 * head.numel() if head.requires_grad else 0
