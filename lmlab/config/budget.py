@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from lmlab.config.models import build_objective, make_model, model_without_weights
+from lmlab.config.targets import build
 from lmlab.errors import UserError
 from lmlab.secrets import override_key
 
@@ -57,7 +58,7 @@ def steps_of_budget(
     `lmlab.models.flops.Flops` counts it, with as many targets in each block as in the first one of training.
 
     Args:
-        model: the model of the run, if it has been made.
+        model: the model of the run, if it has been made; what the run freezes is frozen.
 
     Raises:
         UserError: as of `budget_of`; or the computation of the model is not counted.
@@ -74,6 +75,7 @@ def steps_of_budget(
     from lmlab.models.flops import Flops
     from lmlab.models.memory import count_parameters
     from lmlab.objectives import make_example
+    from lmlab.optim import Scheduled
 
     objective = build_objective(cfg, data.tokenizer)
     made = {"tokenizer": data.tokenizer, "auto_class": objective.auto_class}
@@ -82,7 +84,10 @@ def steps_of_budget(
         parameters, _ = count_parameters(model)
         steps = math.ceil(value * parameters / tokens)
         return steps, f"{value:g} tokens for each of {parameters:,} parameters, in steps of {tokens:,} tokens"
-    model = model or make_model(cfg, **made, empty=False)
+    if model is None:
+        model, optimizer = make_model(cfg, **made, empty=False), build(cfg.optim, "optim")
+        if isinstance(optimizer, Scheduled):
+            optimizer.freeze(model)
     flops = Flops.from_model(model)  # which tries the model out, and so needs its weights
     if flops is None:
         raise UserError(
