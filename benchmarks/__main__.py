@@ -64,6 +64,12 @@ ROWS = [
         "≤ 0.6",
         long=True,
     ),
+    Row(
+        "causal step with LoRA, DistilGPT2 size, 8 × 128 / of all weights",
+        "train peer=lmlab lmlab.adapter=lora agree=1",
+        "≥ 1.33",
+    ),
+    Row("memory of the same", "train peer=lmlab lmlab.adapter=lora measure=memory", "≤ 0.6"),
     Row("small causal step / masked diffusion step of that size", "objectives", "≥ 0.91"),
     Row(
         "small generator's step and discriminator's / ELECTRA's step",

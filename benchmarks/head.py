@@ -54,7 +54,7 @@ def compare(settings: Settings) -> dict[str, Any]:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         return lambda: F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
 
-    chosen = chunk_of(settings.vocabulary, on_gpu=False)
+    chosen = chunk_of(weight, on_gpu=False)
     forms = {
         "all at once": lambda: F.cross_entropy(F.linear(hidden, weight), targets, reduction="none").sum(),
         f"lmlab, {chosen} rows (its choice)": chunked(chosen),

@@ -37,6 +37,15 @@ def is_gguf(name: str) -> bool:
     return name.endswith(".gguf") and not Path(name).is_dir()
 
 
+ADAPTER = "adapter_config.json"
+"""The config of an adapter in the form of peft, beside its weights."""
+
+
+def is_adapter(name: str) -> bool:
+    """Returns whether a name is that of a directory with an adapter in the form of peft."""
+    return Path(name, ADAPTER).is_file()
+
+
 def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """Splits the name of a model, such as `me/my-model@step-1000`, into its hub id and its revision.
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from lmlab.config import targets, trust
 from lmlab.distributed.signals import SIGNALS
 from lmlab.errors import Arguments, UserError, shown_plainly, stopped_with
-from lmlab.hub import check_directory
+from lmlab.hub import check_directory, is_adapter
 from lmlab.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def load(arguments: argparse.Namespace) -> tuple["PreTrainedModel", "PreTrainedT
     run = RunDirectory(arguments.model)
     name = str(run.model) if run.model.is_dir() else arguments.model
     check_directory("model", name, "the first argument")
-    unfinished = run.unfinished()
-    if not unfinished and Path(name).is_dir() and not Path(name, "config.json").is_file():
+    unfinished, known = run.unfinished(), Path(name, "config.json").is_file() or is_adapter(name)
+    if not unfinished and Path(name).is_dir() and not known:
         raise UserError(f"{name} is neither a run with an exported model nor a model (it has no config.json).")
 
     from transformers.utils import logging

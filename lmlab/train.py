@@ -28,7 +28,9 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     """
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation.records import weights_hash
+    from lmlab.models import adapters
     from lmlab.models.efficiency import unsharded
+    from lmlab.models.memory import count_parameters
     from lmlab.training import checkpoint as checkpoints
     from lmlab.training.loggers.closing import closed_at_the_end
     from lmlab.training.summary import show_summary, summarize
@@ -51,6 +53,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
             vocab_size, show = cfg.tokenizer.get("vocab_size"), checkpoint is None
             samples = datamodule.sizes.before(module.steps)
             lifecycle.write_data(run, data, module.steps, samples, vocab_size, show)
+            count, trainable = count_parameters(model)
+            run.update_manifest(parameters=count, trainable_parameters=trainable)
             if groups := build.parameter_groups(cfg, model):
                 run.update_manifest(parameter_groups=groups)
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -58,6 +62,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
             checkpoints.score_best_weights(trainer, module)
         weights, best = checkpoints.best_weights(trainer)
         if trainer.is_global_zero:
+            if "adapter" in cfg:
+                weights = adapters.take_out(module.model, weights, data.tokenizer, run.adapter)
             if module.device_mesh is None:
                 module.model.load_state_dict(weights)
             else:  # a shard can't take whole weights

@@ -26,6 +26,8 @@ REQUIRED = {
     "data=files": ["data.train=x.txt"],
     "data=mixture": ["data.sources={a: {train: x.txt, weight: 1}, b: {path: y, weight: 2}}"],
     "distill=teacher": ["distill.model=me/model"],
+    "adapter=lora": ["model=pretrained", "model.name=me/model"],
+    "adapter=dora": ["model=pretrained", "model.name=me/model"],
     "data=hub": ["data.path=me/data"],
     "data=prepared": ["data.path=x"],
     "data=tokens": ["data.train=x.bin"],
@@ -152,7 +154,7 @@ def test_each_key_is_declared_with_its_meaning(name: str) -> None:
         suites = [word for word in OF_EVALUATION if word.startswith("suite=")]
         block = {key for suite in suites for key in compose(*words, suite, verb="evaluate")}
     else:
-        cfg = compose("distill=teacher")
+        cfg = compose("distill=teacher", "adapter=lora")
         block = {*(cfg if name == "train" else cfg[name])}
     declared = schema.DECLARED[name]
     assert signatures.parameters(declared).keys() == block - {"_target_"}

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from lmlab.config.models import build_objective, make_model, model_without_weights
 from lmlab.config.schema import batch_sizes, warmup
+from lmlab.config.targets import build
 from lmlab.errors import UserError
 from lmlab.runs.directory import RunDirectory
 from lmlab.secrets import override_key
@@ -68,7 +69,7 @@ def steps_of_budget(
     first one of training.
 
     Args:
-        model: the model of the run, if it has been made.
+        model: the model of the run, if it has been made; what the run freezes is frozen.
 
     Raises:
         UserError: as of `budget_of`; or the computation of the model is not counted.
@@ -88,15 +89,19 @@ def steps_of_budget(
     from lmlab.models.flops import Flops
     from lmlab.models.memory import count_parameters
     from lmlab.objectives import make_example
+    from lmlab.optim import Scheduled
 
     objective = build_objective(cfg, data.tokenizer)
     made = {"tokenizer": data.tokenizer, "auto_class": objective.auto_class}
     if key == "tokens_per_parameter":
-        model = model or model_without_weights(cfg.model, **made) or make_model(cfg.model, **made, empty=False)
+        model = model or model_without_weights(cfg, **made) or make_model(cfg, **made, empty=False)
         parameters, _ = count_parameters(model)
         steps = sizes.steps_for(math.ceil(value * parameters / block_size))
         return steps, f"{value:g} tokens for each of {parameters:,} parameters, in steps of {tokens:,} tokens"
-    model = model or make_model(cfg.model, **made, empty=False)
+    if model is None:
+        model, optimizer = make_model(cfg, **made, empty=False), build(cfg.optim, "optim")
+        if isinstance(optimizer, Scheduled):
+            optimizer.freeze(model)
     flops = Flops.from_model(model)  # which tries the model out, and so needs its weights
     if flops is None:
         raise UserError(

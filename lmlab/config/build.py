@@ -158,12 +158,12 @@ def build_training(
         check_sharding(model)
     if cfg.attention == "flex_attention":
         check_flex_attention(model, gpu)
-    steps, interval, _ = training_length(cfg, data, model)
-    check_example(cfg, data, objective)
-    held_out, whole = build_validation(cfg, data, objective)
     optimizer = build(cfg.optim, "optim")
     if isinstance(optimizer, Scheduled):
         optimizer.freeze(model)
+    steps, interval, _ = training_length(cfg, data, model)
+    check_example(cfg, data, objective)
+    held_out, whole = build_validation(cfg, data, objective)
     if isinstance(optimizer, Muon | ScheduleFree) and shards(trainer) > 1:
         name = "muon" if isinstance(optimizer, Muon) else "schedule_free"
         raise UserError(

@@ -69,7 +69,7 @@ def apply_overrides(
         elif key in GROUPS and not isinstance(override.value(), dict):
             block = compose_group(key, word, run_dir, config_dir)
             cfg[key] = OmegaConf.merge(cfg[key], {k: block[k] for k in HARDWARE}) if key == "trainer" else block
-        elif key == "distill" or (isinstance(cfg.get(key), DictConfig) and key not in GROUPS):
+        elif key in ("distill", "adapter") or (isinstance(cfg.get(key), DictConfig) and key not in GROUPS):
             raise UserError(f"{word}: a run's {key} can't change. Another experiment is another run.")
         elif key not in known and not (override.is_add() or override.is_force_add()):
             raise UserError(f'there is no key "{key}".{nearest(key, known)} A key that is to be added: +KEY=VALUE')

@@ -51,6 +51,8 @@ class Train(Config):
     """A target that makes an optimizer and its schedule."""
     distill: dict[str, Any] | None = None
     """A target that loads a teacher, whose probabilities are learned too; null learns from the text alone."""
+    adapter: dict[str, Any] | None = None
+    """A target that adds an adapter to the model, which alone is trained; null trains the model itself."""
     callbacks: dict[str, Any] | None = None
     """Targets that return Lightning callbacks, by a name for each."""
     logger: dict[str, Any] | None = None

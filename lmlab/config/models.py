@@ -109,7 +109,7 @@ def build_model(
             f"preprocess.document_attention=true needs.\nUse attention={', '.join(DOCUMENT_ATTENTION)}."
         )
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg.model, tokenizer=tokenizer, auto_class=objective.auto_class, empty=empty)
+    model = make_model(cfg, tokenizer=tokenizer, auto_class=objective.auto_class, empty=empty)
     if cfg.preprocess.block_size is None:
         cfg.preprocess.block_size = min(max_positions(model) or LONGEST, LONGEST)
     if not empty:
@@ -129,8 +129,8 @@ def within_documents(cfg: DictConfig) -> bool:
     return preprocessing(cfg).document_attention and cfg.get("context") in (None, "blocks")
 
 
-def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
-    """Returns what the block `model` makes; a plain torch module as a `TorchModule`.
+def make_model(cfg: DictConfig, **given: Any) -> "PreTrainedModel":
+    """Returns what the block `model` makes, with the adapter of the config; a plain torch module as a `TorchModule`.
 
     The config of a `TorchModule` records the block that made it, by which its export is loaded again.
 
@@ -141,6 +141,7 @@ def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
 
     from lmlab.models.torch_module import TorchModule, wrap
 
+    block = cfg.model
     exported = block.get("module") if block.get("_target_") == PRETRAINED else None
     made_by = block if exported is None else exported
     if exported is not None:
@@ -151,7 +152,16 @@ def make_model(block: DictConfig, **given: Any) -> "PreTrainedModel":
         model = wrap(model, given["tokenizer"], given["auto_class"])
     if isinstance(model, TorchModule):
         model.config.module = OmegaConf.to_container(without_secrets(made_by))
-    return model
+    return with_adapter(cfg, model, given["auto_class"])
+
+
+def with_adapter(cfg: DictConfig, model: "PreTrainedModel", auto_class: str) -> "PreTrainedModel":
+    """Adds the adapter of a config, if it has one, to a model that its block `model` has made; returns the model."""
+    if "adapter" not in cfg:
+        return model
+    given = {"base": cfg.model.get("name"), "revision": cfg.model.get("revision"), "auto_class": auto_class}
+    adapted: PreTrainedModel = build(cfg.adapter, "adapter", model=model, seed=cfg.seed, **given)
+    return adapted
 
 
 def build_teacher(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", objective: "Objective") -> "Teacher | None":
@@ -180,7 +190,7 @@ def build_teacher(cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", objecti
 
 
 def model_without_weights(
-    block: DictConfig, tokenizer: "PreTrainedTokenizerBase", auto_class: str
+    cfg: DictConfig, tokenizer: "PreTrainedTokenizerBase", auto_class: str
 ) -> "PreTrainedModel | None":
     """Returns the model of a config on torch's meta device; None if its target makes no models without weights.
 
@@ -189,8 +199,8 @@ def model_without_weights(
     """
     from transformers.utils.logging import set_verbosity_error
 
-    if "empty" not in takes(block, "model") or "module" in block:
+    if "empty" not in takes(cfg.model, "model") or "module" in cfg.model:
         return None
     set_verbosity_error()
-    model: PreTrainedModel = build(block, "model", tokenizer=tokenizer, auto_class=auto_class, empty=True)
-    return model
+    model: PreTrainedModel = build(cfg.model, "model", tokenizer=tokenizer, auto_class=auto_class, empty=True)
+    return with_adapter(cfg, model, auto_class)

@@ -15,7 +15,7 @@ from lmlab.secrets import MARK, redacted_word
 FREE = re.compile(r"(model\.config|data\.filter|hydra\.job\.env_set)[.=]|(callbacks|logger)(\.\w+)?=\{")
 FREE_OF_A_SEARCH = re.compile(r"hydra\.sweeper\.(sampler|pruner)[.=]")
 # Groups that a command may leave out. To choose one is to add it, so a + before it says nothing more.
-OPTIONAL = re.compile(r"^\+(?=(distill|experiment)=)")
+OPTIONAL = re.compile(r"^\+(?=(distill|adapter|experiment)=)")
 # A series of models is asked for by its steps alone.
 SERIES = re.compile(r"^(\+{0,2}callbacks\.series)=(?!\{)")
 KEY = re.compile(r"(\+{1,2}|~)?[A-Za-z_$][\w./@:$-]*")

@@ -44,6 +44,7 @@ SUPPLIED = {
     "model": ("tokenizer", "auto_class", "empty"),
     "objective": ("tokenizer",),
     "distill": ("tokenizer", "objective", "block_size"),
+    "adapter": ("model", "base", "revision", "auto_class", "seed"),
     "logger": ("run_dir", "run_id", "config"),
     "trainer": (
         "callbacks",
@@ -82,6 +83,8 @@ def check_run(cfg: DictConfig, here: bool = True) -> None:
     if cfg.compile and not (shutil.which(compiler) or shutil.which("clang++")):
         raise UserError(f"compile=true needs a C++ compiler, and there is no {compiler}: install one, or set CXX.")
     check_loggers(cfg)
+    if "adapter" in cfg:
+        check_adapter(cfg)
     if here:
         check_devices(cfg.trainer)
 
@@ -201,6 +204,21 @@ def check_loggers(cfg: DictConfig) -> None:
                 f"{seen[destination]} and {key} would write to the same destination: leave one of them out."
             )
         seen[destination] = key
+
+
+def check_adapter(cfg: DictConfig) -> None:
+    """Refuses an adapter whose library is not installed, and one beside random weights or a sharded model."""
+    check_installed("adapter=…", "adapters", "peft")
+    if cfg.model.get("_target_") == "lmlab.models.loading.from_scratch":
+        raise UserError(
+            "adapter=… leaves the weights of the model as they are, and those of this one are random.\n"
+            "Use model=pretrained model.name=ID_OR_DIRECTORY, or leave adapter out."
+        )
+    if shards(cfg.trainer) > 1:
+        raise UserError(
+            f"adapter=… is not for a sharded model, as trainer.strategy={cfg.trainer.strategy} makes it.\n"
+            "Use trainer.strategy=ddp."
+        )
 
 
 def check_trainer(trainer: DictConfig) -> None:

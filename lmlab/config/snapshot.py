@@ -11,6 +11,7 @@ from lmlab.config import models, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import UserError
 from lmlab.io import from_here
+from lmlab.models import adapters
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import checkpoint
 from lmlab.training.checkpoint_io import load_checkpoint, load_weights, model_state
@@ -31,17 +32,20 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
         UserError: the run has kept none yet, or its config names what is neither lmlab's own nor trusted.
     """
     cfg = config_of(run)
-    trust.check_trusted(OmegaConf.masked_copy(cfg, ["model", "objective"]), trusted)
+    named = [key for key in ("model", "objective", "adapter") if key in cfg]
+    trust.check_trusted(OmegaConf.masked_copy(cfg, named), trusted)
     checkpoints = (cfg.get("callbacks") or {}).get("checkpoints") or {}
     weights = checkpoint.best_so_far(run, checkpoints.get("mode") or checkpoint.mode_of(checkpoints.get("monitor", "")))
     if weights is None or not run.tokenizer.is_dir():
         raise UserError(f"{run.path} has kept no weights yet: it has not come to its first checkpoint.")
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     _, model = models.build_model(cfg, tokenizer)
-    state = load_weights(weights, load_checkpoint(weights))
-    model.load_state_dict(model_state(state))
     copy = RunDirectory(path)
     path.mkdir(parents=True)
+    state = model_state(load_weights(weights, load_checkpoint(weights)))
+    if "adapter" in cfg:
+        state = adapters.take_out(model, state, tokenizer, copy.adapter)
+    model.load_state_dict(state)
     for file in (run.manifest, run.config):
         shutil.copy(file, path)
     which = "best" if weights in run.best_files() else "last"

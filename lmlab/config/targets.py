@@ -76,7 +76,7 @@ def source_blocks(data: DictConfig) -> list[tuple[str, DictConfig]]:
 
 def blocks(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
     """Yields the blocks of a config that name a target, with their dotted keys."""
-    for name in ("data", "tokenizer", "model", "objective", "distill", "optim", "trainer"):
+    for name in ("data", "tokenizer", "model", "objective", "distill", "adapter", "optim", "trainer"):
         if name in cfg:
             yield name, cfg[name]
     yield from ((f"data.sources.{name}", block) for name, (block, _) in sources(cfg.get("data")).items())

@@ -28,6 +28,7 @@ OWN = {
     "model": ("transformers.PreTrainedModel", ["lmlab.models.loading"]),
     "objective": ("builtins.object", ["lmlab.objectives"]),
     "distill": ("lmlab.models.teacher.Teacher", ["lmlab.models.teacher"]),
+    "adapter": ("transformers.PreTrainedModel", ["lmlab.models.adapters"]),
     "optim": ("builtins.object", ["lmlab.optim"]),
     "trainer": ("lightning.Trainer", ["lightning.pytorch.trainer"]),
     "callbacks": ("lightning.Callback", ["lmlab.training", "lmlab.sweeps.pruning", "lightning.pytorch.callbacks"]),

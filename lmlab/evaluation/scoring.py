@@ -21,6 +21,7 @@ from lmlab.data.datamodule import decoder_ids_of, document_positions_of, draws_o
 from lmlab.data.documents import COUNTS
 from lmlab.evaluation.rows import ElboRows, PseudoRows, WindowRows
 from lmlab.evaluation.token_scores import TokenScores
+from lmlab.models.adapters import merged_in_evaluation
 from lmlab.models.efficiency import shard
 from lmlab.models.loss import Scores, score
 from lmlab.models.teacher import Teacher
@@ -267,24 +268,25 @@ class Scorer(L.LightningModule):
 
         For `scale`, `teacher`, `observe` and `z_loss` see that.
         """
-        if losses is not None:
-            return losses(self.model, batch, self.chunk_size, scale)
-        return score(
-            self.model,
-            batch.input_ids,
-            batch.attention_mask,
-            batch.positions,
-            batch.targets,
-            self.chunk_size,
-            scale,
-            getattr(batch, "weights", None),
-            batch.prefix,
-            teacher,
-            batch.decoder_ids,
-            batch.document_positions,
-            observe,
-            z_loss,
-        )
+        with merged_in_evaluation(self.model):
+            if losses is not None:
+                return losses(self.model, batch, self.chunk_size, scale)
+            return score(
+                self.model,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.positions,
+                batch.targets,
+                self.chunk_size,
+                scale,
+                getattr(batch, "weights", None),
+                batch.prefix,
+                teacher,
+                batch.decoder_ids,
+                batch.document_positions,
+                observe,
+                z_loss,
+            )
 
     def validation_step(self, batch: ScoringBatch, batch_idx: int) -> None:
         observe = None if self.token_scores is None else self.token_scores.observe

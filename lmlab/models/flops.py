@@ -25,7 +25,8 @@ OTHER_ATTENTION = (
 class Flops(NamedTuple):
     """Floating-point operations of forward and backward pass, as Chowdhery et al. 2022 (appendix B) count them.
 
-    6 per weight of a matrix and token, those of a mixture's experts by the share that a token uses; and in attention
+    6 per weight of a matrix and token, 4 where it is frozen and so has no gradient, those of a mixture's experts by the
+    share that a token uses; and in attention
     12 · heads · head dimension per token and position in its span, the future of a causal model and other documents of
     a block included. What activation checkpointing computes a second time is not counted.
     """
@@ -54,20 +55,25 @@ class Flops(NamedTuple):
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         share = expert_share(config)
         inside = {
-            id(p): round(p.numel() * (share if ".experts." in f".{name}" else 1.0))
+            id(p): round(operations(p) * (share if ".experts." in f".{name}" else 1.0))
             for name, p in backbone(model).named_parameters()
             if p.ndim > 1
         }
-        matrices = {id(p): p.numel() for p in [*model.parameters(), head.weight] if p.ndim > 1}
+        matrices = {id(p): operations(p) for p in [*model.parameters(), head.weight] if p.ndim > 1}
         per_token = sum(size for key, size in inside.items() if key not in embeddings)
-        tied = head.weight.numel() if id(head.weight) in inside else 0
+        tied = operations(head.weight) if id(head.weight) in inside else 0
         per_target = sum(size for key, size in matrices.items() if key not in inside) + tied
-        return cls(6 * per_token, attention, 6 * per_target)
+        return cls(per_token, attention, per_target)
 
     def step(self, tokens: int, targets: int, block_size: int) -> int:
         """Returns the operations for `tokens` tokens in blocks of `block_size`, of which `targets` are scored."""
         attention = sum(each * min(block_size, span or block_size) for each, span in self.per_layer_attention)
         return tokens * (self.per_token + attention) + targets * self.per_target
+
+
+def operations(matrix: nn.Parameter) -> int:
+    """Returns the operations of a matrix in the products of forward and backward pass, per row of their input."""
+    return (6 if matrix.requires_grad else 4) * matrix.numel()
 
 
 def attention_flops(config: PreTrainedConfig) -> tuple[tuple[int, int | None], ...] | None:

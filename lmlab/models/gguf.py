@@ -1,16 +1,20 @@
-"""Reads models in GGUF files, dequantized, as transformers does; other models are loaded by the same functions."""
+"""Loads a model's config, tokenizer and weights: of a hub id, of a directory, of an adapter, or of a GGUF file.
+
+Adapters are merged into their base, and the weights of GGUF files, the format of llama.cpp, are dequantized.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from lmlab.errors import UserError, check_installed
-from lmlab.hub import is_gguf
+from lmlab.hub import is_adapter, is_gguf
+from lmlab.models.adapters import base_of, merge_adapter
 
 
 def located(name: str) -> dict[str, str]:
@@ -40,14 +44,39 @@ def located_weights(name: str) -> dict[str, Any]:
     return {**located(name), "quantization_config": GgufConfig(dequantize=True)}
 
 
+def load_weights(
+    auto: Any, name: str, revision: str | None, config: PreTrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """Loads a model of dense weights, and returns it with the names of those that are not there, in order.
+
+    Args:
+        auto: the `AutoModel` class.
+        name: hub id, directory, also of an adapter, or `.gguf` file.
+        revision: branch, tag or commit of a hub id.
+        config: what `load_config` returned for the name.
+        options: more arguments of `from_pretrained`.
+    """
+    if is_adapter(name):
+        with base_of(name) as (base, revision):
+            model, missing = load_weights(auto, base, revision, config, **options)
+        merge_adapter(model, name)
+        return model, missing
+    options |= {"revision": revision, "config": config, "trust_remote_code": False, "output_loading_info": True}
+    model, loaded = auto.from_pretrained(**located_weights(name), **options)
+    return model, sorted(loaded["missing_keys"])
+
+
 def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTrainedConfig:
     """Loads the config of a model.
 
     Args:
-        name: hub id, directory, or `.gguf` file.
+        name: hub id, directory, also of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         changes: values of it that are to be others.
     """
+    if is_adapter(name):
+        with base_of(name) as (base, revision):
+            return load_config(base, revision, **changes)
     config = AutoConfig.from_pretrained(**located(name), revision=revision, trust_remote_code=False, **changes)
     if is_gguf(name):
         from transformers.integrations.gguf import read_gguf_metadata
@@ -72,6 +101,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         UserError: there is none. Of some kinds, transformers then makes one that has special tokens alone.
     """
+    if is_adapter(name) and not Path(name, "tokenizer_config.json").is_file():
+        with base_of(name) as (base, revision):
+            return load_tokenizer(base, revision)
     tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
 from lmlab.hub import from_hub, is_gguf, split_revision
 from lmlab.models.electra import GENERATOR, GeneratorAndDiscriminator, embeddings_fit
-from lmlab.models.gguf import load_config, located_weights
+from lmlab.models.gguf import load_config, load_weights
 from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import run_probe
 from lmlab.models.torch_module import TorchModuleConfig, TorchModuleForCausalLM, load
@@ -38,7 +38,7 @@ def pretrained(
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
-        name: hub id, ID@REVISION, directory, or `.gguf` file.
+        name: hub id, ID@REVISION, directory, also of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
@@ -64,24 +64,18 @@ def pretrained(
                 return meta_model(auto, settings)
             check_weights(auto, settings)
             # Exported models carry a dtype of their own; which one to compute in is the trainer's choice.
-            model, loaded = auto.from_pretrained(
-                **located_weights(name),
-                revision=revision,
-                trust_remote_code=False,
-                config=settings,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            model, lacking = load_weights(auto, name, revision, settings, dtype=torch.float32)
         except (RuntimeError, StrictDataclassError, LookupError, TypeError, ArithmeticError) as error:
             if not changes or out_of_memory(error):
                 raise
             cause = first_line(error.__cause__ or error)
             raise UserError(f"model.config={changes} does not fit the trained weights of {name}: {cause}") from error
-    if loaded["missing_keys"]:
-        missing = ", ".join(sorted(loaded["missing_keys"]))
+    if lacking:
+        missing = ", ".join(lacking)
         if is_gguf(name):  # which holds all of a model
             raise UserError(f"{name} is damaged: it holds no weights for {missing}. Name another as model.name.")
         logging.getLogger(__name__).warning("%s holds no weights for %s: they start at random", name, missing)
+        model.began_at_random = missing
     if auto_class == "AutoModelForPreTraining":
         return with_generator(model, name, revision, generator)
     if generator is not None:

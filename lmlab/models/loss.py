@@ -268,10 +268,14 @@ class ChunkedNLL(torch.autograd.Function):
         vocabulary = len(weight)
         kinds = 3 if taught is not None else 2 if z_loss else 1
         losses = torch.empty((kinds, len(h)), dtype=torch.float32, device=h.device)
+        d_hidden = d_weight = d_bias = None
         if train:
+            _, trains_weight, trains_bias, *_ = ctx.needs_input_grad  # a frozen head has no gradient
             d_hidden = torch.empty_like(h)
-            d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-            d_bias = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=w.device)
+            if trains_weight:
+                d_weight = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+            if b is not None and trains_bias:
+                d_bias = torch.zeros(b.shape, dtype=torch.float32, device=w.device)
         step = compiled_nll_and_slope(device) if device == "cuda" else nll_and_slope
         with torch.autocast(device, enabled=False):
             for start in range(0, len(h), chunk_size):
@@ -288,11 +292,13 @@ class ChunkedNLL(torch.autograd.Function):
                 *values, slope = step(logits, *rest, z_loss) if taught is None else taught.distill(part, logits, *rest)
                 for row, value in zip(losses, values, strict=True):
                     row[part] = value
-                if slope is None:
+                if slope is None or d_hidden is None:
                     continue
                 if d_bias is not None:
                     d_bias += slope.sum(0, dtype=torch.float32)
                 torch.mm(slope, w, out=d_hidden[part])
+                if d_weight is None:
+                    continue
                 if dtype == torch.float32:
                     d_weight.addmm_(slope.t(), h[part])
                 elif device == "cuda":  # CPUs have no product that adds 16 bits to 32
@@ -303,7 +309,7 @@ class ChunkedNLL(torch.autograd.Function):
             losses.mul_(weights)
         if train:
             # Not saved as autograd saves: the backward pass may write into them.
-            ctx.gradients = d_hidden, d_weight[:vocabulary], None if d_bias is None else d_bias[:vocabulary]
+            ctx.gradients = d_hidden, *(None if d is None else d[:vocabulary] for d in (d_weight, d_bias))
             ctx.dtypes, ctx.scale = (hidden.dtype, weight.dtype), scale
         if kinds == 1:
             return losses[0]
@@ -417,9 +423,17 @@ def logits_chunk_size(model: PreTrainedModel, requested: int | None, on_gpu: boo
                 "that they can't be made a few at a time.\nLeave it out."
             )
         return None
-    return requested or chunk_of(model.get_output_embeddings().out_features, on_gpu)
+    return requested or chunk_of(model.get_output_embeddings().weight, on_gpu)
 
 
-def chunk_of(vocabulary: int, on_gpu: bool) -> int:
-    """Returns the number of scored positions whose logits `LOGITS_BYTES` hold."""
-    return max(1, LOGITS_BYTES["gpu" if on_gpu else "cpu"] // (4 * vocabulary))
+def chunk_of(head: Tensor, on_gpu: bool) -> int:
+    """Returns the number of scored positions whose logits `LOGITS_BYTES` hold.
+
+    It is half as many where the head is frozen: no chunk then adds to a gradient of the size of the head, which takes
+    as long for few rows as for many.
+
+    Args:
+        head: [V, H] its matrix.
+    """
+    share = 1 if head.requires_grad else 2
+    return max(1, LOGITS_BYTES["gpu" if on_gpu else "cpu"] // (4 * len(head) * share))

@@ -187,10 +187,16 @@ def copies_bytes(model: PreTrainedModel, precision: str, shards: int) -> int:
     return 2 * copied
 
 
-def products(layer: nn.Module) -> dict[int, tuple[int, int]]:
-    """Returns the sizes of input and output of each linear map in a layer, by the id of its weight."""
+def products(layer: nn.Module, of_adapters: bool = True) -> dict[int, tuple[int, int]]:
+    """Returns the sizes of input and output of each linear map in a layer, by the id of its weight.
+
+    Args:
+        of_adapters: count the maps of adapters too.
+    """
     sizes = {}
-    for module in layer.modules():
+    for name, module in layer.named_modules():
+        if not of_adapters and ".lora_" in name:
+            continue
         if isinstance(module, nn.Linear):
             sizes[id(module.weight)] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
@@ -223,14 +229,19 @@ def layer_bytes(layer: nn.Module, width: int, precision: str) -> int:
     masks of dropout                   2 H                              —
     ```
 
+    The input of a product is kept for the gradient of its matrix, and so not where that is frozen.
+
     Args:
         width: H.
     """
     size, stream = 4 if precision == "32-true" else 2, 2 if precision == "bf16-true" else 4
-    sizes = list(products(layer).values())
+    sizes = list(products(layer, of_adapters=False).values())
+    trained = {id(p) for p in layer.parameters() if p.requires_grad}
     widest = max((read for read, _ in sizes), default=0)  # the inside of the MLP
     # Autocast makes a copy of its own for each product that reads a norm's output.
-    inputs = sum(read for read, _ in sizes) if precision.endswith("mixed") else 3 * width + widest
+    inputs = sum(read for key, (read, _) in products(layer).items() if key in trained)
+    if not precision.endswith("mixed"):
+        inputs = min(inputs, 3 * width + widest)
     # All but what attention and the MLP add to the hidden states.
     outputs = sum(made for _, made in sizes) - 2 * width
     gated = sum(made for _, made in sizes if made in (widest, 2 * widest)) >= 2 * widest
@@ -255,7 +266,8 @@ def logits_bytes(head: torch.Tensor, targets: int, precision: str, chunk_size: i
         chunk_size: the config's `logits_chunk_size`; None for what `loss.logits_chunk_size` chooses on a GPU.
     """
     vocabulary = len(head)
-    rows = min(targets, chunk_size or chunk_of(vocabulary, on_gpu=True))
+    rows = min(targets, chunk_size or chunk_of(head, on_gpu=True))
     # A chunk and its derivative, both still there as the next one is made.
     size = 4 if precision == "32-true" else 2
-    return size * (2 * rows + min(rows, targets - rows)) * vocabulary + 4 * head.numel()
+    gradient = 4 * head.numel() if head.requires_grad else 0
+    return size * (2 * rows + min(rows, targets - rows)) * vocabulary + gradient

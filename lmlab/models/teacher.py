@@ -18,7 +18,7 @@ from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
 from lmlab.models.checks import check_model
 from lmlab.models.efficiency import fuse_activations
-from lmlab.models.gguf import load_config, load_tokenizer, located_weights
+from lmlab.models.gguf import load_config, load_tokenizer, load_weights
 from lmlab.models.loading import auto_class_of, auto_model, task
 from lmlab.models.loss import (
     compiled_nll_and_slope,
@@ -209,10 +209,9 @@ def load_teacher(
             )
         auto = auto_model(settings, kind)
         check_weights(auto, settings)
-        options = {"revision": revision, "trust_remote_code": False, "config": settings, "dtype": torch.float32}
-        loaded, info = auto.from_pretrained(**located_weights(repository), output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise UserError(f"distill.model={model} holds no weights for {', '.join(sorted(info['missing_keys']))}.")
+        loaded, missing = load_weights(auto, repository, revision, settings, dtype=torch.float32)
+    if missing:
+        raise UserError(f"distill.model={model} holds no weights for {', '.join(missing)}.")
     try:
         check_model(loaded, tokenizer, block_size, objective, document_attention)
     except UserError as error:

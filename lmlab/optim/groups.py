@@ -98,7 +98,9 @@ def describe_groups(model: nn.Module, lr: float, weight_decay: float, settings: 
     for pattern in (*settings, None):
         own: Mapping[str, Any] = {} if pattern is None else settings[pattern]
         row: dict[str, Any] = {"pattern": pattern or ""}
-        row["parameters"] = sum(p.numel() for name, p in model.named_parameters() if pattern_of[name] == pattern)
+        # Beside an adapter those of its base are not trained, whatever the pattern says.
+        named = [p for name, p in model.named_parameters() if pattern_of[name] == pattern]
+        row["parameters"] = sum(p.numel() for p in named if p.requires_grad or own.get("freeze"))
         row.update({"lr": lr, "weight_decay": weight_decay, "freeze": False, **own})
         rows.append(row)
     return rows

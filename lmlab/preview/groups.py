@@ -16,7 +16,7 @@ def show_groups(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     """
     if not cfg.optim.get("groups"):
         return
-    model = model_without_weights(cfg.model, tokenizer, auto_class)
+    model = model_without_weights(cfg, tokenizer, auto_class)
     if model is not None:
         rows = []
         for group in build.parameter_groups(cfg, model):

@@ -27,7 +27,7 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
     Raises:
         UserError: no model can be made of the config.
     """
-    model = model_without_weights(cfg.model, tokenizer, auto_class)
+    model = model_without_weights(cfg, tokenizer, auto_class)
     if model is None:
         print(f"The memory of each GPU is not estimated: {cfg.model._target_} may make any model.")
         return
@@ -68,9 +68,10 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
         "in all": size_text(sum(estimate)) + ("" if known else " and the optimizer"),
     }
     show_result(rows, "Memory of each GPU, estimated")
-    count, _ = memory.count_parameters(model)
+    count, trainable = memory.count_parameters(model)
+    part = f" ({trainable:,} of them trainable)" if trainable < count else ""
     divided = f", divided over {counted(shards, 'GPU')}" if shards > 1 else ""
-    print(f"For {count:,} parameters{divided}, {samples} × {positions} tokens at once, in {precision}.")
+    print(f"For {count:,} parameters{part}{divided}, {samples} × {positions} tokens at once, in {precision}.")
     if not all(map(memory.is_plain, layers(model) or [model])):
         kind = model.config.model_type
         print(f"Activations are counted as if layers were attention and one MLP; those of {kind} have other parts.")

@@ -38,6 +38,7 @@ class RunDirectory:
         self.series = self.path / "series"
         self.series_index = self.series / "index.json"
         self.model = self.path / "model"
+        self.adapter = self.path / "adapter"
         self.tokenizer = self.path / "tokenizer"
         self.profile = self.path / "profile"
         self.log = self.path / "train.log"

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lmlab.errors import disk_full
 from lmlab.io import read_json, replaced, write_json
+from lmlab.models.adapters import merged_state
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint import gathered
 from lmlab.training.checkpoint_io import AtomicCheckpointIO, model_state
@@ -123,7 +124,7 @@ def copy_weights(trainer: L.Trainer, module: LMModule, dtype: torch.dtype) -> di
     """
     if module.device_mesh is None and not trainer.is_global_zero:
         return {}
-    state = model_state(trainer.strategy.lightning_module_state_dict())
+    state = merged_state(module.model, model_state(trainer.strategy.lightning_module_state_dict()))
     copies: dict[Any, Tensor] = {}
     for tensor in state.values():
         if identity(tensor) not in copies:

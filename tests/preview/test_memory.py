@@ -93,7 +93,7 @@ def test_models_on_paper_are_those_that_are_made(block: Any, auto_class: str, tm
     made.save_pretrained(tmp_path)
     loaded = OmegaConf.create({"_target_": f"{loading.__name__}.pretrained", "name": str(tmp_path), "config": {}})
     for each in (block, loaded):
-        model = model_without_weights(each, tokenizer, auto_class)
+        model = model_without_weights(OmegaConf.create({"model": each}), tokenizer, auto_class)
         assert model is not None
         assert model.device.type == "meta"
         assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
@@ -101,7 +101,12 @@ def test_models_on_paper_are_those_that_are_made(block: Any, auto_class: str, tm
 
 
 def llama(**config: Any) -> Any:
-    return model_without_weights(scratch("llama", **LLAMA | config), train.make_tokenizer(300), "AutoModelForCausalLM")
+    return on_meta(scratch("llama", **LLAMA | config))
+
+
+def on_meta(block: Any) -> Any:
+    cfg = OmegaConf.create({"model": block})
+    return model_without_weights(cfg, train.make_tokenizer(300), "AutoModelForCausalLM")
 
 
 def test_parts_follow_from_strategy_and_precision() -> None:
@@ -132,12 +137,10 @@ def test_layers_of_other_shapes() -> None:
 
     assert taken(llama()) == 12 * 64 + 2 * 160 + 6 * 64 + 6 * 160 + 16 * 64
     assert taken(llama()) - taken(llama(num_key_value_heads=1)) == 2 * 2 * 48  # keys and values of 16 rather than 64
-    gpt2 = model_without_weights(
-        scratch("gpt2", n_embd=64, n_head=2), train.make_tokenizer(300), "AutoModelForCausalLM"
-    )
+    gpt2 = on_meta(scratch("gpt2", n_embd=64, n_head=2))
     assert taken(gpt2) == 38 * 64
     config = LLAMA | {"num_key_value_heads": 4}
-    mixture = model_without_weights(scratch("mixtral", **config), train.make_tokenizer(300), "AutoModelForCausalLM")
+    mixture = on_meta(scratch("mixtral", **config))
     assert [memory.is_plain(layers(model)[0]) for model in (llama(), gpt2, mixture)] == [True, True, False]
 
 
