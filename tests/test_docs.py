@@ -15,7 +15,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab import compare as compare_verb
-from lmlab import dashboard, evaluate, export, predict, push, report, resume, sweep, train
+from lmlab import dashboard, evaluate, export, predict, push, report, resume, scale, sweep, train
 from lmlab.config import changes, compose, evaluated, files, schema
 from lmlab.evaluation import records
 from lmlab.preview.plan import plan_command
@@ -30,6 +30,7 @@ VERBS = (
     "resume",
     "evaluate",
     "compare",
+    "scale",
     "predict",
     "doctor",
     "sweep",
@@ -137,7 +138,7 @@ def test_preview_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert plan.points == (6 if "seed=1,2,3" in arguments else 2 if "seed=1,2" in arguments else 1)
 
 
-@pytest.mark.parametrize("module", [sweep, report, dashboard, export, push], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [sweep, report, scale, dashboard, export, push], ids=lambda module: module.__name__)
 def test_command_of_plain_arguments(module: ModuleType) -> None:
     for arguments in verb(module.__name__.rpartition(".")[2]):
         module.parser().parse_intermixed_args(arguments)

@@ -19,6 +19,7 @@ from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final, d
 from lmlab.reporting.failures import failure_charts, failure_tables
 from lmlab.reporting.load import COUNTS, SPLITS, Run, bits_per_byte, evaluation_metrics, objective_of
 from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, name_series, shorten_keys
+from lmlab.reporting.scaling import scaling_charts
 from lmlab.reporting.statistics import BEST, final_metrics, split_comparable, verdict
 from lmlab.reporting.text import as_text, brief, letter, p_text, shorten
 from lmlab.runs.choices import as_typed
@@ -86,6 +87,11 @@ class Section:
         """The charts of that."""
         self.domains = [*dict.fromkeys(domain for run in self.runs for domain in run.by_domain)]
         """The names of the parts of the held-out text of the runs."""
+        comparable = [
+            run for run in self.runs if run.status.name == "done" and self.ranks.get(run.path, (1, 0))[0] == 0
+        ]
+        self.scaling = scaling_charts(comparable, slug) if self.charted == self.metric else []
+        """The charts of the scaling law of runs of several sizes and budgets."""
         longest = max((run.seconds for run in self.runs), default=0)
         self.time = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
         """The unit of times: its seconds, and its name."""
@@ -329,7 +335,8 @@ class Section:
     @property
     def charts(self) -> list[Chart]:
         """All charts of the section."""
-        return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind), *self.failures]
+        finals = [chart for kind in self.intervals for chart in kind]
+        return [*self.curves, *self.effects, *self.scaling, *finals, *self.failures]
 
     @cached_property
     def troubles(self) -> pd.DataFrame:
