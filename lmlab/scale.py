@@ -90,28 +90,29 @@ def scale(arguments: argparse.Namespace) -> None:
     counts = ladder.samples()
     isoflop, law = scaling.fit_isoflop(ladder, counts), scaling.fit_law(ladder, counts)
     powers = scaling.power_laws(ladder, isoflop)
-    budgets = budget_rows(ladder, isoflop)
-    constants = law_rows(law, powers)
-    largest = scaling.predict_largest(ladder)
-    predictions = [row for request in asked for row in prediction_rows(request, law, powers)]
-
-    from pandas import DataFrame  # only here: what is refused need not wait for it
-
-    from lmlab.reporting.charts import image_files
-    from lmlab.reporting.scaling import ladder_charts
-
     tables = {
         "runs": [
             {"run": str(run.path), "parameters": run.parameters, "tokens": run.tokens, "flops": run.flops}
             | {"budget": ladder.budget_flops[budget], metric: run.loss}
             for run, budget in zip(runs, ladder.budgets, strict=True)
         ],
-        "budgets": budgets,
-        "law": constants,
-        "largest_budget": largest,
-        "predictions": predictions,
+        "budgets": budget_rows(ladder, isoflop),
+        "law": law_rows(law, powers),
+        "largest_budget": scaling.predict_largest(ladder),
+        "predictions": [
+            row
+            for request in asked
+            for row in prediction_rows(request, law, powers)
+            if not math.isnan(row["parameters"])
+        ],
     }
     texts = {name: [row_texts(row, metric) for row in rows] for name, rows in tables.items()}
+
+    from pandas import DataFrame  # only here: what is refused need not wait for it
+
+    from lmlab.reporting.charts import image_files
+    from lmlab.reporting.scaling import ladder_charts
+
     files: dict[str, str | bytes] = {
         f"{name}.csv": DataFrame(rows, dtype=object).to_csv(index=False) for name, rows in tables.items() if rows
     }
@@ -120,19 +121,36 @@ def scale(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(f"scaling/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     write_out(out, files.items(), instead_of=("largest_budget.csv", "predictions.csv"))
 
-    for line in left_out:
-        print(f"left out: {line}")
+    print(*(f"left out: {line}" for line in left_out), sep="\n", end="\n" if left_out else "")
+    faults = [row.pop("fault") for row in texts["budgets"]]
     show(f"Lowest {metric} of each budget", texts["budgets"], words=0)
+    for row, fault in zip(texts["budgets"], faults, strict=True):
+        if fault:
+            print(f"{row['FLOPs']} FLOPs have no part in the isoFLOP law: {fault}.")
     show(f"The law of {counted(len(runs), 'run')}", texts["law"], words=2)
-    print("Optimal parameters and tokens are factor · FLOPs^exponent: of the minima above (isoFLOP), and of the law")
-    print("E + A / parameters^alpha + B / tokens^beta (parametric). Parameters include those of embeddings.")
-    if largest:
+    print("\n".join(law_notes(law, powers)))
+    if tables["largest_budget"]:
         show("The largest budget, predicted from the others", texts["largest_budget"], words=0)
-        print(largest_text(largest))
-    if predictions:
+        print(largest_text(tables["largest_budget"]))
+    if tables["predictions"]:
         show("Predictions", texts["predictions"], words=2)
         print(beyond_text(asked, ladder))
     print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
+
+
+def law_notes(law: Law, powers: np.ndarray) -> list[str]:
+    """Returns the lines that say how the table of the law is to be read."""
+    gamma, log_kappa = law.cost
+    lines = [
+        "Optimal parameters and tokens are factor · FLOPs^exponent: of the minima above (isoFLOP), and of the loss",
+        "E + A / parameters^alpha + B / tokens^beta (parametric). Parameters include those of embeddings; FLOPs are",
+        f"{math.exp(log_kappa):.3g} · parameters^{gamma:.3f} · tokens, by least squares over the runs.",
+    ]
+    if np.isnan(powers[0, 0, 0]):
+        lines.append("There is no isoFLOP law: it takes the minima of two budgets.")
+    if np.isnan(law.optimum(np.ones(1))[0][0, 0]):
+        lines.append("The parametric law has no optimum: its loss does not fall with both parameters and tokens.")
+    return lines
 
 
 def read_requests(words: Sequence[str]) -> list[dict[str, float]]:
@@ -254,14 +272,12 @@ def budget_rows(ladder: Ladder, isoflop: IsoFlop) -> list[dict[str, Any]]:
         log_n, log_d, loss = isoflop.minima[0, budget]
         row = {"FLOPs": flops, "runs": int(runs.sum()), "sizes": len(np.unique(ladder.parameters[runs]))}
         row |= {"parameters": math.exp(log_n), "low": low[budget], "high": high[budget], "tokens": math.exp(log_d)}
-        rows.append(row | {"loss": loss, "left out": isoflop.faults[budget]})
-    if not any(isoflop.faults):
-        rows = [{key: value for key, value in row.items() if key != "left out"} for row in rows]
+        rows.append(row | {"loss": loss, "fault": isoflop.faults[budget]})
     return rows
 
 
 def law_rows(law: Law, powers: np.ndarray) -> list[dict[str, Any]]:
-    """Returns a row for each constant of both approaches, with its interval."""
+    """Returns a row for each constant that there is of both approaches, with its interval."""
     factors = law.optimum(np.ones(1))
     values = []
     for i, name in enumerate(("parameters", "tokens")):
@@ -275,7 +291,7 @@ def law_rows(law: Law, powers: np.ndarray) -> list[dict[str, Any]]:
     for approach, name, samples in values:
         low, high = scaling.intervals(samples[:, None])
         rows.append({"approach": approach, "constant": name, "value": samples[0], "low": low[0], "high": high[0]})
-    return rows
+    return [row for row in rows if not math.isnan(row["value"])]
 
 
 def prediction_rows(request: dict[str, float], law: Law, powers: np.ndarray) -> list[dict[str, Any]]:
@@ -343,9 +359,9 @@ def beyond_text(asked: Sequence[dict[str, float]], ladder: Ladder) -> str:
     times = {key: max([request.get(key, 0) / ranges[key].max() for request in asked]) for key in ranges}
     far = [f"{times[key]:,.3g} times the {key.replace('flops', 'FLOPs')}" for key in ranges if times[key] > 10]
     text = "The interval of a loss holds what other runs of the ladder would give, and the scatter of single runs."
-    return text + (
-        f"\nThe farthest has {' and '.join(far)} of any run: no interval says if the law holds there." * bool(far)
-    )
+    if far:
+        text += f"\nPredictions go up to {' and '.join(far)} of any run: no interval says if the law holds there."
+    return text
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_a_ladder(said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.
     largest = [{key: float(value) for key, value in row.items()} for row in table(out / "largest_budget.csv")]
     inside = sum(row["low"] <= row["measured"] <= row["high"] for row in largest)
     assert f"{inside} of 6 runs lie in the interval" in shown
-    assert re.search("The farthest has 20.8 times the FLOPs", shown)
+    assert re.search("Predictions go up to 20.8 times the FLOPs", shown)
     for name in ("isoflop", "frontier"):
         assert (out / f"{name}.svg").read_text().count("<path") > 30
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -111,6 +111,19 @@ def test_a_ladder(said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.
     twice = {(row["approach"], row["constant"]): row for row in table(out / "law.csv")}
     ratio = float(twice["parametric", "loss: E"]["value"]) / float(law["parametric", "loss: E"]["value"])
     assert ratio == pytest.approx(2, rel=1e-4)
+
+
+def test_a_ladder_without_minima_has_a_parametric_law(
+    said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sizes of each budget make no parabola."""
+    monkeypatch.setattr(charts, "image_files", lambda _: [])
+    runs = [run for number, run in enumerate(summaries()) if number // 5 - number % 5 in (0, 1)]
+    folder = write_ladder(tmp_path / "ladder", runs)
+    shown = said(folder, "--predict", "flops=1e12", "--out", tmp_path / "out")
+    assert "3e10 FLOPs have no part in the isoFLOP law: fewer than 3 sizes." in shown
+    assert "There is no isoFLOP law" in shown
+    assert [row["approach"] for row in table(tmp_path / "out" / "predictions.csv")] == ["parametric"]
 
 
 def test_a_report_shows_the_charts_of_a_ladder() -> None:

@@ -10,7 +10,7 @@ All fits are of many samples of the runs at once, of which the first is the ladd
 Shapes: R runs, G budgets, S samples.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -66,8 +66,7 @@ class Ladder:
 
     def of(self, chosen: np.ndarray) -> "Ladder":
         """Returns the ladder of some runs, by a mask [R]."""
-        arrays = {name: value[chosen] for name, value in vars(self).items() if name in self.__dataclass_fields__}
-        return replace(self, **arrays)
+        return Ladder(self.parameters[chosen], self.tokens[chosen], self.flops[chosen], self.losses[chosen])
 
     def samples(self) -> np.ndarray:
         """Returns how often each run occurs in each sample [S, R]: once in the first, and in each other one as often as

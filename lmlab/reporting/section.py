@@ -87,11 +87,6 @@ class Section:
         """The charts of that."""
         self.domains = [*dict.fromkeys(domain for run in self.runs for domain in run.by_domain)]
         """The names of the parts of the held-out text of the runs."""
-        comparable = [
-            run for run in self.runs if run.status.name == "done" and self.ranks.get(run.path, (1, 0))[0] == 0
-        ]
-        self.scaling = scaling_charts(comparable, slug) if self.charted == self.metric else []
-        """The charts of the scaling law of runs of several sizes and budgets."""
         longest = max((run.seconds for run in self.runs), default=0)
         self.time = (3600, "h") if longest > 7200 else (60, "min") if longest > 120 else (1, "s")
         """The unit of times: its seconds, and its name."""
@@ -313,6 +308,13 @@ class Section:
             title = f"{self.charted.capitalize()} by {shorten(key, 60)}"
             drawn[file] = Chart(file, title, spec, f"{self.slug}_effects")
         return list(drawn.values())
+
+    @cached_property
+    def scaling(self) -> list[Chart]:
+        """The charts of the scaling law of runs of several sizes and budgets on the same data, measured alike."""
+        alike = [run for run in self.runs if run.path in self.ranks and self.ranks[run.path][0] == 0]
+        of_data = {(run.manifest["data_fingerprint"], run.manifest["tokenizer_hash"]) for run in alike}
+        return scaling_charts(alike, self.slug) if len(of_data) == 1 else []
 
     @cached_property
     def intervals(self) -> list[list[Chart]]:
