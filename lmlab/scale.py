@@ -22,7 +22,7 @@ from lmlab.evaluation import scaling
 from lmlab.evaluation.scaling import IsoFlop, Ladder, Law
 from lmlab.io import from_here, write_out
 from lmlab.reporting.load import LOADER, find_runs
-from lmlab.reporting.text import as_text, latex
+from lmlab.reporting.text import latex, number_text
 from lmlab.runs.choices import of_this_version
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import read_status
@@ -331,16 +331,6 @@ def row_texts(row: dict[str, Any], metric: str) -> dict[str, str]:
         elif not name.endswith("high"):
             texts[metric if name == "loss" else name] = number_text(value)
     return texts
-
-
-def number_text(value: Any) -> str:
-    """Returns a value of a table: a large number with three digits, one that is not whole with four."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return as_text(value)
-    if abs(value) >= 1e5:
-        digits, _, power = f"{value:.2e}".partition("e+")
-        return f"{float(digits):g}e{int(power)}"
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1e3 else f"{value:#.4g}"
 
 
 def largest_text(rows: Sequence[dict[str, Any]]) -> str:

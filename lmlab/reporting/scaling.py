@@ -10,6 +10,7 @@ import pandas as pd
 from lmlab.evaluation.scaling import IsoFlop, Ladder, Law, fit_isoflop, fit_law, intervals, power_laws, why_unfit
 from lmlab.reporting.charts import AXIS, BLUE, VIRIDIS, Chart, render, tooltip
 from lmlab.reporting.load import Run
+from lmlab.reporting.text import number_text
 
 POINTS = 60
 """Points of a curve."""
@@ -19,7 +20,7 @@ BEYOND = 10
 
 def draw_isoflop(ladder: Ladder, isoflop: IsoFlop, metric: str) -> dict[str, Any]:
     """Draws the loss of the runs of each budget against their parameters, with its parabola and its minimum."""
-    labels = [f"{flops:.3g}" for flops in ladder.budget_flops]
+    labels = [number_text(flops) for flops in ladder.budget_flops]
     runs = pd.DataFrame(
         {
             "budget": [labels[budget] for budget in ladder.budgets],
