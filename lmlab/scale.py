@@ -99,12 +99,7 @@ def scale(arguments: argparse.Namespace) -> None:
         "budgets": budget_rows(ladder, isoflop),
         "law": law_rows(law, powers),
         "largest_budget": scaling.predict_largest(ladder),
-        "predictions": [
-            row
-            for request in asked
-            for row in prediction_rows(request, law, powers)
-            if not math.isnan(row["parameters"])
-        ],
+        "predictions": [row for request in asked for row in prediction_rows(request, law, powers)],
     }
     texts = {name: [row_texts(row, metric) for row in rows] for name, rows in tables.items()}
 
@@ -132,8 +127,13 @@ def scale(arguments: argparse.Namespace) -> None:
     if tables["largest_budget"]:
         show("The largest budget, predicted from the others", texts["largest_budget"], words=0)
         print(largest_text(tables["largest_budget"]))
-    if tables["predictions"]:
-        show("Predictions", texts["predictions"], words=2)
+    optima = [row for row in texts["predictions"] if row["FLOPs"]]
+    sizes = [row for row in texts["predictions"] if not row["FLOPs"]]
+    if optima:
+        show("The best sizes for FLOPs", optima, words=0)
+    if sizes:  # whose other columns are empty
+        show("Runs of other sizes", [{head: row[head] for head in row if row[head]} for row in sizes], words=0)
+    if asked:
         print(beyond_text(asked, ladder))
     print(f"Written to {from_here(out.resolve())}: {', '.join(files)}")
 
@@ -257,7 +257,7 @@ def check_fit(ladder: Ladder, left_out: Sequence[str]) -> None:
     why = scaling.why_unfit(ladder)
     if len(flops) == 1:
         runs = counted(len(ladder.losses), "run")
-        why = f"a scaling law takes several budgets; {runs} of {number_text(flops[0])} FLOPs have one"
+        why = f"a scaling law takes several budgets; there is one, of {number_text(flops[0])} FLOPs in {runs}"
     if why:
         also = f" ({counted(len(left_out), 'run')} left out: {left_out[0]})" if left_out else ""
         raise UserError(f"{why}{also}.\nFor runs of several sizes and budgets: {LADDER}")
@@ -296,28 +296,31 @@ def law_rows(law: Law, powers: np.ndarray) -> list[dict[str, Any]]:
 
 def prediction_rows(request: dict[str, float], law: Law, powers: np.ndarray) -> list[dict[str, Any]]:
     """Returns the rows of what is predicted for FLOPs, by both approaches, or for parameters and tokens."""
-    asked = " ".join(f"{key}={number_text(value)}" for key, value in request.items())
     if "flops" not in request:
-        parameters, tokens = np.array([request["parameters"]]), np.array([request["tokens"]])
-        samples: dict[str, Any] = {"loss": law.scattered(law.loss(parameters, tokens))}
-        return [prediction_row(asked, "parametric", samples | {"parameters": parameters, "tokens": tokens})]
+        given = [np.array([request[key]]) for key in ("parameters", "tokens")]
+        losses = law.scattered(law.loss(*given))
+        return [prediction_row(math.nan, "", *(np.array([value, [math.nan]]) for value in given), losses)]
     flops = np.array([request["flops"]])
-    parameters, tokens = law.optimum(flops)
-    samples = {"parameters": parameters, "tokens": tokens, "loss": law.scattered(law.loss(parameters, tokens))}
     lines = np.exp(powers[..., :1] * np.log(flops) + powers[..., 1:])  # [2, S, 1]
-    return [
-        prediction_row(asked, "isoFLOP", {"parameters": lines[0], "tokens": lines[1]}),
-        prediction_row(asked, "parametric", samples),
+    parameters, tokens = law.optimum(flops)
+    losses = law.scattered(law.loss(parameters, tokens))
+    rows = [
+        prediction_row(flops[0], "isoFLOP", *lines, np.full((2, 1), np.nan)),
+        prediction_row(flops[0], "parametric", parameters, tokens, losses),
     ]
+    return [row for row in rows if not math.isnan(row["parameters"])]
 
 
-def prediction_row(asked: str, approach: str, samples: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Returns a row of predictions, by their samples [S, 1], or [1] of what was given."""
-    row: dict[str, Any] = {"of": asked, "approach": approach}
-    for name in ("parameters", "tokens", "loss"):
-        values = samples.get(name, np.full((2, 1), np.nan))
-        low, high = scaling.intervals(values) if values.ndim > 1 else ([math.nan], [math.nan])
-        row |= {name: values.flat[0], f"{name}_low": low[0], f"{name}_high": high[0]}
+def prediction_row(flops: float, approach: str, *samples: np.ndarray) -> dict[str, Any]:
+    """Returns a row of predictions.
+
+    Args:
+        samples: of parameters, tokens and loss, each [S, 1]; all but the first nan where there is no interval.
+    """
+    row: dict[str, Any] = {"FLOPs": flops, "approach": approach}
+    for name, values in zip(("parameters", "tokens", "loss"), samples, strict=True):
+        low, high = scaling.intervals(values)
+        row |= {name: values[0, 0], f"{name}_low": low[0], f"{name}_high": high[0]}
     return row
 
 
