@@ -182,9 +182,9 @@ class Law:
 
     @property
     def constants(self) -> dict[str, np.ndarray]:
-        """The constants of the law by their names, each [S]."""
+        """The constants of the law by their names, each [S]; E is 0 where the fit lets it vanish."""
         a, b, e, alpha, beta = self.theta.T
-        return {"E": np.exp(e), "A": np.exp(a), "alpha": alpha, "B": np.exp(b), "beta": beta}
+        return {"E": np.exp(e).round(9), "A": np.exp(a), "alpha": alpha, "B": np.exp(b), "beta": beta}
 
     @property
     def exponents(self) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,8 @@ def draw_frontier(ladder: Ladder, isoflop: IsoFlop, law: Law, metric: str) -> di
     x = alt.X("flops:Q").title("floating-point operations").scale(type="log", nice=False, padding=10)
     x = x.axis(format=".0e", values=ticks(flops))
     y = alt.Y("loss:Q").title(metric).scale(type="log", zero=False, nice=False, padding=15).axis(**AXIS)
-    size = alt.Color("parameters:Q").scale(type="log", scheme=VIRIDIS).title("parameters")
+    size = alt.Color("parameters:Q").scale(type="log", scheme=VIRIDIS)
+    size = size.legend(values=ticks(ladder.parameters), format="~s")
     ends = {"y": alt.Y("low:Q").title(metric), "y2": "high:Q"}
     band = alt.Chart(frontier).mark_area(opacity=0.18, color=BLUE).encode(x=x, **ends)
     line = alt.Chart(frontier).mark_line(strokeWidth=1.8, color=BLUE).encode(x=x, y=y)
