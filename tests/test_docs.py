@@ -15,7 +15,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lmlab import compare as compare_verb
-from lmlab import dashboard, evaluate, export, predict, push, report, resume, sweep, train
+from lmlab import dashboard, evaluate, export, predict, push, report, resume, scale, sweep, train
 from lmlab.config import changes, compose, evaluated, files, schema
 from lmlab.evaluation import records
 from lmlab.preview.plan import plan_command
@@ -30,6 +30,7 @@ VERBS = (
     "resume",
     "evaluate",
     "compare",
+    "scale",
     "predict",
     "doctor",
     "sweep",
@@ -62,6 +63,7 @@ def one_point(arguments: list[str]) -> list[str]:
     """A command without its sweep, but for the first value of each key."""
     words = (word for word in arguments if word not in ("-m", "--cfg", "job"))
     words = (re.sub(r"=[a-z]+\(.*?(\d[\d.e-]*),.*", r"=\1", word) for word in words)  # interval, range
+    words = (re.sub(r"=(\{[^}]*\}),.*", r"=\1", word) for word in words)  # blocks
     return [re.sub(r"=([^\[{']*?),.*", r"=\1", word) for word in words]
 
 
@@ -137,7 +139,7 @@ def test_preview_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert plan.points == (6 if "seed=1,2,3" in arguments else 2 if "seed=1,2" in arguments else 1)
 
 
-@pytest.mark.parametrize("module", [sweep, report, dashboard, export, push], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [sweep, report, scale, dashboard, export, push], ids=lambda module: module.__name__)
 def test_command_of_plain_arguments(module: ModuleType) -> None:
     for arguments in verb(module.__name__.rpartition(".")[2]):
         module.parser().parse_intermixed_args(arguments)

@@ -1430,7 +1430,19 @@ def test_a_defect_is_not_made_plain() -> None:
         _ = 1 / 0
 
 
-VERBS = ("train", "evaluate", "preview", "resume", "sweep", "predict", "compare", "report", "dashboard", "doctor")
+VERBS = (
+    "train",
+    "evaluate",
+    "preview",
+    "resume",
+    "sweep",
+    "predict",
+    "compare",
+    "scale",
+    "report",
+    "dashboard",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,6 +1,6 @@
 """The charts of a report: a Vega-Lite specification each, for the page and for the image files beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -232,6 +232,14 @@ def draw_final(finals: pd.DataFrame, field: str, title: str) -> dict[str, Any]:
         zero = alt.Chart(alt.Data(values=[{}])).mark_rule(color="#888", strokeDash=[4, 3]).encode(x=alt.XDatum(0))
         chart = zero + chart
     return render(chart, 22 * max(2, len(finals)))
+
+
+def image_files(charts: Iterable[Chart]) -> Iterator[tuple[str, str | bytes]]:
+    """Yields the names and contents of the image files of charts, an SVG and a PNG of each."""
+    for chart in charts:
+        svg = vl_convert.vegalite_to_svg(chart.spec)
+        yield f"{chart.name}.svg", svg
+        yield f"{chart.name}.png", vl_convert.svg_to_png(svg, scale=2)
 
 
 def losses_png(run: Run) -> bytes | None:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from lmlab.console import command, counted
 from lmlab.errors import UserError
 from lmlab.io import PARTIAL, from_here, read_json
+from lmlab.reporting.charts import image_files
 from lmlab.reporting.load import Run, local_time
 from lmlab.reporting.section import Section
 from lmlab.reporting.suites import shown
@@ -53,10 +54,7 @@ def report_files(
     yield from ((f"{name}.csv", table.to_csv(index=False)) for name, table in tables.items())
     yield "runs.tex", runs_latex(sections)
     yield "report.html", html(sections, suites, unread)
-    for chart in charts:
-        svg = vl_convert.vegalite_to_svg(chart.spec)
-        yield f"{chart.name}.svg", svg
-        yield f"{chart.name}.png", vl_convert.svg_to_png(svg, scale=2)
+    yield from image_files(charts)
 
 
 def earlier_files(folder: Path) -> list[str]:

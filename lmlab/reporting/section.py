@@ -19,6 +19,7 @@ from lmlab.reporting.charts import Chart, draw_curve, draw_effect, draw_final, d
 from lmlab.reporting.failures import failure_charts, failure_tables
 from lmlab.reporting.load import COUNTS, SPLITS, Run, bits_per_byte, evaluation_metrics, objective_of
 from lmlab.reporting.names import differing_keys, name_configurations, name_evaluations, name_series, shorten_keys
+from lmlab.reporting.scaling import scaling_charts
 from lmlab.reporting.statistics import BEST, final_metrics, split_comparable, verdict
 from lmlab.reporting.text import as_text, brief, letter, p_text, shorten
 from lmlab.runs.choices import as_typed
@@ -309,6 +310,13 @@ class Section:
         return list(drawn.values())
 
     @cached_property
+    def scaling(self) -> list[Chart]:
+        """The charts of the scaling law of runs of several sizes and budgets on the same data, measured alike."""
+        alike = [run for run in self.runs if run.path in self.ranks and self.ranks[run.path][0] == 0]
+        of_data = {(run.manifest["data_fingerprint"], run.manifest["tokenizer_hash"]) for run in alike}
+        return scaling_charts(alike, self.slug) if len(of_data) == 1 else []
+
+    @cached_property
     def intervals(self) -> list[list[Chart]]:
         """The charts of the final metrics of each kind of evaluation."""
         drawn = []
@@ -329,7 +337,8 @@ class Section:
     @property
     def charts(self) -> list[Chart]:
         """All charts of the section."""
-        return [*self.curves, *self.effects, *(chart for kind in self.intervals for chart in kind), *self.failures]
+        finals = [chart for kind in self.intervals for chart in kind]
+        return [*self.curves, *self.effects, *self.scaling, *finals, *self.failures]
 
     @cached_property
     def troubles(self) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Numbers, values of a config and tables, as a report and a comparison write them for a person."""
 
+import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,21 @@ def as_text(value: Any, head: str = "") -> str:
     if abs(value) >= 1e6:
         return f"{value:.3g}"
     return format(value, next((form for part, form in FORMATS.items() if part in head), ",.5g"))
+
+
+def number_text(value: Any) -> str:
+    """Returns a value of a table over many orders of magnitude: very large and very small numbers as 1.23e9.
+
+    >>> [number_text(value) for value in (3e10, 244_704, 12_345, 0.45, 0.00012, None)]
+    ['3e10', '2.45e5', '12,345', '0.4500', '1.2e-4', '']
+    """
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return as_text(value)
+    value = float(value)
+    if value and not 1e-3 <= abs(value) < 1e5:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1e3 else f"{value:#.4g}"
 
 
 def p_text(p: float | None) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmlab.reporting.text import as_text
+from lmlab.reporting.text import as_text, number_text
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,9 @@ from lmlab.reporting.text import as_text
 )
 def test_as_text(value: Any, head: str, text: str) -> None:
     assert as_text(value, head) == text
+
+
+def test_numbers_over_many_orders_of_magnitude() -> None:
+    values = [3e10, 244_704, np.float64(99_999), 0.45, 0.00012, 6, float("inf"), float("nan"), None, "isoFLOP"]
+    texts = ["3e10", "2.45e5", "99,999", "0.4500", "1.2e-4", "6", "inf", "", "", "isoFLOP"]
+    assert [number_text(value) for value in values] == texts
