@@ -205,7 +205,8 @@ def merge_copy(kept: list[Tensor], layer: Any, args: Any) -> None:
     weight = layer.get_base_layer().weight
     kept.append(weight.data)
     weight.data = weight.data.clone()
-    layer.merge()
+    with torch.autocast(weight.device.type, enabled=False):  # which would multiply A and B in bf16
+        layer.merge()
 
 
 def take_back(kept: list[Tensor], layer: Any, args: Any, output: Any) -> None:
