@@ -66,10 +66,10 @@ ROWS = [
     ),
     Row(
         "causal step with LoRA, DistilGPT2 size, 8 × 128 / of all weights",
-        "train peer=lmlab lmlab.adapter=lora agree=1",
+        "train peer=lmlab agree=1 lmlab.adapter=lora",
         "≥ 1.33",
     ),
-    Row("memory of the same", "train peer=lmlab lmlab.adapter=lora measure=memory", "≤ 0.6"),
+    Row("memory of the same", "train peer=lmlab measure=memory lmlab.adapter=lora", "≤ 0.6"),
     Row("small causal step / masked diffusion step of that size", "objectives", "≥ 0.91"),
     Row(
         "small generator's step and discriminator's / ELECTRA's step",

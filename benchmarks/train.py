@@ -6,7 +6,7 @@
   python -m benchmarks.train size=tiny peer=lightning                      over Lightning's own loop
   python -m benchmarks.train size=small peer=lmlab lmlab.compile=true      over lmlab without the lmlab.… keys
   python -m benchmarks.train size=distil block_size=1024 measure=memory    peak memory of one step
-  python -m benchmarks.train peer=lmlab lmlab.adapter=lora agree=1         LoRA over training all weights
+  python -m benchmarks.train peer=lmlab agree=1 lmlab.adapter=lora         LoRA over training all weights
 
 Keys, with their defaults:
 

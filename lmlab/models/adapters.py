@@ -80,7 +80,7 @@ def lora(
 
     Args:
         r: the rank, which is the number of rows of A.
-        alpha: the scale of what is added, times r.
+        alpha: what is added to a matrix is scaled by alpha / r.
         dropout: the share of the inputs of A that are left out in training.
         targets: the linear layers that get an adapter, by the ends of their names; `all-linear` for all in the repeated
             layers. None takes those that peft has for the architecture, or all.
@@ -186,10 +186,10 @@ def adapted_layers(model: nn.Module) -> "list[tuple[str, LoraLayer]]":
 
 @contextmanager
 def merged_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Lets a model in evaluation mode compute with merged weights, as its export does, to the last bit.
+    """Lets a model in evaluation mode compute with merged weights, as its export does; afterwards they are as before.
 
-    Otherwise it would round otherwise, much so in bf16. The weights of one layer at a time are merged, in a copy: a
-    model of which most memory is weights has no room for another of each.
+    Where the adapter is computed beside them instead, products are rounded in other places, which shows in bf16. One
+    layer at a time is merged, in a copy of its weight: there may be no memory for a copy of all.
     """
     with ExitStack() as stack:
         for _, layer in [] if model.training else adapted_layers(model):
@@ -205,7 +205,8 @@ def merge_copy(kept: list[Tensor], layer: Any, args: Any) -> None:
     weight = layer.get_base_layer().weight
     kept.append(weight.data)
     weight.data = weight.data.clone()
-    layer.merge()
+    with torch.autocast(weight.device.type, enabled=False):  # which would multiply A and B in bf16
+        layer.merge()
 
 
 def take_back(kept: list[Tensor], layer: Any, args: Any, output: Any) -> None:

@@ -63,6 +63,8 @@ def load_weights(
         return model, missing
     options |= {"revision": revision, "config": config, "trust_remote_code": False, "output_loading_info": True}
     model, loaded = auto.from_pretrained(**located_weights(name), **options)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} has an adapter on the hub beside its weights: download it, and name its directory.")
     return model, sorted(loaded["missing_keys"])
 
 

@@ -54,11 +54,15 @@ def test_merged_weights_compute_what_the_adapter_does(architecture: str, causal:
         logits = model(ids).logits
         with adapters.merged_in_evaluation(model):
             in_evaluation = model(ids).logits
+            with torch.autocast("cpu", torch.bfloat16):
+                in_bf16 = model(ids).logits
         assert torch.equal(model(ids).logits, logits)  # the weights are what they were
         state = adapters.merged_state(model, model.state_dict())
         adapters.remove(model)
         model.load_state_dict(state)
         merged = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(in_bf16, model(ids).logits)
     torch.testing.assert_close(merged, logits, rtol=1e-5, atol=1e-6)
     assert torch.equal(in_evaluation, merged)
     assert (merged - before).abs().max() > 0.01
