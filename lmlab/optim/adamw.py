@@ -20,6 +20,9 @@ class AdamW(Scheduled):
     eps: Annotated[float, Ge(0)] = 1e-8
     """The term added to the denominator of the update, for numerical stability."""
 
+    base_width: Annotated[int, Ge(1)] | None = None
+    """The width of the model whose lr this is: of a wider one, rates and initial weights follow from it (width.py)."""
+
     def make(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
         """Returns torch's AdamW, in one pass over the parameters where the device has that."""
         fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])

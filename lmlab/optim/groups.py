@@ -72,24 +72,31 @@ def freeze(model: nn.Module, settings: Settings) -> None:
         raise UserError("optim.groups freezes all parameters, so that there is nothing to train.")
 
 
-def make_groups(model: nn.Module, lr: float, weight_decay: float, settings: Settings) -> list[dict[str, Any]]:
+def make_groups(
+    model: nn.Module, lr: float, weight_decay: float, settings: Settings, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Returns the groups of the trained parameters, as torch's optimizers take them.
 
     The parameters that no pattern matches come first, and then those of each pattern. Of either, matrices and
     embeddings come before vectors (norms and biases), which do not decay unless their pattern says so.
+
+    Args:
+        factors: those of the rate of some parameters, by their names; of their decay they are the divisors.
     """
-    pattern_of = match(model, settings)
-    groups: dict[tuple[str | None, bool], dict[str, Any]] = {}
+    pattern_of, factors = match(model, settings), factors or {}
+    groups: dict[tuple[str | None, bool, float], dict[str, Any]] = {}
     for pattern in (None, *settings):
         own: Mapping[str, Any] = {} if pattern is None else settings[pattern]
-        for is_vector in (False, True):
-            decay = own.get("weight_decay", 0.0 if is_vector else weight_decay)
-            groups[pattern, is_vector] = {"params": [], "lr": own.get("lr", lr), "weight_decay": decay}
+        for factor in sorted({1.0, *factors.values()}, reverse=True):
+            for is_vector in (False, True):
+                decay = own.get("weight_decay", 0.0 if is_vector else weight_decay) / factor
+                group = {"params": [], "lr": own.get("lr", lr) * factor, "weight_decay": decay}
+                groups[pattern, is_vector, factor] = group
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[pattern_of[name], parameter.ndim < 2]["params"].append(parameter)
+            groups[pattern_of[name], parameter.ndim < 2, factors.get(name, 1.0)]["params"].append(parameter)
     # The first two are kept even if they are empty, as checkpoints of runs without patterns have both.
-    return [group for (pattern, _), group in groups.items() if group["params"] or pattern is None]
+    return [group for (pattern, *_), group in groups.items() if group["params"] or pattern is None]
 
 
 def describe_groups(model: nn.Module, lr: float, weight_decay: float, settings: Settings) -> list[dict[str, Any]]:
@@ -104,3 +111,12 @@ def describe_groups(model: nn.Module, lr: float, weight_decay: float, settings: 
         row.update({"lr": lr, "weight_decay": weight_decay, "freeze": False, **own})
         rows.append(row)
     return rows
+
+
+def layer_matrices(model: nn.Module) -> set[int]:
+    """Returns the `id` of each matrix of a model that is neither an embedding nor the projection to the vocabulary."""
+    apart = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        apart.add(id(head.weight))
+    return {id(p) for p in model.parameters() if p.ndim == 2} - apart

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lmlab.errors import UserError
+from lmlab.optim.groups import layer_matrices
 from lmlab.optim.schedule import Scheduled
 
 
@@ -56,15 +57,6 @@ class Muon(Scheduled):
         options = {"momentum": self.momentum, "ns_steps": self.newton_schulz_steps, "adjust_lr_fn": "match_rms_adamw"}
         adamw = {"betas": (self.betas[0], self.betas[1]), "eps": self.eps}
         return MuonAndAdamW([group for group in split if group["params"]], options, adamw)
-
-
-def layer_matrices(model: nn.Module) -> set[int]:
-    """Returns the `id` of each matrix of a model that is neither an embedding nor the projection to the vocabulary."""
-    apart = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None:
-        apart.add(id(head.weight))
-    return {id(p) for p in model.parameters() if p.ndim == 2} - apart
 
 
 class MuonAndAdamW(Optimizer):

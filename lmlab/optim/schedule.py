@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lmlab.errors import UserError, nearest
 from lmlab.optim.groups import check_settings, describe_groups, freeze, make_groups
+from lmlab.optim.width import factors
 
 LOG = logging.getLogger(__name__)
 Schedule = Callable[[float, float], float]
@@ -107,7 +108,8 @@ class Scheduled:
     def __call__(self, model: nn.Module, steps: int) -> tuple[Optimizer, LambdaLR]:
         if self.warmup(steps) >= steps:
             LOG.warning("the warm-up is as long as the run, %d steps: lr is not reached (optim.warmup_steps).", steps)
-        optimizer = self.make(model, make_groups(model, self.lr, self.weight_decay, self.groups or {}))
+        ratios = factors(model, getattr(self, "base_width", None))
+        optimizer = self.make(model, make_groups(model, self.lr, self.weight_decay, self.groups or {}, ratios))
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
     def freeze(self, model: nn.Module) -> None:

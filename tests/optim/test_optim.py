@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.optim import SCHEDULES, AdamW, Muon, ScheduleFree
-from lmlab.optim.muon import layer_matrices
+from lmlab.optim.groups import layer_matrices
 from tests.conftest import TINY, losses, metrics, run_verb, stop_after
 
 Train = Callable[..., Path]
