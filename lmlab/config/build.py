@@ -150,7 +150,7 @@ def build_training(
     from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
     from lmlab.optim import Muon, Scheduled, ScheduleFree
-    from lmlab.optim.width import factors, scale_initial_weights
+    from lmlab.optim.width import scale_initial_weights
     from lmlab.training.module import LMModule
 
     assert data.train is not None
@@ -162,7 +162,10 @@ def build_training(
     optimizer = build(cfg.optim, "optim")
     if isinstance(optimizer, Scheduled):
         optimizer.freeze(model)
-        scale_initial_weights(model, factors(model, getattr(optimizer, "base_width", None)))
+        if factors := optimizer.factors(model):
+            if "name" in cfg.model:
+                raise UserError("optim.base_width is for models from scratch, whose initial weights it scales.")
+            scale_initial_weights(model, factors)
     steps, interval, _ = training_length(cfg, data, model)
     check_example(cfg, data, objective)
     held_out, whole = build_validation(cfg, data, objective)

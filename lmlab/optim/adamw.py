@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from lmlab.optim.schedule import Scheduled
+from lmlab.optim.width import width_factors
 
 
 @dataclass(config={"strict": True})
@@ -22,6 +23,10 @@ class AdamW(Scheduled):
 
     base_width: Annotated[int, Ge(1)] | None = None
     """The width of the model whose lr this is: of a wider one, rates and initial weights follow from it (width.py)."""
+
+    def factors(self, model: nn.Module) -> dict[str, float]:
+        """Returns the factors of the rates that go by the width of a model; none without `base_width`."""
+        return {} if self.base_width is None else width_factors(model, self.base_width)
 
     def make(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
         """Returns torch's AdamW, in one pass over the parameters where the device has that."""

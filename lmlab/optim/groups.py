@@ -73,7 +73,7 @@ def freeze(model: nn.Module, settings: Settings) -> None:
 
 
 def make_groups(
-    model: nn.Module, lr: float, weight_decay: float, settings: Settings, factors: Mapping[str, float] | None = None
+    model: nn.Module, lr: float, weight_decay: float, settings: Settings, factors: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Returns the groups of the trained parameters, as torch's optimizers take them.
 
@@ -83,7 +83,7 @@ def make_groups(
     Args:
         factors: those of the rate of some parameters, by their names; of their decay they are the divisors.
     """
-    pattern_of, factors = match(model, settings), factors or {}
+    pattern_of = match(model, settings)
     groups: dict[tuple[str | None, bool, float], dict[str, Any]] = {}
     for pattern in (None, *settings):
         own: Mapping[str, Any] = {} if pattern is None else settings[pattern]
@@ -99,17 +99,28 @@ def make_groups(
     return [group for (pattern, *_), group in groups.items() if group["params"] or pattern is None]
 
 
-def describe_groups(model: nn.Module, lr: float, weight_decay: float, settings: Settings) -> list[dict[str, Any]]:
-    """Returns what holds for the parameters of each pattern, and for all others, whose pattern is ""."""
-    pattern_of, rows = match(model, settings), []
+def describe_groups(
+    model: nn.Module, lr: float, weight_decay: float, settings: Settings, factors: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Returns what holds for the parameters of each pattern, and for all others, whose pattern is "".
+
+    Those whose rate has a factor (see `make_groups`) have a row of their own.
+    """
+    pattern_of, rows = match(model, settings), list[dict[str, Any]]()
     for pattern in (*settings, None):
         own: Mapping[str, Any] = {} if pattern is None else settings[pattern]
-        row: dict[str, Any] = {"pattern": pattern or ""}
-        # Beside an adapter those of its base are not trained, whatever the pattern says.
-        named = [p for name, p in model.named_parameters() if pattern_of[name] == pattern]
-        row["parameters"] = sum(p.numel() for p in named if p.requires_grad or own.get("freeze"))
-        row.update({"lr": lr, "weight_decay": weight_decay, "freeze": False, **own})
-        rows.append(row)
+        held = {"lr": lr, "weight_decay": weight_decay, "freeze": False, **own}
+        for factor in sorted({1.0, *factors.values()}, reverse=True):
+            # Beside an adapter those of its base are not trained, whatever the pattern says.
+            named = [
+                p
+                for name, p in model.named_parameters()
+                if pattern_of[name] == pattern and factors.get(name, 1.0) == factor
+            ]
+            count = sum(p.numel() for p in named if p.requires_grad or own.get("freeze"))
+            if count or factor == 1:
+                by_width = {"lr": held["lr"] * factor, "weight_decay": held["weight_decay"] / factor}
+                rows.append({"pattern": pattern or "", "parameters": count, **held, **by_width})
     return rows
 
 

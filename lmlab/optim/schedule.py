@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lmlab.errors import UserError, nearest
 from lmlab.optim.groups import check_settings, describe_groups, freeze, make_groups
-from lmlab.optim.width import factors
 
 LOG = logging.getLogger(__name__)
 Schedule = Callable[[float, float], float]
@@ -108,8 +107,8 @@ class Scheduled:
     def __call__(self, model: nn.Module, steps: int) -> tuple[Optimizer, LambdaLR]:
         if self.warmup(steps) >= steps:
             LOG.warning("the warm-up is as long as the run, %d steps: lr is not reached (optim.warmup_steps).", steps)
-        ratios = factors(model, getattr(self, "base_width", None))
-        optimizer = self.make(model, make_groups(model, self.lr, self.weight_decay, self.groups or {}, ratios))
+        groups = make_groups(model, self.lr, self.weight_decay, self.groups or {}, self.factors(model))
+        optimizer = self.make(model, groups)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, steps))
 
     def freeze(self, model: nn.Module) -> None:
@@ -120,9 +119,19 @@ class Scheduled:
         """
         freeze(model, self.groups or {})
 
+    def factors(self, model: nn.Module) -> dict[str, float]:
+        """Returns the factors of the rates of some parameters of a model, by their names."""
+        return {}
+
     def describe_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Returns what holds for the parameters of each pattern of `groups`, and for all others; none without any."""
-        return describe_groups(model, self.lr, self.weight_decay, self.groups) if self.groups else []
+        """Returns what holds for the parameters of each pattern of `groups`, and for all others; none if all are alike.
+
+        Those whose rate goes by the width of the model have a row of their own.
+        """
+        groups, factors = self.groups or {}, self.factors(model)
+        if not groups and not factors:
+            return []
+        return describe_groups(model, self.lr, self.weight_decay, groups, factors)
 
     def warmup(self, steps: int) -> int:
         """Returns the number of steps from 0 up to lr, of `steps`."""

@@ -1,7 +1,7 @@
 """Rates and initial weights by width, so that the best learning rate of a narrow model is that of a wide one.
 
-This is the maximal update parametrization for Adam (Yang et al. 2022, "Tensor Programs V", table 8). m is the width of
-the base over that of the model:
+This is the maximal update parametrization for Adam (Yang et al. 2022, "Tensor Programs V", table 8). m is the width
+of the base over that of the model:
 
 ```
                                                 initial weights   learning rate   weight decay
@@ -10,8 +10,8 @@ norm before the projection to the vocabulary    · m               · m         
 all others: embeddings, projection, vectors     as they are       as it is        as it is
 ```
 
-The norm stands for the factor m of the logits in the paper: to Adam it is the same, and the exported model is one of its
-own architecture.
+The norm stands for the factor m of the logits in the paper: to Adam it is the same, and the exported model is one of
+its own architecture.
 """
 
 from collections.abc import Mapping
@@ -27,14 +27,12 @@ FINAL_NORM = {"gpt2": "transformer.ln_f"}
 """The norm before the projection to the vocabulary, of the architectures for which it was tried that rates transfer."""
 
 
-def factors(model: nn.Module, base_width: int | None) -> dict[str, float]:
-    """Returns m for the names of the parameters whose rate goes by the width; {} without a base.
+def width_factors(model: nn.Module, base_width: int) -> dict[str, float]:
+    """Returns m for the names of the parameters whose rate goes by the width.
 
     Raises:
         UserError: the model is not of an architecture for which that was tried.
     """
-    if base_width is None:
-        return {}
     kind = model.config.model_type if isinstance(model, PreTrainedModel) else "torch module"
     if not isinstance(model, PreTrainedModel) or kind not in FINAL_NORM:
         raise UserError(
@@ -47,12 +45,12 @@ def factors(model: nn.Module, base_width: int | None) -> dict[str, float]:
 
 
 @torch.no_grad()
-def scale_initial_weights(model: nn.Module, ratios: Mapping[str, float]) -> None:
+def scale_initial_weights(model: nn.Module, factors: Mapping[str, float]) -> None:
     """Scales the initial weights of a model by its width, in place.
 
     Args:
-        ratios: as of `factors`.
+        factors: as of `width_factors`.
     """
-    for name, ratio in ratios.items():
+    for name, factor in factors.items():
         parameter = model.get_parameter(name)
-        parameter.mul_(ratio**0.5 if parameter.ndim > 1 else ratio)
+        parameter.mul_(factor**0.5 if parameter.ndim > 1 else factor)

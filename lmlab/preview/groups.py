@@ -9,12 +9,12 @@ from lmlab.console import show_rows
 
 
 def show_groups(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class: str) -> None:
-    """Prints the groups that `optim.groups` makes, if it makes any and the model can be made without weights.
+    """Prints the groups of parameters that differ, if there are several and the model can be made without weights.
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
     """
-    if not cfg.optim.get("groups"):
+    if not cfg.optim.get("groups") and not cfg.optim.get("base_width"):
         return
     model = model_without_weights(cfg, tokenizer, auto_class)
     if model is not None:

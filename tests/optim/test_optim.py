@@ -18,6 +18,7 @@ from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.optim import SCHEDULES, AdamW, Muon, ScheduleFree
 from lmlab.optim.groups import layer_matrices
+from lmlab.optim.width import scale_initial_weights, width_factors
 from tests.conftest import TINY, losses, metrics, run_verb, stop_after
 
 Train = Callable[..., Path]
@@ -169,3 +170,60 @@ def test_a_schedule_ends_at_its_floor(name: str) -> None:
     if name == "one_minus_sqrt":  # the last fifth of the 100 steps after warm-up
         assert factors[90] == pytest.approx(1)
         assert factors[95] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(5 / 20)))
+
+
+def wide(width: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=width, n_layer=2, n_head=2))
+
+
+def test_rates_and_initial_weights_by_width() -> None:
+    """As the table of Yang et al. 2022 has them; at the width of the base, nothing changes."""
+    model, optimizer = wide(32), AdamW(lr=0.1, weight_decay=0.2, base_width=8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scale_initial_weights(model, width_factors(model, 8))
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {
+        names[id(p)]: (group["lr"], group["weight_decay"], float((p.detach() / before[names[id(p)]]).nanmedian()))
+        for group in optimizer(model, 9)[0].param_groups
+        for p in group["params"]
+    }
+    assert found["transformer.h.0.mlp.c_fc.weight"] == pytest.approx((0.025, 0.8, 0.5))
+    assert found["transformer.ln_f.weight"] == pytest.approx((0.025, 0.0, 0.25))
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        assert found[name] == pytest.approx((0.1, 0.2, 1.0))
+    assert found["transformer.h.1.ln_1.weight"] == pytest.approx((0.1, 0.0, 1.0))
+    same_width, plain = wide(8), wide(8)
+    scale_initial_weights(same_width, width_factors(same_width, 8))
+    for other, base_width in ((same_width, 8), (plain, None)):
+        one, _ = AdamW(lr=0.01, schedule="constant", base_width=base_width)(other, 9)
+        step(other, one, seed=1)
+    assert same(same_width, plain)
+
+
+def test_the_norm_before_the_projection_stands_for_a_factor_of_the_logits() -> None:
+    """To Adam a norm of m times the weights and the rate is the same as logits of m times the size (table 8)."""
+    ours, theirs, ratio = wide(32), wide(32), 8 / 32
+    scale_initial_weights(ours, width_factors(ours, 8))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if ".h." in name and p.ndim == 2:
+                p.mul_(ratio**0.5)
+    head = theirs.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * ratio,))
+    optimizer, _ = AdamW(lr=0.01, schedule="constant", weight_decay=0.0, base_width=8, eps=1e-20)(ours, 9)
+    hidden = [p for name, p in theirs.named_parameters() if ".h." in name and p.ndim == 2]
+    others = [p for p in theirs.parameters() if not any(p is each for each in hidden)]
+    reference = torch.optim.AdamW(
+        [{"params": others}, {"params": hidden, "lr": 0.01 * ratio}], lr=0.01, weight_decay=0.0, eps=1e-20
+    )
+    ids = torch.randint(20, (4, 8), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        losses = []
+        for model, each in ((ours, optimizer), (theirs, reference)):
+            each.zero_grad()
+            loss = model.eval()(ids, labels=ids).loss
+            loss.backward()
+            each.step()
+            losses.append(float(loss.detach()))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    head.remove()
