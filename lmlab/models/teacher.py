@@ -18,7 +18,7 @@ from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
 from lmlab.models.checks import check_model
 from lmlab.models.efficiency import fuse_activations
-from lmlab.models.gguf import load_config, load_tokenizer, load_weights
+from lmlab.models.formats import load_config, load_model, load_tokenizer
 from lmlab.models.loading import auto_class_of, auto_model, task
 from lmlab.models.loss import (
     compiled_nll_and_slope,
@@ -209,7 +209,7 @@ def load_teacher(
             )
         auto = auto_model(settings, kind)
         check_weights(auto, settings)
-        loaded, missing = load_weights(auto, repository, revision, settings, dtype=torch.float32)
+        loaded, missing = load_model(auto, repository, revision, settings, dtype=torch.float32)
     if missing:
         raise UserError(f"distill.model={model} holds no weights for {', '.join(missing)}.")
     try:
