@@ -16,9 +16,9 @@ from lmlab.runs.choices import is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.manifest import environment
 
-DECAYS = "one_minus_sqrt"
-"""The schedule of a cooldown of a run whose own one never decays."""
-CHANGEABLE = ("optim.schedule", "optim.final_ratio", "optim.decay_steps", "optim.warmup_steps")
+DECAYING = "one_minus_sqrt"
+"""The schedule of a cooldown of a run with a constant learning rate."""
+SCHEDULE = ("optim.schedule", "optim.final_ratio", "optim.decay_steps", "optim.warmup_steps")
 """The keys that a cooldown may change, beside those that a run that goes on may."""
 
 
@@ -50,7 +50,7 @@ def begin(
     check_full_rate(previous, manifest["steps"], step)
     cfg = with_decay(cfg, manifest["steps"], step, steps)
     schema.check_run(cfg)
-    free = (*changes.CHANGEABLE, *changes.LOCATED, *CHANGEABLE)
+    free = (*changes.CHANGEABLE, *changes.LOCATED, *SCHEDULE)
     changed = [text for key, text in changes.changed_values(cfg, previous).items() if not is_in(key, free)]
     if changed:
         raise UserError(f"a cooldown of {from_here(run.path)} can't go on with {', '.join(changed)}.\nLeave that out.")
@@ -141,7 +141,7 @@ def with_decay(cfg: DictConfig, length: int, step: int, steps: int) -> DictConfi
     cfg = cfg.copy()
     given: dict[str, Any] = {"warmup_steps": build(cfg.optim, "optim").warmup(length), "decay_steps": steps}
     if cfg.optim.schedule == "constant":
-        given["schedule"] = DECAYS
+        given["schedule"] = DECAYING
     for key, value in given.items():
         OmegaConf.update(cfg, f"optim.{key}", value, force_add=True)
     for key in cfg.get("budget") or ():

@@ -112,15 +112,16 @@ def score(
     if chunk_size is None:
         if observe is not None:
             observe(slice(None), rows.detach())
-        if z_loss:
-            nll = F.cross_entropy(rows.float(), targets, reduction="none")
-            losses = torch.stack([nll + z_loss * rows.float().logsumexp(1).square(), nll.detach()])
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             nll = F.cross_entropy(rows.float(), targets, reduction="none")  # of logits [N, V]
         else:  # on a CPU the former is up to 2e-6 too small at 50,000 tokens, as it sums one after the other
             nll, _ = nll_and_slope(rows, targets, None)
-        if not z_loss:
-            losses = nll if taught is None else torch.stack(taught.losses(rows, nll))
+        if z_loss:
+            losses = torch.stack([nll + z_loss * rows.float().logsumexp(1).square(), nll.detach()])
+        elif taught is not None:
+            losses = torch.stack(taught.losses(rows, nll))
+        else:
+            losses = nll
         losses = losses if weights is None else losses * weights
     else:
         head, train = model.get_output_embeddings(), torch.is_grad_enabled()
