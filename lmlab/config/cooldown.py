@@ -43,7 +43,7 @@ def begin(
     Raises:
         UserError: there is no such checkpoint, or the learning rate is not the full one there.
     """
-    from lmlab.training.checkpoint_io import load_checkpoint
+    from lmlab.training.checkpoint_io import best_values, load_checkpoint
 
     manifest, checkpoint = run.read_manifest(), find_checkpoint(run, step)
     step = run.step_of(checkpoint)
@@ -54,10 +54,6 @@ def begin(
     changed = [text for key, text in changes.changed_values(cfg, previous).items() if not is_in(key, free)]
     if changed:
         raise UserError(f"a cooldown of {from_here(run.path)} can't go on with {', '.join(changed)}.\nLeave that out.")
-    states = load_checkpoint(checkpoint)["callbacks"].values()
-    best: dict[int, float] = next(
-        (state["best"] for state in states if isinstance(state, dict) and "kept" in state), {}
-    )
     of_this = ("run_id", "started", "command", "seeds", "repeats", *environment())
     facts = {key: value for key, value in manifest.items() if key not in of_this}
     facts["went_on"] = [one for one in manifest.get("went_on", ()) if one["step"] <= step]
@@ -69,7 +65,8 @@ def begin(
         write_text(new.config, config_yaml(cfg))
         write_text(new.overrides, overrides_yaml(overrides))
         new.checkpoints.mkdir()
-        for path in (checkpoint, *map(run.best_at, best), run.ledger, run.metrics, run.samples, run.tokenizer):
+        best = map(run.best_at, best_values(load_checkpoint(checkpoint)))
+        for path in (checkpoint, *best, run.ledger, run.metrics, run.samples, run.tokenizer):
             to = folder / path.relative_to(run.path)
             if path.is_dir():
                 shutil.copytree(path, to)
