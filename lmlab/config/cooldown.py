@@ -19,7 +19,7 @@ from lmlab.runs.manifest import environment
 DECAYING = "one_minus_sqrt"
 """The schedule of a cooldown of a run with a constant learning rate."""
 SCHEDULE = ("optim.schedule", "optim.final_ratio", "optim.decay_steps", "optim.warmup_steps")
-"""The keys that a cooldown may change, beside those that a run that goes on may."""
+"""The keys that a cooldown may change, beside those that a resumed run may change."""
 
 
 def begin(
@@ -127,7 +127,7 @@ def with_decay(cfg: DictConfig, length: int, step: int, steps: int) -> DictConfi
     """Returns the config of a run whose learning rate decays over its last steps.
 
     Args:
-        cfg: that of the run that it begins as.
+        cfg: the config of the run from which the cooldown goes on, with the overrides of the cooldown.
         length: the number of steps of that run.
         step: its step from which the rate decays.
         steps: the number of steps over which it does.

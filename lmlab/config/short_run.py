@@ -140,8 +140,10 @@ def steps_of_hours(cfg: DictConfig, data: "Prepared", measured: Measurement, hou
     """Returns the optimizer steps for which a run takes no more than some hours, validations and checkpoints included.
 
     Raises:
-        UserError: one step takes longer.
+        UserError: one step takes longer, or there was not enough memory for the short run.
     """
+    if measured.out_of_memory:
+        raise UserError(measured.out_of_memory)
     held_out, whole = build_validation(cfg, data, models.build_objective(cfg, data.tokenizer))
 
     def seconds(steps: int) -> float:
