@@ -40,7 +40,7 @@ def compare(settings: Settings) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from lmlab.models.loss import ChunkedNLL, chunk_of
+    from lmlab.models.chunked_loss import ChunkedNLL, chunk_of
 
     torch.manual_seed(0)
     hidden = torch.randn(settings.rows, settings.width, requires_grad=True)

@@ -89,9 +89,10 @@ def stepper(name: str, settings: Settings, apart: bool = False) -> Callable[[], 
     from lmlab.data.preprocess import Slices
     from lmlab.data.sampler import draws
     from lmlab.data.tokens import DocumentEdges, FlatFile, FlatFiles
+    from lmlab.models.chunked_loss import logits_chunk_size
     from lmlab.models.efficiency import fuse_activations
     from lmlab.models.loading import from_scratch
-    from lmlab.models.loss import logits_chunk_size, score
+    from lmlab.models.loss import score
     from lmlab.objectives.clm import CausalLM
     from lmlab.objectives.diffusion import MaskedDiffusion
     from lmlab.objectives.electra import ReplacedTokenDetection

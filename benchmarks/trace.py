@@ -58,7 +58,7 @@ from lmlab.evaluation.certify import silence_lightning
 from lmlab.evaluation.rows import WindowRows
 from lmlab.evaluation.scoring import HeldOut
 from lmlab.evaluation.windows import Context, windows
-from lmlab.models import efficiency, loss
+from lmlab.models import chunked_loss, efficiency
 from lmlab.models.flops import Flops
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
@@ -163,7 +163,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, vocabulary: int, width: int) -> None:
         """Names the sizes by which the logits are known: rows of the head's matrix, and its columns."""
         super().__init__()
-        self.vocabulary, self.width = {vocabulary, vocabulary + -vocabulary % loss.ALIGNMENT}, width
+        self.vocabulary, self.width = {vocabulary, vocabulary + -vocabulary % chunked_loss.ALIGNMENT}, width
         self.steps, self.validations = Work(), Work()
         self.work: Work | None = None
         """What operations are counted to; None where they are not watched."""
@@ -355,7 +355,7 @@ def fake_cuda(vocabulary: int, width: int) -> Iterator[Watch]:
         (Checkpoints, "save", lambda *args: None),
         (LMModule, "refuse_bad_batch", lambda *args: None),
         (torch.nn.functional, "scaled_dot_product_attention", attention),
-        (loss, "compiled_nll_and_slope", lambda device: watch.compiled_nll_and_slope),
+        (chunked_loss, "compiled_nll_and_slope", lambda device: watch.compiled_nll_and_slope),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
@@ -397,7 +397,7 @@ def trace(settings: Settings) -> tuple[Watch, float]:
             seed=0,
             sums=held_out.sums(),
             metric=objective.metric,
-            logits_chunk_size=loss.logits_chunk_size(model, settings.chunk or None, True),
+            logits_chunk_size=chunked_loss.logits_chunk_size(model, settings.chunk or None, True),
             val_interval=VAL_INTERVAL,
         )
         datamodule = BlocksDataModule(

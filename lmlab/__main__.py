@@ -13,7 +13,7 @@ COMMANDS = {
     "sweep": "where a sweep stands; run the rest of it",
     "evaluate": "measure a model, and certify its metrics",
     "compare": "whether the difference between evaluations is real",
-    "scale": "the scaling law of runs of several sizes and budgets, and what others would give",
+    "scale": "fit a scaling law to runs of several sizes and budgets",
     "predict": "let a model go on with a text, or fill its masks",
     "export": "write a model as ONNX or GGUF, for other tools",
     "report": "a page about runs, with charts and tables",

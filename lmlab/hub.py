@@ -15,6 +15,8 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 TRIES = 4
 """The attempts at a request that fails for now."""
+ADAPTER = "adapter_config.json"
+"""The config of an adapter in the form of peft, beside its weights."""
 
 
 def check_directory(kind: str, name: str, key: str) -> None:
@@ -35,10 +37,6 @@ def check_directory(kind: str, name: str, key: str) -> None:
 def is_gguf(name: str) -> bool:
     """Returns whether a name is that of a file in GGUF, the format of llama.cpp."""
     return name.endswith(".gguf") and not Path(name).is_dir()
-
-
-ADAPTER = "adapter_config.json"
-"""The config of an adapter in the form of peft, beside its weights."""
 
 
 def is_adapter(name: str) -> bool:

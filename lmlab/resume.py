@@ -26,7 +26,7 @@ EXAMPLES = """\
   python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer.max_steps=2000    longer
   python -m lmlab.resume outputs/2026-01-31/12-00-00 trainer=ddp trainer.devices=2
   python -m lmlab.resume outputs/2026-01-31/12-00-00 --fresh                   again from the start, in a new directory
-  python -m lmlab.resume outputs/2026-01-31/12-00-00 --cooldown 500            on to a decayed rate, in a new directory
+  python -m lmlab.resume outputs/2026-01-31/12-00-00 --cooldown 500            with a decaying rate, in a new directory
 """
 
 

@@ -330,6 +330,7 @@ def row_texts(row: dict[str, Any], metric: str) -> dict[str, str]:
     for name, value in row.items():
         if name.endswith("low"):
             low, high = number_text(value), number_text(row[f"{name.removesuffix('low')}high"])
+            # Spaces tell the columns of several intervals apart: they are the keys of one dict.
             texts["95 %" + " " * sum(head.startswith("95 %") for head in texts)] = f"{low} to {high}" if low else ""
         elif not name.endswith("high"):
             texts[metric if name == "loss" else name] = number_text(value)

@@ -63,7 +63,7 @@ def one_point(arguments: list[str]) -> list[str]:
     """A command without its sweep, but for the first value of each key."""
     words = (word for word in arguments if word not in ("-m", "--cfg", "job"))
     words = (re.sub(r"=[a-z]+\(.*?(\d[\d.e-]*),.*", r"=\1", word) for word in words)  # interval, range
-    words = (re.sub(r"=(\{[^}]*\}),.*", r"=\1", word) for word in words)  # blocks
+    words = (re.sub(r"=(\{[^{}]*\}),\{.*", r"=\1", word) for word in words)  # blocks
     return [re.sub(r"=([^\[{']*?),.*", r"=\1", word) for word in words]
 
 

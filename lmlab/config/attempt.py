@@ -95,7 +95,7 @@ def measured_budget(cfg: DictConfig) -> dict[str, int]:
     """Returns the steps that the `budget.hours` of a new run come to, as its manifest keeps them; {} without hours.
 
     Raises:
-        UserError: the hours are too few for a step; or as the run would.
+        UserError: as of `measure` and `steps_of_hours`.
     """
     hours = OmegaConf.select(cfg, "budget.hours")
     if hours is None:
@@ -103,8 +103,6 @@ def measured_budget(cfg: DictConfig) -> dict[str, int]:
     from lmlab.config.short_run import SHORT, measure, steps_of_hours
 
     measured = measure(cfg, SHORT)
-    if measured.out_of_memory:
-        raise UserError(measured.out_of_memory)
     steps = steps_of_hours(cfg, build.prepare_data(cfg), measured, hours)
     LOG.info("budget.hours=%g: %s steps, each of %s in a short run.", hours, f"{steps:,}", duration(measured.step))
     return {STEPS: steps}

@@ -1,4 +1,4 @@
-"""The number of optimizer steps that a budget of tokens or of computation pays for."""
+"""The number of optimizer steps that a budget of tokens, computation or hours pays for."""
 
 import math
 from collections.abc import Sequence
@@ -62,9 +62,8 @@ def steps_of_budget(
 ) -> tuple[int, str] | None:
     """Returns the steps that the budget of a run pays for, and a text on how they are counted; None without a budget.
 
-    Those of `budget.hours` are in the manifest of the run, as they were measured when it began.
-
-    A step has `batch_size` blocks of `block_size` tokens, or fewer while batches grow. The computation is that of
+    The steps of `budget.hours` were measured when the run began, and are read from its manifest. For the other budgets
+    a step has `batch_size` blocks of `block_size` tokens, or fewer while batches grow. The computation is that of
     forward and backward passes, as `lmlab.models.flops.Flops` counts it, with as many targets in each block as in the
     first one of training.
 
@@ -112,6 +111,5 @@ def steps_of_budget(
     example = make_example(objective, data.train[0], (cfg.seed, 0, 0), progress=0.0, **given)
     targets = round(tokens * len(example.targets) / len(example.inputs))
     per_step = flops.step(tokens, targets, block_size)
-    return sizes.steps_for(
-        math.ceil(value / per_step * cfg.batch_size)
-    ), f"{value:.3g} FLOPs in steps of {per_step:.3g}"
+    steps = sizes.steps_for(math.ceil(value / per_step * cfg.batch_size))
+    return steps, f"{value:.3g} FLOPs in steps of {per_step:.3g}"

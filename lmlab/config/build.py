@@ -146,8 +146,8 @@ def build_training(
 
     from lmlab.data.datamodule import BlocksDataModule
     from lmlab.data.sampler import micro_batch_size
+    from lmlab.models.chunked_loss import logits_chunk_size
     from lmlab.models.efficiency import check_flex_attention, check_sharding
-    from lmlab.models.loss import logits_chunk_size
     from lmlab.models.memory import check_training
     from lmlab.optim import Muon, Scheduled, ScheduleFree
     from lmlab.optim.width import scale_initial_weights

@@ -16,10 +16,10 @@ from lmlab.runs.choices import is_in
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.manifest import environment
 
-DECAYS = "one_minus_sqrt"
-"""The schedule of a cooldown of a run whose own one never decays."""
-CHANGEABLE = ("optim.schedule", "optim.final_ratio", "optim.decay_steps", "optim.warmup_steps")
-"""The keys that a cooldown may change, beside those that a run that goes on may."""
+DECAYING = "one_minus_sqrt"
+"""The schedule of a cooldown of a run with a constant learning rate."""
+SCHEDULE = ("optim.schedule", "optim.final_ratio", "optim.decay_steps", "optim.warmup_steps")
+"""The keys that a cooldown may change, beside those that a resumed run may change."""
 
 
 def begin(
@@ -43,21 +43,17 @@ def begin(
     Raises:
         UserError: there is no such checkpoint, or the learning rate is not the full one there.
     """
-    from lmlab.training.checkpoint_io import load_checkpoint
+    from lmlab.training.checkpoint_io import best_values, load_checkpoint
 
     manifest, checkpoint = run.read_manifest(), find_checkpoint(run, step)
     step = run.step_of(checkpoint)
     check_full_rate(previous, manifest["steps"], step)
     cfg = with_decay(cfg, manifest["steps"], step, steps)
     schema.check_run(cfg)
-    free = (*changes.CHANGEABLE, *changes.LOCATED, *CHANGEABLE)
+    free = (*changes.CHANGEABLE, *changes.LOCATED, *SCHEDULE)
     changed = [text for key, text in changes.changed_values(cfg, previous).items() if not is_in(key, free)]
     if changed:
         raise UserError(f"a cooldown of {from_here(run.path)} can't go on with {', '.join(changed)}.\nLeave that out.")
-    states = load_checkpoint(checkpoint)["callbacks"].values()
-    best: dict[int, float] = next(
-        (state["best"] for state in states if isinstance(state, dict) and "kept" in state), {}
-    )
     of_this = ("run_id", "started", "command", "seeds", "repeats", *environment())
     facts = {key: value for key, value in manifest.items() if key not in of_this}
     facts["went_on"] = [one for one in manifest.get("went_on", ()) if one["step"] <= step]
@@ -69,7 +65,8 @@ def begin(
         write_text(new.config, config_yaml(cfg))
         write_text(new.overrides, overrides_yaml(overrides))
         new.checkpoints.mkdir()
-        for path in (checkpoint, *map(run.best_at, best), run.ledger, run.metrics, run.samples, run.tokenizer):
+        best = map(run.best_at, best_values(load_checkpoint(checkpoint)))
+        for path in (checkpoint, *best, run.ledger, run.metrics, run.samples, run.tokenizer):
             to = folder / path.relative_to(run.path)
             if path.is_dir():
                 shutil.copytree(path, to)
@@ -130,7 +127,7 @@ def with_decay(cfg: DictConfig, length: int, step: int, steps: int) -> DictConfi
     """Returns the config of a run whose learning rate decays over its last steps.
 
     Args:
-        cfg: that of the run that it begins as.
+        cfg: the config of the run from which the cooldown goes on, with the overrides of the cooldown.
         length: the number of steps of that run.
         step: its step from which the rate decays.
         steps: the number of steps over which it does.
@@ -141,7 +138,7 @@ def with_decay(cfg: DictConfig, length: int, step: int, steps: int) -> DictConfi
     cfg = cfg.copy()
     given: dict[str, Any] = {"warmup_steps": build(cfg.optim, "optim").warmup(length), "decay_steps": steps}
     if cfg.optim.schedule == "constant":
-        given["schedule"] = DECAYS
+        given["schedule"] = DECAYING
     for key, value in given.items():
         OmegaConf.update(cfg, f"optim.{key}", value, force_add=True)
     for key in cfg.get("budget") or ():

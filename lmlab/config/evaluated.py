@@ -180,7 +180,7 @@ def take_data(cfg: DictConfig, run: DictConfig | None, overrides: list[str]) -> 
 
 def objective_of(cfg: DictConfig) -> DictConfig:
     """Returns the block of the objective that a model, by its own config, was trained with."""
-    from lmlab.models.gguf import load_config
+    from lmlab.models.formats import load_config
     from lmlab.models.loading import auto_class_of
     from lmlab.objectives import OBJECTIVE_OF
 

@@ -58,11 +58,11 @@ class Train(Config):
     logger: dict[str, Any] | None = None
     """Targets that return Lightning loggers, by a name for each; and the keys of `Push`."""
     budget: dict[str, Any] | None = None
-    """The length of a run in tokens or computation, see `Budget`."""
+    """The length of a run in tokens, computation or hours, see `Budget`."""
     batch_warmup: dict[str, Any] | None = None
     """Smaller batches in the first steps, see `Warmup`."""
     block_warmup: dict[str, Any] | None = None
-    """Shorter texts in the first steps, see `Warmup`."""
+    """Shorter blocks in the first steps, see `Warmup`."""
     validation: dict[str, Any] | None = None
     """The held-out text that validations during training score, see `Validation`."""
     compile: bool = False
@@ -209,7 +209,7 @@ class Budget:
 
 @dataclass
 class Warmup:
-    """The keys of the blocks batch_warmup and block_warmup, which go together."""
+    """The keys of the blocks batch_warmup and block_warmup; a warm-up has both keys."""
 
     initial: Annotated[int, Ge(1)] | None = None
     """The blocks of the first step, which grow to batch_size; or the tokens of its rows, which grow to

@@ -32,7 +32,7 @@ def build_measure(
     from lmlab.data.pairs import read_pairs
     from lmlab.evaluation.certify import certify
     from lmlab.evaluation.suites import generation, harness, memorization, minimal_pairs
-    from lmlab.models.loss import logits_chunk_size
+    from lmlab.models.chunked_loss import logits_chunk_size
 
     suite, batch_size = cfg.get("suite"), cfg.batch_size
     if suite == harness.NAME:

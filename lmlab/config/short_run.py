@@ -33,7 +33,8 @@ from lmlab.training.measure import Measure, peak_memory
 if TYPE_CHECKING:
     from lmlab.data.prepared import Prepared
 
-SHORT = 31  # at most: the first one allocates
+SHORT = 31
+"""The most steps of a short run."""
 TRAINER = {
     "devices": 1,
     "num_nodes": 1,
@@ -113,12 +114,12 @@ def measure(cfg: DictConfig, steps: int) -> Measurement:
 def time_parts(
     cfg: DictConfig, measured: Measurement, steps: int, interval: int, held_out: int, whole: int
 ) -> list[tuple[str, int, float]]:
-    """Returns what the time of a run goes into: the name of each part, how often it is there, and its seconds.
+    """Returns the parts of the time of a run: the name of each, its count, and the seconds of one.
 
     Args:
         interval: steps between two validations.
         held_out: rows of a validation.
-        whole: rows that are scored once more when training has ended.
+        whole: rows that are scored once after training.
     """
     world = schema.world(cfg.trainer)
     share = micro_batch_size(cfg.batch_size, world, cfg.trainer.accumulate_grad_batches)
@@ -139,8 +140,10 @@ def steps_of_hours(cfg: DictConfig, data: "Prepared", measured: Measurement, hou
     """Returns the optimizer steps for which a run takes no more than some hours, validations and checkpoints included.
 
     Raises:
-        UserError: one step takes longer.
+        UserError: one step takes longer, or there was not enough memory for the short run.
     """
+    if measured.out_of_memory:
+        raise UserError(measured.out_of_memory)
     held_out, whole = build_validation(cfg, data, models.build_objective(cfg, data.tokenizer))
 
     def seconds(steps: int) -> float:

@@ -115,7 +115,7 @@ def collate(
     Args:
         number: the number of micro batches of this rank before this one in the whole run.
         progress: the share of the optimizer steps of the run that were made before.
-        length: the longest text of a row, of which a block has several; None for whole blocks.
+        length: the tokens of a row, into which blocks are cut; None for whole blocks.
     """
     rows = []
     for draw in draws:
@@ -140,7 +140,12 @@ def collate(
 
 
 def lengths_within(documents: np.ndarray, part: slice) -> np.ndarray:
-    """Returns the number of tokens of each document [D] that a part of their text has, without those that have none."""
+    """Returns the lengths of the documents in a part of a block, without those that have no token there.
+
+    Args:
+        documents: [D] the lengths of the documents of the whole block.
+        part: the positions of the part in the block.
+    """
     edges = np.concatenate([[0], np.cumsum(documents)]).clip(part.start, part.stop)
     lengths: np.ndarray = np.diff(edges)
     return lengths[lengths > 0]

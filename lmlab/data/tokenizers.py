@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
-from lmlab.models.gguf import load_tokenizer
+from lmlab.models.formats import load_tokenizer
 from lmlab.objectives import sentinel
 
 END, PAD, MASK, UNKNOWN = "<|endoftext|>", "<pad>", "<mask>", "<unk>"

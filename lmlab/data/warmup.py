@@ -10,7 +10,7 @@ from lmlab.errors import UserError
 class BatchSizes:
     """The number of samples of each optimizer step, over all ranks and accumulated batches.
 
-    It grows in a straight line, by multiples of the initial one, from that to the whole batch.
+    It grows linearly, in multiples of the initial number, to that of the whole batch.
 
     ```
     initial 2, 6 steps, batch size 8     step       0 1 2 3 4 5 6 …
@@ -61,9 +61,9 @@ class BatchSizes:
 
 
 class BlockLengths:
-    """The longest text that a model is shown in each step: blocks are cut into rows of that length.
+    """The length of the rows of each step, in tokens: blocks are cut into rows of that length.
 
-    No token is left out, and a step has as many as without: short rows are more. The length doubles, after equal
+    No token is left out, and a step has as many tokens as without, in more rows. The length doubles, after equal
     numbers of steps, from the initial one to the block size (as in Nagatsuka et al. 2021).
     """
 

@@ -19,7 +19,7 @@ import numpy as np
 REPLICATES = 1000
 """Samples of the bootstrap."""
 APART = 1.25
-"""Budgets are further apart than by this factor: runs make whole steps, and so exceed what they were given."""
+"""The FLOPs of the runs of one budget differ by no more than this factor: runs make whole steps, and so exceed it."""
 SIZES = 3
 """Fewest sizes of a budget that a parabola is fitted to."""
 DELTA = 1e-3
@@ -27,7 +27,7 @@ DELTA = 1e-3
 FEWEST = 5
 """Fewest runs of the parametric law: it has as many parameters."""
 BESIDES = 3
-"""Fewest budgets besides the largest from which that one is predicted."""
+"""Fewest other budgets from which the largest one is predicted."""
 STEPS, TOLERANCE, PATIENCE = 2000, 1e-9, 10
 """The fit of a sample ends after so many steps, or once its Huber loss has fallen by no more than this share in each of
 as many steps as its patience."""
@@ -46,6 +46,7 @@ class Ladder:
     flops: np.ndarray
     """Floating-point operations of training."""
     losses: np.ndarray
+    """The metric that the law is of, by default the nll in nats per token."""
 
     @cached_property
     def budgets(self) -> np.ndarray:

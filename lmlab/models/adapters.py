@@ -8,7 +8,7 @@ LoRA   W + s · B A                              W [out, in] frozen, A [r, in] a
 DoRA   m · (W + s · B A) / ‖W + s · B A‖        m [out] trained too; s = alpha / r, or alpha / √r (rank-stabilised)
 ```
 
-Both can be merged: computed once and for all, which gives a model of the architecture's own form.
+Both can be merged into W, which gives a model of the original architecture.
 """
 
 import copy
@@ -73,10 +73,10 @@ def lora(
     auto_class: str,
     seed: int,
 ) -> PreTrainedModel:
-    """Adds an adapter to a model, in place, of which nothing else is trained from then on; returns the model.
+    """Adds an adapter to a model, in place, and freezes all its other weights; returns the model.
 
-    At the start the model computes what it did without. It stays a model of its class, and the modules that get an
-    adapter keep their names.
+    The initial adapter does not change what the model computes. The class of the model and the names of the modules
+    that get an adapter stay as they are.
 
     Args:
         r: the rank, which is the number of rows of A.
@@ -233,7 +233,7 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Removes the adapter of a model, in place. All of its weights can be trained again."""
+    """Removes the adapter of a model, in place, and unfreezes all weights of the model."""
     for name, layer in adapted_layers(model):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
@@ -270,7 +270,7 @@ def take_out(
 
 @contextmanager
 def base_of(name: str) -> Iterator[tuple[str, str | None]]:
-    """Yields hub id or path of the base of an adapter, and its revision; what fails to load inside is that base.
+    """Yields the hub id or path of the base of an adapter, and its revision; a failure to load inside names that base.
 
     A relative path begins at the directory of the adapter or, as for peft, at the working directory.
 

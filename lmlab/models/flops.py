@@ -26,9 +26,9 @@ class Flops(NamedTuple):
     """Floating-point operations of forward and backward pass, as Chowdhery et al. 2022 (appendix B) count them.
 
     6 per weight of a matrix and token, 4 where it is frozen and so has no gradient, those of a mixture's experts by the
-    share that a token uses; and in attention
-    12 · heads · head dimension per token and position in its span, the future of a causal model and other documents of
-    a block included. What activation checkpointing computes a second time is not counted.
+    share that a token uses; and in attention 12 · heads · head dimension per token and position in its span, the future
+    of a causal model and other documents of a block included. What activation checkpointing computes a second time is
+    not counted.
     """
 
     per_token: int

@@ -15,7 +15,7 @@ from lmlab.errors import UserError, first_line, out_of_memory
 from lmlab.hub import from_hub, split_revision
 from lmlab.models import torch_module
 from lmlab.models.checks import max_positions
-from lmlab.models.gguf import load_config, load_tokenizer, load_weights
+from lmlab.models.formats import load_config, load_model, load_tokenizer
 from lmlab.models.loading import auto_class_of
 from lmlab.models.torch_module import TorchModule, TorchModuleConfig
 from lmlab.objectives import sentinel, sentinel_ids
@@ -45,7 +45,7 @@ def load(
         if isinstance(config, TorchModuleConfig):
             module = make_module and make_module(tokenizer=tokenizer, auto_class=auto_class)
             return torch_module.load(name, revision, config, module, tokenizer, auto_class), tokenizer
-        return load_weights(auto, name, revision, config)[0].eval(), tokenizer
+        return load_model(auto, name, revision, config)[0].eval(), tokenizer
 
 
 def way_of_writing(model: PreTrainedModel) -> Literal["generate", "fill_mask", "infill", "detect"]:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from lmlab.errors import UserError, first_line, nearest, out_of_memory
 from lmlab.hub import from_hub, is_gguf, split_revision
 from lmlab.models.electra import GENERATOR, GeneratorAndDiscriminator, embeddings_fit
-from lmlab.models.gguf import load_config, load_weights
+from lmlab.models.formats import load_config, load_model
 from lmlab.models.memory import check_weights, meta_model
 from lmlab.models.probe import run_probe
 from lmlab.models.torch_module import TorchModuleConfig, TorchModuleForCausalLM, load
@@ -38,7 +38,7 @@ def pretrained(
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
-        name: hub id, ID@REVISION, directory, also of an adapter, or `.gguf` file.
+        name: hub id, ID@REVISION, directory of a model or of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
@@ -64,7 +64,7 @@ def pretrained(
                 return meta_model(auto, settings)
             check_weights(auto, settings)
             # Exported models carry a dtype of their own; which one to compute in is the trainer's choice.
-            model, lacking = load_weights(auto, name, revision, settings, dtype=torch.float32)
+            model, lacking = load_model(auto, name, revision, settings, dtype=torch.float32)
         except (RuntimeError, StrictDataclassError, LookupError, TypeError, ArithmeticError) as error:
             if not changes or out_of_memory(error):
                 raise

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lmlab.errors import UserError
+from lmlab.models.chunked_loss import chunk_of
 from lmlab.models.efficiency import layers
-from lmlab.models.loss import chunk_of
 
 GIB = 2**30
 
@@ -263,7 +263,7 @@ def logits_bytes(head: torch.Tensor, targets: int, precision: str, chunk_size: i
     Args:
         head: [V, H] its matrix.
         targets: scored positions of a micro batch.
-        chunk_size: the config's `logits_chunk_size`; None for what `loss.logits_chunk_size` chooses on a GPU.
+        chunk_size: the config's `logits_chunk_size`; None for what `chunked_loss.logits_chunk_size` chooses on a GPU.
     """
     vocabulary = len(head)
     rows = min(targets, chunk_size or chunk_of(head, on_gpu=True))

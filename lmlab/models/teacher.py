@@ -17,16 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lmlab.errors import UserError
 from lmlab.hub import from_hub, split_revision
 from lmlab.models.checks import check_model
+from lmlab.models.chunked_loss import compiled_nll_and_slope, nll_and_slope, pad_vocabulary, product_dtype
 from lmlab.models.efficiency import fuse_activations
-from lmlab.models.gguf import load_config, load_tokenizer, load_weights
+from lmlab.models.formats import load_config, load_model, load_tokenizer
 from lmlab.models.loading import auto_class_of, auto_model, task
-from lmlab.models.loss import (
-    compiled_nll_and_slope,
-    nll_and_slope,
-    pad_vocabulary,
-    product_dtype,
-    run_on_scored,
-)
+from lmlab.models.loss import run_on_scored
 from lmlab.models.memory import check_weights
 from lmlab.models.probe import probe
 from lmlab.models.torch_module import TorchModuleConfig
@@ -57,7 +52,7 @@ class TeacherOutput(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns loss, nll and kl [R] of some positions, and the gradient of the loss with respect to the logits.
 
-        The arguments after `part` are those of `lmlab.models.loss.nll_and_slope`.
+        The arguments after `part` are those of `lmlab.models.chunked_loss.nll_and_slope`.
         """
         function = compiled_distillation(logits.device.type) if logits.is_cuda else distillation_and_slope
         weight, temperature = self.teacher.weight, self.teacher.temperature
@@ -209,7 +204,7 @@ def load_teacher(
             )
         auto = auto_model(settings, kind)
         check_weights(auto, settings)
-        loaded, missing = load_weights(auto, repository, revision, settings, dtype=torch.float32)
+        loaded, missing = load_model(auto, repository, revision, settings, dtype=torch.float32)
     if missing:
         raise UserError(f"distill.model={model} holds no weights for {', '.join(missing)}.")
     try:

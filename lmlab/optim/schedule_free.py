@@ -16,14 +16,14 @@ from lmlab.optim.schedule import Scheduled
 class ScheduleFree(Scheduled):
     """Builds schedule-free AdamW for a model, whose learning rate stays as it is after warm-up.
 
-    Gradients are taken at other weights than those that are evaluated and exported, which are a running mean. Neither
-    depends on the length of the run, so that a run is as good at each of its steps as one that ends there.
+    What is evaluated and exported is a running mean of the weights; gradients are taken between that and the weights.
+    Neither depends on the length of the run, so that a run is as good at each of its steps as one that ends there.
     """
 
     schedule: Literal["constant"] = "constant"
     """There is no other."""
     betas: Annotated[Sequence[Annotated[float, Gt(0), Lt(1)]], Len(2, 2)] = (0.9, 0.999)
-    """How near to the mean the gradients are taken, and the decay rate of the running mean of their squares."""
+    """The share of the mean where gradients are taken, and the decay rate of the running mean of their squares."""
     eps: Annotated[float, Ge(0)] = 1e-8
     """The term added to the denominator of the update, for numerical stability."""
 
@@ -35,7 +35,6 @@ class ScheduleFree(Scheduled):
         """Returns the optimizer, ready for training; its `eval` and `train` exchange the two kinds of weights."""
         from schedulefree import AdamWScheduleFree
 
-        filled = [group for group in groups if group["params"]]
-        optimizer = AdamWScheduleFree(filled, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps)
+        optimizer = AdamWScheduleFree(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps)
         optimizer.train()
         return optimizer

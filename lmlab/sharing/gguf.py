@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmlab.errors import UserError, out_of_memory
-from lmlab.models.gguf import load_config, load_tokenizer, located_weights
+from lmlab.models.formats import load_config, load_tokenizer, located_weights
 from lmlab.sharing.check import largest_difference, sample_texts
 
 if TYPE_CHECKING:

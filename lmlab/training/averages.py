@@ -20,9 +20,9 @@ from lmlab.training.validation import of_average
 class Averages(Callback):
     """Keeps averages of the weights over the steps of training, and has each validation score them too.
 
-    `val/ema_loss` is that of the exponential moving average, `val/last_loss` that of the mean of the last weights; the
-    other metrics of a validation are named in the same way. The best weights of a run, which are exported, are those of
-    the step and the kind with the best metric. The trained weights are the same to the last bit as without averages.
+    `val/ema_loss` is the loss of the exponential moving average, and `val/last_loss` that of the mean of the last
+    weights; the other metrics of a validation are named in the same way. What a run exports is the weights or the
+    average with the best metric in any validation. The trained weights are bit for bit those of a run without averages.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class Averages(Callback):
             if average.name in self.loaded:
                 average.load(self.loaded[average.name])
         module.averages = self.averages
-        self.step = trainer.global_step
 
     def on_train_start(self, trainer: L.Trainer, module: LMModule) -> None:  # type: ignore[override]
         self.step = trainer.global_step
@@ -109,7 +108,7 @@ class Average(ABC):
 
     @abstractmethod
     def update(self, step: int) -> None:
-        """Takes the weights of a step in."""
+        """Adds the weights after a step to the average."""
 
     @abstractmethod
     def values(self) -> list[Tensor]:
@@ -125,7 +124,7 @@ class Average(ABC):
 
     @abstractmethod
     def load(self, state: Any) -> None:
-        """Takes up what a checkpoint kept."""
+        """Restores what a checkpoint kept."""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -170,7 +169,7 @@ class EMA(Average):
 
 
 class Last(Average):
-    """The mean of the weights of several steps, of which the last is the present one or shortly before it."""
+    """The mean of the weights of the last steps whose number is a multiple of `every_steps`, and of the last of all."""
 
     name = "last"
 

@@ -32,7 +32,15 @@ from lmlab.distributed.slurm import requeue
 from lmlab.errors import UserError
 from lmlab.io import replaced
 from lmlab.runs.directory import RunDirectory
-from lmlab.training.checkpoint_io import AtomicCheckpointIO, damage, load_checkpoint, load_weights, model_state, remove
+from lmlab.training.checkpoint_io import (
+    AtomicCheckpointIO,
+    best_values,
+    damage,
+    load_checkpoint,
+    load_weights,
+    model_state,
+    remove,
+)
 from lmlab.training.loggers.closing import close
 from lmlab.training.loggers.metrics_file import flushed_size
 from lmlab.training.module import LMModule
@@ -297,12 +305,9 @@ def best_so_far(run: RunDirectory, mode: str) -> Path | None:
     """
     for path in run.checkpoint_files()[::-1]:
         try:
-            states = load_checkpoint(path)["callbacks"].values()
+            values = best_values(load_checkpoint(path))
         except UserError:  # it is damaged, or the run has just removed it
             continue
-        values: dict[int, float] = next(
-            (state["best"] for state in states if isinstance(state, dict) and "kept" in state), {}
-        )
         return best_on_disk(run, values, mode) or path
     return None
 

@@ -288,6 +288,13 @@ def load_checkpoint(path: Path) -> Any:
         ) from error
 
 
+def best_values(checkpoint: Mapping[str, Any]) -> dict[int, float]:
+    """Returns the metric of the best weights that a run had kept at a checkpoint, by their steps."""
+    states = checkpoint["callbacks"].values()
+    values: dict[int, float] = next((each["best"] for each in states if isinstance(each, dict) and "kept" in each), {})
+    return values
+
+
 def load_weights(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the whole state dict of a checkpoint; that of a sharded model is loaded into this process.
 

@@ -169,7 +169,7 @@ class ValidatedModule(Scorer):
         return metrics
 
     def candidates(self, monitor: str) -> dict[str, float]:
-        """Returns a monitored metric of the last validation: that of the weights by "", of averages by their names."""
+        """Returns a monitored metric of the last validation: of each average by its name, and of the weights by ""."""
         metrics = self.validations[self.global_step]
         for average in self.averages:
             if monitor.rpartition("/")[2].startswith(f"{average.name}_"):  # it is the average's own

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from lmlab.data.datamodule import collate
 from lmlab.data.sampler import Draw, TrainSampler
 from lmlab.data.warmup import BatchSizes, BlockLengths
+from lmlab.models.flops import Flops
 from lmlab.objectives.clm import CausalLM
 from tests.conftest import TINY, losses, run_verb, stop_after
 
@@ -53,13 +55,16 @@ def test_rows_of_a_block_are_its_tokens_in_order() -> None:
     assert len(batch.targets) == 45 - 6  # the first token of each row is no target
 
 
-def test_a_growing_run(train: Train, tmp_path: Path) -> None:
+def test_a_growing_run(train: Train) -> None:
     run = train(*TINY, *GROWING, "trainer.max_steps=5", "trainer.log_every_n_steps=1")
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["tokens"] == (2 + 4 + 6 + 8 + 8) * 32
-    whole = train(*TINY, "trainer.max_steps=4", "batch_size=7", run_dir=tmp_path / "whole")  # as many tokens
-    flops = json.loads((whole / "summary.json").read_text())["flops"]
-    assert 0.8 * flops < summary["flops"] < flops  # as there is less to attend to
+    tokens, lengths = [32 * blocks for blocks in (2, 4, 6, 8, 8)], [8, 8, 16, 32, 32]
+    assert summary["tokens"] == sum(tokens)
+    flops = Flops.from_model(AutoModelForCausalLM.from_pretrained(run / "model"))
+    assert flops is not None
+    steps = zip(tokens, lengths, strict=True)
+    expected = sum(flops.step(count, count - count // length, length) for count, length in steps)
+    assert summary["flops"] == pytest.approx(expected)
 
 
 @pytest.mark.long

@@ -15,9 +15,9 @@ def law(parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return TRUE["E"] + TRUE["A"] / parameters ** TRUE["alpha"] + TRUE["B"] / tokens ** TRUE["beta"]
 
 
-def simulated(noise: float = 0.0, seed: int = 0, budgets: int = 5, sizes: int = 6) -> Ladder:
-    """Six sizes at each of five budgets, with losses of the law and noise."""
-    flops, parameters = map(np.ravel, np.meshgrid(3e10 * 2.0 ** np.arange(budgets), np.geomspace(5e3, 1.2e5, sizes)))
+def simulated(noise: float = 0.0, seed: int = 0, budgets: int = 5) -> Ladder:
+    """Six sizes at each budget, with losses of the law and noise."""
+    flops, parameters = map(np.ravel, np.meshgrid(3e10 * 2.0 ** np.arange(budgets), np.geomspace(5e3, 1.2e5, 6)))
     tokens = flops / (KAPPA * parameters**GAMMA)
     scatter = np.exp(noise * np.random.default_rng(seed).standard_normal(len(flops)))
     return Ladder(parameters, tokens, flops, law(parameters, tokens) * scatter)

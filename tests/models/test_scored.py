@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
+from lmlab.models.chunked_loss import ChunkedNLL, compiled_nll_and_slope, logits_chunk_size, nll_and_slope
 from lmlab.models.loading import from_scratch
-from lmlab.models.loss import ChunkedNLL, compiled_nll_and_slope, logits_chunk_size, nll_and_slope, score
+from lmlab.models.loss import score
 from lmlab.models.probe import probe
 
 SMALL: dict[str, Any] = {

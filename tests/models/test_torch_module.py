@@ -23,8 +23,9 @@ from lmlab.config.compose import read_config
 from lmlab.errors import UserError
 from lmlab.evaluation import records
 from lmlab.models.checks import check_model, max_positions
+from lmlab.models.chunked_loss import logits_chunk_size
 from lmlab.models.efficiency import check_sharding, checkpoint_activations, choose_attention, compile_layers
-from lmlab.models.loss import logits_chunk_size, score
+from lmlab.models.loss import score
 from lmlab.models.probe import probe
 from lmlab.models.torch_module import TorchModule, wrap
 from lmlab.objectives.clm import CausalLM

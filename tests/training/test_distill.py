@@ -18,8 +18,9 @@ from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedToken
 from lmlab.data.blocks import Blocks
 from lmlab.data.datamodule import Batch, BlocksDataModule, collate
 from lmlab.data.sampler import draws
+from lmlab.models.chunked_loss import logits_chunk_size, nll_and_slope
 from lmlab.models.loading import from_scratch
-from lmlab.models.loss import logits_chunk_size, nll_and_slope, score
+from lmlab.models.loss import score
 from lmlab.models.probe import probe
 from lmlab.models.teacher import Teacher, compiled_distillation, distillation_and_slope
 from lmlab.models.torch_module import TorchModuleConfig

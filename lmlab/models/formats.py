@@ -1,6 +1,6 @@
-"""Loads a model's config, tokenizer and weights: of a hub id, of a directory, of an adapter, or of a GGUF file.
+"""Loads config, tokenizer and weights of a model: in Hugging Face form, in GGUF, or an adapter beside its base.
 
-Adapters are merged into their base, and the weights of GGUF files, the format of llama.cpp, are dequantized.
+Adapters are merged into their base. The weights of GGUF files, the format of llama.cpp, are dequantized.
 """
 
 from pathlib import Path
@@ -44,21 +44,24 @@ def located_weights(name: str) -> dict[str, Any]:
     return {**located(name), "quantization_config": GgufConfig(dequantize=True)}
 
 
-def load_weights(
+def load_model(
     auto: Any, name: str, revision: str | None, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Loads a model of dense weights, and returns it with the names of those that are not there, in order.
+    """Loads a model with dense weights; returns it and the names of the weights that the files lack, sorted.
 
     Args:
         auto: the `AutoModel` class.
-        name: hub id, directory, also of an adapter, or `.gguf` file.
+        name: hub id, directory of a model or of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         config: what `load_config` returned for the name.
         options: more arguments of `from_pretrained`.
+
+    Raises:
+        UserError: an adapter can't be merged, or lies beside the weights on the hub.
     """
     if is_adapter(name):
         with base_of(name) as (base, revision):
-            model, missing = load_weights(auto, base, revision, config, **options)
+            model, missing = load_model(auto, base, revision, config, **options)
         merge_adapter(model, name)
         return model, missing
     options |= {"revision": revision, "config": config, "trust_remote_code": False, "output_loading_info": True}
@@ -72,9 +75,12 @@ def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTr
     """Loads the config of a model.
 
     Args:
-        name: hub id, directory, also of an adapter, or `.gguf` file.
+        name: hub id, directory of a model or of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
-        changes: values of it that are to be others.
+        changes: new values for some of its keys.
+
+    Raises:
+        UserError: a GGUF file can't be read, or an adapter names no base.
     """
     if is_adapter(name):
         with base_of(name) as (base, revision):
