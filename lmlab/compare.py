@@ -283,7 +283,7 @@ def power_text(rows: list[dict[str, Any]], unit: str) -> str:
     """Returns the line on the differences that a comparison could have shown."""
     known = [row["shows"] for row in rows if row["shows"] > 0]  # nor nan, of a single document
     if not known:
-        return f"So few {unit} show no difference."
+        return f"What difference would be found is not known: {unit} are too few, or differ all alike."
     least, most = f"{min(known):.4f}", f"{max(known):.4f}"
     values = least if least == most else f"{least} to {most}"
     seeds = " and seeds" if any(row["error_of_seeds"] for row in rows) else ""
@@ -293,6 +293,8 @@ def power_text(rows: list[dict[str, Any]], unit: str) -> str:
 def power_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
     """Returns a row of the table of what would show a difference for a person, by its columns."""
     documents, runs = (f"{row[key]:,}" if row[key] else "no number" for key in ("documents", "runs_a_side"))
+    if not row["error_of_documents"] > 0:
+        documents = f"not known from these {unit}"
     if row["error_of_seeds"] is None:
         runs = "not known from one run a side"
     return {"": row["side"], f"{unit}, with these runs": documents, f"runs a side, with these {unit}": runs}

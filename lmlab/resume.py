@@ -122,8 +122,9 @@ def repeat(run: RunDirectory, cfg: DictConfig, previous: DictConfig, overrides: 
     if not differences:
         print(f"Code, versions, data and tokenizer are those of {path}.")
     repeats = {"run_id": manifest["run_id"], "path": str(run.path), "differs": differences}
-    # As many steps as before, where hours were asked for, so that the curves can be compared.
-    hours = {STEPS: manifest[STEPS]} if STEPS in manifest else {}
+    # As many steps as before, where the same hours are asked for, so that the curves can be compared.
+    same_hours = STEPS in manifest and cfg.budget.hours == previous.budget.hours
+    hours = {STEPS: manifest[STEPS]} if same_hours else {}
     attempt(train, cfg, overrides, repeats=repeats, **hours)
     print(compare_curves(loss_curve(run), loss_curve(RunDirectory(cfg.run_dir))))
 

@@ -17,7 +17,7 @@ import yaml
 from lmlab.compare import show
 from lmlab.console import counted
 from lmlab.distributed.signals import SIGNALS
-from lmlab.errors import Arguments, UserError, nearest, shown_plainly
+from lmlab.errors import Arguments, UserError, first_line, nearest, shown_plainly
 from lmlab.evaluation import scaling
 from lmlab.evaluation.scaling import IsoFlop, Ladder, Law
 from lmlab.io import from_here, write_out
@@ -220,7 +220,11 @@ def read_runs(paths: Sequence[Path], metric: str) -> tuple[list[Observed], list[
         if not isinstance(loss, int | float) or not 0 < loss < math.inf:
             left_out.append(f"{name} has a {metric} of {loss}, which has no logarithm")
             continue
-        config = of_this_version(yaml.load(run.config.read_bytes(), LOADER))
+        try:
+            config = of_this_version(yaml.load(run.config.read_bytes(), LOADER))
+        except (OSError, yaml.YAMLError) as error:
+            left_out.append(f"{name} has a config that can't be read: {first_line(error)}")
+            continue
         alike = {"objectives": config["objective"], "data": manifest["data_fingerprint"]}
         alike |= {"tokenizers": manifest["tokenizer_hash"], "preprocessing": config["preprocess"]}
         runs.append(Observed(name, summary["parameters"], summary["tokens"], summary["flops"], loss, alike))

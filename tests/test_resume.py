@@ -836,6 +836,8 @@ def test_a_cooldown_ends_as_a_run_from_the_start(
         (tmp_path / "cooled", ["--cooldown", 3], "at step 7 the learning rate is 0 of the full one"),
         (run, ["--cooldown", 3, "optim.schedule=linear"], "optim.schedule=linear does not decay over the last 3 steps"),
         (run, ["--cooldown", 3, "optim.lr=1"], "can't go on with optim.lr=1"),
+        (run, ["--cooldown", 3, "trainer.max_steps=9"], "takes the steps of --cooldown"),
+        (run, ["--cooldown", 3, "--into", tmp_path], "is there already, and not an empty directory"),
         (run, ["--cooldown", 3, "--fresh"], "leave one of them out"),
     ):
         with pytest.raises(SystemExit):

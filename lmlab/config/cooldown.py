@@ -41,13 +41,20 @@ def begin(
         The config of the cooldown.
 
     Raises:
-        UserError: there is no such checkpoint, or the learning rate is not the full one there.
+        UserError: there is no such checkpoint, the learning rate is not the full one there, or something is in the
+            way of the directory.
     """
     from lmlab.training.checkpoint_io import best_values, load_checkpoint
 
+    directory = Path(cfg.run_dir)
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise UserError(f"{directory} is there already, and not an empty directory. Choose another: --into DIR")
     manifest, checkpoint = run.read_manifest(), find_checkpoint(run, step)
     step = run.step_of(checkpoint)
     check_full_rate(previous, manifest["steps"], step)
+    lengths = [text for key, text in changes.changed_values(cfg, previous).items() if key in changes.LENGTH]
+    if lengths:
+        raise UserError(f"{', '.join(lengths)}: a cooldown takes the steps of --cooldown. Leave that out.")
     cfg = with_decay(cfg, manifest["steps"], step, steps)
     schema.check_run(cfg)
     free = (*changes.CHANGEABLE, *changes.LOCATED, *SCHEDULE)
@@ -73,7 +80,7 @@ def begin(
             elif path.exists():
                 shutil.copyfile(path, to)
 
-    replaced(Path(cfg.run_dir), write)
+    replaced(directory, write)
     return cfg
 
 

@@ -76,14 +76,20 @@ class BlockLengths:
             steps: the number of steps of the warm-up.
 
         Raises:
-            UserError: the block size is not the initial length, doubled several times.
+            UserError: the block size is not the initial length, doubled several times, or that is one token.
         """
         self.block_size, self.initial, self.steps = block_size, initial or block_size, steps if initial else 0
         ratio, rest = divmod(block_size, self.initial)
+        problem = None
         if rest or ratio & (ratio - 1):
-            lengths = [block_size >> doublings for doublings in range(1, 8) if block_size % (1 << doublings) == 0]
+            problem = f"does not become preprocess.block_size={block_size} by doubling"
+        elif initial == 1:
+            problem = "leaves nothing to predict in a row"
+        if problem:
+            halves = [block_size >> doublings for doublings in range(1, 8) if block_size % (1 << doublings) == 0]
+            lengths = [length for length in halves if length > 1]
             raise UserError(
-                f"block_warmup.initial={initial} does not become preprocess.block_size={block_size} by doubling.\n"
+                f"block_warmup.initial={initial} {problem}.\n"
                 f"Use one of {', '.join(map(str, lengths)) or 'those of an even block size'}."
             )
         self.doublings = ratio.bit_length() - 1

@@ -44,12 +44,13 @@ def needed(side: Side, other: Side, difference: float) -> tuple[int | None, int 
     """Returns how many documents would show a difference, with as many runs, and how many runs a side, with as many
     documents.
 
-    None where no number of them would, or where nothing is known of the seeds, as each side has one run.
+    None where no number of them would, or where nothing is known: of the seeds, as each side has one run, or of the
+    documents, as there is one or they differ alike.
     """
     allowed = (difference / ERRORS) ** 2
     of_documents, of_seeds = document_error(side, other) ** 2, seed_error(side, other)[0] ** 2
     documents = runs = None
-    if math.isnan(of_documents):
+    if not of_documents > 0:
         return None, None
     if allowed > of_seeds:
         documents = max(2, math.ceil(len(side.sums) * of_documents / (allowed - of_seeds)))

@@ -127,7 +127,7 @@ class ValidatedModule(Scorer):
         super().on_validation_epoch_end()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         final = self.trainer.state.fn == TrainerFn.VALIDATING
-        documents = (data.whole if final and data.whole is not None else data.held_out).documents
+        documents = data.held_out.documents
         metrics = self.validation_metrics(self.result, documents)
         loss = metrics.get("val/loss")
         if loss is None or not math.isfinite(loss):

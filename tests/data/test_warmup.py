@@ -82,7 +82,8 @@ def test_a_growing_run_goes_on_bit_for_bit(train: Train, tmp_path: Path) -> None
         ("batch_warmup.initial=3 batch_warmup.steps=2", "batch_warmup.initial=3 does not divide batch_size=8"),
         ("batch_warmup.initial=2", "a warm-up has both. Set batch_warmup.steps too"),
         ("batch_warmup.start=2", 'there is no key "batch_warmup.start"'),
-        ("block_warmup.initial=5 block_warmup.steps=2", "Use one of 16, 8, 4, 2, 1."),
+        ("block_warmup.initial=5 block_warmup.steps=2", "Use one of 16, 8, 4, 2."),
+        ("block_warmup.initial=1 block_warmup.steps=2", "block_warmup.initial=1 leaves nothing to predict"),
         ("block_warmup.initial=64 block_warmup.steps=2", "block_warmup.initial=64 does not become"),
         (
             "batch_warmup.initial=1 batch_warmup.steps=2 trainer.devices=2",

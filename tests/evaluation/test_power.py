@@ -39,6 +39,8 @@ def test_so_many_documents_and_seeds_show_it() -> None:
         assert 0.7 * wanted < np.mean(shown) < 1.15 * wanted
     assert power.needed(*simulated(0, 0.0, 60, 6, 0.05), 0.001) == (None, None)
     assert power.needed(*simulated(0, 0.0, 60, 1, 0.0), wanted)[1] is None  # one run a side says nothing of seeds
+    alike = simulated(0, 0.0, 60, 1, 0.0)[0]
+    assert power.needed(alike, alike, wanted) == (None, None)
 
 
 def test_what_is_read_as_a_difference() -> None:
