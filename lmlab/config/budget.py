@@ -37,7 +37,9 @@ def budget_of(cfg: DictConfig) -> tuple[str, float] | None:
     if cfg.trainer.max_steps not in (None, -1):
         lengths.append("trainer.max_steps")
     if given and len(lengths) > 1:
-        raise UserError(f"{lengths[0]} and {lengths[1]} are two lengths of one run: leave one of them out.")
+        raise UserError(
+            f"{lengths[0]} and {lengths[1]} are two lengths of one run: leave one of them out, or set it to null."
+        )
     if "flops" in given and warmup(cfg, "block_warmup"):
         raise UserError("budget.flops is for blocks of one length: use budget.tokens, or leave block_warmup out.")
     return next(iter(given.items()), None)
@@ -54,7 +56,9 @@ def check_lengths(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
     budget = budget_of(cfg)
     if budget and cfg.trainer.max_epochs is not None and "trainer.max_epochs" in map(override_key, overrides):
-        raise UserError(f"budget.{budget[0]} and trainer.max_epochs are two lengths of one run: leave one of them out.")
+        raise UserError(
+            f"budget.{budget[0]} and trainer.max_epochs are two lengths of one run: leave one of them out, or set it to null."
+        )
 
 
 def steps_of_budget(

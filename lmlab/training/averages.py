@@ -40,6 +40,8 @@ class Averages(Callback):
                 no such mean.
             every_steps: the number of steps between those; None takes the weights that are validated.
         """
+        if every_steps is not None and last is None:
+            raise UserError("callbacks.averages.every_steps is for callbacks.averages.last: set that too.")
         self.ema, self.last, self.every_steps = ema, last, every_steps
         self.metrics: list[str] = []
         """The names of the metrics that are logged."""
