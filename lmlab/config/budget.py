@@ -57,7 +57,8 @@ def check_lengths(cfg: DictConfig, overrides: Sequence[str]) -> None:
     budget = budget_of(cfg)
     if budget and cfg.trainer.max_epochs is not None and "trainer.max_epochs" in map(override_key, overrides):
         raise UserError(
-            f"budget.{budget[0]} and trainer.max_epochs are two lengths of one run: leave one of them out, or set it to null."
+            f"budget.{budget[0]} and trainer.max_epochs are two lengths of one run: leave one of them out, "
+            "or set it to null."
         )
 
 
