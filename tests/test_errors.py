@@ -570,7 +570,7 @@ COMMANDS = {
     "hydra.sweeper.sampler.nothing=1": ['no key "hydra.sweeper.sampler.nothing"'],
     # Names of which none in the same block is near.
     "callbacks.checkpoints.foo=1": ['no key "callbacks.checkpoints.foo". Keys there: background, '],
-    "objective.foo=1": ['no key "objective.foo". Keys there: none.', "+objective.foo=…"],
+    "objective.foo=1": ['no key "objective.foo". Keys there: z_loss.', "+objective.foo=…"],
     "trainer.barebones=true": ['no key "trainer.barebones". Keys there: accelerator, ', "+trainer.barebones=…"],
     "context=document": ['no key "context". For those there are'],
     # What means nothing without -m.
@@ -590,8 +590,8 @@ COMMANDS = {
     "callbacks.checkpoints.monitor=val/los": ["val/los", "val/loss"],
     # Words that are no override.
     "optim.lr": ["optim.lr"],
-    "optim=1": ["optim=1: it has to be the name of an option. Options: adamw, muon."],
-    "callbacks=null": ["callbacks=null: it has to be the name of an option. Options: default, early_stopping."],
+    "optim=1": ["optim=1: it has to be the name of an option. Options: adamw, muon, schedule_free."],
+    "callbacks=null": ["callbacks=null: it has to be the name of an option. Options: default, early_stopping, ema."],
     "--optim.lr=1": ["--optim.lr"],
     "optim.lr=1,2": ["optim.lr=1,2", "-m"],
     "optim.lr=${nothing}": ["optim.lr", "nothing"],
@@ -888,7 +888,10 @@ MODELS = {
         "model.config.attention_type=original_full",
     ],
     f"objective=mlm model=scratch {SMALL_FNET}": ["padding changes what fnet makes", "batch_size=1"],
-    "objective._target_=tests.broken_objective.Causal": ["no metric and no auto_class", "lmlab/objectives/__init__.py"],
+    "objective._target_=tests.broken_objective.Causal ~objective.z_loss": [
+        "no metric and no auto_class",
+        "lmlab/objectives/__init__.py",
+    ],
     "objective._target_=tests.broken_objective.SecondNext": [
         "SecondNext asks for token",
         "the token after it is another",

@@ -159,6 +159,7 @@ REFUSED = [
 """A command, and what is said of it."""
 
 
+@pytest.mark.long
 def test_what_needs_no_torch_is_refused_without(tmp_path: Path) -> None:
     """In less than a second each; and nothing stays of any."""
     (tmp_path / "conf").mkdir()
