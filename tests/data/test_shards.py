@@ -223,6 +223,7 @@ def test_a_tokenizer_is_learned_from_a_bounded_sample(tmp_path: Path, monkeypatc
 # --- By commands ---
 
 
+@pytest.mark.long
 def test_a_prepared_directory_trains_as_its_data_does(
     train: Callable[..., Path], refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_signal_stops_a_run_that_can_go_on(name: str, whole: Path, tmp_path: P
     assert same(all_of(run), all_of(whole))
 
 
+@pytest.mark.long
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path: Path) -> None:
     """As under nohup, or behind a shell's &, while libraries put handlers of their own over it."""
     run, out = tmp_path / "run", tmp_path / "out"

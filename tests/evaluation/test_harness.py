@@ -149,6 +149,7 @@ def test_the_bound_of_a_uniform_model() -> None:
     assert value == pytest.approx(-4 * np.log(len(tokenizer)))
 
 
+@pytest.mark.long
 def test_a_masked_model_in_tasks(tasks: dict[str, Any], tmp_path: Path) -> None:
     tokenizer, model = tokenizer_named("wordpiece"), model_for("wordpiece", "bert")
     settings = tasks | {"tasks": ["choose_here", "roll_here"], "score": "pseudo"}

@@ -90,6 +90,7 @@ def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
     assert f"Series: 10 exported models, {size:,.1f} MiB in all." in text
 
 
+@pytest.mark.long
 def test_masks_are_marked(shown: Callable[..., str]) -> None:
     text = shown(*TINY_MLM, f"trainer.max_steps={STEPS}")
     assert len(re.findall(r"\[masked:[^…\]]", text)) >= 5
