@@ -116,12 +116,13 @@ def first_batch(file: str) -> None:
     from lmlab.data.preprocess import group_texts
     from lmlab.data.sampler import TrainSampler
     from lmlab.data.tokens import FlatFile, FlatFiles
+    from lmlab.data.warmup import BatchSizes
     from lmlab.objectives.clm import CausalLM
 
     began, before = time.perf_counter(), memory("VmRSS")
     tokens = FlatFiles(FlatFile(Path(file), "uint16"))
     blocks = Blocks(tokens, group_texts(np.array([len(tokens)]), BLOCK))
-    number, draws = next(iter(TrainSampler(len(blocks), BATCH, 100, 0)))
+    number, draws = next(iter(TrainSampler(len(blocks), BatchSizes(BATCH), 100, 0)))
     assert collate(blocks, draws, CausalLM(), 0, 0, number).input_ids.shape == (BATCH, BLOCK)
     show(began, before)
 

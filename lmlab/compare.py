@@ -118,9 +118,7 @@ def compare(arguments: argparse.Namespace) -> None:
     whole = f" of {counted(of, 'document')}" if unit == "stretches" else ""
     show(f"Paired over {scored:,} {unit}{whole}", texts["comparison"])
     print("\n".join(notes(rows, runs, unit, reference)))
-    print(power_text(powers, unit))
-    if wanted is not None:
-        show(f"What would show a difference of {wanted:.4f}", [power_texts(row, unit) for row in powers])
+    show_power(powers, wanted, unit)
     if domains:
         show("By domain", texts["domains"], words=2)
     if pairs:
@@ -164,9 +162,7 @@ def compare_suite(runs: list[Records], arguments: argparse.Namespace) -> None:
     also = " and seeds" if several else ""
     print(f"A difference is from {reference} of its {kind.group}, and above 0 {kind.better}.")
     print(f"The interval holds what other {kind.rows}{also} would give; each p is of its row alone.")
-    print(power_text(powers, kind.rows))
-    if wanted is not None:
-        show(f"What would show a difference of {wanted:.4f}", [power_texts(row, kind.rows) for row in powers])
+    show_power(powers, wanted, kind.rows)
     tokenizers = {run.certificate["tokenizer_hash"] for run in runs}
     if "prefix" in kind.certificate.get("settings", {}) and len(tokenizers) > 1:
         print("The tokenizers differ: as many tokens of prefix and continuation are not the same text.")
@@ -277,6 +273,13 @@ def difference_texts(row: dict[str, Any], unit: str) -> dict[str, str]:
     interval = interval_text(row["low"], row["high"]) or f"too few {unit}"
     p = p_text(row["p"]) if row["decides"] else "undecided"
     return {"difference": f"{row['difference']:+.4f}", "95 % interval": interval, "p": p}
+
+
+def show_power(rows: list[dict[str, Any]], wanted: float | None, unit: str) -> None:
+    """Prints the differences that a comparison could have shown, and what would show a wanted one, if there is one."""
+    print(power_text(rows, unit))
+    if wanted is not None:
+        show(f"What would show a difference of {wanted:.4f}", [power_texts(row, unit) for row in rows])
 
 
 def power_text(rows: list[dict[str, Any]], unit: str) -> str:

@@ -54,9 +54,9 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
             samples = datamodule.sizes.before(module.steps)
             lifecycle.write_data(run, data, module.steps, samples, vocab_size, show)
             count, trainable = count_parameters(model)
-            run.update_manifest(parameters=count, trainable_parameters=trainable)
-            if groups := build.parameter_groups(cfg, model):
-                run.update_manifest(parameter_groups=groups)
+            groups = build.parameter_groups(cfg, model)
+            facts = {"parameters": count, "trainable_parameters": trainable}
+            run.update_manifest(**facts, **({"parameter_groups": groups} if groups else {}))
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
         if checkpoints.rescoring_due(trainer):
             checkpoints.score_best_weights(trainer, module)

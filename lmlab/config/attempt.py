@@ -8,6 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lmlab.config import build, changes, compose
 from lmlab.config.budget import STEPS, check_lengths
+from lmlab.config.held_out import build_validation
+from lmlab.config.models import build_objective
 from lmlab.config.rank import on_all_ranks
 from lmlab.config.schema import world
 from lmlab.console import command, duration
@@ -102,8 +104,9 @@ def measured_budget(cfg: DictConfig) -> dict[str, int]:
         return {}
     from lmlab.config.short_run import SHORT, measure, steps_of_hours
 
-    measured = measure(cfg, SHORT)
-    steps = steps_of_hours(cfg, build.prepare_data(cfg), measured, hours)
+    measured, data = measure(cfg, SHORT), build.prepare_data(cfg)
+    held_out, whole = build_validation(cfg, data, build_objective(cfg, data.tokenizer))
+    steps = steps_of_hours(cfg, data, measured, hours, len(held_out), len(whole or ()))
     LOG.info("budget.hours=%g: %s steps, each of %s in a short run.", hours, f"{steps:,}", duration(measured.step))
     return {STEPS: steps}
 

@@ -52,15 +52,16 @@ def begin(
     manifest, checkpoint = run.read_manifest(), find_checkpoint(run, step)
     step = run.step_of(checkpoint)
     check_full_rate(previous, manifest["steps"], step)
-    lengths = [text for key, text in changes.changed_values(cfg, previous).items() if key in changes.LENGTH]
+    changed = changes.changed_values(cfg, previous)
+    lengths = [text for key, text in changed.items() if key in changes.LENGTH]
     if lengths:
         raise UserError(f"{', '.join(lengths)}: a cooldown takes the steps of --cooldown. Leave that out.")
+    free = (*changes.CHANGEABLE, *changes.LOCATED, *SCHEDULE)
+    others = [text for key, text in changed.items() if not is_in(key, free)]
+    if others:
+        raise UserError(f"a cooldown of {from_here(run.path)} can't go on with {', '.join(others)}.\nLeave that out.")
     cfg = with_decay(cfg, manifest["steps"], step, steps)
     schema.check_run(cfg)
-    free = (*changes.CHANGEABLE, *changes.LOCATED, *SCHEDULE)
-    changed = [text for key, text in changes.changed_values(cfg, previous).items() if not is_in(key, free)]
-    if changed:
-        raise UserError(f"a cooldown of {from_here(run.path)} can't go on with {', '.join(changed)}.\nLeave that out.")
     of_this = ("run_id", "started", "command", "seeds", "repeats", *environment())
     facts = {key: value for key, value in manifest.items() if key not in of_this}
     facts["went_on"] = [one for one in manifest.get("went_on", ()) if one["step"] <= step]

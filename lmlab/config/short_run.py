@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lmlab.config import build, changes, compose, models, schema
-from lmlab.config.held_out import build_validation
 from lmlab.console import duration
 from lmlab.data.sampler import EvaluationSampler, micro_batch_size
 from lmlab.distributed import launch
@@ -136,19 +135,23 @@ def time_parts(
     return parts
 
 
-def steps_of_hours(cfg: DictConfig, data: "Prepared", measured: Measurement, hours: float) -> int:
+def steps_of_hours(
+    cfg: DictConfig, data: "Prepared", measured: Measurement, hours: float, held_out: int, whole: int
+) -> int:
     """Returns the optimizer steps for which a run takes no more than some hours, validations and checkpoints included.
+
+    Args:
+        held_out, whole: as of `time_parts`.
 
     Raises:
         UserError: one step takes longer, or there was not enough memory for the short run.
     """
     if measured.out_of_memory:
         raise UserError(measured.out_of_memory)
-    held_out, whole = build_validation(cfg, data, models.build_objective(cfg, data.tokenizer))
 
     def seconds(steps: int) -> float:
         _, interval, _ = build.training_length(cfg, data, steps=steps)
-        parts = time_parts(cfg, measured, steps, interval, len(held_out), len(whole or ()))
+        parts = time_parts(cfg, measured, steps, interval, held_out, whole)
         return sum(count * each for _, count, each in parts)
 
     if not measured.steps or seconds(1) > 3600 * hours:

@@ -340,14 +340,13 @@ class BlocksDataModule(HeldOutData):
             self.batches,
             TrainSampler(
                 self.order,
-                self.batch_size,
+                self.sizes,
                 self.steps,
                 self.seed,
                 self.trainer.global_rank,
                 self.trainer.world_size,
                 self.accumulate,
                 start=self.trainer.global_step * self.accumulate,
-                sizes=self.sizes,
             ),
         )
         return self.training_loader

@@ -166,8 +166,8 @@ class TrainSampler:
 
     size: int | Order
     """The number of blocks of the corpus; or the order of several sources."""
-    batch_size: int
-    """The number of samples of an optimizer step, over all ranks and accumulated micro batches."""
+    sizes: BatchSizes
+    """The number of samples of each optimizer step, over all ranks and accumulated micro batches."""
     steps: int
     """The number of optimizer steps of the whole run."""
     seed: int
@@ -177,12 +177,9 @@ class TrainSampler:
     """The number of micro batches of an optimizer step."""
     start: int = 0
     """The number of the first micro batch."""
-    sizes: BatchSizes | None = None
-    """The samples of each step, where they grow to `batch_size`."""
 
     def __post_init__(self) -> None:
-        self.samples = self.sizes or BatchSizes(self.batch_size)
-        micro_batch_size(self.samples.initial, self.world_size, self.accumulate)
+        micro_batch_size(self.sizes.initial, self.world_size, self.accumulate)  # of which all others are multiples
 
     def __len__(self) -> int:
         # Of the whole run, wherever it starts: Lightning counts from the first batch of the epoch.
@@ -191,8 +188,8 @@ class TrainSampler:
     def __iter__(self) -> Iterator[tuple[int, list[Draw]]]:
         for number in range(self.start, len(self)):
             step, part = divmod(number, self.accumulate)
-            micro_batch = self.samples.of(step) // (self.world_size * self.accumulate)
-            first = self.samples.before(step) + (part * self.world_size + self.rank) * micro_batch
+            micro_batch = self.sizes.of(step) // (self.world_size * self.accumulate)
+            first = self.sizes.before(step) + (part * self.world_size + self.rank) * micro_batch
             yield number, draws(self.seed, first, micro_batch, self.size)
 
 

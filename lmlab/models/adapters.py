@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 NAME = "default"
-"""What peft calls an adapter that is the only one of its model."""
+"""The name by peft of an adapter that is the only one of its model."""
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Stands before the name of each weight in the files of peft."""
 TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
-"""What peft calls the tasks that it has a class for, by the `AutoModel` class."""
+"""The names by peft of the tasks that it has a class for, by the `AutoModel` class."""
 READ = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),

@@ -68,20 +68,20 @@ def preview(plan: Plan) -> None:
     objective = models.build_objective(cfg, data.tokenizer)
     models.check_example(cfg, data, objective)
     assert data.train is not None
+    held_out, whole = build_validation(cfg, data, objective)
     hours, measured, steps_of_budget = (cfg.get("budget") or {}).get("hours"), None, None
     if hours is not None:
         if missing:
             raise UserError(f"budget.hours={hours:g} can't be worked out here. {missing}")
         changes.fit_to_machine(cfg)
         measured = measure(cfg, SHORT)
-        steps_of_budget = steps_of_hours(cfg, data, measured, hours)
+        steps_of_budget = steps_of_hours(cfg, data, measured, hours, len(held_out), len(whole or ()))
         print(f"Budget: {hours:g} hours at the speed of a short run: {counted(steps_of_budget, 'step')}.")
     steps, interval, budget = build.training_length(cfg, data, steps=steps_of_budget)
     if budget:
         print(f"Budget: {budget}: {counted(steps, 'step')}.")
     show_groups(cfg, data.tokenizer, objective.auto_class)
     show_ledger(with_draws(data.ledger, data.train, schema.batch_sizes(cfg).before(steps)))
-    held_out, whole = build_validation(cfg, data, objective)
     first = batch.first_batch(cfg, data, objective, steps, held_out.pad_id)
     batch.show_samples(first, data.tokenizer, objective.target_shift, console())
 

@@ -40,7 +40,7 @@ def first_batch(cfg: DictConfig, data: Any, objective: Any, steps: int, pad_id: 
     world, accumulate = schema.world(cfg.trainer), cfg.trainer.accumulate_grad_batches
     sizes, lengths = schema.batch_sizes(cfg), schema.block_lengths(cfg)
     order = order_of(data.train, sizes.before(steps))
-    sampler = TrainSampler(order, cfg.batch_size, steps, cfg.seed, 0, world, accumulate, sizes=sizes)
+    sampler = TrainSampler(order, sizes, steps, cfg.seed, 0, world, accumulate)
     number, draws = next(iter(sampler))
     return collate(
         data.train, draws, objective, cfg.seed, pad_id, number, length=None if lengths is None else lengths.of(0)

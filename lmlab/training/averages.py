@@ -101,8 +101,10 @@ class Average(ABC):
 
     name: str
     sums: DocumentSums
+    average: list[Tensor]
+    """The average of each of the weights."""
     result: Any
-    """What `sums` computed in the last validation, as of `Scorer.result`."""
+    """The sums of the last validation, as of `Scorer.result`."""
 
     def __init__(self, weights: Sequence[nn.Parameter]):
         """Takes the weights that are trained."""
@@ -111,10 +113,6 @@ class Average(ABC):
     @abstractmethod
     def update(self, step: int) -> None:
         """Adds the weights after a step to the average."""
-
-    @abstractmethod
-    def values(self) -> list[Tensor]:
-        """Returns the average of each of the weights."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -133,7 +131,7 @@ class Average(ABC):
         """Puts the average in place of the weights, and the weights back, bit for bit."""
         with torch.no_grad():
             own = [weight.clone() for weight in self.weights]
-            torch._foreach_copy_(self.weights, self.values())
+            torch._foreach_copy_(self.weights, self.average)
             try:
                 yield
             finally:
@@ -155,9 +153,6 @@ class EMA(Average):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [weight.float() for weight in self.weights], 1 - decay)
         self.updates += 1
-
-    def values(self) -> list[Tensor]:
-        return self.average
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.name, "decay": self.decay}
@@ -186,14 +181,16 @@ class Last(Average):
         super().__init__(weights)
         self.count, self.every_steps, self.steps = count, every_steps, steps
         self.kept: list[list[Tensor]] = []
+        self.average = self.weights  # until there is one
 
     def update(self, step: int) -> None:
         if step % self.every_steps == 0 or step == self.steps:
-            self.kept = [*self.kept, [weight.detach().clone() for weight in self.weights]][-self.count :]
+            self.take_mean([*self.kept, [weight.detach().clone() for weight in self.weights]][-self.count :])
 
-    def values(self) -> list[Tensor]:
-        kept = self.kept or [self.weights]
-        return [torch.stack(list(of_one)).mean(0) for of_one in zip(*kept, strict=True)]
+    def take_mean(self, kept: list[list[Tensor]]) -> None:
+        """Keeps the weights of some steps, and their mean."""
+        self.kept = kept
+        self.average = [torch.stack(list(of_one)).mean(0) for of_one in zip(*kept, strict=True)]
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.name, "weights": len(self.kept), "every_steps": self.every_steps}
@@ -202,6 +199,5 @@ class Last(Average):
         return self.kept
 
     def load(self, state: list[list[Tensor]]) -> None:
-        self.kept = [
-            [kept.to(weight.device) for kept, weight in zip(of_one, self.weights, strict=True)] for of_one in state
-        ]
+        if state:
+            self.take_mean([[kept.to(self.weights[0].device) for kept in of_one] for of_one in state])

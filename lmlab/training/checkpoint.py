@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -46,6 +46,7 @@ from lmlab.training.loggers.metrics_file import flushed_size
 from lmlab.training.module import LMModule
 
 LOG = logging.getLogger(__name__)
+Key = TypeVar("Key", int, str)
 PATIENCE = 60.0  # seconds that W&B gets to end before a job is re-queued
 
 
@@ -88,7 +89,9 @@ class Checkpoints(Checkpoint):
         """
         self.run = RunDirectory(run_dir)
         self.monitor, self.mode, self.keep_best = monitor, mode or mode_of(monitor), keep_best
-        self.every_steps, self.every_minutes, self.keep_every = every_steps, every_minutes, keep_every
+        self.spacings = [every for every in (every_steps, keep_every) if every is not None]
+        """The numbers of steps whose multiples a checkpoint is saved at, also between validations."""
+        self.every_minutes, self.keep_every = every_minutes, keep_every
         self.background, self.max_requeues = background, max_requeues
         self.best: dict[int, float] = {}
         """The metric of the best weights, by their steps."""
@@ -158,8 +161,7 @@ class Checkpoints(Checkpoint):
         signal, intervals = self.poll()
         if signal:
             self.stop(trainer, module, signal)
-        spacings = [every for every in (self.every_steps, self.keep_every) if every is not None]
-        due = intervals > self.intervals or any(self.step % every == 0 for every in spacings)
+        due = intervals > self.intervals or any(self.step % every == 0 for every in self.spacings)
         self.intervals = max(intervals, self.intervals)
         if due and not module.validation_due():  # which saves a checkpoint at its end
             self.save(trainer, module)
@@ -175,7 +177,7 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING or step == 0:  # the weights that a run began with are no result of it
             return
         candidates = module.candidates(self.monitor)
-        kind = min(candidates, key=lambda name: candidates[name] * (1 if self.mode == "min" else -1))
+        kind = rank(candidates, self.mode)[0]
         values = {**self.best, step: candidates[kind]}
         objective = trainer.datamodule.batches.objective  # type: ignore[attr-defined]
         keep = 0 if getattr(objective, "last_weights", False) else self.keep_best
@@ -255,15 +257,15 @@ def mode_of(monitor: str) -> Literal["min", "max"]:
     return "max" if monitor.endswith("accuracy") else "min"
 
 
-def rank(values: Mapping[int, float], mode: str) -> list[int]:
+def rank(values: Mapping[Key, float], mode: str) -> list[Key]:
     """Returns the steps of validations from the best to the worst; of equal ones the earlier first.
 
     Args:
-        values: the metric of each, by its step.
+        values: the metric of each, by its step; or by names, of which the earlier in the alphabet come first.
         mode: `min` if the least is best, `max` if the most is.
     """
     sign = 1 if mode == "min" else -1
-    return sorted(values, key=lambda step: (sign * values[step], step))
+    return sorted(values, key=lambda key: (sign * values[key], key))
 
 
 def best_on_disk(run: RunDirectory, values: Mapping[int, float], mode: str) -> Path | None:

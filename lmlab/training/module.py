@@ -85,7 +85,7 @@ class LMModule(ValidatedModule):
         """
         validated: dict[str, Any] = {"steps": steps, "val_interval": val_interval, "metric": metric, "domains": domains}
         super().__init__(model, sums, logits_chunk_size, held_out_losses, **validated)
-        self.optimizer, self.batch_size, self.block_size, self.seed = optimizer, batch_size, block_size, seed
+        self.optimizer, self.block_size, self.seed = optimizer, block_size, seed
         self.reduces_once, self.teacher, self.losses = reduces_once, teacher, losses
         self.z_loss, self.nominal_targets = z_loss, batch_size * block_size
         self.train_nll = MeanNLL()

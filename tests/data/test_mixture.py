@@ -15,6 +15,7 @@ from lmlab.data.blocks import Blocks, Ledger
 from lmlab.data.mixture import MixedBlocks, MixedOrder, Mixture, mix, with_draws
 from lmlab.data.options import Share
 from lmlab.data.sampler import LISTED, TrainSampler
+from lmlab.data.warmup import BatchSizes
 from lmlab.errors import UserError
 
 from ..conftest import TINY, Refused, metrics
@@ -98,7 +99,7 @@ def test_any_width() -> None:
     def steps(world: int, accumulate: int, start: int = 0) -> list[list[int]]:
         batches: dict[int, list[int]] = {}
         for rank in range(world):
-            sampler = TrainSampler(order, 8, 20, 0, rank, world, accumulate, start * accumulate)
+            sampler = TrainSampler(order, BatchSizes(8), 20, 0, rank, world, accumulate, start * accumulate)
             for number, draws in sampler:
                 batches.setdefault(number // accumulate, []).extend(draw.block for draw in draws)
         return [sorted(batches[step]) for step in sorted(batches)]

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from lmlab.data import sampler
 from lmlab.data.sampler import Draw, EvaluationSampler, TrainSampler, blocks_at, draw_subset, draws, permute
+from lmlab.data.warmup import BatchSizes
 from lmlab.errors import UserError
 
 SIZE, BATCH, STEPS, SEED = 37, 8, 20, 5
 
 
 def rows(**options: int) -> list[tuple[int, list[Draw]]]:
-    return list(TrainSampler(SIZE, BATCH, STEPS, SEED, **options))
+    return list(TrainSampler(SIZE, BatchSizes(BATCH), STEPS, SEED, **options))
 
 
 def test_every_epoch_holds_every_block_once() -> None:
@@ -39,18 +40,18 @@ def test_ranks_and_accumulation_slice_the_global_batch(world_size: int, accumula
 
 def test_starting_later_gives_the_rest() -> None:
     for start in (0, 1, 7, 39, 40):
-        sampler = TrainSampler(SIZE, BATCH, STEPS, SEED, accumulate=2, start=start)
+        sampler = TrainSampler(SIZE, BatchSizes(BATCH), STEPS, SEED, accumulate=2, start=start)
         assert list(sampler) == rows(accumulate=2)[start:]
         assert len(sampler) == 40  # of the whole run: Lightning counts so
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="multiple of 6"):
-        TrainSampler(SIZE, BATCH, STEPS, SEED, world_size=3, accumulate=2)
+        TrainSampler(SIZE, BatchSizes(BATCH), STEPS, SEED, world_size=3, accumulate=2)
 
 
 def test_a_corpus_smaller_than_a_batch() -> None:
-    run = [draw for _, batch in TrainSampler(3, 8, 6, SEED) for draw in batch]
+    run = [draw for _, batch in TrainSampler(3, BatchSizes(8), 6, SEED) for draw in batch]
     assert all(sorted(d.block for d in run[i : i + 3]) == [0, 1, 2] for i in range(0, 48, 3))
 
 

@@ -35,12 +35,12 @@ def test_sizes_add_up(batch_size: int, initial: int | None, steps: int) -> None:
 
 def test_samples_follow_one_another_at_any_width() -> None:
     sizes, size = BatchSizes(8, 4, 6), 50
-    whole = [draw for _, batch in TrainSampler(size, 8, 9, 0, sizes=sizes) for draw in batch]
+    whole = [draw for _, batch in TrainSampler(size, sizes, 9, 0) for draw in batch]
     assert [draw.number for draw in whole] == list(range(sizes.before(9)))
     for world, accumulate in ((2, 1), (2, 2), (1, 4)):
-        ranks = [[*TrainSampler(size, 8, 9, 0, rank, world, accumulate, sizes=sizes)] for rank in range(world)]
+        ranks = [[*TrainSampler(size, sizes, 9, 0, rank, world, accumulate)] for rank in range(world)]
         assert [draw for batches in zip(*ranks, strict=True) for _, batch in batches for draw in batch] == whole
-    late = TrainSampler(size, 8, 9, 0, start=5, sizes=sizes)
+    late = TrainSampler(size, sizes, 9, 0, start=5)
     assert [draw for _, batch in late for draw in batch] == whole[sizes.before(5) :]
 
 
