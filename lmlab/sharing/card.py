@@ -76,6 +76,7 @@ def build_card(run: RunDirectory, repository: str, license: str, steps: Sequence
         f"## On held-out text\n\n{describe_evaluation(loaded)}",
         "" if chart is None else "![Training and validation loss over the tokens seen in training](curve.png)",
         f"## Use\n\n{describe_use(run, repository)}",
+        describe_adapter(run, config, repository),
         describe_series(repository, steps),
         f"## Data\n\n{describe_data(run, config)}",
         f"## Training\n\n{describe_training(run, loaded, config, repository)}",
@@ -244,6 +245,23 @@ def describe_use(run: RunDirectory, name: str) -> str:
     )
 
 
+def describe_adapter(run: RunDirectory, config: Mapping[str, Any], repository: str) -> str:
+    """Says how the adapter of a run is loaded beside its base; nothing where the run has none."""
+    if not run.adapter.is_dir():
+        return ""
+    base = base_model(config)
+    beside = f'"{base}"' if base else "BASE"
+    auto_class = auto_class_of_export(run)
+    return (
+        "## The adapter\n\n`adapter/` has the adapter alone, in the form of peft; the model above is its base with the "
+        "adapter merged into it."
+        f"{'' if base else ' The base, which stands for BASE below, is not on the hub.'}\n\n"
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto_class}\n\n"
+        f"base = {auto_class}.from_pretrained({beside})\n"
+        f'model = PeftModel.from_pretrained(base, "{repository}", subfolder="adapter")\n```'
+    )
+
+
 def describe_series(repository: str, steps: Sequence[int]) -> str:
     """Says which steps of the run can be loaded; nothing where there is no series."""
     if not steps:
@@ -312,6 +330,8 @@ def describe_training(run: RunDirectory, loaded: Run, config: Mapping[str, Any],
         "training time": duration(summary["seconds"]),
         "run": loaded.manifest["run_id"],
     }
+    if adapter := config.get("adapter"):
+        rows["adapter"] = ", ".join(f"{key} {adapter[key]}" for key in ("r", "alpha", "dora") if key in adapter)
     origin = describe_origin(loaded.manifest)
     folder = repository.rpartition("/")[2]
     fetch = command("hf", "download", repository, "--include", "run/*", "--local-dir", folder)

@@ -3,7 +3,8 @@
 A push can be repeated: the client sends nothing that the hub has already, and makes a commit only if a file differs.
 The file `run/manifest.json` in the repository names the run that it holds.
 
-    main      the exported model, README.md, curve.png, and files of the run directory under run/
+    main      the exported model, README.md, curve.png, files of the run directory under run/, and the adapter of
+              a run with one under adapter/
     step-N    a tag for each step of the series: the exported model after that step
     series    the branch that these tags are on
 """
@@ -44,7 +45,7 @@ from lmlab.sweeps.points import SWEEP_FILE
 
 MANIFEST = "run/manifest.json"
 """The file of a repository that names its run."""
-STALE = ("*.safetensors", "*.safetensors.index.json", "run/*")
+STALE = ("*.safetensors", "*.safetensors.index.json", "adapter/*", "run/*")
 """Patterns of the files that a push removes from `main` if the run no longer has them. Others may be somebody's own."""
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt")
 SERIES = "series"
@@ -232,6 +233,7 @@ def contents(run: RunDirectory, destination: Destination) -> tuple[Contents, dic
     files: dict[str, Path | bytes] = {
         f"run/{file.relative_to(run.path).as_posix()}": file for file in kept if file.is_file()
     }
+    files |= {f"{run.adapter.name}/{name}": file for name, file in files_in(run.adapter).items()}
     files |= files_in(run.model) | build_card(run, repository, license, list(steps))
     series: dict[int, Contents] = {
         step: {**files_in(folder), "README.md": build_step_card(run, repository, license, step)}

@@ -24,6 +24,8 @@ from lmlab.models import adapters, memory
 from lmlab.models.loading import pretrained
 from lmlab.models.loss import score
 from lmlab.models.torch_module import wrap
+from lmlab.runs.directory import RunDirectory
+from lmlab.sharing.push import Destination, contents
 from lmlab.training.checkpoint_io import load_checkpoint
 
 from ..conftest import Refused, losses, metrics, run_verb, stop_after
@@ -168,6 +170,16 @@ def test_a_run_leaves_merged_weights_and_an_adapter(base: Path, run: Path) -> No
     torch.testing.assert_close(beside(ids).logits, exported(ids).logits, rtol=1e-5, atol=1e-6)
     last = load_file(run / "series" / "step-4" / "model.safetensors")
     assert all(torch.equal(last[name], tensor) for name, tensor in merged.items())
+
+
+def test_a_push_takes_the_adapter_too(run: Path) -> None:
+    files, _ = contents(RunDirectory(run), Destination("me/tuned", "mit"))
+    for file in (run / "adapter").iterdir():
+        assert files[f"adapter/{file.name}"] == file
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    assert 'PeftModel.from_pretrained(base, "me/tuned", subfolder="adapter")' in card.decode()
+    assert "| adapter | r 8, alpha 16, dora False |" in card.decode()
 
 
 def test_an_evaluation_gives_the_certificate_of_the_run(run: Path, evaluate: Callable[..., Path]) -> None:
