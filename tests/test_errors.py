@@ -585,6 +585,8 @@ COMMANDS = {
     "objective.mask_probability=0.3": ["It is one of objective=electra and of objective=hybrid and of objective=mlm"],
     "callbacks.early_stopping.patience=3": ["It is one of callbacks=early_stopping"],
     "optim.schedule=linaer": ['Did you mean "linear"?', "warmup_stable_decay"],
+    "trainer.max_steps=99999999999999999999": ["the run would have 1e+20 steps, and can have up to 1.1e+12"],
+    "optim=schedule_free +optim.decay_ratio=0.3": ['no key "optim.decay_ratio"'],
     "trainer.precision=bf16-mixd": ['Did you mean "bf16-mixed"?', "32-true"],
     "logger=default logger.wandb.mode=ofline": ['Did you mean "offline"?'],
     "callbacks.checkpoints.monitor=val/los": ["val/los", "val/loss"],

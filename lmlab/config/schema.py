@@ -69,6 +69,8 @@ DESTINATION = ("save_dir", "version", "tracking_uri", "experiment", "entity", "p
 """The keys of a logger that say where it writes."""
 WITHOUT_ROWS = ("generation", "lm_eval")
 """The suites that score no rows of held-out text."""
+MOST_STEPS = 2**40
+"""The most steps that a run can have: the index of a sample has to fit into 64 bits."""
 OPTIMIZES = "called with (model, steps), returns an optimizer and a schedule, as lmlab.optim.AdamW does"
 
 
@@ -346,6 +348,8 @@ def training_steps(
         if trainer.max_epochs is None or trainer.max_epochs <= 0:
             raise UserError("the run has no end: set trainer.max_epochs or trainer.max_steps.")
         steps = sizes.steps_for(math.ceil(trainer.max_epochs * blocks))
+    if steps > MOST_STEPS:
+        raise UserError(f"the run would have {steps:.3g} steps, and can have up to {MOST_STEPS:.3g}: ask for fewer.")
     interval = trainer.val_check_interval
     if isinstance(interval, float):
         interval = max(1, round(interval * blocks / sizes.batch_size))

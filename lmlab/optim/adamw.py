@@ -8,12 +8,12 @@ from annotated_types import Ge, Len, Lt
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from lmlab.optim.schedule import Scheduled
+from lmlab.optim.schedule import Decayed
 from lmlab.optim.width import width_factors
 
 
 @dataclass(config={"strict": True})
-class AdamW(Scheduled):
+class AdamW(Decayed):
     """Builds AdamW for a model, without weight decay on norms and biases."""
 
     betas: Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)] = (0.9, 0.999)

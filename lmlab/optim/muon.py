@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from lmlab.errors import UserError
 from lmlab.optim.groups import layer_matrices
-from lmlab.optim.schedule import Scheduled
+from lmlab.optim.schedule import Decayed
 
 
 @dataclass(config={"strict": True})
-class Muon(Scheduled):
+class Muon(Decayed):
     """Builds Muon (Jordan et al. 2024) for the matrices of a model's layers, and AdamW for all else.
 
     That is embeddings, head, norms, biases, and weights of more than two dimensions, such as those of convolutions.
@@ -37,7 +37,7 @@ class Muon(Scheduled):
         """Takes the parameters that `groups` freezes out of training.
 
         Raises:
-            UserError: as of `Scheduled.freeze`; or the layers of the model have no matrices that are trained.
+            UserError: as of `Decayed.freeze`; or the layers of the model have no matrices that are trained.
         """
         super().freeze(model)
         matrices = layer_matrices(model)

@@ -53,7 +53,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 @dataclass(config={"strict": True})
 class Scheduled:
-    """Holds the arguments that all optimizers of lmlab share, and makes their schedule.
+    """Holds the arguments that all optimizers of lmlab share, and makes their schedule: warm-up, then the full rate.
 
     An instance is called with a model, after `freeze`, and the number of steps. It returns the optimizer and its
     schedule, which is stepped once per optimizer step.
@@ -63,38 +63,15 @@ class Scheduled:
     """The learning rate after warm-up."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """The coefficient of the decoupled weight decay; norms and biases have none."""
-    schedule: str | Callable[[float, float], float] = "linear"
-    """linear, cosine, constant, warmup_stable_decay, one_minus_sqrt, or a function of (done, decay_ratio) or its import
-    path."""
-    final_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
-    """The share of lr that the schedule decays to."""
     warmup_steps: Annotated[int, Ge(0)] | None = None
     """The number of steps from 0 up to lr; null leaves it to warmup_ratio."""
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
     """The share of all steps that go from 0 up to lr, where warmup_steps is null."""
-    decay_ratio: Annotated[float, Ge(0), Le(1)] = 0.2
-    """The share of the steps after warm-up over which warmup_stable_decay and one_minus_sqrt decay."""
-    decay_steps: Annotated[int, Ge(1)] | None = None
-    """The number of steps of that decay; null leaves it to decay_ratio."""
     groups: dict[str, Any] | None = None
     """The lr, weight_decay or freeze of the parameters whose names match a pattern (`*.wte.*`), by the patterns."""
 
     def __post_init__(self) -> None:
         check_settings(self.groups or {})
-        if callable(self.schedule):
-            self.shape = self.schedule
-        elif self.schedule in SCHEDULES:
-            self.shape = SCHEDULES[self.schedule]
-        else:
-            try:
-                self.shape = pkgutil.resolve_name(self.schedule)
-                if not callable(self.shape):
-                    raise ValueError("not a function")
-            except (ImportError, AttributeError, ValueError) as error:
-                raise UserError(
-                    f'optim.schedule is one of {", ".join(SCHEDULES)}, or importable, not "{self.schedule}".'
-                    f"{nearest(self.schedule, SCHEDULES)}"
-                ) from error
 
     @abstractmethod
     def make(self, model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
@@ -144,5 +121,45 @@ class Scheduled:
             return step / warmup
         after = max(1, steps - warmup)
         done = min(1.0, (step - warmup) / after)
-        decay_ratio = self.decay_ratio if self.decay_steps is None else min(1.0, self.decay_steps / after)
+        return self.factor_after_warmup(done, after)
+
+    def factor_after_warmup(self, done: float, steps: int) -> float:
+        """Returns the factor of the learning rate when the share `done` of the `steps` after warm-up is done."""
+        return 1.0
+
+
+@dataclass(config={"strict": True})
+class Decayed(Scheduled):
+    """Adds the arguments of a schedule by which the learning rate decays after warm-up."""
+
+    schedule: str | Callable[[float, float], float] = "linear"
+    """linear, cosine, constant, warmup_stable_decay, one_minus_sqrt, or a function of (done, decay_ratio) or its import
+    path."""
+    final_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
+    """The share of lr that the schedule decays to."""
+    decay_ratio: Annotated[float, Ge(0), Le(1)] = 0.2
+    """The share of the steps after warm-up over which warmup_stable_decay and one_minus_sqrt decay."""
+    decay_steps: Annotated[int, Ge(1)] | None = None
+    """The number of steps of that decay; null leaves it to decay_ratio."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if callable(self.schedule):
+            self.shape = self.schedule
+        elif self.schedule in SCHEDULES:
+            self.shape = SCHEDULES[self.schedule]
+        else:
+            try:
+                self.shape = pkgutil.resolve_name(self.schedule)
+                if not callable(self.shape):
+                    raise ValueError("not a function")
+            except (ImportError, AttributeError, ValueError) as error:
+                raise UserError(
+                    f'optim.schedule is one of {", ".join(SCHEDULES)}, or importable, not "{self.schedule}".'
+                    f"{nearest(self.schedule, SCHEDULES)}"
+                ) from error
+
+    def factor_after_warmup(self, done: float, steps: int) -> float:
+        """Returns the factor of the learning rate when the share `done` of the `steps` after warm-up is done."""
+        decay_ratio = self.decay_ratio if self.decay_steps is None else min(1.0, self.decay_steps / steps)
         return self.final_ratio + (1.0 - self.final_ratio) * self.shape(done, decay_ratio)

@@ -1,7 +1,7 @@
 """Schedule-free AdamW (Defazio et al. 2024), by the package `schedulefree`."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Len, Lt
@@ -20,8 +20,6 @@ class ScheduleFree(Scheduled):
     Neither depends on the length of the run, so that a run is as good at each of its steps as one that ends there.
     """
 
-    schedule: Literal["constant"] = "constant"
-    """There is no other."""
     betas: Annotated[Sequence[Annotated[float, Gt(0), Lt(1)]], Len(2, 2)] = (0.9, 0.999)
     """The share of the mean where gradients are taken, and the decay rate of the running mean of their squares."""
     eps: Annotated[float, Ge(0)] = 1e-8
