@@ -31,7 +31,8 @@ SAMPLING: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_k": (f"{WHOLE}; that of all tokens is no limit", lambda value: type(value) is int and value >= 1),
     "max_new_tokens": (WHOLE, lambda value: type(value) is int and value >= 1),
     "steps": (WHOLE, lambda value: type(value) is int and value >= 1),
-    "temperature": ("more than 0; --greedy takes the most likely token", lambda value: 0 < value < math.inf),
+    # Logits over a smaller one would not fit into 32 bits.
+    "temperature": ("1e-30 or more; --greedy takes the most likely token", lambda value: 1e-30 <= value < math.inf),
     "top_p": ("more than 0, and 1 at most", lambda value: 0 < value <= 1),
 }
 """Options of `generate` and `unmask` that have an argument of their own: what they may be, in words and as a check."""

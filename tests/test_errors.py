@@ -1363,7 +1363,7 @@ def test_full_disk_under_an_evaluation(unmeasured: Refused, models: Path, full_d
             for option, values in {
                 "--top-p": ("0", "-0.5", "2", "nan"),
                 "--top-k": ("0", "-1"),
-                "--temperature": ("0", "-1", "inf"),
+                "--temperature": ("0", "1e-40", "-1", "inf"),
                 "--max-new-tokens": ("0", "-1"),
             }.items()
             for value in values
