@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peft
 import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
@@ -45,16 +46,20 @@ for record in RECORDS[::3]:
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
-    """Stand-ins for a data set and two models of the hub, under ids of ours and the guide's."""
+    """Stand-ins for a data set, two models and an adapter of the hub, under ids of ours and the guide's."""
     root = tmp_path_factory.mktemp("repositories")
-    data, gpt2, roberta = root / "eli5", root / "gpt2", root / "roberta"
+    data, gpt2, roberta, lora = root / "eli5", root / "gpt2", root / "roberta", root / "lora"
     data.mkdir()
     (data / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS), "utf-8")
     tokenizer = bpe((text for record in RECORDS for text in record["answers"]["text"]), 400)
     # Less than an answer has, and no multiple of the block size: the guide's truncation and drops show.
     tokenizer.model_max_length = 60
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 66}
-    from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", sizes).save_pretrained(gpt2)
+    model = from_scratch(tokenizer, "AutoModelForCausalLM", "gpt2", sizes)
+    model.save_pretrained(gpt2)
+    peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False)).save_pretrained(lora)
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "me/tiny-gpt2"}))
     from_scratch(tokenizer, "AutoModelForMaskedLM", "roberta", sizes | {"intermediate_size": 32}).save_pretrained(
         roberta
     )
@@ -62,7 +67,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Repositories:
     tokenizer.save_pretrained(roberta)
     return {
         "dataset": {"me/tiny-eli5": data, GUIDE_DATA: data},
-        "model": {"me/tiny-gpt2": gpt2, "me/tiny-roberta": roberta, GUIDE_MODEL: roberta},
+        "model": {"me/tiny-gpt2": gpt2, "me/tiny-lora": lora, "me/tiny-roberta": roberta, GUIDE_MODEL: roberta},
     }
 
 
@@ -239,11 +244,11 @@ def test_the_guides_masked_experiment(hub: Hub, command: Command, tmp_path: Path
 
 
 @pytest.mark.long
-def test_predict_from_the_hub(hub: Hub, command: Command) -> None:
-    done = command(hub.endpoint, "lmlab.predict", "me/tiny-gpt2", "hello", "--max-new-tokens=5")
+def test_predict_with_an_adapter_of_the_hub(hub: Hub, command: Command) -> None:
+    done = command(hub.endpoint, "lmlab.predict", "me/tiny-lora", "hello", "--max-new-tokens=5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("hello")
-    assert "me/tiny-gpt2/model.safetensors" in fetched(hub)
+    assert {"me/tiny-lora/adapter_model.safetensors", "me/tiny-gpt2/model.safetensors"} <= set(fetched(hub))
 
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lmlab.errors import UserError, check_installed, first_line, nearest
-from lmlab.hub import ADAPTER, from_hub, split_revision
+from lmlab.hub import ADAPTER, from_hub, is_adapter, is_gguf, split_revision
 from lmlab.io import read_json, replaced
 from lmlab.models.efficiency import layers
 from lmlab.models.electra import GeneratorAndDiscriminator
@@ -266,6 +266,27 @@ def take_out(
     replaced(path, write)
     remove(model)
     return merged
+
+
+def adapter_directory(name: str, revision: str | None = None) -> str | None:
+    """Returns the directory of an adapter, which is downloaded if it is on the hub; None if the name is of none.
+
+    Args:
+        name: hub id or directory of an adapter, or of anything else.
+        revision: branch, tag or commit of a hub id.
+    """
+    if is_adapter(name):
+        return name
+    if Path(name).exists() or is_gguf(name):
+        return None
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(name, ADAPTER, revision=revision)
+    except EntryNotFoundError:  # not there, or not in the cache while the hub can't be reached
+        return None
+    return snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, "*.json", "*.txt", "*.model"])
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmlab.errors import UserError, check_installed
-from lmlab.hub import is_adapter, is_gguf
-from lmlab.models.adapters import base_of, merge_adapter
+from lmlab.hub import is_gguf
+from lmlab.models.adapters import adapter_directory, base_of, merge_adapter
 
 
 def located(name: str) -> dict[str, str]:
@@ -51,23 +51,21 @@ def load_model(
 
     Args:
         auto: the `AutoModel` class.
-        name: hub id, directory of a model or of an adapter, or `.gguf` file.
+        name: hub id or directory, of a model or of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         config: what `load_config` returned for the name.
         options: more arguments of `from_pretrained`.
 
     Raises:
-        UserError: an adapter can't be merged, or lies beside the weights on the hub.
+        UserError: an adapter can't be merged.
     """
-    if is_adapter(name):
-        with base_of(name) as (base, revision):
+    if adapter := adapter_directory(name, revision):
+        with base_of(adapter) as (base, revision):
             model, missing = load_model(auto, base, revision, config, **options)
-        merge_adapter(model, name)
+        merge_adapter(model, adapter)
         return model, missing
     options |= {"revision": revision, "config": config, "trust_remote_code": False, "output_loading_info": True}
     model, loaded = auto.from_pretrained(**located_weights(name), **options)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(f"{name} has an adapter on the hub beside its weights: download it, and name its directory.")
     return model, sorted(loaded["missing_keys"])
 
 
@@ -75,15 +73,15 @@ def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTr
     """Loads the config of a model.
 
     Args:
-        name: hub id, directory of a model or of an adapter, or `.gguf` file.
+        name: hub id or directory, of a model or of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         changes: new values for some of its keys.
 
     Raises:
         UserError: a GGUF file can't be read, or an adapter names no base.
     """
-    if is_adapter(name):
-        with base_of(name) as (base, revision):
+    if adapter := adapter_directory(name, revision):
+        with base_of(adapter) as (base, revision):
             return load_config(base, revision, **changes)
     config = AutoConfig.from_pretrained(**located(name), revision=revision, trust_remote_code=False, **changes)
     if is_gguf(name):
@@ -109,8 +107,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         UserError: there is none. Of some kinds, transformers then makes one that has special tokens alone.
     """
-    if is_adapter(name) and not Path(name, "tokenizer_config.json").is_file():
-        with base_of(name) as (base, revision):
+    adapter = adapter_directory(name, revision)
+    if adapter and not Path(adapter, "tokenizer_config.json").is_file():
+        with base_of(adapter) as (base, revision):
             return load_tokenizer(base, revision)
     tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):

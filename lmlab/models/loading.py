@@ -38,7 +38,7 @@ def pretrained(
 
     Args:
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
-        name: hub id, ID@REVISION, directory of a model or of an adapter, or `.gguf` file.
+        name: hub id, ID@REVISION or directory, of a model or of an adapter, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
         config: changes to single values of the model's config.
         module: of an exported torch module one that was made as it was; in a config the block that makes it.
