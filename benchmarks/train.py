@@ -7,11 +7,12 @@
   python -m benchmarks.train size=small peer=lmlab lmlab.compile=true      over lmlab without the lmlab.… keys
   python -m benchmarks.train size=distil block_size=1024 measure=memory    peak memory of one step
   python -m benchmarks.train peer=lmlab agree=1 lmlab.adapter=lora         LoRA over training all weights
+  python -m benchmarks.train size=medium batch_size=96 peer=lmlab agree=1 lmlab.optim=muon   Muon over AdamW
 
 Keys, with their defaults:
 
   objective=clm         clm, mlm
-  size=distil           tiny, small (4 × 128), distil (6 × 768), gpt2 (12 × 768): layers × width
+  size=distil           tiny, small (4 × 128), medium (4 × 256), distil (6 × 768), gpt2 (12 × 768): layers × width
   peer=trainer          trainer, loop, compiled (the loop under torch.compile), lightning (a module of a few lines),
                         lmlab (without the lmlab.… keys)
   precision=32-true     32-true, bf16-mixed
@@ -47,6 +48,7 @@ from lmlab.errors import UserError
 SIZES = {  # layers, width, heads, positions of a block; vocabulary of a causal and of a masked model
     "tiny": (1, 32, 2, 16, 200, 200),
     "small": (4, 128, 4, 64, 4096, 4096),
+    "medium": (4, 256, 4, 128, 4096, 4096),
     "distil": (6, 768, 12, 128, 50257, 50265),
     "gpt2": (12, 768, 12, 1024, 50257, 50265),
 }
@@ -77,7 +79,7 @@ class Sized:
 @dataclass
 class Settings(Sized, Arguments):
     objective: Literal["clm", "mlm"] = "clm"
-    size: Literal["tiny", "small", "distil", "gpt2"] = "distil"
+    size: Literal["tiny", "small", "medium", "distil", "gpt2"] = "distil"
     peer: Literal["trainer", "loop", "compiled", "lightning", "lmlab"] = "trainer"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     batch_size: int = 8

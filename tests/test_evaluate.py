@@ -549,7 +549,7 @@ def test_memorization_and_generation(
     assert "suite=generation is for causal models" in said
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_generation_on_two_devices(causal: Path, evaluate: Verb) -> None:
     words = [f"model={causal}", "suite=generation", "prompts=5", "prefix=4", "continuation=6"]
     one, two = evaluate(*words), evaluate(*words, "trainer=ddp", "trainer.accelerator=cpu", "batch_size=2")

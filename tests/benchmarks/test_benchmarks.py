@@ -349,7 +349,7 @@ def test_rows() -> None:
         assert f"`{row.command}" in readme, row.command
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_commands(tmp_path: Path) -> None:
     """As they are typed, from the command line to an exit code."""
 

@@ -311,7 +311,7 @@ def test_several_processes_that_are_killed(tmp_path: Path) -> None:
     """All of them at once, by SIGKILL; the same command goes on, and what is done stays."""
     place = tmp_path / "made"
     text = tmp_path / "text.txt"
-    text.write_text("\n".join("some words to be tokenized again and again" * 20 for _ in range(20_000)))
+    text.write_text("\n".join("some words to be tokenized again and again" * 20 for _ in range(6_000)))
     words = ["data=files", f"data.train={text}", "data.document=line", "tokenizer.vocab_size=300"]
     command = [sys.executable, "-m", "lmlab.prepare", *words, f"output={place}", "processes=2", "shards=8"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

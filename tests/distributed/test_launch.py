@@ -207,17 +207,6 @@ def test_two_ranks_stop_together_and_go_on(train: Callable[..., Path], tmp_path:
     assert f"python -m lmlab.resume {run}" in errors
     assert ranks_of(run) == []
 
-    # A rank stands still: the second Ctrl-C does not wait for it.
-    command = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
-    wait_for(reached(run, 11))
-    os.kill(ranks_of(run)[1], signal.SIGSTOP)
-    for _ in range(2):
-        command.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-    command.communicate(timeout=30)
-    assert command.returncode == 128 + signal.SIGINT
-    assert ranks_of(run) == []
-
     # The command dies: its ranks do not go on without it, nor keep the next from the directory.
     command = start(*LONG, *TWO, *slow, f"hydra.run.dir={run}")
     wait_for(reached(run, 13))
@@ -230,6 +219,20 @@ def test_two_ranks_stop_together_and_go_on(train: Callable[..., Path], tmp_path:
     assert losses(run) == losses(whole)
     assert "step 16/16" in (run / "train.log").read_text()
     assert (run / "logs" / "rank1.log").is_file()
+
+
+@pytest.mark.longest
+def test_the_second_signal_does_not_wait_for_a_rank_that_stands_still(tmp_path: Path) -> None:
+    slow = "model._target_=tests.broken_model.from_scratch_and_slow"
+    command = start(*LONG, *TWO, slow, f"hydra.run.dir={tmp_path}")
+    wait_for(reached(tmp_path, 3))
+    os.kill(ranks_of(tmp_path)[1], signal.SIGSTOP)
+    for _ in range(2):
+        command.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    command.communicate(timeout=30)
+    assert command.returncode == 128 + signal.SIGINT
+    assert ranks_of(tmp_path) == []
 
 
 @pytest.mark.long

@@ -157,7 +157,7 @@ def same(held_out: Any, model: Any, batch_size: int, ranks: int) -> None:
     np.testing.assert_allclose(nll, one_nll, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_two_processes_come_to_the_same(train: Callable[..., Path], evaluate: Callable[..., Path]) -> None:
     """The verb itself, on a trained run: two ranks over gloo, an odd batch size, against one process."""
     run = train(*TINY, "preprocess.test_size=0.07")

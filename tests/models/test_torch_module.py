@@ -390,9 +390,8 @@ def test_its_export_is_evaluated_where_its_code_is_trusted(
     assert (evaluation / "report" / "report.html").is_file()
 
 
-@pytest.mark.parametrize(
-    "trainer", [pytest.param("ddp", marks=pytest.mark.longest), pytest.param("fsdp", marks=pytest.mark.long)]
-)
+@pytest.mark.longest
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_the_same_run_on_two_ranks(
     trainer: str, theirs: Path, their_lab: ModuleType, train: Callable[..., Path], evaluate: Callable[..., Path]
 ) -> None:

@@ -43,11 +43,11 @@ LLAMA = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "n
 @pytest.mark.parametrize(
     "words",
     [
-        ["objective=clm"],
-        pytest.param(["objective=mlm"], marks=pytest.mark.long),
+        pytest.param(["objective=clm"], marks=pytest.mark.long),
+        pytest.param(["objective=mlm"], marks=pytest.mark.longest),
         pytest.param(["objective=clm", "documents=9"], marks=pytest.mark.longest),
         pytest.param(["objective=mlm", "checkpointing=true"], marks=pytest.mark.long),
-        pytest.param(["objective=clm", "checkpointing=selective"], marks=pytest.mark.long),
+        pytest.param(["objective=clm", "checkpointing=selective"], marks=pytest.mark.longest),
     ],
     ids=" ".join,
 )

@@ -71,8 +71,10 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return show
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("tiny", [TINY, TINY_MLM], ids=["clm", "mlm"])
+@pytest.mark.parametrize(
+    "tiny",
+    [pytest.param(TINY, marks=pytest.mark.long, id="clm"), pytest.param(TINY_MLM, marks=pytest.mark.longest, id="mlm")],
+)
 def test_all_parts(shown: Callable[..., str], tiny: list[str]) -> None:
     text = shown(*tiny, f"trainer.max_steps={STEPS}", "callbacks.series=log", "callbacks.series.dtype=bfloat16")
     assert "  preprocess.block_size: 32 (128)\n" in text
