@@ -72,7 +72,7 @@ ROWS = [
     Row("memory of the same", "train peer=lmlab measure=memory lmlab.adapter=lora", "≤ 0.6"),
     Row(
         "causal step with Muon, 4 layers × 256, 96 × 128 / with AdamW",
-        "train size=medium batch_size=96 peer=lmlab agree=1 lmlab.optim=muon",
+        "train size=medium peer=lmlab batch_size=96 agree=1 lmlab.optim=muon",
         "≥ 0.91",
     ),
     Row("small causal step / masked diffusion step of that size", "objectives", "≥ 0.91"),

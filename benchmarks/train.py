@@ -7,7 +7,7 @@
   python -m benchmarks.train size=small peer=lmlab lmlab.compile=true      over lmlab without the lmlab.… keys
   python -m benchmarks.train size=distil block_size=1024 measure=memory    peak memory of one step
   python -m benchmarks.train peer=lmlab agree=1 lmlab.adapter=lora         LoRA over training all weights
-  python -m benchmarks.train size=medium batch_size=96 peer=lmlab agree=1 lmlab.optim=muon   Muon over AdamW
+  python -m benchmarks.train size=medium peer=lmlab batch_size=96 agree=1 lmlab.optim=muon   Muon over AdamW
 
 Keys, with their defaults:
 
