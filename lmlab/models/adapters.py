@@ -290,24 +290,27 @@ def adapter_directory(name: str, revision: str | None = None) -> str | None:
 
 
 @contextmanager
-def base_of(name: str) -> Iterator[tuple[str, str | None]]:
+def base_of(adapter: str, name: str) -> Iterator[tuple[str, str | None]]:
     """Yields the hub id or path of the base of an adapter, and its revision; a failure to load inside names that base.
 
     A relative path begins at the directory of the adapter or, as for peft, at the working directory.
 
     Args:
-        name: the directory of the adapter.
+        adapter: the directory of the adapter.
+        name: that directory or the hub id of the adapter.
 
     Raises:
-        UserError: its config names no base, or an adapter that is not LoRA.
+        UserError: its config names no base, or the adapter itself, or an adapter that is not LoRA.
     """
-    config = read_adapter(name)
+    config = read_adapter(adapter)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base or not isinstance(revision, str | None):
         raise UserError(f"{name} is an adapter that names no base: add base_model_name_or_path to its {ADAPTER}.")
-    beside = Path(name, base)
+    beside = Path(adapter, base)
     base = str(beside) if beside.exists() else base
-    with from_hub("the base of an adapter, model", base, f"base_model_name_or_path in {Path(name, ADAPTER)}"):
+    if Path(base) in (Path(adapter), Path(name)):
+        raise UserError(f"{name} is an adapter whose base is itself: change base_model_name_or_path in its {ADAPTER}.")
+    with from_hub("the base of an adapter, model", base, f"base_model_name_or_path in {Path(adapter, ADAPTER)}"):
         yield base, revision
 
 

@@ -60,7 +60,7 @@ def load_model(
         UserError: an adapter can't be merged.
     """
     if adapter := adapter_directory(name, revision):
-        with base_of(adapter) as (base, revision):
+        with base_of(adapter, name) as (base, revision):
             model, missing = load_model(auto, base, revision, config, **options)
         merge_adapter(model, adapter)
         return model, missing
@@ -81,7 +81,7 @@ def load_config(name: str, revision: str | None = None, **changes: Any) -> PreTr
         UserError: a GGUF file can't be read, or an adapter names no base.
     """
     if adapter := adapter_directory(name, revision):
-        with base_of(adapter) as (base, revision):
+        with base_of(adapter, name) as (base, revision):
             return load_config(base, revision, **changes)
     config = AutoConfig.from_pretrained(**located(name), revision=revision, trust_remote_code=False, **changes)
     if is_gguf(name):
@@ -109,7 +109,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     adapter = adapter_directory(name, revision)
     if adapter and not Path(adapter, "tokenizer_config.json").is_file():
-        with base_of(adapter) as (base, revision):
+        with base_of(adapter, name) as (base, revision):
             return load_tokenizer(base, revision)
     tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):

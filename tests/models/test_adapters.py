@@ -259,6 +259,7 @@ def test_a_model_whose_head_is_random_can_have_no_adapter(base: Path, tmp_path: 
         ({"peft_type": "IA3"}, "is an adapter of the type IA3"),
         ({"base_model_name_or_path": "/nowhere"}, "no such directory"),
         ({"base_model_name_or_path": None}, "names no base"),
+        ({"base_model_name_or_path": "."}, "whose base is itself"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "has megatron_config="),
         ({"init_lora_weights": "pissa"}, "began with a change of its base"),
         ({"target_modules": ["c_fc"]}, "does not fit its base"),
