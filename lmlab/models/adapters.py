@@ -15,7 +15,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -279,14 +279,17 @@ def adapter_directory(name: str, revision: str | None = None) -> str | None:
         return name
     if Path(name).exists() or is_gguf(name):
         return None
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        hf_hub_download(name, ADAPTER, revision=revision)
+        config = hf_hub_download(name, ADAPTER, revision=revision)
     except EntryNotFoundError:  # not there, or not in the cache while the hub can't be reached
         return None
-    return snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, "*.json", "*.txt", "*.model"])
+    for file in (WEIGHTS, "tokenizer_config.json"):
+        with suppress(EntryNotFoundError):
+            hf_hub_download(name, file, revision=revision)
+    return str(Path(config).parent)
 
 
 @contextmanager
