@@ -80,7 +80,7 @@ class Ledger:
     share_of_tokens: float | None = None
     """The source's share of the tokens of all blocks that the run draws."""
     epochs_read: float | None = None
-    """How often the run reads the source."""
+    """The number of times that the run reads the source."""
 
     def doubts(self, split: str) -> Iterator[str]:
         """Yields the reasons to doubt a metric on this split, a line each."""

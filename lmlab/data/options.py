@@ -58,7 +58,7 @@ class Preprocessing:
     max_records: Annotated[int, Ge(1)] | None = None
     """The number of training records to use; null uses all."""
     decontaminate: Literal["report", "drop"] | None = None
-    """What is done with training documents that occur a second time in the held-out text, the training text or the
+    """The treatment of training documents that occur a second time in the held-out text, the training text or the
     benchmarks: null does not look for them, report counts them in the ledger, drop leaves them out as well."""
     similarity: Annotated[float, Gt(0), Le(1)] = 0.8
     """The Jaccard similarity from which on two documents count as near-duplicates; Lee et al. (2022) take 0.8."""
@@ -83,4 +83,4 @@ class Share:
     final_weight: Annotated[float, Ge(0)] | None = None
     """The same at the end of training; null keeps `weight`."""
     epochs: Annotated[float, Gt(0)] | None = None
-    """How often the source is read in an epoch of the mixture, in place of a weight."""
+    """The number of times that the source is read in an epoch of the mixture, in place of a weight."""

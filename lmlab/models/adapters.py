@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -279,12 +279,28 @@ def adapter_directory(name: str, revision: str | None = None) -> str | None:
         return name
     if Path(name).exists() or is_gguf(name):
         return None
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return download_adapter(name, revision)
+    except LocalEntryNotFoundError:  # not in the cache while the hub can't be reached
+        return None
+
+
+@cache
+def download_adapter(name: str, revision: str | None) -> str | None:
+    """Downloads what is read of an adapter on the hub, once, and returns its directory; None if there is none.
+
+    Config, tokenizer and weights of a model are loaded one by one, and each load asks whether it is an adapter.
+    """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         config = hf_hub_download(name, ADAPTER, revision=revision)
-    except EntryNotFoundError:  # not there, or not in the cache while the hub can't be reached
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
         return None
     for file in (WEIGHTS, "tokenizer_config.json"):
         with suppress(EntryNotFoundError):

@@ -37,7 +37,7 @@ class Muon(Decayed):
         """Takes the parameters that `groups` freezes out of training.
 
         Raises:
-            UserError: as of `Decayed.freeze`; or the layers of the model have no matrices that are trained.
+            UserError: as of `Scheduled.freeze`; or the layers of the model have no matrices that are trained.
         """
         super().freeze(model)
         matrices = layer_matrices(model)

@@ -82,7 +82,7 @@ class Section:
         self.charted = bits_name(self.metric) if len(tokenizers) > 1 else self.metric
         """The metric that charts show."""
         self.failure_tables = failure_tables(evaluations | self.models_of_series())
-        """What evaluations say of where models fail, see `failures.py`."""
+        """The tables of the evaluations on where models fail, see `failures.py`."""
         self.failures = failure_charts(self.failure_tables, slug)
         """The charts of that."""
         self.domains = [*dict.fromkeys(domain for run in self.runs for domain in run.by_domain)]

@@ -24,15 +24,15 @@ class SuiteRecords(Records):
 
     suite: ClassVar[str]
     rows: ClassVar[str]
-    """What the rows are, in the plural: "pairs"."""
+    """The word for the rows, in the plural: "pairs"."""
     group: ClassVar[str]
     """The column that puts rows into groups: "phenomenon"."""
     groups: ClassVar[str]
     """The part of the certificate with `figures` and `totals` of each group: "phenomena"."""
     measure: ClassVar[str]
-    """What the mean of the scores is: "accuracy"."""
+    """The name of the mean of the scores: "accuracy"."""
     better: ClassVar[str] = "better"
-    """What a higher one is."""
+    """The word for a higher mean: "better"."""
     schema: ClassVar[pa.Schema]
     """The columns of the records; the key `lmlab_NAME` of its metadata says which version of them."""
 
