@@ -13,6 +13,7 @@ Keys, with their defaults:
   chunk=0               scored positions whose logits are held at once; 0: lmlab's choice
   checkpointing=false   activations that the backward pass computes again: true for all, selective for cheap ones
   precision=bf16-mixed  bf16-mixed, 16-mixed
+  adapter=none          none, lora, qlora, of rank 8 beside all linear layers of the repeated layers
   documents=0           tokens of each document, where they do not see one another; 0: each block is one text
 
 torch's fake tensors have a device and a shape, and no content, so `Trainer.fit` takes the path that it takes on a GPU,
@@ -26,6 +27,7 @@ It changes torch for the rest of the process, and needs Linux and a build of tor
 """
 
 import ctypes
+import importlib
 import os
 import sys
 import weakref
@@ -58,7 +60,7 @@ from lmlab.evaluation.certify import silence_lightning
 from lmlab.evaluation.rows import WindowRows
 from lmlab.evaluation.scoring import HeldOut
 from lmlab.evaluation.windows import Context, windows
-from lmlab.models import chunked_loss, efficiency
+from lmlab.models import adapters, chunked_loss, efficiency
 from lmlab.models.flops import Flops
 from lmlab.objectives.clm import CausalLM
 from lmlab.objectives.mlm import MaskedLM
@@ -88,6 +90,7 @@ class Settings(Sized, Arguments):
     chunk: int = 0
     checkpointing: Literal["false", "true", "selective"] = "false"
     precision: Literal["bf16-mixed", "16-mixed"] = "bf16-mixed"
+    adapter: Literal["none", "lora", "qlora"] = "none"
     documents: int = 0
 
 
@@ -370,6 +373,8 @@ def trace(settings: Settings) -> tuple[Watch, float]:
     """Trains for `STEPS` steps; returns what they did, and the floating-point operations that a step needs."""
     vocabulary = vocabulary_of(settings.size, settings.causal)
     tokenizer = make_tokenizer(vocabulary)
+    if settings.adapter != "none":
+        importlib.import_module("peft")  # before there seems to be a GPU, which bitsandbytes looks for
     count = (STEPS + 1) * settings.batch_size
     ids = np.random.default_rng(0).integers(len(SPECIAL), vocabulary, count * settings.positions).astype(np.int32)
     with workplace() as folder, fake_cuda(vocabulary, SIZES[settings.size][1]) as watch:
@@ -382,6 +387,10 @@ def trace(settings: Settings) -> tuple[Watch, float]:
         blocks = Blocks(FlatFiles(FlatFile(folder / "tokens")), bounds, document_edges=edges)
         objective = CausalLM() if settings.causal else MaskedLM(tokenizer)
         model: Any = make_model(tokenizer, settings.size, settings.causal, settings.positions)
+        if settings.adapter != "none":
+            quantization = "nf4" if settings.adapter == "qlora" else None
+            given = {"base": None, "revision": None, "auto_class": objective.auto_class, "seed": 0}
+            adapters.lora(model=model, targets="all-linear", quantization=quantization, **given)
         efficiency.fuse_activations(model)
         if settings.checkpointing != "false":
             efficiency.checkpoint_activations(model, settings.checkpointing == "selective")

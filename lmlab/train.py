@@ -28,7 +28,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     """
     from lmlab.data.sources import fingerprint
     from lmlab.evaluation.records import weights_hash
-    from lmlab.models import adapters
+    from lmlab.models.adapter_files import take_out
     from lmlab.models.efficiency import unsharded
     from lmlab.models.memory import count_parameters
     from lmlab.training import checkpoint as checkpoints
@@ -63,7 +63,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         weights, best = checkpoints.best_weights(trainer)
         if trainer.is_global_zero:
             if "adapter" in cfg:
-                weights = adapters.take_out(module.model, weights, data.tokenizer, run.adapter)
+                weights = take_out(module.model, weights, data.tokenizer, run.adapter)
             if module.device_mesh is None:
                 module.model.load_state_dict(weights)
             else:  # a shard can't take whole weights

@@ -28,6 +28,7 @@ REQUIRED = {
     "distill=teacher": ["distill.model=me/model"],
     "adapter=lora": ["model=pretrained", "model.name=me/model"],
     "adapter=dora": ["model=pretrained", "model.name=me/model"],
+    "adapter=qlora": ["model=pretrained", "model.name=me/model"],
     "data=hub": ["data.path=me/data"],
     "data=prepared": ["data.path=x"],
     "data=tokens": ["data.train=x.bin"],

@@ -221,6 +221,11 @@ def check_adapter(cfg: DictConfig) -> None:
             f"adapter=… is not for a sharded model, as trainer.strategy={cfg.trainer.strategy} makes it.\n"
             "Use trainer.strategy=ddp."
         )
+    if cfg.adapter.get("quantization") is not None and cfg.trainer.precision == "bf16-true":
+        raise UserError(
+            "adapter.quantization is not for trainer.precision=bf16-true, which would round its scales.\n"
+            "Use bf16-mixed, which computes as fast."
+        )
 
 
 def check_trainer(trainer: DictConfig) -> None:

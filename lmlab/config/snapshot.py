@@ -11,7 +11,7 @@ from lmlab.config import models, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import UserError
 from lmlab.io import from_here
-from lmlab.models import adapters
+from lmlab.models.adapter_files import take_out
 from lmlab.runs.directory import RunDirectory
 from lmlab.training import checkpoint
 from lmlab.training.checkpoint_io import load_checkpoint, load_weights, model_state
@@ -44,7 +44,7 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     path.mkdir(parents=True)
     state = model_state(load_weights(weights, load_checkpoint(weights)))
     if "adapter" in cfg:
-        state = adapters.take_out(model, state, tokenizer, copy.adapter)
+        state = take_out(model, state, tokenizer, copy.adapter)
     model.load_state_dict(state)
     for file in (run.manifest, run.config):
         shutil.copy(file, path)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lmlab.models.electra import GeneratorAndDiscriminator
 from lmlab.models.probe import backbone
+from lmlab.models.quantized import elements
 
 SPAN_KEYS = {
     "sliding_attention": ("local_attention", "sliding_window"),
@@ -73,7 +74,7 @@ class Flops(NamedTuple):
 
 def operations(matrix: nn.Parameter) -> int:
     """Returns the operations of a matrix in the products of forward and backward pass, per row of their input."""
-    return (6 if matrix.requires_grad else 4) * matrix.numel()
+    return (6 if matrix.requires_grad else 4) * elements(matrix)
 
 
 def attention_flops(config: PreTrainedConfig) -> tuple[tuple[int, int | None], ...] | None:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lmlab.errors import UserError, check_installed
 from lmlab.hub import is_gguf
-from lmlab.models.adapters import adapter_directory, base_of, merge_adapter
+from lmlab.models.adapter_files import adapter_directory, base_of, merge_adapter
 
 
 def located(name: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lmlab.errors import UserError
 from lmlab.models.chunked_loss import chunk_of
 from lmlab.models.efficiency import layers
+from lmlab.models.quantized import Quantized, elements, weight_bytes
 
 GIB = 2**30
 
@@ -74,7 +75,7 @@ def meta_model(auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Returns the number of parameters of a model, a shared one counted once, and of those that are trainable."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(elements(p) for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def count_state(model: nn.Module, tensors: int, half: bool) -> tuple[int, int, int]:
@@ -84,8 +85,8 @@ def count_state(model: nn.Module, tensors: int, half: bool) -> tuple[int, int, i
         tensors: how many of the size of a trained parameter its gradient and the optimizer keep.
         half: whether all of them take 2 bytes a number rather than 4.
     """
-    size, (count, trainable) = 2 if half else 4, count_parameters(model)
-    return size * count, size * trainable, size * (tensors - 1) * trainable
+    size, (_, trainable) = 2 if half else 4, count_parameters(model)
+    return weight_bytes(model, size), size * trainable, size * (tensors - 1) * trainable
 
 
 def check_training(model: nn.Module, tensors: int, half: bool, device: torch.device, ranks: int, shards: int) -> bool:
@@ -173,18 +174,21 @@ def copies_bytes(model: PreTrainedModel, precision: str, shards: int) -> int:
     """Returns the bytes of the copies of weights that a forward pass makes.
 
     Autocast copies every matrix that is multiplied by. A sharded model gathers the weights of a layer at a time, and
-    those outside of its layers.
+    those outside of its layers. A quantized weight is there in float32 while it is multiplied by.
     """
     if shards > 1:
         count, _ = count_parameters(model)
         sizes = [count_parameters(layer)[0] for layer in layers(model)]
         return (2 if precision.startswith("bf16") else 4) * (count - sum(sizes) + max(sizes, default=0))
+    quantized = max((elements(p) for p in model.parameters() if p.dtype == torch.uint8), default=0)
     if not precision.endswith("mixed"):
-        return 0
+        return 4 * quantized
     head = model.get_output_embeddings().weight
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(head)}
-    copied: int = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in tables)
-    return 2 * copied
+    copied: int = sum(
+        p.numel() for p in model.parameters() if p.ndim > 1 and p.is_floating_point() and id(p) not in tables
+    )
+    return 2 * copied + (4 + 2) * quantized
 
 
 def products(layer: nn.Module, of_adapters: bool = True) -> dict[int, tuple[int, int]]:
@@ -197,10 +201,11 @@ def products(layer: nn.Module, of_adapters: bool = True) -> dict[int, tuple[int,
     for name, module in layer.named_modules():
         if not of_adapters and ".lora_" in name:
             continue
+        weight = module.packed if isinstance(module, Quantized) else getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
-            sizes[id(module.weight)] = (module.in_features, module.out_features)
+            sizes[id(weight)] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            sizes[id(module.weight)] = (module.nx, module.nf)
+            sizes[id(weight)] = (module.nx, module.nf)
     return sizes
 
 

@@ -19,6 +19,7 @@ from lmlab.evaluation.metrics import BOUND, EXACT
 from lmlab.evaluation.records import describe
 from lmlab.hub import split_revision
 from lmlab.io import read_json
+from lmlab.models.adapter_files import QUANTIZATION
 from lmlab.models.loading import auto_class_of, task
 from lmlab.reporting.charts import losses_png
 from lmlab.reporting.load import Run, bits_per_byte, describe_origin, load_run
@@ -252,12 +253,17 @@ def describe_adapter(run: RunDirectory, config: Mapping[str, Any], repository: s
     base = base_model(config)
     beside = f'"{base}"' if base else "BASE"
     auto_class = auto_class_of_export(run)
+    quantized = run.adapter / QUANTIZATION
+    names, options = auto_class, ""
+    if quantized.is_file():
+        names += ", BitsAndBytesConfig"
+        options = f", quantization_config=BitsAndBytesConfig.from_dict({read_json(quantized)})"
     return (
-        "## The adapter\n\n`adapter/` has the adapter alone, in the form of peft; the model above is its base with the "
-        "adapter merged into it."
+        "## The adapter\n\n`adapter/` has the adapter alone, in the form of peft; the model above is its base"
+        f"{', quantized,' if options else ''} with the adapter merged into it."
         f"{'' if base else ' The base, which stands for BASE below, is not on the hub.'}\n\n"
-        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto_class}\n\n"
-        f"base = {auto_class}.from_pretrained({beside})\n"
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {names}\n\n"
+        f"base = {auto_class}.from_pretrained({beside}{options})\n"
         f'model = PeftModel.from_pretrained(base, "{repository}", subfolder="adapter")\n```'
     )
 
@@ -331,7 +337,8 @@ def describe_training(run: RunDirectory, loaded: Run, config: Mapping[str, Any],
         "run": loaded.manifest["run_id"],
     }
     if adapter := config.get("adapter"):
-        rows["adapter"] = ", ".join(f"{key} {adapter[key]}" for key in ("r", "alpha", "dora") if key in adapter)
+        keys = ("r", "alpha", "dora", "quantization")
+        rows["adapter"] = ", ".join(f"{key} {adapter[key]}" for key in keys if adapter.get(key) is not None)
     origin = describe_origin(loaded.manifest)
     folder = repository.rpartition("/")[2]
     fetch = command("hf", "download", repository, "--include", "run/*", "--local-dir", folder)

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,35 @@ def test_logits_in_chunks_take_less_memory() -> None:
     """By all the logits at least, which are a sixteenth of themselves at a time."""
     in_chunks, at_once = map(float, python("-c", MEMORY, "cpu" if DEVICE == "cpu" else "cuda").split()[-2:])
     assert (at_once - in_chunks) * 2**30 > 2047 * 20000 * 4
+
+
+QUANTIZED = """
+import sys, torch
+from lmlab.models import adapters
+from lmlab.models.loss import score
+from tests.models.test_scored import small
+
+found = []
+for device in ("cpu", sys.argv[1]):
+    model = small("gpt2", True)
+    given = {"base": None, "revision": None, "auto_class": "AutoModelForCausalLM", "seed": 0}
+    adapters.lora(model=model, targets="all-linear", quantization="nf4", **given).to(device)
+    ids, positions = torch.arange(5, 37, device=device)[None], torch.arange(31, device=device)
+    nll = score(model, ids, None, positions, ids[0, 1:], 8).nll
+    nll.sum().backward()
+    with torch.no_grad(), adapters.merged_in_evaluation(model):
+        merged = score(model, ids, None, positions, ids[0, 1:], 8).nll
+    gradients = [p.grad for name, p in model.named_parameters() if ".lora_B." in name]
+    found.append([tensor.cpu() for tensor in (nll.detach(), merged, *gradients)])
+for one, other in zip(*found):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+print("same")
+"""
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None or find_spec("peft") is None, reason="takes lmlab[qlora]")
+def test_a_model_in_4_bits_computes_what_it_does_on_the_cpu() -> None:
+    assert python("-c", QUANTIZED, "cpu" if DEVICE == "cpu" else "cuda").splitlines()[-1] == "same"
 
 
 FSDP = """

@@ -1,5 +1,6 @@
 """Adapters: what they compute, that nothing else is trained, and how they leave a run."""
 
+import copy
 import json
 import math
 import re
@@ -10,9 +11,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
 
 from benchmarks.train import make_tokenizer
 from lmlab.config.compose import read_config
@@ -21,8 +23,11 @@ from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
 from lmlab.evaluation.records import weights_hash
 from lmlab.models import adapters, memory
+from lmlab.models.adapter_files import take_out
+from lmlab.models.flops import Flops
 from lmlab.models.loading import pretrained
 from lmlab.models.loss import score
+from lmlab.models.quantized import linear_layers, quantize
 from lmlab.models.torch_module import wrap
 from lmlab.runs.directory import RunDirectory
 from lmlab.sharing.push import Destination, contents
@@ -46,10 +51,10 @@ def adapted(architecture: str, causal: bool = True, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"quantization": "nf4"}], ids=str)
 @pytest.mark.parametrize(("architecture", "causal"), [("gpt2", True), ("llama", True), ("roberta", False)])
-def test_merged_weights_compute_what_the_adapter_does(architecture: str, causal: bool, dora: bool) -> None:
-    model = adapted(architecture, causal, targets="all-linear", dora=dora, alpha=8)
+def test_merged_weights_compute_what_the_adapter_does(architecture: str, causal: bool, options: dict[str, Any]) -> None:
+    model = adapted(architecture, causal, targets="all-linear", alpha=8, **options)
     ids = torch.arange(5, 21)[None]
     with torch.no_grad():
         before = small(architecture, causal)(ids).logits
@@ -60,7 +65,7 @@ def test_merged_weights_compute_what_the_adapter_does(architecture: str, causal:
                 in_bf16 = model(ids).logits
         assert torch.equal(model(ids).logits, logits)  # the weights are what they were
         state = adapters.merged_state(model, model.state_dict())
-        adapters.remove(model)
+        adapters.remove(model, state)
         model.load_state_dict(state)
         merged = model(ids).logits
         with torch.autocast("cpu", torch.bfloat16):
@@ -83,6 +88,65 @@ def test_merged_weights_by_hand(rank_stabilised: bool, scale: float, dora: bool)
     merged = adapters.merged_state(model, state)
     torch.testing.assert_close(merged[f"{name}.weight"].double(), expected, rtol=1e-5, atol=1e-6)
     assert merged.keys() == small("llama", True).state_dict().keys()
+
+
+@pytest.mark.parametrize(("architecture", "causal"), [("gpt2", True), ("roberta", False)])
+def test_a_quantized_base_is_that_of_transformers(architecture: str, causal: bool, tmp_path: Path) -> None:
+    """Which quantizes what it loads by bitsandbytes, and computes by its layers; peft adds the adapter beside them."""
+    small(architecture, causal).save_pretrained(tmp_path / "base")
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    model = adapted(architecture, causal, quantization="nf4", base=str(tmp_path / "base"), auto_class=auto.__name__)
+    ids = torch.arange(5, 21)[None]
+    logits = model(ids).logits
+    merged = take_out(model, model.state_dict(), make_tokenizer(100), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "quantization_config.json"
+    config = json.loads(file.read_text())
+    loaded = auto.from_pretrained(tmp_path / "base", quantization_config=BitsAndBytesConfig.from_dict(config))
+    beside = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapter")).eval()
+    for module in beside.modules():
+        if isinstance(module, Linear4bit):
+            module.train()  # where nothing is trained, it rounds to bf16 on some CPUs
+    torch.testing.assert_close(beside(ids).logits, logits, rtol=1e-5, atol=1e-6)
+    state = pretrained(auto.__name__, str(tmp_path / "adapter")).state_dict()
+    assert state.keys() == merged.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in merged.items())
+    file.write_text(json.dumps(config | {"bnb_4bit_quant_type": "fp4"}))
+    with pytest.raises(UserError, match="quantized in another way"):
+        pretrained(auto.__name__, str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_quantized_layer_gives_the_gradient_of_a_dense_one(architecture: str) -> None:
+    """And autograd keeps no dense weight of it for the backward pass."""
+    model = small(architecture, True)
+    names = [*linear_layers(model)]
+    shapes = [sorted(model.get_submodule(name).weight.shape) for name in names]
+    quantize(model)
+    dense = copy.deepcopy(model)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(dense.get_submodule(parent), leaf, dense.get_submodule(name).dense())
+    found: list[Any] = []
+    for each in (dense, model):
+        kept: list[Tensor] = []
+        inputs = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            logits = each(inputs_embeds=inputs).logits
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits, inputs.grad, any(sorted(tensor.shape) in shapes for tensor in kept)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert (found[0][2], found[1][2]) == (True, False)
+
+
+def test_a_quantized_weight_counts_by_its_bytes_and_as_the_numbers_it_stands_for() -> None:
+    models = [adapted("llama", quantization=quantization) for quantization in (None, "nf4")]
+    assert Flops.from_model(models[0]) == Flops.from_model(models[1])
+    assert memory.count_parameters(models[0]) == memory.count_parameters(models[1])
+    sizes = [layer.weight.numel() for layer in linear_layers(small("llama", True)).values()]
+    saved = sum(4 * n - n // 2 - n // 64 - 4 * math.ceil(n / 64 / 256) - 4 - 4 * 256 for n in sizes)
+    dense, quantized = (memory.count_state(model, tensors=3, half=False) for model in models)
+    assert (dense[0] - saved, *dense[1:]) == quantized
 
 
 def test_an_adapter_begins_with_what_the_seed_gives() -> None:
@@ -204,6 +268,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         assert (tmp_path / "stopped" / name).read_bytes() == (run / name).read_bytes()
 
 
+def test_a_quantized_run_that_is_killed_goes_on_to_the_same_bits(
+    base: Path, tmp_path: Path, evaluate: Callable[..., Path]
+) -> None:
+    """And its certificate is that of its merged weights, and of its adapter beside the base, quantized again."""
+    path = tmp_path / "run"
+    options = ["adapter.dropout=0.1", "optim.lr=0.1", "callbacks.checkpoints.every_steps=2", f"hydra.run.dir={path}"]
+    run_verb("train", *words(base, "adapter=qlora", *options))
+    stop_after(path, 2, tmp_path / "stopped")
+    run_verb("resume", tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(path)
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (path / name).read_bytes()
+    found = [path, evaluate(path), evaluate(f"model={path / 'adapter'}", "data=sample", "preprocess.block_size=32")]
+    certificates = [json.loads((each / "certificate.json").read_text()) for each in found]
+    for key in ("weights_hash", "totals", "figures"):
+        assert certificates[0][key] == certificates[1][key] == certificates[2][key]
+    card = contents(RunDirectory(path), Destination("me/tuned", "mit"))[0]["README.md"]
+    assert isinstance(card, bytes)
+    assert "quantization_config=BitsAndBytesConfig.from_dict({" in card.decode()
+    assert "alpha 16, dora False, quantization nf4 |" in card.decode()
+
+
 def test_memory_is_counted_for_what_is_trained(run: Path) -> None:
     cfg = read_config(run)
     model = model_without_weights(cfg, bpe(["a"], 259), "AutoModelForCausalLM")
@@ -239,6 +325,7 @@ def test_a_torch_module_can_have_no_adapter() -> None:
         (["adapter=lora", "adapter.r=0"], "adapter.r=0: it has to be a whole number, 1 or more."),
         (["adapter=dora", "model=gpt2"], "those of this one are random"),
         (["adapter=lora", "trainer=fsdp", "trainer.devices=2"], "is not for a sharded model"),
+        (["adapter=qlora", "trainer.precision=bf16-true"], "is not for trainer.precision=bf16-true"),
     ],
 )
 def test_a_run_that_can_have_no_adapter(base: Path, refused: Refused, given: list[str], said: str) -> None:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
         pytest.param(["objective=clm", "documents=5"], marks=pytest.mark.longest),
         pytest.param(["objective=mlm", "documents=5", "chunk=16"], marks=pytest.mark.long),
         pytest.param(["objective=clm"], marks=pytest.mark.longest),
+        pytest.param(["objective=clm", "adapter=qlora"], marks=pytest.mark.long),
         pytest.param(["objective=mlm", "chunk=16", "checkpointing=selective"], marks=pytest.mark.longest),
         pytest.param(["objective=clm", "accumulate=2", "precision=16-mixed", "chunk=16"], marks=pytest.mark.longest),
     ],
