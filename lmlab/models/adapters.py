@@ -72,7 +72,7 @@ def lora(
             layers. None takes those that peft has for the architecture, or all.
         rank_stabilised: divide alpha by √r rather than by r (Kalajdzievski 2023).
         dora: train the length of each row too.
-        quantization: keep the weights of the linear layers in the repeated layers in 4 bits (`quantized`).
+        quantization: keep the weights of the linear layers in the repeated layers in 4 bits (`models/quantized.py`).
         base: hub id, directory or `.gguf` file that the model was loaded from, for the config of the adapter.
         revision: that of a hub id.
         auto_class: the class of transformers that the objective wants, such as "AutoModelForCausalLM".
@@ -235,7 +235,7 @@ def changed_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def merge_layer(layer: Any) -> nn.Module:
-    """Returns a layer of the architecture that computes what one of `changed_layers` does, which may be used up."""
+    """Returns a layer of the architecture that computes what one of `changed_layers` does, which itself may change."""
     if isinstance(layer, Quantized):
         return layer.dense()
     if isinstance(layer.base_layer, Quantized):

@@ -122,8 +122,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     }
 
 
-def quantized(layer: nn.Linear | Conv1D) -> Quantized:
-    """Returns a layer with the weight of another in 4 bits."""
+def quantized(layer: nn.Module) -> Quantized:
+    """Returns a layer with the weight of a linear layer in 4 bits."""
+    assert isinstance(layer, nn.Linear | Conv1D)
     return QuantizedConv1D(layer) if isinstance(layer, Conv1D) else QuantizedLinear(layer)
 
 
@@ -133,14 +134,14 @@ def quantize(model: PreTrainedModel) -> None:
     Raises:
         UserError: it has none.
     """
-    found = linear_layers(model)
-    if not found:
+    names = [*linear_layers(model)]  # no layers, of which each can be freed as soon as it is replaced
+    if not names:
         raise UserError(
             f"adapter.quantization: {model.config.model_type} has no linear layers that can be quantized. Leave it out."
         )
-    for name, layer in found.items():
+    for name in names:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, quantized(layer))
+        setattr(model.get_submodule(parent), leaf, quantized(model.get_submodule(name)))
 
 
 def round_weights(model: PreTrainedModel) -> None:
