@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lmlab.config import short_run
 from lmlab.config.short_run import Measurement
+from lmlab.runs.directory import RunDirectory
+from lmlab.runs.lifecycle import describe_finished
 from tests.conftest import TINY, run_verb
 
 Train = Callable[..., Path]
@@ -21,6 +23,7 @@ PER_STEP = 8 * 32  # tokens
 def test_the_steps_that_a_budget_pays_for(key: str, train: Train) -> None:
     value = {"tokens": 1000, "tokens_per_parameter": 0.05, "flops": 1e8}[key]
     run = train(*WORDS, f"budget.{key}={value}")
+    assert describe_finished(RunDirectory(run)).endswith(f" budget.{key}=…")
     summary = json.loads((run / "summary.json").read_text())
     if key == "flops":
         per_step = summary["flops"] / summary["steps"]
@@ -69,6 +72,7 @@ def test_hours_are_steps_at_the_speed_of_a_short_run(
 
     steps = json.loads((run / "summary.json").read_text())["steps"]
     assert json.loads((run / "manifest.json").read_text())["budget_steps"] == steps
+    assert describe_finished(RunDirectory(run)).endswith(" budget.hours=null trainer.max_steps=…")
     assert seconds(steps) <= 36 < seconds(steps + 1)
     for words, said in (
         (["resume", run, "budget.hours=2"], f"was begun with {steps} steps, and goes on at the speed that it has"),

@@ -141,10 +141,14 @@ def describe_kept(run: RunDirectory) -> str:
 
 def describe_finished(run: RunDirectory) -> str:
     """Returns what a finished run came to, and the command that trains it longer."""
-    path, summary = from_here(run.path), run.read_summary()
+    path, summary, trained = from_here(run.path), run.read_summary(), run.trained_as()
+    budget = trained["config"].get("budget", {}) if trained else {}
+    longer = [f"budget.{key}=…" for key, value in budget.items() if value is not None] or ["trainer.max_steps=…"]
+    if longer == ["budget.hours=…"]:  # its steps are those that the hours came to at the start
+        longer = ["budget.hours=null", "trainer.max_steps=…"]
     return (
         f"{path} is finished: {summary['steps']} steps, val/loss {summary['val/loss']:.4f}.\n"
-        f"To train it longer: {command('python', '-m', 'lmlab.resume', path, 'trainer.max_steps=…')}"
+        f"To train it longer: {command('python', '-m', 'lmlab.resume', path, *longer)}"
     )
 
 
