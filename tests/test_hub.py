@@ -251,10 +251,12 @@ def test_predict_with_an_adapter_of_the_hub(hub: Hub, command: Command) -> None:
     assert {"me/tiny-lora/adapter_model.safetensors", "me/tiny-gpt2/model.safetensors"} <= set(fetched(hub))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "words",
-    [["data=hub", "data.path=me/absent"], ["model=pretrained", "model.name=me/absent"]],
+    [
+        pytest.param(["data=hub", "data.path=me/absent"], marks=pytest.mark.long),
+        pytest.param(["model=pretrained", "model.name=me/absent"], marks=pytest.mark.longest),
+    ],
     ids=["data", "model"],
 )
 def test_hub_out_of_reach(words: list[str], command: Command, closed_port: int) -> None:

@@ -276,7 +276,7 @@ def test_under_torchrun(whole: Path, tmp_path: Path) -> None:
         assert "lmlab/train.py" not in errors  # torchrun has a traceback of its own
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_torchrun_starts_all_ranks_again(whole: Path, tmp_path: Path) -> None:
     """A defect of one rank: the next attempt goes on in the same directory, from the newest checkpoint."""
     run_dir = f"hydra.run.dir={tmp_path}/runs/${{now:%H-%M-%S-%f}}"

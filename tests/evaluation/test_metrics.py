@@ -63,7 +63,7 @@ def rank(number: int, address: str, results: multiprocessing.SimpleQueue) -> Non
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_two_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()

@@ -44,7 +44,7 @@ def test_same_run_as_on_one_device(
     assert certificates[1]["totals"]["nll"] == pytest.approx(certificates[0]["totals"]["nll"], rel=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.longest
 def test_in_bf16_with_accumulated_batches(train: Callable[..., Path], tmp_path: Path) -> None:
     """Gradients are summed over the ranks once a step."""
     common = [*DROPOUT_OFF["clm"], *COMMON, "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"]

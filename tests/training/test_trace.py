@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
             ["objective=mlm", "accumulate=2", "precision=16-mixed", "checkpointing=true"], marks=pytest.mark.long
         ),
         pytest.param(["objective=clm", "documents=5"], marks=pytest.mark.longest),
-        pytest.param(["objective=mlm", "documents=5", "chunk=16"], marks=pytest.mark.long),
+        pytest.param(["objective=mlm", "documents=5", "chunk=16"], marks=pytest.mark.longest),
         pytest.param(["objective=clm"], marks=pytest.mark.longest),
         pytest.param(["objective=clm", "adapter=qlora"], marks=pytest.mark.long),
         pytest.param(["objective=mlm", "chunk=16", "checkpointing=selective"], marks=pytest.mark.longest),
