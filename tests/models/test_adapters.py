@@ -277,6 +277,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         assert (tmp_path / "stopped" / name).read_bytes() == (run / name).read_bytes()
 
 
+def test_an_unfinished_run_is_not_evaluated_without_the_library_of_its_adapter(
+    run: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(run, 2, tmp_path / "stopped")
+    monkeypatch.setattr("lmlab.errors.find_spec", lambda name: None)
+    assert "adapter=… takes peft, which is not installed" in refused("evaluate", tmp_path / "stopped")
+
+
 def test_a_quantized_run_that_is_killed_goes_on_to_the_same_bits(
     base: Path, tmp_path: Path, evaluate: Callable[..., Path]
 ) -> None:
