@@ -209,8 +209,10 @@ def check_loggers(cfg: DictConfig) -> None:
 
 
 def check_adapter(cfg: DictConfig) -> None:
-    """Refuses an adapter whose library is not installed, and one beside random weights or a sharded model."""
+    """Refuses an adapter whose libraries are not installed, and one beside random weights or a sharded model."""
     check_installed("adapter=…", "adapters", "peft")
+    if (quantization := cfg.adapter.get("quantization")) is not None:
+        check_installed(f"adapter.quantization={quantization}", "qlora", "bitsandbytes")
     if cfg.model.get("_target_") == "lmlab.models.loading.from_scratch":
         raise UserError(
             "adapter=… leaves the weights of the model as they are, and those of this one are random.\n"
@@ -221,7 +223,7 @@ def check_adapter(cfg: DictConfig) -> None:
             f"adapter=… is not for a sharded model, as trainer.strategy={cfg.trainer.strategy} makes it.\n"
             "Use trainer.strategy=ddp."
         )
-    if cfg.adapter.get("quantization") is not None and cfg.trainer.precision == "bf16-true":
+    if quantization is not None and cfg.trainer.precision == "bf16-true":
         raise UserError(
             "adapter.quantization is not for trainer.precision=bf16-true, which would round its scales.\n"
             "Use bf16-mixed, which computes as fast."

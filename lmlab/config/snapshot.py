@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from lmlab.config import models, trust
+from lmlab.config import models, schema, trust
 from lmlab.config.compose import config_of
 from lmlab.errors import UserError
 from lmlab.io import from_here
@@ -29,7 +29,8 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
         a description of these weights.
 
     Raises:
-        UserError: the run has kept none yet, or its config names what is neither lmlab's own nor trusted.
+        UserError: the run has kept none yet, its config names what is neither lmlab's own nor trusted, or a library of
+            its adapter is not installed.
     """
     cfg = config_of(run)
     named = [key for key in ("model", "objective", "adapter") if key in cfg]
@@ -38,6 +39,8 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     weights = checkpoint.best_so_far(run, checkpoints.get("mode") or checkpoint.mode_of(checkpoints.get("monitor", "")))
     if weights is None or not run.tokenizer.is_dir():
         raise UserError(f"{run.path} has kept no weights yet: it has not come to its first checkpoint.")
+    if "adapter" in cfg:
+        schema.check_adapter(cfg)
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
     _, model = models.build_model(cfg, tokenizer)
     copy = RunDirectory(path)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lmlab.errors import UserError, check_installed, first_line, nearest
+from lmlab.errors import UserError, first_line, nearest
 from lmlab.hub import split_revision
 from lmlab.models.efficiency import layers
 from lmlab.models.electra import GeneratorAndDiscriminator
@@ -106,7 +106,6 @@ def lora(
         task_type=TASKS.get(auto_class),
     )
     if quantization is not None:
-        check_installed(f"adapter.quantization={quantization}", "qlora", "bitsandbytes")
         quantize(model)
     try:
         inject(config, model, seed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lmlab.errors import UserError
 from lmlab.models.efficiency import layers
@@ -112,13 +113,18 @@ class FrozenProduct(torch.autograd.Function):
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     """Returns the linear layers in the repeated layers of a model, by their names.
 
-    One whose weight has an odd number of numbers is left out, as a byte keeps two.
+    One whose weight has an odd number of numbers is left out, as a byte keeps two. So is one that the architecture
+    wants in float32, which transformers does not quantize either: `wo` of T5.
     """
+    in_float32 = list(model._keep_in_fp32_modules or ())
     repeated = {id(module) for layer in layers(model) for module in layer.modules()}
     return {
         name: module
         for name, module in model.named_modules()
-        if id(module) in repeated and type(module) in (nn.Linear, Conv1D) and module.weight.numel() % 2 == 0
+        if id(module) in repeated
+        and type(module) in (nn.Linear, Conv1D)
+        and module.weight.numel() % 2 == 0
+        and should_convert_module(name, in_float32)
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from benchmarks.train import make_tokenizer
 from lmlab.config.compose import read_config
@@ -27,14 +27,14 @@ from lmlab.models.adapter_files import take_out
 from lmlab.models.flops import Flops
 from lmlab.models.loading import pretrained
 from lmlab.models.loss import score
-from lmlab.models.quantized import linear_layers, quantize
+from lmlab.models.quantized import linear_layers, quantization_config, quantize
 from lmlab.models.torch_module import wrap
 from lmlab.runs.directory import RunDirectory
 from lmlab.sharing.push import Destination, contents
 from lmlab.training.checkpoint_io import load_checkpoint
 
 from ..conftest import Refused, losses, metrics, run_verb, stop_after
-from .test_scored import small
+from .test_scored import config_of, small
 
 SHORT = ["preprocess.block_size=32", "trainer.max_steps=4", "callbacks.samples.count=0", "logger=file"]
 
@@ -113,6 +113,15 @@ def test_a_quantized_base_is_that_of_transformers(architecture: str, causal: boo
     file.write_text(json.dumps(config | {"bnb_4bit_quant_type": "fp4"}))
     with pytest.raises(UserError, match="quantized in another way"):
         pretrained(auto.__name__, str(tmp_path / "adapter"))
+
+
+def test_layers_that_transformers_keeps_in_float32_are_not_quantized(tmp_path: Path) -> None:
+    config = config_of("t5", num_layers=1, num_heads=2, d_kv=16, d_ff=64)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    given = BitsAndBytesConfig.from_dict(quantization_config(model))
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=given)
+    assert [*linear_layers(model)] == [name for name, m in loaded.named_modules() if isinstance(m, Linear4bit)]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -266,6 +275,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert losses(tmp_path / "stopped") == losses(run)
     for name in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "stopped" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_an_unfinished_run_is_not_evaluated_without_the_library_of_its_adapter(
+    run: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(run, 2, tmp_path / "stopped")
+    monkeypatch.setattr("lmlab.errors.find_spec", lambda name: None)
+    assert "adapter=… takes peft, which is not installed" in refused("evaluate", tmp_path / "stopped")
 
 
 def test_a_quantized_run_that_is_killed_goes_on_to_the_same_bits(
