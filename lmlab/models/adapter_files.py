@@ -186,5 +186,10 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
         for _, layer in adapted_layers(model):
             layer.merge(safe_merge=True)
     except (ValueError, RuntimeError, TypeError, KeyError, re.error) as error:
-        raise UserError(f"the adapter {name} does not fit its base: {first_line(error)}.") from error
+        first, *others = str(error).splitlines() or [""]
+        reason = others[0].strip() if others and first.startswith("Error(s) in loading") else first_line(error)
+        raise UserError(
+            f"the adapter {name} does not fit its base: {reason.rstrip('.')}.\n"
+            f"Its {ADAPTER} names the base that it is loaded beside, in base_model_name_or_path."
+        ) from error
     remove(model, {})

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lmlab.errors import UserError
 from lmlab.models.efficiency import layers
@@ -116,7 +115,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     One whose weight has an odd number of numbers is left out, as a byte keeps two. So is one that the architecture
     wants in float32, which transformers does not quantize either: `wo` of T5.
     """
-    in_float32 = list(model._keep_in_fp32_modules or ())
+    in_float32 = tuple(model._keep_in_fp32_modules or ())
     repeated = {id(module) for layer in layers(model) for module in layer.modules()}
     return {
         name: module
@@ -124,7 +123,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
         if id(module) in repeated
         and type(module) in (nn.Linear, Conv1D)
         and module.weight.numel() % 2 == 0
-        and should_convert_module(name, in_float32)
+        and not name.endswith(in_float32)
     }
 
 
