@@ -63,13 +63,21 @@ def freeze(model: nn.Module, settings: Settings) -> None:
     """Takes the parameters that a pattern freezes out of training.
 
     Raises:
-        UserError: as `match` does; or no parameter is left to train.
+        UserError: as `match` does; no parameter is left to train, or none of those of a pattern that does not freeze.
     """
-    for name, pattern in match(model, settings).items():
+    pattern_of = match(model, settings)
+    for name, pattern in pattern_of.items():
         if pattern is not None and settings[pattern].get("freeze"):
             model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("optim.groups freezes all parameters, so that there is nothing to train.")
+    trained = {pattern_of[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for pattern, own in settings.items():
+        if pattern not in trained and not own.get("freeze"):
+            raise UserError(
+                f'optim.groups: "{pattern}" matches no parameter that is trained: beside an adapter those of its base '
+                "are not.\nLet it match those of the adapter, such as *.lora_A.*, or leave it out."
+            )
 
 
 def make_groups(

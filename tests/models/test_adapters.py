@@ -343,6 +343,7 @@ def test_a_torch_module_can_have_no_adapter() -> None:
         (["adapter=dora", "model=gpt2"], "those of this one are random"),
         (["adapter=lora", "trainer=fsdp", "trainer.devices=2"], "is not for a sharded model"),
         (["adapter=qlora", "trainer.precision=bf16-true"], "is not for trainer.precision=bf16-true"),
+        (["adapter=lora", "optim.groups={*.base_layer.*: {lr: 1e-3}}"], "matches no parameter that is trained"),
     ],
 )
 def test_a_run_that_can_have_no_adapter(base: Path, refused: Refused, given: list[str], said: str) -> None:
