@@ -39,8 +39,8 @@ def measure(cfg: DictConfig) -> None:
     Each model of a series gets a folder for them, and the text is prepared for the first one.
     """
     from lmlab.data.sources import fingerprint
-    from lmlab.evaluation import records
     from lmlab.models.checks import check_tokenizer
+    from lmlab.models.hashing import weights_hash
     from lmlab.runs.ledger import log_doubts
 
     run, trained = RunDirectory(cfg.run_dir), trained_run(cfg)
@@ -50,11 +50,11 @@ def measure(cfg: DictConfig) -> None:
         objective, model = models.build_model_of_rank(one, tokenizer)
         check_tokenizer(model, tokenizer)
 
-        def weights_hash(model: Any = model) -> str:  # before a precision changes the weights
-            return records.weights_hash(model.state_dict())
+        def hashed(model: Any = model) -> str:  # before a precision changes the weights
+            return weights_hash(model.state_dict())
 
         name = f"weights of {path.name}" if cfg.series else "weights"
-        weights = ranks.from_rank_zero(name, weights_hash) if schema.shards(cfg.trainer) > 1 else weights_hash()
+        weights = ranks.from_rank_zero(name, hashed) if schema.shards(cfg.trainer) > 1 else hashed()
         hashes = {name: weights}
         if measure_one is None:
             data = held_out_data(one, tokenizer, trained) if cfg.get("data") else None

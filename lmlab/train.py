@@ -27,9 +27,9 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         checkpoint: the path of the checkpoint to go on from; None for the start.
     """
     from lmlab.data.sources import fingerprint
-    from lmlab.evaluation.records import weights_hash
     from lmlab.models.adapter_files import take_out
     from lmlab.models.efficiency import unsharded
+    from lmlab.models.hashing import weights_hash
     from lmlab.models.memory import count_parameters
     from lmlab.training import checkpoint as checkpoints
     from lmlab.training.loggers.closing import closed_at_the_end
@@ -45,7 +45,9 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     objective, model = models.build_model_of_rank(cfg, data.tokenizer)
     module, datamodule = build.build_training(cfg, data, objective, model)
     if module.teacher is not None:
-        lifecycle.keep_teacher(run, weights_hash(module.teacher.model.state_dict()), leads=not ranks.rank())
+        lifecycle.keep_hash(run, "teacher", weights_hash(module.teacher.model.state_dict()), leads=not ranks.rank())
+    if hasattr(model, "base_hash"):
+        lifecycle.keep_hash(run, "base", model.base_hash, leads=not ranks.rank())
     lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
     trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
     with closed_at_the_end(trainer.loggers, run):

@@ -26,6 +26,7 @@ from lmlab.evaluation.surprisal import CORRECTION, words_of
 from lmlab.evaluation.token_scores import TokenScores, white_space
 from lmlab.evaluation.windows import STRIDES, Context, windows
 from lmlab.io import write_beside
+from lmlab.models.hashing import weights_hash
 from lmlab.objectives import Objective
 from lmlab.runs.directory import RunDirectory
 
@@ -154,7 +155,7 @@ def certify(
             enable_model_summary=False,
         )
     if facts is None:
-        facts = {"model": model.name_or_path, "run": None, "weights_hash": records.weights_hash(model.state_dict())}
+        facts = {"model": model.name_or_path, "run": None, "weights_hash": weights_hash(model.state_dict())}
     documents, token_scores = held_out.documents, None
     if surprisal is not None or calibration or keeps_tokens:
         space = None if surprisal is None else white_space(surprisal)

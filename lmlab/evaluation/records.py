@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +26,6 @@ from lmlab.errors import UserError, first_line
 from lmlab.evaluation.metrics import BOUND, NATS_PER_UNKNOWN_BYTE, WORDS, compute_metrics, sum_totals
 from lmlab.io import write_beside, write_json
 from lmlab.runs.directory import RunDirectory
-
-if TYPE_CHECKING:
-    from torch import Tensor  # a comparison and a report need not wait for it
 
 FORMAT = 3
 COLUMNS = {
@@ -350,15 +347,4 @@ def rows_hash(table: pa.Table) -> str:
             part = json.dumps(column.slice(start, ROWS_AT_ONCE).to_pylist())[1:-1]
             digest.update(f"{', ' if start else '['}{part}".encode())
         digest.update(b"]")
-    return digest.hexdigest()[:32]
-
-
-def weights_hash(state_dict: Mapping[str, "Tensor"]) -> str:
-    """Returns a hash of the names, dtypes, shapes and bytes of tensors."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -16,11 +16,14 @@ from lmlab.errors import UserError, check_installed, first_line
 from lmlab.hub import ADAPTER, from_hub, is_adapter, is_gguf
 from lmlab.io import read_json, replaced, write_json
 from lmlab.models.adapters import NAME, adapted_layers, inject, merged_state, remove
+from lmlab.models.hashing import layers_hash
 from lmlab.models.quantized import Quantized, quantization_config, round_weights
 
 WEIGHTS = "adapter_model.safetensors"
 QUANTIZATION = "quantization_config.json"
 """The file beside an adapter that says how its base was quantized: a `BitsAndBytesConfig` of transformers."""
+BASE = "base.json"
+"""The file beside an adapter that holds the hash of its base's layers."""
 PREFIX = "base_model.model."
 """Stands before the name of each weight in the files of peft."""
 READ = (
@@ -60,6 +63,8 @@ def take_out(
         config.save_pretrained(str(folder))
         if rounded:
             write_json(folder / QUANTIZATION, quantization_config(model))
+        if hasattr(model, "base_hash"):
+            write_json(folder / BASE, {"layers_hash": model.base_hash})
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(folder)
 
@@ -101,7 +106,7 @@ def download_adapter(name: str, revision: str | None) -> str | None:
         raise
     except EntryNotFoundError:
         return None
-    for file in (WEIGHTS, QUANTIZATION, "tokenizer_config.json"):
+    for file in (WEIGHTS, QUANTIZATION, BASE, "tokenizer_config.json"):
         with suppress(EntryNotFoundError):
             hf_hub_download(name, file, revision=revision)
     return str(Path(config).parent)
@@ -169,6 +174,11 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
     if not Path(name, WEIGHTS).is_file():
         raise UserError(f"{name} has no {WEIGHTS}, and weights in another form are not read: they may hold code.")
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(Path(name, WEIGHTS)).items()}
+    if Path(name, BASE).is_file() and read_json(Path(name, BASE)).get("layers_hash") != layers_hash(model):
+        raise UserError(
+            f"the base of the adapter {name} is not what it was trained beside: its weights are others.\n"
+            f"Bring it back, or name where it is now, as base_model_name_or_path in {Path(name, ADAPTER)}."
+        )
     if Path(name, QUANTIZATION).is_file():
         check_installed(f"the adapter {name}", "qlora", "bitsandbytes")
         if read_json(Path(name, QUANTIZATION)) != quantization_config(model):
@@ -193,3 +203,4 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
             f"Its {ADAPTER} names the base that it is loaded beside, in base_model_name_or_path."
         ) from error
     remove(model, {})
+    model.merged_here = True

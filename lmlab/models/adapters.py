@@ -31,6 +31,7 @@ from lmlab.errors import UserError, first_line, nearest
 from lmlab.hub import split_revision
 from lmlab.models.efficiency import layers
 from lmlab.models.electra import GeneratorAndDiscriminator
+from lmlab.models.hashing import layers_hash
 from lmlab.models.quantized import Quantized, quantize
 from lmlab.models.torch_module import TorchModule
 
@@ -62,7 +63,8 @@ def lora(
     """Adds an adapter to a model, in place, and freezes all its other weights; returns the model.
 
     The initial adapter does not change what the model computes. The class of the model and the names of the modules
-    that get an adapter stay as they are.
+    that get an adapter stay as they are. A hash of the layers becomes its attribute `base_hash`, unless they were not
+    read from files.
 
     Args:
         r: the rank, which is the number of rows of A.
@@ -94,6 +96,9 @@ def lora(
     if base is not None:
         base, revision = split_revision(base, revision)
         base = str(Path(base).resolve()) if Path(base).exists() else base
+    # A base that is an adapter itself was merged here, and another machine may round it in other places.
+    if base is not None and model.device.type != "meta" and not hasattr(model, "merged_here"):
+        model.base_hash = layers_hash(model)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lmlab.console import command
 from lmlab.distributed.signals import SIGNALS
@@ -178,22 +178,23 @@ def write_data(
             )
 
 
-def keep_teacher(run: RunDirectory, weights: str, leads: bool) -> None:
-    """Writes the hash of a teacher's weights into the manifest of its student's run.
+def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str, leads: bool) -> None:
+    """Writes the hash of a teacher's weights, or of those of the base of an adapter, into the manifest of a run.
 
     Args:
         leads: whether this is the rank that writes the file.
 
     Raises:
-        UserError: the run was begun with another teacher.
+        UserError: the run was begun with other weights.
     """
-    if run.read_manifest().get("teacher_hash", weights) != weights:
+    what, key = {"teacher": ("teacher", "distill.model"), "base": ("base of the adapter", "model.name")}[name]
+    if run.read_manifest().get(f"{name}_hash", weights) != weights:
         raise UserError(
-            f"the teacher of {run.path} is not what the run was begun with: its weights are others.\n"
-            "Bring it back, name where it is now (distill.model=PATH), or begin another run."
+            f"the {what} of {run.path} is not what the run was begun with: its weights are others.\n"
+            f"Bring it back, name where it is now ({key}=PATH), or begin another run."
         )
     if leads:
-        run.update_manifest(teacher_hash=weights)
+        run.update_manifest(**{f"{name}_hash": weights})
 
 
 def rewind(run: RunDirectory, module: "LMModule", checkpoint: str | None, leads: bool) -> None:

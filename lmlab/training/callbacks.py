@@ -19,6 +19,7 @@ from lmlab.evaluation.certify import precision_of
 from lmlab.evaluation.scoring import ScoringBatch
 from lmlab.io import write_beside
 from lmlab.models.adapters import merged_state
+from lmlab.models.hashing import weights_hash
 from lmlab.runs.directory import RunDirectory
 from lmlab.training.checkpoint import best_weights, rescoring_due
 from lmlab.training.measure import Measure
@@ -53,7 +54,7 @@ class WriteCertificate(Callback):
         facts = {
             **held_out.facts,
             "precision": precision_of(trainer),
-            "weights_hash": records.weights_hash(merged_state(module.model, weights)),
+            "weights_hash": weights_hash(merged_state(module.model, weights)),
             "model": str(self.run.model),
             "run": self.run.trained_as(),
             **self.run.provenance(),

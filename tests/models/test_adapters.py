@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from lmlab.config.compose import read_config
 from lmlab.config.models import model_without_weights
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
-from lmlab.evaluation.records import weights_hash
 from lmlab.models import adapters, memory
 from lmlab.models.adapter_files import take_out
 from lmlab.models.flops import Flops
+from lmlab.models.hashing import weights_hash
 from lmlab.models.loading import pretrained
 from lmlab.models.loss import score
 from lmlab.models.quantized import linear_layers, quantization_config, quantize
@@ -305,6 +306,23 @@ def test_a_quantized_run_that_is_killed_goes_on_to_the_same_bits(
     assert isinstance(card, bytes)
     assert "quantization_config=BitsAndBytesConfig.from_dict({" in card.decode()
     assert "alpha 16, dora False, quantization nf4 |" in card.decode()
+
+
+def test_an_adapter_is_not_used_beside_other_weights(base: Path, run: Path, tmp_path: Path, refused: Refused) -> None:
+    """Neither when it is merged, nor when its run goes on; a copy of the base is the base."""
+    moved = shutil.copytree(base, tmp_path / "base")
+    stop_after(run, 2, tmp_path / "stopped")
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(moved)}))
+    merged = pretrained("AutoModelForCausalLM", str(tmp_path / "adapter")).state_dict()
+    assert weights_hash(merged) == json.loads((run / "certificate.json").read_text())["weights_hash"]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.transformer.h[1].ln_1.bias.data += 1e-3
+    model.save_pretrained(moved)
+    with pytest.raises(UserError, match="is not what it was trained beside"):
+        pretrained("AutoModelForCausalLM", str(tmp_path / "adapter"))
+    assert "the base of the adapter of" in refused("resume", tmp_path / "stopped", f"model.name={moved}")
 
 
 def test_memory_is_counted_for_what_is_trained(run: Path) -> None:
