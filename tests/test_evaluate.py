@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from lmlab.config import evaluated
 from lmlab.evaluation import records, scoring
 from lmlab.evaluation.suites import certificates
+from lmlab.models.hashing import weights_hash
 from lmlab.models.loss import Scores, score
 
 from .conftest import TINY, TINY_MLM, run_verb
@@ -111,7 +112,7 @@ def test_a_run_certifies_its_exported_weights(kind: str, request: pytest.Fixture
         "config": OmegaConf.to_container(OmegaConf.load(run / "config.yaml")),
     }
     weights = AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM
-    assert found["weights_hash"] == records.weights_hash(weights.from_pretrained(run / "model").state_dict())
+    assert found["weights_hash"] == weights_hash(weights.from_pretrained(run / "model").state_dict())
 
 
 def test_the_run_is_no_trivial_one(causal: Path) -> None:

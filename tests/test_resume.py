@@ -28,7 +28,7 @@ from lmlab.config.compose import config_of
 from lmlab.config.targets import FILES
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
-from lmlab.evaluation import records
+from lmlab.models.hashing import weights_hash
 from lmlab.optim import AdamW
 from lmlab.runs.directory import RunDirectory
 from lmlab.runs.status import read_status
@@ -184,7 +184,7 @@ def test_a_run_before_its_end_is_used_by_its_best_weights_so_far(
     assert certificate["model"] == said
     kept = torch.load(stopped / "checkpoints/best-4.ckpt", weights_only=True)["state_dict"]
     weights = {name.removeprefix("model."): t for name, t in kept.items() if name.startswith("model.")}
-    assert certificate["weights_hash"] == records.weights_hash(weights)
+    assert certificate["weights_hash"] == weights_hash(weights)
     assert not (place / "snapshot").exists()
     # The text that it holds out, by its own data.
     own = json.loads((evaluate(f"model={stopped}") / "certificate.json").read_text())
