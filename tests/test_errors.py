@@ -890,6 +890,7 @@ MODELS = {
         "model.config.attention_type=original_full",
     ],
     f"objective=mlm model=scratch {SMALL_FNET}": ["padding changes what fnet makes", "batch_size=1"],
+    "objective._target_=tests.broken_objective.Causal": ["Keys: none.", "~objective.z_loss leaves it out."],
     "objective._target_=tests.broken_objective.Causal ~objective.z_loss": [
         "no metric and no auto_class",
         "lmlab/objectives/__init__.py",

@@ -141,7 +141,9 @@ def arguments(block: DictConfig, key: str, declared: str | None = None, **given:
     for name, value in values.items():
         if name in given or not (anything or name in parameters):
             close = nearest(names[name], [f"{key}.{known}".lstrip(".") for known in own])
-            raise UserError(f'there is no key "{names[name]}".{close} Keys: {", ".join(own)}.')
+            own_target = not declared and not block._target_.startswith(signatures.READ)
+            more = f"\nIf the file of an option sets it, ~{names[name]} leaves it out." if own_target else ""
+            raise UserError(f'there is no key "{names[name]}".{close} Keys: {", ".join(own) or "none"}.{more}')
         if name in parameters:
             check_value(names[name], value, parameters[name].annotation, meanings.get(name, ""))
     values |= {name: value for name, value in given.items() if anything or name in parameters}

@@ -183,7 +183,8 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
         check_installed(f"the adapter {name}", "qlora", "bitsandbytes")
         if read_json(Path(name, QUANTIZATION)) != quantization_config(model):
             raise UserError(
-                f"{name} was trained beside a base that is quantized in another way than lmlab's: {QUANTIZATION}."
+                f"{name} was trained beside a base that is quantized in another way than lmlab's: {QUANTIZATION}.\n"
+                "Let peft merge it, by merge_and_unload, and name the merged model."
             )
         round_weights(model)
     try:
