@@ -578,6 +578,7 @@ def test_minimal_pairs_on_two_devices(causal: Path, masked: Path, evaluate: Verb
         ("suite=minimal_pairs pairs=x data=sample", "leave data=… out"),
         ("suite=minimal_pairs pairs=x context=sliding", "leave context, stride and sample out"),
         ("suite=minimal_pair pairs=x", "minimal_pairs"),
+        ("suite=generation pairs=x", 'no key "pairs". It is one of suite=minimal_pairs'),
         ("pairs=x", "pairs"),
     ],
 )

@@ -105,6 +105,9 @@ def in_other_option(key: str, name: str) -> str | None:
     group, *path = key.split(".")
     leaf = path.pop() if path else ""
     having = []
+    if not leaf and "suite" in groups_of(name):  # whose options have their keys at the top
+        keys = {option: OmegaConf.load(CONF / "suite" / f"{option}.yaml").keys() for option in files_of("suite")}
+        having = [f"suite={option}" for option in keys if key in keys[option]]
     for option in files_of(group) if group in groups_of(name) else ():
         block: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
         for part in path:
