@@ -6,6 +6,7 @@ Adapters are merged into their base. The weights of GGUF files, the format of ll
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -49,6 +50,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Loads a model with dense weights; returns it and the names of the weights that the files lack, sorted.
 
+    An adapter and its base are loaded in float32.
+
     Args:
         auto: the `AutoModel` class.
         name: hub id or directory, of a model or of an adapter, or `.gguf` file.
@@ -60,6 +63,7 @@ def load_model(
         UserError: an adapter can't be merged.
     """
     if adapter := adapter_directory(name, revision):
+        options["dtype"] = torch.float32  # as it was trained: its base may be in bf16, and what is merged would be rounded
         with base_of(adapter, name) as (base, revision):
             model, missing = load_model(auto, base, revision, config, **options)
         merge_adapter(model, adapter)

@@ -178,10 +178,11 @@ def write_data(
             )
 
 
-def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str, leads: bool) -> None:
+def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str | None, leads: bool) -> None:
     """Writes the hash of a teacher's weights, or of those of the base of an adapter, into the manifest of a run.
 
     Args:
+        weights: the hash; None where the base has none, as it is an adapter itself, and then nothing is written.
         leads: whether this is the rank that writes the file.
 
     Raises:
@@ -193,7 +194,7 @@ def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str,
             f"the {what} of {run.path} is not what the run was begun with: its weights are others.\n"
             f"Bring it back, name where it is now ({key}=PATH), or begin another run."
         )
-    if leads:
+    if leads and weights is not None:
         run.update_manifest(**{f"{name}_hash": weights})
 
 

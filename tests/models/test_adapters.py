@@ -22,7 +22,7 @@ from lmlab.config.compose import read_config
 from lmlab.config.models import model_without_weights
 from lmlab.data.tokenizers import bpe
 from lmlab.errors import UserError
-from lmlab.models import adapters, memory
+from lmlab.models import adapters, generation, memory
 from lmlab.models.adapter_files import take_out
 from lmlab.models.flops import Flops
 from lmlab.models.hashing import weights_hash
@@ -322,7 +322,29 @@ def test_an_adapter_is_not_used_beside_other_weights(base: Path, run: Path, tmp_
     model.save_pretrained(moved)
     with pytest.raises(UserError, match="is not what it was trained beside"):
         pretrained("AutoModelForCausalLM", str(tmp_path / "adapter"))
-    assert "the base of the adapter of" in refused("resume", tmp_path / "stopped", f"model.name={moved}")
+    for other in (moved, run / "adapter"):  # of an adapter no hash is known
+        assert "the base of the adapter of" in refused("resume", tmp_path / "stopped", f"model.name={other}")
+
+
+def test_a_run_that_does_not_know_its_base_leaves_no_hash_of_another(base: Path, run: Path, tmp_path: Path) -> None:
+    """Such as one that was begun with an adapter as its base."""
+    stop_after(run, 2, tmp_path / "stopped")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest.pop("base_hash") == json.loads((run / "adapter/base.json").read_text())["layers_hash"]
+    (tmp_path / "stopped/manifest.json").write_text(json.dumps(manifest))
+    run_verb("resume", tmp_path / "stopped")
+    assert "base_hash" not in json.loads((tmp_path / "stopped/manifest.json").read_text())
+    assert not (tmp_path / "stopped/adapter/base.json").exists()
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_an_adapter_beside_a_base_in_bf16_writes_as_its_run_does(base: Path, tmp_path: Path, adapter: str) -> None:
+    """The run trains it beside the base in float32."""
+    half = shutil.copytree(base, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    run_verb("train", *words(half, f"adapter={adapter}", "optim.lr=0.1", f"hydra.run.dir={tmp_path / 'run'}"))
+    whole, beside = (generation.load(str(tmp_path / "run" / name))[0].state_dict() for name in ("model", "adapter"))
+    assert weights_hash(beside) == weights_hash(whole)
 
 
 def test_memory_is_counted_for_what_is_trained(run: Path) -> None:
