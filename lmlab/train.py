@@ -46,10 +46,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     module, datamodule = build.build_training(cfg, data, objective, model)
     if module.teacher is not None:
         lifecycle.keep_hash(run, "teacher", weights_hash(module.teacher.model.state_dict()), leads=not ranks.rank())
-    if checkpoint and hasattr(model, "base_hash") and "base_hash" not in run.read_manifest():
-        del model.base_hash  # the run does not know the base that it was begun with, and this one may be another
-    if "adapter" in cfg and model.device.type != "meta":
-        lifecycle.keep_hash(run, "base", getattr(model, "base_hash", None), leads=not ranks.rank())
+    if "adapter" in cfg:
+        lifecycle.keep_hash(run, "base", model.base_hash, leads=not ranks.rank())
     lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
     trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
     with closed_at_the_end(trainer.loggers, run):

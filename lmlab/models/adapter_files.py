@@ -63,7 +63,7 @@ def take_out(
         config.save_pretrained(str(folder))
         if rounded:
             write_json(folder / QUANTIZATION, quantization_config(model))
-        if hasattr(model, "base_hash"):
+        if model.base_hash is not None:
             write_json(folder / BASE, {"layers_hash": model.base_hash})
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(folder)

@@ -63,8 +63,8 @@ def lora(
     """Adds an adapter to a model, in place, and freezes all its other weights; returns the model.
 
     The initial adapter does not change what the model computes. The class of the model and the names of the modules
-    that get an adapter stay as they are. A hash of the layers becomes its attribute `base_hash`, unless they were not
-    read from files.
+    that get an adapter stay as they are. Its attribute `base_hash` becomes a hash of the layers, or None if they were
+    not read from files.
 
     Args:
         r: the rank, which is the number of rows of A.
@@ -97,8 +97,8 @@ def lora(
         base, revision = split_revision(base, revision)
         base = str(Path(base).resolve()) if Path(base).exists() else base
     # A base that is an adapter itself was merged here, and another machine may round it in other places.
-    if base is not None and model.device.type != "meta" and not hasattr(model, "merged_here"):
-        model.base_hash = layers_hash(model)
+    known = base is not None and model.device.type != "meta" and not hasattr(model, "merged_here")
+    model.base_hash = layers_hash(model) if known else None
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,

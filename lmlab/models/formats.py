@@ -63,7 +63,7 @@ def load_model(
         UserError: an adapter can't be merged.
     """
     if adapter := adapter_directory(name, revision):
-        options["dtype"] = torch.float32  # as it was trained: its base may be in bf16, and what is merged would be rounded
+        options["dtype"] = torch.float32  # as it was trained: files in bf16 would round what is merged
         with base_of(adapter, name) as (base, revision):
             model, missing = load_model(auto, base, revision, config, **options)
         merge_adapter(model, adapter)
