@@ -44,10 +44,11 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     )
     objective, model = models.build_model_of_rank(cfg, data.tokenizer)
     module, datamodule = build.build_training(cfg, data, objective, model)
+    writes = checkpoint is None and not ranks.rank()
     if module.teacher is not None:
-        lifecycle.keep_hash(run, "teacher", weights_hash(module.teacher.model.state_dict()), leads=not ranks.rank())
+        lifecycle.keep_hash(run, "teacher", weights_hash(module.teacher.model.state_dict()), writes)
     if "adapter" in cfg:
-        lifecycle.keep_hash(run, "base", model.base_hash, leads=not ranks.rank())
+        lifecycle.keep_hash(run, "base", model.base_hash, writes)
     lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
     trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
     with closed_at_the_end(trainer.loggers, run):
@@ -65,7 +66,8 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
         weights, best = checkpoints.best_weights(trainer)
         if trainer.is_global_zero:
             if "adapter" in cfg:
-                weights = take_out(module.model, weights, data.tokenizer, run.adapter)
+                base_hash = run.read_manifest().get("base_hash")
+                weights = take_out(module.model, weights, data.tokenizer, run.adapter, base_hash)
             if module.device_mesh is None:
                 module.model.load_state_dict(weights)
             else:  # a shard can't take whole weights

@@ -47,7 +47,7 @@ def snapshot(run: RunDirectory, path: Path, trusted: Collection[str]) -> str:
     path.mkdir(parents=True)
     state = model_state(load_weights(weights, load_checkpoint(weights)))
     if "adapter" in cfg:
-        state = take_out(model, state, tokenizer, copy.adapter)
+        state = take_out(model, state, tokenizer, copy.adapter, run.read_manifest().get("base_hash"))
     model.load_state_dict(state)
     for file in (run.manifest, run.config):
         shutil.copy(file, path)

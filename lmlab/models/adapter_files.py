@@ -41,7 +41,11 @@ BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def take_out(
-    model: PreTrainedModel, state: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, path: Path
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    base_hash: str | None = None,
 ) -> dict[str, Tensor]:
     """Takes the adapter out of a model, writes it in the form of peft, and returns the model's merged state dict.
 
@@ -49,6 +53,7 @@ def take_out(
         state: the state dict of the model with its adapter.
         tokenizer: lies beside the adapter, as it may differ from that of the base.
         path: the directory.
+        base_hash: the hash of the layers of its base; None where it is not known.
     """
     from peft import get_peft_model_state_dict
 
@@ -63,8 +68,8 @@ def take_out(
         config.save_pretrained(str(folder))
         if rounded:
             write_json(folder / QUANTIZATION, quantization_config(model))
-        if model.base_hash is not None:
-            write_json(folder / BASE, {"layers_hash": model.base_hash})
+        if base_hash is not None:
+            write_json(folder / BASE, {"layers_hash": base_hash})
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         tokenizer.save_pretrained(folder)
 
@@ -177,7 +182,8 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
     if Path(name, BASE).is_file() and read_json(Path(name, BASE)).get("layers_hash") != layers_hash(model):
         raise UserError(
             f"the base of the adapter {name} is not what it was trained beside: its weights are others.\n"
-            f"Bring it back, or name where it is now, as base_model_name_or_path in {Path(name, ADAPTER)}."
+            f"Bring it back, or name where it is now, as base_model_name_or_path in {Path(name, ADAPTER)}.\n"
+            f"To merge the adapter all the same, delete {Path(name, BASE)}."
         )
     if Path(name, QUANTIZATION).is_file():
         check_installed(f"the adapter {name}", "qlora", "bitsandbytes")

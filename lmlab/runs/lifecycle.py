@@ -178,12 +178,12 @@ def write_data(
             )
 
 
-def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str | None, leads: bool) -> None:
-    """Writes the hash of a teacher's weights, or of those of the base of an adapter, into the manifest of a run.
+def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str | None, writes: bool) -> None:
+    """Keeps the hash of a teacher's weights, or of those of the base of an adapter, in the manifest of a run.
 
     Args:
-        weights: the hash; None where the base has none, as it is an adapter itself, and then nothing is written.
-        leads: whether this is the rank that writes the file.
+        weights: the hash; None where the base has none, as it is an adapter itself.
+        writes: write it; false where the run goes on, or another rank writes the file.
 
     Raises:
         UserError: the run was begun with other weights.
@@ -194,7 +194,7 @@ def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str 
             f"the {what} of {run.path} is not what the run was begun with: its weights are others.\n"
             f"Bring it back, name where it is now ({key}=PATH), or begin another run."
         )
-    if leads and weights is not None:
+    if writes and weights is not None:
         run.update_manifest(**{f"{name}_hash": weights})
 
 

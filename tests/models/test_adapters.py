@@ -326,6 +326,17 @@ def test_an_adapter_is_not_used_beside_other_weights(base: Path, run: Path, tmp_
         assert "the base of the adapter of" in refused("resume", tmp_path / "stopped", f"model.name={other}")
 
 
+def test_a_run_that_does_not_know_its_base_leaves_no_hash_of_another(base: Path, run: Path, tmp_path: Path) -> None:
+    """Such as one that was begun with an adapter as its base."""
+    stop_after(run, 2, tmp_path / "stopped")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest.pop("base_hash") == json.loads((run / "adapter/base.json").read_text())["layers_hash"]
+    (tmp_path / "stopped/manifest.json").write_text(json.dumps(manifest))
+    run_verb("resume", tmp_path / "stopped")
+    assert "base_hash" not in json.loads((tmp_path / "stopped/manifest.json").read_text())
+    assert not (tmp_path / "stopped/adapter/base.json").exists()
+
+
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_an_adapter_beside_a_base_in_bf16_writes_as_its_run_does(base: Path, tmp_path: Path, adapter: str) -> None:
     """The run trains it beside the base in float32."""
