@@ -129,6 +129,9 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
             "the tokenizer can't be written as GGUF here: only byte-level BPE can, as tokenizer=bpe trains, and as "
             "those of GPT-2, Llama 3 and Qwen are.\nExport to ONNX, which takes any."
         )
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
+    if not merges:
+        raise UserError("the tokenizer has no merges, without which GGUF files can't be read.\nExport to ONNX.")
     special = {*tokenizer.all_special_ids}
     added = {*tokenizer.added_tokens_decoder} - special
     names = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -137,8 +140,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase,
     writer.add_tokenizer_pre(splits)
     writer.add_token_list([names.get(number, f"[PAD{number}]") for number in range(rows)])
     writer.add_token_types([types.get(number, UNUSED) for number in range(rows)])
-    merges = parts["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_token_merges(merges)
     for kind, add in [
         ("bos", writer.add_bos_token_id),
         ("eos", writer.add_eos_token_id),

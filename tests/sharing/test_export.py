@@ -162,6 +162,12 @@ def test_gguf_of_what_it_can_not_hold_is_refused(
         to_gguf.write(make(tokenizer, architecture, **config), tokenizer, tmp_path / "gguf")
 
 
+def test_gguf_of_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    of_bytes = bpe(["a"], 259)
+    with pytest.raises(UserError, match="the tokenizer has no merges"):
+        to_gguf.write(make(of_bytes, "gpt2"), of_bytes, tmp_path / "gguf")
+
+
 def test_a_tokenizer_that_gguf_can_not_hold(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, refused: Refused
 ) -> None:
