@@ -114,7 +114,9 @@ def lora(
     try:
         inject(config, model, seed)
     except ValueError as error:
-        raise UserError(f"adapter: {first_line(error)}") from error
+        raise UserError(
+            f"adapter: {first_line(error)}\nName other layers as adapter.targets, or leave adapter out."
+        ) from error
     return model
 
 
@@ -147,13 +149,14 @@ def find_targets(model: PreTrainedModel, targets: str | list[str] | None) -> lis
         repeated = {id(module) for layer in layers(model) for module in layer.modules()}
         chosen = [name for name in linear if id(modules[name]) in repeated]
     if not chosen:
-        raise UserError(f"adapter: no linear layer of {model.config.model_type} was found. Name some: adapter.targets")
+        kind = model.config.model_type
+        raise UserError(f"adapter: no linear layer of {kind} was found. Name some as adapter.targets.")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for name in chosen:
         if modules[name] is head and embedding is not None and head.weight is embedding.weight:
             raise UserError(
                 f"adapter.targets: the weights of {name} are those of the embedding too, which would then differ.\n"
-                "Leave it out, or untie them: model.config.tie_word_embeddings=false"
+                "Leave it out."
             )
     return chosen
 

@@ -122,7 +122,10 @@ def test_layers_that_transformers_keeps_in_float32_are_not_quantized(tmp_path: P
     model.save_pretrained(tmp_path)
     given = BitsAndBytesConfig.from_dict(quantization_config(model))
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=given)
-    assert [*linear_layers(model)] == [name for name, m in loaded.named_modules() if isinstance(m, Linear4bit)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    expected = [name for name in linear if name != "lm_head" and not name.endswith(".wo")]
+    assert [*linear_layers(model)] == expected
+    assert [name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)] == expected
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -363,11 +366,17 @@ def test_memory_is_counted_for_what_is_trained(run: Path) -> None:
         (["c_atn"], 'c_atn is no layer of the model. Did you mean "c_attn"?'),
         (["c_attn", "wte"], "wte is of the type Embedding, and no linear layer."),
         (["lm_head"], "the weights of lm_head are those of the embedding too"),
+        ([], "no linear layer of gpt2 was found. Name some as adapter.targets."),
     ],
 )
 def test_targets_that_can_have_no_adapter(targets: list[str], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         adapted("gpt2", targets=targets, dora=True)
+
+
+def test_targets_that_peft_refuses() -> None:
+    with pytest.raises(UserError, match="out_proj.* incompatible with Mamba.*\nName other layers as adapter.targets"):
+        adapted("mamba", targets=["out_proj"])
 
 
 def test_a_torch_module_can_have_no_adapter() -> None:
