@@ -375,7 +375,7 @@ def test_targets_that_can_have_no_adapter(targets: list[str], said: str) -> None
 
 
 def test_targets_that_peft_refuses() -> None:
-    with pytest.raises(UserError, match="out_proj.* incompatible with Mamba.*\nName other layers as adapter.targets"):
+    with pytest.raises(UserError, match=r"out_proj.* incompatible with Mamba.*\nName other layers as adapter.targets"):
         adapted("mamba", targets=["out_proj"])
 
 
@@ -410,12 +410,12 @@ def test_a_model_whose_head_is_random_can_have_no_adapter(base: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "IA3"}, "is an adapter of the type IA3"),
+        ({"peft_type": "IA3"}, "the type LORA alone.\nLet peft merge it"),
         ({"base_model_name_or_path": "/nowhere"}, "no such directory"),
         ({"base_model_name_or_path": None}, "names no base"),
         ({"base_model_name_or_path": "."}, "whose base is itself"),
-        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "has megatron_config="),
-        ({"init_lora_weights": "pissa"}, "began with a change of its base"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "has megatron_config={'a': 1}, which"),
+        ({"init_lora_weights": "pissa"}, "was initialised with a change of its base"),
         ({"target_modules": ["c_fc"]}, "does not fit its base"),
     ],
 )
@@ -425,3 +425,21 @@ def test_an_adapter_that_is_not_read(run: Path, tmp_path: Path, change: dict[str
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=re.escape(said)):
         pretrained("AutoModelForCausalLM", str(tmp_path))
+
+
+def test_an_adapter_without_safetensors_is_not_read(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "adapter" / "adapter_config.json", tmp_path)
+    with pytest.raises(UserError, match=r"has no adapter_model.safetensors.*\nLet peft load it and write it again"):
+        pretrained("AutoModelForCausalLM", str(tmp_path))
+
+
+def own(*, model: Any, base: str, revision: str | None, auto_class: str, seed: int) -> Any:
+    """A target that adds an adapter, and keeps no hash of the base."""
+    adapters.inject(peft.LoraConfig(target_modules=["c_attn"]), model, seed)
+    return model
+
+
+def test_a_target_of_ones_own_adds_an_adapter(base: Path, tmp_path: Path) -> None:
+    target = f"+adapter._target_={__name__}.own"
+    run_verb("train", *words(base, target, "trainer.max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
