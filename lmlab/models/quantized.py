@@ -39,7 +39,7 @@ class Quantized(nn.Module):
         nn.Module.__init__(self)  # that of nn.Linear would make a weight
         weight = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T.contiguous()
         packed, state = quantize_4bit(weight.float(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        self.shape = weight.shape
+        self.shape = weight.shape  # [out, in]
         self.packed = nn.Parameter(packed, requires_grad=False)  # [n / 2, 1] uint8, two numbers in each
         self.bias = layer.bias
         self.register_buffer("scales", state.absmax)  # [⌈n / 64⌉] uint8
