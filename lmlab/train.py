@@ -48,7 +48,7 @@ def train(cfg: DictConfig, checkpoint: str | None = None) -> None:
     if module.teacher is not None:
         lifecycle.keep_hash(run, "teacher", weights_hash(module.teacher.model.state_dict()), writes)
     if "adapter" in cfg:
-        lifecycle.keep_hash(run, "base", model.base_hash, writes)
+        lifecycle.keep_hash(run, "base", getattr(model, "base_hash", None), writes)
     lifecycle.rewind(run, module, checkpoint, leads=not ranks.rank())  # before loggers are made, which read the file
     trainer = build.build_trainer(cfg, module.val_interval, run.read_manifest()["run_id"])
     with closed_at_the_end(trainer.loggers, run):

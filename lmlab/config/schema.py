@@ -209,7 +209,10 @@ def check_loggers(cfg: DictConfig) -> None:
 
 
 def check_adapter(cfg: DictConfig) -> None:
-    """Refuses an adapter whose libraries are not installed, and one beside random weights or a sharded model."""
+    """Refuses an adapter whose libraries are not installed, or that its model or trainer is not for.
+
+    The model can't be random or sharded, and a quantized one can't be in bf16.
+    """
     check_installed("adapter=…", "adapters", "peft")
     if (quantization := cfg.adapter.get("quantization")) is not None:
         check_installed(f"adapter.quantization={quantization}", "qlora", "bitsandbytes")
@@ -226,7 +229,7 @@ def check_adapter(cfg: DictConfig) -> None:
     if quantization is not None and cfg.trainer.precision == "bf16-true":
         raise UserError(
             "adapter.quantization is not for trainer.precision=bf16-true, which would round its scales.\n"
-            "Use bf16-mixed, which computes as fast."
+            "Use trainer.precision=bf16-mixed, which computes in bf16 too."
         )
 
 

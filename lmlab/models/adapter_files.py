@@ -35,9 +35,11 @@ IGNORED = (
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "init_lora_weights", "peft_version"),
 )
-"""The keys that say where it comes from and how it was trained."""
-BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""The ways to begin an adapter that leave the weights of the base as they are."""
+"""The keys of an adapter's config that say what it is, where it comes from and how it was trained."""
+BASE_UNCHANGED = (True, False, "gaussian", "eva", "orthogonal")
+"""The values of `init_lora_weights` with which peft leaves the weights of the base as they are."""
+LET_PEFT_MERGE = "Let peft merge it into its base, by merge_and_unload, and name the merged model."
+"""What to do with an adapter that lmlab does not read."""
 
 
 def take_out(
@@ -51,8 +53,8 @@ def take_out(
 
     Args:
         state: the state dict of the model with its adapter.
-        tokenizer: lies beside the adapter, as it may differ from that of the base.
-        path: the directory.
+        tokenizer: is saved with the adapter, as it may differ from that of the base.
+        path: the directory to write.
         base_hash: the hash of the layers of its base; None where it is not known.
     """
     from peft import get_peft_model_state_dict
@@ -78,10 +80,10 @@ def take_out(
 
 
 def adapter_directory(name: str, revision: str | None = None) -> str | None:
-    """Returns the directory of an adapter, which is downloaded if it is on the hub; None if the name is of none.
+    """Returns the directory of an adapter, which is downloaded if it is on the hub; None if there is no such adapter.
 
     Args:
-        name: hub id or directory of an adapter, or of anything else.
+        name: hub id or directory, of an adapter or of a model, or `.gguf` file.
         revision: branch, tag or commit of a hub id.
     """
     if is_adapter(name):
@@ -92,15 +94,18 @@ def adapter_directory(name: str, revision: str | None = None) -> str | None:
 
     try:
         return download_adapter(name, revision)
-    except LocalEntryNotFoundError:  # not in the cache while the hub can't be reached
+    except LocalEntryNotFoundError:  # loading the model itself says so
         return None
 
 
 @cache
 def download_adapter(name: str, revision: str | None) -> str | None:
-    """Downloads what is read of an adapter on the hub, once, and returns its directory; None if there is none.
+    """Downloads what is read of an adapter on the hub, once, and returns its directory; None if it is no adapter.
 
     Config, tokenizer and weights of a model are loaded one by one, and each load asks whether it is an adapter.
+
+    Raises:
+        LocalEntryNotFoundError: the hub can't be reached, and the cache does not say. This answer is not kept.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -146,15 +151,17 @@ def read_adapter(name: str) -> dict[str, Any]:
     """Returns the config of the adapter in a directory.
 
     Raises:
-        UserError: it is no LoRA, or of a kind that lmlab does not read; says why.
+        UserError: it is not LoRA, or was initialised with a change of its base.
     """
     config = read_json(Path(name, ADAPTER))
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{name} is an adapter of the type {kind}, and lmlab reads those of the type LORA alone.")
-    if config.get("init_lora_weights", True) not in BESIDE_THE_BASE:
         raise UserError(
-            f"{name} began with a change of its base, which lmlab does not make (init_lora_weights="
+            f"{name} is an adapter of the type {kind}, and lmlab reads those of the type LORA alone.\n{LET_PEFT_MERGE}"
+        )
+    if config.get("init_lora_weights", True) not in BASE_UNCHANGED:
+        raise UserError(
+            f"{name} was initialised with a change of its base, which lmlab does not make (init_lora_weights="
             f"{config['init_lora_weights']}).\nLet peft convert it to plain LoRA, by save_pretrained and its "
             "path_initial_model_for_weight_conversion."
         )
@@ -175,13 +182,18 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
     config, defaults = read_adapter(name), LoraConfig().to_dict()
     for key, value in config.items():
         if key not in (*READ, *IGNORED) and value and value != defaults.get(key):
-            raise UserError(f"{name} has {key}={value}, and lmlab reads adapters of LoRA and DoRA without it alone.")
+            raise UserError(
+                f"{name} has {key}={value}, which lmlab does not read in an adapter of LoRA or DoRA.\n{LET_PEFT_MERGE}"
+            )
     if not Path(name, WEIGHTS).is_file():
-        raise UserError(f"{name} has no {WEIGHTS}, and weights in another form are not read: they may hold code.")
+        raise UserError(
+            f"{name} has no {WEIGHTS}, and weights in another form are not read: they may hold code.\n"
+            "Let peft load it and write it again, by save_pretrained."
+        )
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(Path(name, WEIGHTS)).items()}
     if Path(name, BASE).is_file() and read_json(Path(name, BASE)).get("layers_hash") != layers_hash(model):
         raise UserError(
-            f"the base of the adapter {name} is not what it was trained beside: its weights are others.\n"
+            f"the base of the adapter {name} is not what it was trained beside: its weights differ.\n"
             f"Bring it back, or name where it is now, as base_model_name_or_path in {Path(name, ADAPTER)}.\n"
             f"To merge the adapter all the same, delete {Path(name, BASE)}."
         )
@@ -190,7 +202,7 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
         if read_json(Path(name, QUANTIZATION)) != quantization_config(model):
             raise UserError(
                 f"{name} was trained beside a base that is quantized in another way than lmlab's: {QUANTIZATION}.\n"
-                "Let peft merge it, by merge_and_unload, and name the merged model."
+                f"{LET_PEFT_MERGE}"
             )
         round_weights(model)
     try:
@@ -207,7 +219,7 @@ def merge_adapter(model: PreTrainedModel, name: str) -> None:
         reason = others[0].strip() if others and first.startswith("Error(s) in loading") else first_line(error)
         raise UserError(
             f"the adapter {name} does not fit its base: {reason.rstrip('.')}.\n"
-            f"Its {ADAPTER} names the base that it is loaded beside, in base_model_name_or_path."
+            f"Name the base that it was trained beside, as base_model_name_or_path in {Path(name, ADAPTER)}."
         ) from error
     remove(model, {})
     model.merged_here = True

@@ -37,7 +37,6 @@ from lmlab.models.torch_module import TorchModule
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
 
 NAME = "default"
 """The name by peft of an adapter that is the only one of its model."""
@@ -64,7 +63,7 @@ def lora(
 
     The initial adapter does not change what the model computes. The class of the model and the names of the modules
     that get an adapter stay as they are. Its attribute `base_hash` becomes a hash of the layers, or None if they were
-    not read from files.
+    not read from files as they are.
 
     Args:
         r: the rank, which is the number of rows of A.
@@ -96,7 +95,7 @@ def lora(
     if base is not None:
         base, revision = split_revision(base, revision)
         base = str(Path(base).resolve()) if Path(base).exists() else base
-    # A base that is an adapter itself was merged here, and another machine may round it in other places.
+    # A base that is itself an adapter was merged on this machine; another one may round differently.
     known = base is not None and model.device.type != "meta" and not hasattr(model, "merged_here")
     model.base_hash = layers_hash(model) if known else None
     config = LoraConfig(
@@ -115,7 +114,9 @@ def lora(
     try:
         inject(config, model, seed)
     except ValueError as error:
-        raise UserError(f"adapter: {first_line(error)}") from error
+        raise UserError(
+            f"adapter: {first_line(error)}\nName other layers as adapter.targets, or leave adapter out."
+        ) from error
     return model
 
 
@@ -148,19 +149,20 @@ def find_targets(model: PreTrainedModel, targets: str | list[str] | None) -> lis
         repeated = {id(module) for layer in layers(model) for module in layer.modules()}
         chosen = [name for name in linear if id(modules[name]) in repeated]
     if not chosen:
-        raise UserError(f"adapter: no linear layer of {model.config.model_type} was found. Name some: adapter.targets")
+        kind = model.config.model_type
+        raise UserError(f"adapter: no linear layer of {kind} was found. Name some as adapter.targets.")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for name in chosen:
         if modules[name] is head and embedding is not None and head.weight is embedding.weight:
             raise UserError(
                 f"adapter.targets: the weights of {name} are those of the embedding too, which would then differ.\n"
-                "Leave it out, or untie them: model.config.tie_word_embeddings=false"
+                "Leave it out."
             )
     return chosen
 
 
 def inject(config: "LoraConfig", model: PreTrainedModel, seed: int = 0) -> None:
-    """Adds an adapter to a model, in place. Its weights follow from the seed, and torch's generator stays as it is."""
+    """Adds an adapter to a model, in place. The seed decides its weights; torch's generator stays as it is."""
     from peft import inject_adapter_in_model
 
     with torch.random.fork_rng([]), warnings.catch_warnings():
@@ -169,9 +171,9 @@ def inject(config: "LoraConfig", model: PreTrainedModel, seed: int = 0) -> None:
         inject_adapter_in_model(config, model, NAME)
 
 
-def adapted_layers(model: nn.Module) -> "list[tuple[str, LoraLayer]]":
+def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Returns the layers of a model that have an adapter, with their names; none where it has no adapter."""
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "peft_config"):  # peft need not be installed then
         return []
     from peft.tuners.lora import LoraLayer
 
@@ -182,45 +184,36 @@ def adapted_layers(model: nn.Module) -> "list[tuple[str, LoraLayer]]":
 def merged_in_evaluation(model: nn.Module) -> Iterator[None]:
     """Lets a model in evaluation mode compute with merged weights, as its export does; afterwards they are as before.
 
-    Where the adapter is computed beside them instead, products are rounded in other places, which shows in bf16. One
-    layer at a time is merged, in a copy of its weight: there may be no memory for a copy of all.
+    With the adapter computed beside them instead, products would be rounded differently, which shows in bf16. Each
+    layer is merged in a copy while it computes: there may be no memory for a copy of all.
     """
     with ExitStack() as stack:
         for _, layer in [] if model.training else adapted_layers(model):
-            kept: list[Tensor | Quantized] = []
-            assert isinstance(layer, nn.Module)
-            stack.callback(layer.register_forward_pre_hook(partial(merge_copy, kept)).remove)
-            stack.callback(layer.register_forward_hook(partial(take_back, kept), always_call=True).remove)
+            stack.callback(layer.register_forward_pre_hook(merge_copy).remove)
+            stack.callback(layer.register_forward_hook(partial(restore, layer.base_layer), always_call=True).remove)
         yield
 
 
-def merge_copy(kept: list[Tensor | Quantized], layer: Any, args: Any) -> None:
-    """Merges the adapter of a layer into a copy of its weight, and keeps the weight; of a quantized one the layer."""
-    base = layer.get_base_layer()
-    if isinstance(base, Quantized):
-        kept.append(base)
-    else:
-        kept.append(base.weight.data)
-        base.weight.data = base.weight.data.clone()
+def merge_copy(layer: Any, args: Any) -> None:
+    """Merges the adapter of a layer into a copy of its base layer, which takes the place of that."""
+    if not isinstance(layer.base_layer, Quantized):  # of which `merge_layer` makes a new one
+        layer.base_layer = copy.deepcopy(layer.base_layer)
     with torch.autocast(args[0].device.type, enabled=False):  # which would multiply A and B in bf16
         merge_layer(layer)
 
 
-def take_back(kept: list[Tensor | Quantized], layer: Any, args: Any, output: Any) -> None:
-    """Gives a layer back what `merge_copy` has kept."""
-    if isinstance(before := kept.pop(), nn.Module):
-        layer.base_layer = before
-    else:
-        layer.get_base_layer().weight.data = before
+def restore(base: nn.Module, layer: Any, args: Any, output: Any) -> None:
+    """Gives a layer the base layer that it had before `merge_copy`."""
+    layer.base_layer = base
     layer.merged_adapters.clear()
 
 
 def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a state dict of a model with its adapter merged, under the names that the architecture itself has.
+    """Returns a state dict with the adapter merged and no weight quantized, under the names of the architecture itself.
 
     Args:
-        model: has such an adapter, of which no weight is read; or none, and then the state dict stays as it is.
-        state: its state dict, of whatever step.
+        model: says which layers have an adapter or are quantized; its weights are not read.
+        state: a state dict of the model, which may be of an earlier step.
     """
     merged = dict(state)
     for name, layer in changed_layers(model):
@@ -233,13 +226,13 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 def changed_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Returns the layers of a model that have an adapter or are quantized without one, with their names."""
-    adapted: list[tuple[str, Any]] = adapted_layers(model)
+    adapted = adapted_layers(model)
     bases = {id(layer.get_base_layer()) for _, layer in adapted}
     return adapted + [(n, m) for n, m in model.named_modules() if isinstance(m, Quantized) and id(m) not in bases]
 
 
 def merge_layer(layer: Any) -> nn.Module:
-    """Returns a layer of the architecture that computes what one of `changed_layers` does, which itself may change."""
+    """Returns a layer of the architecture that computes what one of `changed_layers` does; that one is used up."""
     if isinstance(layer, Quantized):
         return layer.dense()
     if isinstance(layer.base_layer, Quantized):
@@ -250,11 +243,11 @@ def merge_layer(layer: Any) -> nn.Module:
 
 
 def remove(model: PreTrainedModel, merged: Mapping[str, Tensor]) -> None:
-    """Removes the adapter of a model, in place, and unfreezes all weights of the model.
+    """Removes the adapter of a model without merging it, in place, and unfreezes all weights of the model.
 
     Args:
-        merged: its merged state dict, from which layers that were quantized get their weights: there may be no memory
-            for others.
+        merged: its merged state dict, whose tensors become the weights of layers that were quantized: there may be no
+            memory for others.
     """
     for name, layer in changed_layers(model):
         base = layer if isinstance(layer, Quantized) else layer.get_base_layer()

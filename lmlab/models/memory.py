@@ -174,7 +174,7 @@ def copies_bytes(model: PreTrainedModel, precision: str, shards: int) -> int:
     """Returns the bytes of the copies of weights that a forward pass makes.
 
     Autocast copies every matrix that is multiplied by. A sharded model gathers the weights of a layer at a time, and
-    those outside of its layers. A quantized weight is there in float32 while it is multiplied by.
+    those outside of its layers. One quantized weight at a time is there in float32, and under autocast in 16 bits too.
     """
     if shards > 1:
         count, _ = count_parameters(model)

@@ -3,6 +3,8 @@
 Each block of 64 numbers is divided by its largest magnitude, and rounded to one of the 16 values of NF4, quantiles of a
 normal distribution. The magnitudes are rounded to 8 bits in turn, by blocks of 256, so that a number takes 4.13
 bits. bitsandbytes rounds; the layers hold nothing but tensors, which go into state dicts and copies as any others.
+
+Shapes: out and in are those of the linear layer, n = out · in.
 """
 
 import logging
@@ -18,8 +20,9 @@ from lmlab.errors import UserError
 from lmlab.models.efficiency import layers
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
+"""The numbers that share a scale, and the scales that share one."""
 
-# Its warning is of a kernel on the hub for another product than the one below.
+# On some CPUs it warns that it can't load a kernel from the hub, which is not needed here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -27,26 +30,26 @@ class Quantized(nn.Module):
     """A linear layer with a frozen weight in 4 bits.
 
     Args:
-        layer: the layer that it stands for, whose bias it takes over.
+        layer: the layer that it replaces, whose bias it takes over.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D) -> None:
         from bitsandbytes.functional import quantize_4bit
 
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # that of nn.Linear would make a weight
         weight = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T.contiguous()
         packed, state = quantize_4bit(weight.float(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
-        self.shape = weight.shape
-        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.shape = weight.shape  # [out, in]
+        self.packed = nn.Parameter(packed, requires_grad=False)  # [n / 2, 1] uint8, two numbers in each
         self.bias = layer.bias
-        self.register_buffer("scales", state.absmax)
-        self.register_buffer("mean_scale", state.offset)
-        self.register_buffer("scales_of_scales", state.state2.absmax)
-        self.register_buffer("values_of_scales", state.state2.code)
+        self.register_buffer("scales", state.absmax)  # [⌈n / 64⌉] uint8
+        self.register_buffer("mean_scale", state.offset)  # [] float32, added to each scale
+        self.register_buffer("scales_of_scales", state.state2.absmax)  # [⌈n / 64 / 256⌉] float32
+        self.register_buffer("values_of_scales", state.state2.code)  # [256] float32, what 8 bits of a scale stand for
 
     @property
     def weight(self) -> Tensor:
-        """The float32 weight that the 4 bits stand for, made anew each time; in a `Conv1D` it is transposed."""
+        """[out, in], in a `Conv1D` [in, out], float32: the dequantized weight, made anew each time."""
         scales = torch.ops.bitsandbytes.dequantize_blockwise(
             self.scales, self.scales_of_scales, self.values_of_scales, BLOCK_OF_SCALES, torch.float32
         )
@@ -61,14 +64,14 @@ class Quantized(nn.Module):
         return cast(Tensor, super().forward(x))  # that of nn.Linear or Conv1D
 
     def dense(self, weight: Tensor | None = None) -> nn.Linear | Conv1D:
-        """Returns a layer of the original class that computes the same.
+        """Returns a layer of the original class, with the same bias.
 
         Args:
-            weight: its weight, for one that differs; None for that of this layer.
+            weight: its weight; None for the dequantized one, with which it computes the same.
         """
-        made, inputs = self.shape
+        outputs, inputs = self.shape
         with torch.device("meta"):
-            layer = Conv1D(made, inputs) if isinstance(self, Conv1D) else nn.Linear(inputs, made)
+            layer = Conv1D(outputs, inputs) if isinstance(self, Conv1D) else nn.Linear(inputs, outputs)
         layer.weight = nn.Parameter(self.weight if weight is None else weight, requires_grad=False)
         layer.bias = self.bias
         return layer
@@ -83,7 +86,7 @@ class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[override]
 
 
 class QuantizedConv1D(Quantized, Conv1D):  # type: ignore[misc]
-    """A `Conv1D` of transformers, whose weight is transposed, with that weight in 4 bits."""
+    """A `Conv1D` of transformers with a frozen weight in 4 bits."""
 
     def __init__(self, layer: Conv1D) -> None:
         super().__init__(layer)
@@ -92,9 +95,9 @@ class QuantizedConv1D(Quantized, Conv1D):  # type: ignore[misc]
 
 
 class FrozenProduct(torch.autograd.Function):
-    """The output of a `Quantized` layer.
+    """The output of a `Quantized` layer, whose weight is dequantized again for the backward pass.
 
-    Its weight is made once more for the backward pass: autograd would keep the float32 weights of all layers.
+    Autograd would keep the float32 weights of all layers until then.
     """
 
     @staticmethod
@@ -110,9 +113,9 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
-    """Returns the linear layers in the repeated layers of a model, by their names.
+    """Returns the linear layers that `quantize` replaces, by their names: those in the repeated layers of a model.
 
-    One whose weight has an odd number of numbers is left out, as a byte keeps two. So is one that the architecture
+    One whose weight has an odd number of elements is left out, as a byte holds two. So is one that the architecture
     wants in float32, which transformers does not quantize either: `wo` of T5.
     """
     in_float32 = tuple(model._keep_in_fp32_modules or ())
@@ -128,7 +131,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
 
 
 def quantized(layer: nn.Module) -> Quantized:
-    """Returns a layer with the weight of a linear layer in 4 bits."""
+    """Returns a layer that replaces a linear layer, with its weight in 4 bits."""
     assert isinstance(layer, nn.Linear | Conv1D)
     return QuantizedConv1D(layer) if isinstance(layer, Conv1D) else QuantizedLinear(layer)
 
@@ -139,7 +142,7 @@ def quantize(model: PreTrainedModel) -> None:
     Raises:
         UserError: it has none.
     """
-    names = [*linear_layers(model)]  # no layers, of which each can be freed as soon as it is replaced
+    names = [*linear_layers(model)]  # rather than layers, so that each is freed as soon as it is replaced
     if not names:
         raise UserError(
             f"adapter.quantization: {model.config.model_type} has no linear layers that can be quantized. Leave it out."
@@ -150,13 +153,13 @@ def quantize(model: PreTrainedModel) -> None:
 
 
 def round_weights(model: PreTrainedModel) -> None:
-    """Gives the layers that `quantize` would replace the weights that they would have then, in place."""
+    """Replaces the weights of the layers that `quantize` would replace by those that they would have then, in place."""
     for layer in linear_layers(model).values():
         layer.weight.data = quantized(layer).weight
 
 
 def quantization_config(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns the config by which transformers quantizes what `quantize` does, as a `BitsAndBytesConfig` has it.
+    """Returns the config by which transformers quantizes the same layers in the same way: a `BitsAndBytesConfig`.
 
     Args:
         model: is not quantized.
@@ -173,7 +176,7 @@ def quantization_config(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def elements(parameter: Tensor) -> int:
-    """Returns how many numbers of a model a parameter holds, which are two for each byte of a quantized one."""
+    """Returns the number of weights that a parameter holds: two in each byte of a quantized one."""
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
@@ -181,7 +184,7 @@ def weight_bytes(model: nn.Module, size: int) -> int:
     """Returns the bytes of the weights of a model.
 
     Args:
-        size: the bytes of a number that is not quantized.
+        size: the bytes of a weight that is not quantized.
     """
     scales = [buffer for module in model.modules() if isinstance(module, Quantized) for buffer in module.buffers()]
     kept = sum(p.numel() * (1 if p.dtype == torch.uint8 else size) for p in model.parameters())

@@ -62,7 +62,7 @@ def show_memory(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, auto_class:
         "weights": size_text(estimate.weights),
         "gradients": size_text(estimate.gradients),
         "optimizer": size_text(estimate.optimizer) if known else "not known",
-        "gathered weights" if shards > 1 else "copies of weights in 16 bits": size_text(estimate.copies),
+        "gathered weights" if shards > 1 else "copies of weights": size_text(estimate.copies),
         "activations": size_text(estimate.activations),
         "logits, gradient of the head": size_text(estimate.logits),
         "in all": size_text(sum(estimate)) + ("" if known else " and the optimizer"),

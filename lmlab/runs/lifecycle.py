@@ -191,7 +191,7 @@ def keep_hash(run: RunDirectory, name: Literal["teacher", "base"], weights: str 
     what, key = {"teacher": ("teacher", "distill.model"), "base": ("base of the adapter", "model.name")}[name]
     if run.read_manifest().get(f"{name}_hash", weights) != weights:
         raise UserError(
-            f"the {what} of {run.path} is not what the run was begun with: its weights are others.\n"
+            f"the {what} of {run.path} is not what the run was begun with: its weights differ.\n"
             f"Bring it back, name where it is now ({key}=PATH), or begin another run."
         )
     if writes and weights is not None:

@@ -122,7 +122,10 @@ def test_layers_that_transformers_keeps_in_float32_are_not_quantized(tmp_path: P
     model.save_pretrained(tmp_path)
     given = BitsAndBytesConfig.from_dict(quantization_config(model))
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=given)
-    assert [*linear_layers(model)] == [name for name, m in loaded.named_modules() if isinstance(m, Linear4bit)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    expected = [name for name in linear if name != "lm_head" and not name.endswith(".wo")]
+    assert [*linear_layers(model)] == expected
+    assert [name for name, module in loaded.named_modules() if isinstance(module, Linear4bit)] == expected
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -363,11 +366,17 @@ def test_memory_is_counted_for_what_is_trained(run: Path) -> None:
         (["c_atn"], 'c_atn is no layer of the model. Did you mean "c_attn"?'),
         (["c_attn", "wte"], "wte is of the type Embedding, and no linear layer."),
         (["lm_head"], "the weights of lm_head are those of the embedding too"),
+        ([], "no linear layer of gpt2 was found. Name some as adapter.targets."),
     ],
 )
 def test_targets_that_can_have_no_adapter(targets: list[str], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         adapted("gpt2", targets=targets, dora=True)
+
+
+def test_targets_that_peft_refuses() -> None:
+    with pytest.raises(UserError, match=r"out_proj.* incompatible with Mamba.*\nName other layers as adapter.targets"):
+        adapted("mamba", targets=["out_proj"])
 
 
 def test_a_torch_module_can_have_no_adapter() -> None:
@@ -401,12 +410,12 @@ def test_a_model_whose_head_is_random_can_have_no_adapter(base: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "IA3"}, "is an adapter of the type IA3"),
+        ({"peft_type": "IA3"}, "the type LORA alone.\nLet peft merge it"),
         ({"base_model_name_or_path": "/nowhere"}, "no such directory"),
         ({"base_model_name_or_path": None}, "names no base"),
         ({"base_model_name_or_path": "."}, "whose base is itself"),
-        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "has megatron_config="),
-        ({"init_lora_weights": "pissa"}, "began with a change of its base"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "has megatron_config={'a': 1}, which"),
+        ({"init_lora_weights": "pissa"}, "was initialised with a change of its base"),
         ({"target_modules": ["c_fc"]}, "does not fit its base"),
     ],
 )
@@ -416,3 +425,21 @@ def test_an_adapter_that_is_not_read(run: Path, tmp_path: Path, change: dict[str
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=re.escape(said)):
         pretrained("AutoModelForCausalLM", str(tmp_path))
+
+
+def test_an_adapter_without_safetensors_is_not_read(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "adapter" / "adapter_config.json", tmp_path)
+    with pytest.raises(UserError, match=r"has no adapter_model.safetensors.*\nLet peft load it and write it again"):
+        pretrained("AutoModelForCausalLM", str(tmp_path))
+
+
+def own(*, model: Any, base: str, revision: str | None, auto_class: str, seed: int) -> Any:
+    """A target that adds an adapter, and keeps no hash of the base."""
+    adapters.inject(peft.LoraConfig(target_modules=["c_attn"]), model, seed)
+    return model
+
+
+def test_a_target_of_ones_own_adds_an_adapter(base: Path, tmp_path: Path) -> None:
+    target = f"+adapter._target_={__name__}.own"
+    run_verb("train", *words(base, target, "trainer.max_steps=1", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
